@@ -1,0 +1,280 @@
+"""Number formats: the only place in the project that rounds, clamps or chooses a scale.
+
+Every consumer (the converter, the ``jax.numpy`` references, the Hopper kernels) follows the
+rules below, so that a number means the same thing everywhere.
+
+E4M3
+    ``float8_e4m3fn``: largest finite value 448, smallest normal 2^-6, smallest subnormal 2^-9.
+    Casts round to nearest, ties to even, and saturate: +-Inf becomes +-448. NaN stays NaN, so
+    that a broken activation shows instead of turning into a plausible number.
+INT4
+    Integers -7..7 (sign and magnitude; -8 does not exist), so that negation is exact and a
+    group's fifteen values are its eight magnitudes with a sign.
+Scales
+    ``scale = absmax / limit`` over the finite entries of the row or group. A row without a
+    finite non-zero entry gets scale 1, so that its codes are zeros (or saturated, or NaN) and
+    nothing is ever divided by zero.
+
+Sources: FireQ (arXiv 2505.20839), sections on INT4 x FP8 weights and RoPE-aware KV quantization;
+OCP 8-bit floating point specification (E4M3).
+"""
+
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt8
+
+E4M3 = jnp.float8_e4m3fn
+E4M3_MAX = 448.0
+E4M3_MIN_SUBNORMAL = 2.0**-9
+INT4_MAX = 7
+# P is cast to FP8 as PROBABILITY_SCALE * exp(score - row max): 256 is the largest power of two
+# whose product with a probability stays finite in E4M3, and it keeps probabilities down to
+# 2^-17 representable.
+PROBABILITY_SCALE = 256.0
+
+ScaleDtype = Literal["e4m3", "bf16"]
+ChannelScale = Literal["per_channel", "per_tensor_pow2"]
+Rounding = Literal["nearest", "table"]
+KVFormat = Literal["int4", "fp8", "none"]
+
+
+class ScaledArray(NamedTuple):
+    """Rows in a storage format with their scales: activations, queries, keys and values.
+
+    ``values`` is uint8 with two INT4 codes a byte ([*rows, H/2]), E4M3 ([*rows, H]) or a plain
+    float array ([*rows, H], ``scale`` None). ``scale`` is [*rows, groups], each scale shared by
+    H / groups consecutive elements.
+    """
+
+    values: Array
+    scale: Array | None
+
+
+def finite_absmax(x: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
+    """Largest finite magnitude along ``axis`` as float32; 0 where there is none."""
+    x = x.astype(jnp.float32)
+    return jnp.max(jnp.where(jnp.isfinite(x), jnp.abs(x), 0.0), axis=axis)
+
+
+def absmax_scale(absmax: Float[Array, "..."], limit: float) -> Float[Array, "..."]:
+    """Scale that maps ``absmax`` to ``limit``; 1 where ``absmax`` is 0 or the quotient vanishes."""
+    scale = absmax.astype(jnp.float32) / limit
+    return jnp.where(scale > 0, scale, 1.0)
+
+
+def to_e4m3(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Cast to E4M3, saturating at +-448; NaN stays NaN."""
+    return jnp.clip(x.astype(jnp.float32), -E4M3_MAX, E4M3_MAX).astype(E4M3)
+
+
+def round_to_int4(x: Float[Array, "..."]) -> Int[Array, "..."]:
+    """Round to nearest (ties to even) and clamp to -7..7; int8. NaN becomes 0."""
+    codes = jnp.clip(jnp.round(x.astype(jnp.float32)), -INT4_MAX, INT4_MAX)
+    return jnp.where(jnp.isnan(codes), 0.0, codes).astype(jnp.int8)
+
+
+# --- rows in FP8: activations and queries -------------------------------------------------------
+
+
+def quantize_fp8(x: Float[Array, "*rows K"]) -> ScaledArray:
+    """E4M3 rows with one float32 scale each: values [*rows, K], scale [*rows, 1]."""
+    scale = absmax_scale(finite_absmax(x), E4M3_MAX)[..., None]
+    return ScaledArray(to_e4m3(x.astype(jnp.float32) / scale), scale)
+
+
+def dequantize(x: ScaledArray) -> Float[Array, "*rows H"]:
+    """The float32 rows that a :class:`ScaledArray` stands for."""
+    if x.scale is None:
+        return x.values.astype(jnp.float32)
+    values = unpack_int4(x.values) if x.values.dtype == jnp.uint8 else x.values
+    groups = x.scale.shape[-1]
+    grouped = values.astype(jnp.float32).reshape(*values.shape[:-1], groups, values.shape[-1] // groups)
+    return (grouped * x.scale.astype(jnp.float32)[..., None]).reshape(values.shape)
+
+
+# --- INT4 weights ---------------------------------------------------------------------------------
+
+
+class WeightCodes(NamedTuple):
+    """An INT4 weight before packing: W[n, k] ~= channel_scale[n] * value(codes[n, k], group_scale)."""
+
+    codes: Int[Array, "N K"]  # int8, -7..7
+    group_scale: Float[Array, "N G"]  # E4M3 or bf16, > 0; G = K / group_size
+    channel_scale: Float[Array, " N"]  # float32, > 0
+
+
+def weight_table(group_scale: Float[Array, "..."]) -> Float[Array, "... 8"]:
+    """The eight magnitudes that codes 0..7 stand for, float32.
+
+    With E4M3 scales they are fp8(i * sigma), rounded as the kernel's table is; with bf16 scales
+    i * sigma, exact, because the kernel multiplies the group's FP32 partial sum instead.
+    """
+    magnitudes = jnp.arange(INT4_MAX + 1, dtype=jnp.float32) * group_scale.astype(jnp.float32)[..., None]
+    if group_scale.dtype == E4M3:
+        magnitudes = to_e4m3(magnitudes).astype(jnp.float32)
+    return magnitudes
+
+
+def weight_channel_scale(weight: Float[Array, "N K"], mode: ChannelScale) -> Float[Array, " N"]:
+    """The float32 scale that lifts a weight's group scales into E4M3's range.
+
+    ``absmax / 7`` of a weight group is about 1e-3, below E4M3's normal numbers. Divided by this
+    scale the largest group scale of a channel is at most 64 = 448 / 7, so 7 * sigma never
+    saturates. "per_tensor_pow2" is FireQ's per-tensor scaling: one power of two (here repeated
+    for each channel); "per_channel" costs the same in the kernel's epilogue and is finer.
+    """
+    absmax = finite_absmax(weight)
+    if mode == "per_channel":
+        return absmax_scale(absmax, E4M3_MAX)
+    if mode == "per_tensor_pow2":
+        largest = absmax_scale(jnp.max(absmax), E4M3_MAX)
+        return jnp.full_like(absmax, jnp.exp2(jnp.ceil(jnp.log2(largest))))
+    raise ValueError(f"channel scale mode is {mode!r}; expected one of {get_args(ChannelScale)}")
+
+
+def round_group_scale(scale: Float[Array, "..."], dtype: ScaleDtype) -> Float[Array, "..."]:
+    """Round positive group scales to their storage type, never to 0.
+
+    A zero scale would erase a whole group; the smallest positive value of the type loses less.
+    """
+    if dtype == "e4m3":
+        rounded = to_e4m3(jnp.minimum(scale, E4M3_MAX / INT4_MAX))
+        return jnp.where(rounded == 0, jnp.asarray(E4M3_MIN_SUBNORMAL, E4M3), rounded)
+    if dtype == "bf16":
+        rounded = scale.astype(jnp.bfloat16)
+        return jnp.where(rounded == 0, jnp.finfo(jnp.bfloat16).tiny, rounded).astype(jnp.bfloat16)
+    raise ValueError(f"scale dtype is {dtype!r}; expected one of {get_args(ScaleDtype)}")
+
+
+def encode_weight(
+    scaled: Float[Array, "N G g"], group_scale: Float[Array, "N G"], rounding: Rounding
+) -> Int[Array, "N G g"]:
+    """INT4 codes of channel-scaled weights under rounded group scales.
+
+    "nearest" rounds w / sigma to the nearest integer; "table" picks the nearest of the values
+    the kernel will really use, fp8(i * sigma), which is never worse.
+    """
+    if rounding == "nearest":
+        return round_to_int4(scaled / group_scale.astype(jnp.float32)[..., None])
+    if rounding == "table":
+        table = weight_table(group_scale)
+        midpoints = (table[..., 1:] + table[..., :-1]) / 2
+        magnitude = jnp.zeros(scaled.shape, jnp.int8)
+        for i in range(INT4_MAX):
+            magnitude += (jnp.abs(scaled) > midpoints[..., i, None]).astype(jnp.int8)
+        return jnp.where(scaled < 0, -magnitude, magnitude)
+    raise ValueError(f"rounding is {rounding!r}; expected one of {get_args(Rounding)}")
+
+
+def quantize_weight(
+    weight: Float[Array, "N K"],
+    *,
+    group_size: int = 128,
+    scale_dtype: ScaleDtype = "e4m3",
+    channel_scale: ChannelScale = "per_channel",
+    rounding: Rounding = "nearest",
+) -> WeightCodes:
+    """INT4 codes with a scale for each group of ``group_size`` inputs and each output channel.
+
+    Scales round first; codes are computed from the rounded scales.
+
+    Raises:
+        ValueError: if K is not a multiple of ``group_size``.
+    """
+    n, k = weight.shape
+    if k % group_size:
+        raise ValueError(f"weight has shape {weight.shape}; expected K to be a multiple of group_size {group_size}")
+    weight = weight.astype(jnp.float32)
+    channel = weight_channel_scale(weight, channel_scale)
+    scaled = (weight / channel[:, None]).reshape(n, k // group_size, group_size)
+    group_scale = round_group_scale(absmax_scale(finite_absmax(scaled), INT4_MAX), scale_dtype)
+    codes = encode_weight(scaled, group_scale, rounding)
+    return WeightCodes(codes.reshape(n, k), group_scale, channel)
+
+
+def decode_weight(codes: Int[Array, "N K"], group_scale: Float[Array, "N G"]) -> Float[Array, "N K"]:
+    """The float32 values that the tensor cores see: sign(q) * table[|q|], without channel scale."""
+    n, k = codes.shape
+    groups = group_scale.shape[1]
+    values = codes.astype(jnp.float32).reshape(n, groups, k // groups)
+    values = values * group_scale.astype(jnp.float32)[..., None]
+    if group_scale.dtype == E4M3:
+        values = to_e4m3(values).astype(jnp.float32)
+    return values.reshape(n, k)
+
+
+def dequantize_weight(weight: WeightCodes) -> Float[Array, "N K"]:
+    """float32 weight that the codes stand for."""
+    return decode_weight(weight.codes, weight.group_scale) * weight.channel_scale[:, None]
+
+
+# --- keys and values ------------------------------------------------------------------------------
+
+
+def pack_int4(codes: Int[Array, "*rows H"]) -> UInt8[Array, "*rows half"]:
+    """Two codes a byte: element i in the low nibble, element i + H/2 in the high one.
+
+    A nibble is sign (bit 3) and magnitude (bits 0-2), as in the weights.
+    """
+    if codes.shape[-1] % 2:
+        raise ValueError(f"codes have shape {codes.shape}; expected an even last dimension")
+    nibbles = sign_magnitude(codes)
+    low, high = jnp.split(nibbles, 2, axis=-1)
+    return low | (high << 4)
+
+
+def unpack_int4(packed: UInt8[Array, "*rows half"]) -> Int[Array, "*rows H"]:
+    """int8 codes, the inverse of :func:`pack_int4`."""
+    return from_sign_magnitude(jnp.concatenate([packed & 0xF, packed >> 4], axis=-1))
+
+
+def sign_magnitude(codes: Int[Array, "..."]) -> UInt8[Array, "..."]:
+    """Nibble of a code: bit 3 is the sign, bits 0-2 the magnitude."""
+    return jnp.where(codes < 0, 8, 0).astype(jnp.uint8) | jnp.abs(codes).astype(jnp.uint8)
+
+
+def from_sign_magnitude(nibbles: UInt8[Array, "..."]) -> Int[Array, "..."]:
+    """int8 code of a nibble; both zeros decode to 0."""
+    magnitude = (nibbles & 7).astype(jnp.int8)
+    return jnp.where(nibbles & 8, -magnitude, magnitude)
+
+
+def quantize_kv(x: Float[Array, "*rows H"], kv_format: KVFormat, group_size: int | None = None) -> ScaledArray:
+    """Keys or values in cache format, one scale for each row (token and head) and group.
+
+    Args:
+        x: [..., H]; H is head_dim.
+        kv_format: "int4" (bf16 scales), "fp8" (float32 scales) or "none" (kept as they are).
+        group_size: channels that share a scale; None means all of H.
+
+    Raises:
+        ValueError: for an unknown format or a group size that does not divide H.
+    """
+    if kv_format == "none":
+        return ScaledArray(x, None)
+    if kv_format not in get_args(KVFormat):
+        raise ValueError(f"kv_format is {kv_format!r}; expected one of {get_args(KVFormat)}")
+    head_dim = x.shape[-1]
+    group = group_size or head_dim
+    if head_dim % group:
+        raise ValueError(f"group_size is {group}; expected a divisor of head_dim {head_dim}")
+    grouped = x.astype(jnp.float32).reshape(*x.shape[:-1], head_dim // group, group)
+    absmax = finite_absmax(grouped)
+    if kv_format == "fp8":
+        scale = absmax_scale(absmax, E4M3_MAX)
+        return ScaledArray(to_e4m3(grouped / scale[..., None]).reshape(x.shape), scale)
+    scale = round_group_scale(absmax_scale(absmax, INT4_MAX), "bf16")
+    codes = round_to_int4(grouped / scale.astype(jnp.float32)[..., None])
+    return ScaledArray(pack_int4(codes.reshape(x.shape)), scale)
+
+
+def quantize_probabilities(p: Float[Array, "..."]) -> Float[Array, "..."]:
+    """float32 attention weights (0..1) after the FP8 cast that the P.V product applies."""
+    return to_e4m3(p * PROBABILITY_SCALE).astype(jnp.float32) / PROBABILITY_SCALE
+
+
+def nbytes(tree: object) -> int:
+    """Bytes of all arrays in a pytree."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,109 @@
+"""The linear layer's op: y = x W^T with an INT4 or FP8 weight and its epilogue fused.
+
+    y[m, n] = x_scale[m] * channel_scale[n] * sum_k x8[m, k] * value(code[n, k], group_scale)
+    y = activation(y + bias) + residual
+
+FireQ (arXiv 2505.20839), INT4 x FP8 kernel; the epilogues are ours.
+"""
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels import dispatch, formats, layouts
+from pallas_kernels.formats import ScaledArray
+from pallas_kernels.quantized_tensor import QuantizedTensor
+
+Activation = Literal["none", "silu_mul"]
+
+
+def matmul(
+    x: ScaledArray | Float[Array, "*rows K"],
+    weight: QuantizedTensor,
+    *,
+    bias: Float[Array, " N"] | None = None,
+    activation: Activation = "none",
+    residual: Float[Array, "*rows N_out"] | None = None,
+    out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    implementation: dispatch.Implementation = "auto",
+) -> Float[Array, "*rows N_out"]:
+    """Multiply rows by a quantized weight.
+
+    Args:
+        x: FP8 rows with per-token scales (``formats.quantize_fp8``), or float rows, which are
+            multiplied as they are (W4A16).
+        weight: [N, K].
+        bias: added before the activation; [N].
+        activation: "none", or "silu_mul": ``weight`` holds gate and up rows interleaved
+            (``layouts.interleave_gate_up``) and the result is SiLU(gate) * up, N_out = N / 2.
+        residual: added last, in float32.
+        out_dtype: dtype of the result; sums are float32 throughout.
+        implementation: see ``dispatch``.
+
+    Returns:
+        [*rows, N_out]; N_out is N, or N / 2 for "silu_mul".
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit together.
+        NotImplementedError: if ``implementation`` names a kernel that cannot run this.
+    """
+    _validate(x, weight, bias, activation, residual)
+    unsupported = "there is no kernel for this op yet"
+    dispatch.resolve("matmul", implementation, unsupported)
+    return matmul_reference(x, weight, bias=bias, activation=activation, residual=residual, out_dtype=out_dtype)
+
+
+def matmul_reference(
+    x: ScaledArray | Float[Array, "*rows K"],
+    weight: QuantizedTensor,
+    *,
+    bias: Float[Array, " N"] | None = None,
+    activation: Activation = "none",
+    residual: Float[Array, "*rows N_out"] | None = None,
+    out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+) -> Float[Array, "*rows N_out"]:
+    """The op in ``jax.numpy``: the oracle of the kernels' tests and the path without a Hopper GPU."""
+    values, x_scale = x if isinstance(x, ScaledArray) else (x, None)
+    n, _ = weight.shape
+    unit = weight.unscaled()
+    y = jnp.einsum("...k,nk->...n", values.astype(jnp.float32), unit, preferred_element_type=jnp.float32)
+    y = y * weight.channel_scale[:n]
+    if x_scale is not None:
+        y = y * x_scale
+    if bias is not None:
+        y = y + bias.astype(jnp.float32)
+    if activation == "silu_mul":
+        gate, up = layouts.split_gate_up(y)
+        y = jax.nn.silu(gate) * up
+    if residual is not None:
+        y = y + residual.astype(jnp.float32)
+    return y.astype(out_dtype)
+
+
+def _validate(
+    x: ScaledArray | Array, weight: QuantizedTensor, bias: Array | None, activation: Activation, residual: Array | None
+) -> None:
+    n, k = weight.shape
+    values = x.values if isinstance(x, ScaledArray) else x
+    if values.shape[-1] != k:
+        raise ValueError(f"x has shape {values.shape} and the weight {weight.shape}; expected x [..., {k}]")
+    if isinstance(x, ScaledArray):
+        if values.dtype != formats.E4M3 or x.scale is None:
+            raise ValueError(f"scaled x has dtype {values.dtype}; expected {jnp.dtype(formats.E4M3)} with a scale")
+        if x.scale.shape != (*values.shape[:-1], 1):
+            raise ValueError(f"x scale has shape {x.scale.shape}; expected {(*values.shape[:-1], 1)}, one per token")
+    elif values.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise ValueError(f"x has dtype {values.dtype}; expected a ScaledArray, bfloat16, float16 or float32")
+    if activation not in get_args(Activation):
+        raise ValueError(f"activation is {activation!r}; expected one of {get_args(Activation)}")
+    if activation == "silu_mul" and n % (2 * layouts.INTERLEAVE):
+        raise ValueError(
+            f"weight has shape {weight.shape}; silu_mul expects N to be a multiple of {2 * layouts.INTERLEAVE}"
+        )
+    n_out = n // 2 if activation == "silu_mul" else n
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"bias has shape {bias.shape}; expected {(n,)}")
+    if residual is not None and residual.shape != (*values.shape[:-1], n_out):
+        raise ValueError(f"residual has shape {residual.shape}; expected {(*values.shape[:-1], n_out)}")

@@ -1,0 +1,137 @@
+"""A quantized weight matrix as a pytree: what the matmul op multiplies by."""
+
+import dataclasses
+from typing import Literal, Self, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from pallas_kernels import formats, layouts
+
+WeightFormat = Literal["int4", "fp8"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantizedTensor:
+    """W [N, K] in 4 or 8 bits. N', K' are N, K rounded up to whole 64 x 128 tiles.
+
+    Attributes:
+        values: "int4": uint32 [N'/64, K'/128, 2, 128, 4], fragment order (see ``layouts``);
+            "fp8": E4M3 [N, K].
+        group_scale: "int4": E4M3 or bf16 [K'/group_size, N']; "fp8": None.
+        channel_scale: float32 [N'] ("int4") or [N] ("fp8").
+        shape: (N, K), as the caller sees the matrix.
+        format: "int4" or "fp8".
+
+    Padded codes are 0 and padded scales 1, so that padding contributes exactly nothing.
+    """
+
+    values: Array
+    group_scale: Array | None
+    channel_scale: Array
+    shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
+    format: WeightFormat = dataclasses.field(metadata={"static": True})
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share one scale (K for "fp8")."""
+        if self.group_scale is None:
+            return self.shape[1]
+        return layouts.padded_shape(*self.shape)[1] // self.group_scale.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return formats.nbytes(self)
+
+    @classmethod
+    def from_codes(cls, weight: formats.WeightCodes) -> Self:
+        """Pack INT4 codes and scales ([N, K], [N, G], [N])."""
+        n, k = weight.codes.shape
+        pad_n, pad_k = (padded - size for padded, size in zip(layouts.padded_shape(n, k), (n, k), strict=True))
+        group_size = k // weight.group_scale.shape[1]
+        group_scale = jnp.pad(
+            weight.group_scale.T,
+            ((0, pad_k // group_size), (0, pad_n)),
+            constant_values=jnp.ones((), weight.group_scale.dtype),
+        )
+        channel_scale = jnp.pad(weight.channel_scale, (0, pad_n), constant_values=1)
+        return cls(layouts.pack_weight(weight.codes), group_scale, channel_scale, (n, k), "int4")
+
+    @classmethod
+    def random(
+        cls,
+        key: Key[Array, ""],
+        shape: tuple[int, int],
+        *,
+        format: WeightFormat = "int4",
+        group_size: int = 128,
+        scale_dtype: formats.ScaleDtype = "e4m3",
+        std: float = 0.02,
+    ) -> Self:
+        """Random weights made in quantized form, about N(0, std^2), for tests and benchmarks."""
+        n, k = shape
+        if format == "fp8":
+            values = formats.to_e4m3(jax.random.normal(key, shape) * 100)
+            return cls(values, None, jnp.full((n,), std / 100, jnp.float32), shape, format)
+        padded_n, padded_k = layouts.padded_shape(n, k)
+        code_key, scale_key = jax.random.split(key)
+        codes = jax.random.bits(code_key, layouts.packed_shape(n, k), jnp.uint32)
+        scale = jax.random.uniform(scale_key, (padded_k // group_size, padded_n), minval=8, maxval=32)
+        # Uniform codes have standard deviation 4.2, the scales a mean of 20.
+        channel = jnp.full((padded_n,), std / 84, jnp.float32)
+        return cls(codes, formats.round_group_scale(scale, scale_dtype), channel, shape, format)
+
+    def codes(self) -> formats.WeightCodes:
+        """The unpacked INT4 codes and scales, without padding."""
+        if self.group_scale is None:
+            raise ValueError(f"codes() needs format 'int4'; this tensor has {self.format!r}")
+        n, k = self.shape
+        group_scale = self.group_scale[: -(-k // self.group_size), :n].T
+        return formats.WeightCodes(layouts.unpack_weight(self.values, n, k), group_scale, self.channel_scale[:n])
+
+    def unscaled(self) -> Float[Array, "N K"]:
+        """float32 values as the tensor cores see them: before ``channel_scale``."""
+        if self.format == "fp8":
+            return self.values.astype(jnp.float32)
+        weight = self.codes()
+        k = self.shape[1]
+        codes = jnp.pad(weight.codes, ((0, 0), (0, -k % self.group_size)))
+        return formats.decode_weight(codes, weight.group_scale)[:, :k]
+
+    def dequantize(self) -> Float[Array, "N K"]:
+        """float32 matrix that the codes stand for."""
+        return self.unscaled() * self.channel_scale[: self.shape[0], None]
+
+
+def quantize(
+    weight: Float[Array, "N K"],
+    *,
+    format: WeightFormat = "int4",
+    group_size: int = 128,
+    scale_dtype: formats.ScaleDtype = "e4m3",
+    channel_scale: formats.ChannelScale = "per_channel",
+    rounding: formats.Rounding = "nearest",
+) -> QuantizedTensor:
+    """Quantize and pack a weight; K is padded with zeros to whole tiles first.
+
+    Raises:
+        ValueError: for an unknown format or a group size that is neither 64 nor 128.
+    """
+    if format not in get_args(WeightFormat):
+        raise ValueError(f"weight format is {format!r}; expected one of {get_args(WeightFormat)}")
+    if format == "fp8":
+        rows = formats.quantize_fp8(weight)
+        assert rows.scale is not None
+        return QuantizedTensor(rows.values, None, rows.scale[:, 0], weight.shape, format)
+    if group_size not in (64, 128):
+        raise ValueError(f"group_size is {group_size}; expected 64 or 128")
+    n, k = weight.shape
+    padded = jnp.pad(weight, ((0, 0), (0, layouts.padded_shape(n, k)[1] - k)))
+    codes = formats.quantize_weight(
+        padded, group_size=group_size, scale_dtype=scale_dtype, channel_scale=channel_scale, rounding=rounding
+    )
+    packed = QuantizedTensor.from_codes(codes)
+    return dataclasses.replace(packed, shape=(n, k))
