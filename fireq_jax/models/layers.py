@@ -1,0 +1,145 @@
+"""Linear, RMSNorm and the gated MLP. Whether a Linear is quantized, its weight decides."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from fireq_jax.quantization.config import QuantizationConfig
+from pallas_kernels import formats, layouts
+from pallas_kernels.dispatch import Implementation
+from pallas_kernels.matmul import Activation, matmul
+from pallas_kernels.quantized_tensor import QuantizedTensor
+
+Tap = Callable[[str, Array], None]
+
+
+def no_tap(name: str, x: Array) -> None:
+    """The tap of a forward pass that nobody watches."""
+
+
+class Linear(nnx.Module):
+    """y = x W^T + bias, W [N, K] a plain array or a :class:`QuantizedTensor`.
+
+    Attributes:
+        name: full name, matched by ``QuantizationConfig.keep_float``.
+        weight: [N, K] in ``dtype``, or quantized.
+        bias: [N] in ``dtype``, or None.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        quantization: QuantizationConfig,
+        dtype: jax.typing.DTypeLike,
+        implementation: Implementation,
+        rngs: nnx.Rngs,
+    ) -> None:
+        shape = (out_features, in_features)
+        weight: Array | QuantizedTensor
+        if quantization.weight_format == "none" or quantization.keeps_float(name):
+            weight = (jax.random.normal(rngs.params(), shape) * 0.02).astype(dtype)
+        else:
+            weight = QuantizedTensor.random(
+                rngs.params(),
+                shape,
+                format=quantization.weight_format,
+                group_size=quantization.group_size,
+                scale_dtype=quantization.scale_dtype,
+            )
+        self.name = name
+        self.weight = nnx.Param(weight)
+        self.bias = nnx.Param(jnp.zeros((out_features,), dtype)) if bias else None
+        self.fp8_activations = quantization.activation_format == "fp8"
+        self.implementation: Implementation = implementation
+
+    def __call__(
+        self,
+        x: Float[Array, "*rows K"],
+        *,
+        activation: Activation = "none",
+        residual: Float[Array, "*rows N_out"] | None = None,
+    ) -> Float[Array, "*rows N_out"]:
+        """activation(x W^T + bias) + residual, in x's dtype; sums in float32."""
+        weight = self.weight.get_value()
+        bias = None if self.bias is None else self.bias.get_value()
+        if isinstance(weight, QuantizedTensor):
+            return matmul(
+                formats.quantize_fp8(x) if self.fp8_activations else x,
+                weight,
+                bias=bias,
+                activation=activation,
+                residual=residual,
+                out_dtype=x.dtype,
+                implementation=self.implementation,
+            )
+        y = jnp.einsum("...k,nk->...n", x, weight, preferred_element_type=jnp.float32)
+        if bias is not None:
+            y = y + bias.astype(jnp.float32)
+        if activation == "silu_mul":
+            gate, up = layouts.split_gate_up(y)
+            y = jax.nn.silu(gate) * up
+        if residual is not None:
+            y = y + residual.astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * weight over the last axis; statistics in float32."""
+
+    def __init__(self, width: int, eps: float, *, dtype: jax.typing.DTypeLike) -> None:
+        self.weight = nnx.Param(jnp.ones((width,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        """Normalized rows, in x's dtype."""
+        wide = x.astype(jnp.float32)
+        normalized = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return (normalized * self.weight.get_value().astype(jnp.float32)).astype(x.dtype)
+
+
+class MLP(nnx.Module):
+    """down_proj(SiLU(gate) * up); gate and up are one matmul with interleaved rows."""
+
+    def __init__(
+        self,
+        name: str,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        bias: bool,
+        quantization: QuantizationConfig,
+        dtype: jax.typing.DTypeLike,
+        implementation: Implementation,
+        rngs: nnx.Rngs,
+    ) -> None:
+        def linear(part: str, in_features: int, out_features: int) -> Linear:
+            return Linear(
+                f"{name}.{part}",
+                in_features,
+                out_features,
+                bias=bias,
+                quantization=quantization,
+                dtype=dtype,
+                implementation=implementation,
+                rngs=rngs,
+            )
+
+        self.gate_up_proj = linear("gate_up_proj", hidden_size, layouts.interleaved_rows(intermediate_size))
+        self.down_proj = linear("down_proj", intermediate_size, hidden_size)
+        self.intermediate_size = intermediate_size
+
+    def __call__(
+        self, x: Float[Array, "B T D"], residual: Float[Array, "B T D"], tap: Tap = no_tap
+    ) -> Float[Array, "B T D"]:
+        """MLP of ``x``, plus ``residual``."""
+        tap("gate_up_input", x)
+        hidden = self.gate_up_proj(x, activation="silu_mul")[..., : self.intermediate_size]
+        tap("down_input", hidden)
+        return self.down_proj(hidden, residual=residual)

@@ -1,0 +1,86 @@
+"""Rotary position embedding with transformers' context extensions.
+
+RoPE: arXiv 2104.09864. Position interpolation ("linear"): arXiv 2306.15595. YaRN: arXiv
+2309.00071. "dynamic" is NTK-aware scaling; "llama3" is Llama 3.1's band-wise interpolation.
+"""
+
+import math
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from fireq_jax.models.config import ModelConfig, RopeConfig
+
+
+def rope_tables(
+    config: ModelConfig, positions: Int[Array, "B T"], sequence_lengths: Int[Array, " B"]
+) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
+    """cos and sin of each position and frequency, float32 [B, T, head_dim / 2].
+
+    ``sequence_lengths`` (tokens so far, these included) sets the base of "dynamic" scaling; it is
+    taken sequence by sequence, so that a batch never changes what a sequence computes.
+    """
+    rope = config.rope
+    frequencies = _frequencies(config, sequence_lengths)  # [half] or [B, half]
+    angles = positions[..., None].astype(jnp.float32) * (frequencies if frequencies.ndim == 1 else frequencies[:, None])
+    factor = _attention_factor(rope) if rope.rope_type == "yarn" else 1.0
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def apply_rope(
+    x: Float[Array, "B T heads H"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
+) -> Float[Array, "B T heads H"]:
+    """Rotate the pairs (i, i + H/2) of each head."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def _frequencies(config: ModelConfig, sequence_lengths: Int[Array, " B"]) -> Float[Array, "... half"]:
+    rope, dim = config.rope, config.head_dim
+    exponents = jnp.arange(0, dim, 2, dtype=jnp.float32) / dim
+    original = rope.original_max_position_embeddings or config.max_position_embeddings
+    plain = 1.0 / rope.theta**exponents
+    if rope.rope_type == "linear":
+        return plain / rope.factor
+    if rope.rope_type == "dynamic":
+        trained = config.max_position_embeddings
+        length = jnp.maximum(sequence_lengths, trained).astype(jnp.float32)[:, None]
+        theta = rope.theta * (rope.factor * length / trained - (rope.factor - 1)) ** (dim / (dim - 2))
+        return 1.0 / theta**exponents
+    if rope.rope_type == "llama3":
+        return _llama3(plain, rope, original)
+    if rope.rope_type == "yarn":
+        return _yarn(plain, rope, original, dim)
+    return plain
+
+
+def _llama3(plain: Float[Array, " half"], rope: RopeConfig, original: int) -> Float[Array, " half"]:
+    wavelength = 2 * math.pi / plain
+    smooth = (original / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    smooth = jnp.clip(smooth, 0, 1)
+    return (1 - smooth) * plain / rope.factor + smooth * plain
+
+
+def _yarn(plain: Float[Array, " half"], rope: RopeConfig, original: int, dim: int) -> Float[Array, " half"]:
+    def dimension_of(rotations: float) -> float:
+        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = dimension_of(rope.beta_fast), dimension_of(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    high = high + 0.001 if low == high else high
+    interpolated = jnp.clip((jnp.arange(dim // 2, dtype=jnp.float32) - low) / (high - low), 0, 1)
+    return plain / rope.factor * interpolated + plain * (1 - interpolated)
+
+
+def _attention_factor(rope: RopeConfig) -> float:
+    def mscale(weight: float) -> float:
+        return 1.0 if rope.factor <= 1 else 0.1 * weight * math.log(rope.factor) + 1.0
+
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.mscale and rope.mscale_all_dim:
+        return mscale(rope.mscale) / mscale(rope.mscale_all_dim)
+    return mscale(1.0)

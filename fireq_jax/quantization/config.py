@@ -1,0 +1,137 @@
+"""QuantizationConfig: every choice that turns a float model into a quantized one."""
+
+import dataclasses
+import fnmatch
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, Self, get_args
+
+from pallas_kernels import formats
+
+WeightFormat = Literal["int4", "fp8", "none"]
+ActivationFormat = Literal["fp8", "none"]
+ColumnStatistic = Literal["mean", "max"]
+
+
+def _check_choice(name: str, value: object, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; expected one of {choices}")
+
+
+def _reject_unknown(cls: type, fields: Mapping[str, Any]) -> None:
+    known = {field.name for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(fields) - known):
+        raise ValueError(f"unknown {cls.__name__} keys {unknown}; expected some of {sorted(known)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class SmoothingConfig:
+    """Function-preserving rescaling before rounding (FireQ, channel-wise and RoPE-aware scaling).
+
+    Attributes:
+        qkv_input: balance the columns of q/k/v_proj against the RMSNorm gain before them.
+        value_output: balance v_proj rows against o_proj columns (Lambda1).
+        gate_up_input: balance gate/up_proj columns against the RMSNorm gain before them (Lambda2).
+        up_down: balance up_proj rows against down_proj columns (Lambda3).
+        column_statistic: what is balanced: the mean or the largest magnitude of a weight column.
+        pre_rope: N: equalise rotary pairs of the keys; folded into q_proj and k_proj.
+        alpha: largest pair norm of a key after N.
+        post_rope_channels: S: this many outlier channels a kv head (with their pair partners)
+            are scaled after RoPE, online; those pairs keep N = 1. 0 turns S off.
+        beta: largest magnitude of such a channel after S.
+    """
+
+    qkv_input: bool = True
+    value_output: bool = True
+    gate_up_input: bool = True
+    up_down: bool = True
+    column_statistic: ColumnStatistic = "mean"
+    pre_rope: bool = True
+    alpha: float = 8.0
+    post_rope_channels: int = 4
+    beta: float = 8.0
+
+    def __post_init__(self) -> None:
+        _check_choice("column_statistic", self.column_statistic, get_args(ColumnStatistic))
+        for name in ("alpha", "beta"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
+        if self.post_rope_channels < 0:
+            raise ValueError(f"post_rope_channels is {self.post_rope_channels}; expected 0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizationConfig:
+    """How weights, activations, keys, values and queries are stored and computed with.
+
+    Attributes:
+        weight_format: "int4", "fp8" (per channel) or "none" (as in the checkpoint).
+        activation_format: "fp8" per token, or "none" (W4A16).
+        group_size: inputs that share an INT4 scale, 64 or 128.
+        scale_dtype: type of the group scales, "e4m3" or "bf16".
+        channel_scale: float32 scale above the group scales: one for each output channel, or
+            FireQ's one power of two for the tensor.
+        rounding: INT4 codes by plain rounding or by the kernel's own table.
+        kv_format: keys and values in the cache, "int4", "fp8" or "none".
+        kv_group_size: channels that share a key or value scale; None means head_dim.
+        query_format: "fp8" per token and head, or "none".
+        smoothing: rescaling before rounding, or None.
+        keep_float: patterns (``fnmatch``) of linear layers left unquantized, such as
+            "layers.0.*" or "*.mlp.down_proj".
+    """
+
+    weight_format: WeightFormat = "int4"
+    activation_format: ActivationFormat = "fp8"
+    group_size: int = 128
+    scale_dtype: formats.ScaleDtype = "e4m3"
+    channel_scale: formats.ChannelScale = "per_channel"
+    rounding: formats.Rounding = "nearest"
+    kv_format: formats.KVFormat = "int4"
+    kv_group_size: int | None = None
+    query_format: ActivationFormat = "fp8"
+    smoothing: SmoothingConfig | None = None
+    keep_float: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_choice("weight_format", self.weight_format, get_args(WeightFormat))
+        _check_choice("activation_format", self.activation_format, get_args(ActivationFormat))
+        _check_choice("group_size", self.group_size, (64, 128))
+        _check_choice("scale_dtype", self.scale_dtype, get_args(formats.ScaleDtype))
+        _check_choice("channel_scale", self.channel_scale, get_args(formats.ChannelScale))
+        _check_choice("rounding", self.rounding, get_args(formats.Rounding))
+        _check_choice("kv_format", self.kv_format, get_args(formats.KVFormat))
+        _check_choice("query_format", self.query_format, get_args(ActivationFormat))
+        if self.kv_group_size is not None and self.kv_group_size < 1:
+            raise ValueError(f"kv_group_size is {self.kv_group_size}; expected a positive number or None")
+        if self.weight_format == "fp8" and self.activation_format != "fp8":
+            raise ValueError("weight_format 'fp8' needs activation_format 'fp8'")
+
+    def keeps_float(self, name: str) -> bool:
+        """Whether the linear layer ``name`` stays unquantized."""
+        return self.weight_format == "none" or any(fnmatch.fnmatchcase(name, p) for p in self.keep_float)
+
+    def check_patterns(self, names: Iterable[str]) -> None:
+        """Raise ValueError if a ``keep_float`` pattern matches none of the linear layers."""
+        names = list(names)
+        for pattern in self.keep_float:
+            if not fnmatch.filter(names, pattern):
+                raise ValueError(f"keep_float pattern {pattern!r} matches no layer; layers are {names[:4]} ...")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; :meth:`from_dict` reads them back."""
+        fields = dataclasses.asdict(self)
+        return {**fields, "keep_float": list(self.keep_float)}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """Read :meth:`to_dict`'s output.
+
+        Raises:
+            ValueError: for unknown keys and invalid values.
+        """
+        _reject_unknown(cls, fields)
+        values = dict(fields)
+        if values.get("smoothing") is not None:
+            _reject_unknown(SmoothingConfig, values["smoothing"])
+            values["smoothing"] = SmoothingConfig(**values["smoothing"])
+        values["keep_float"] = tuple(values.get("keep_float", ()))
+        return cls(**values)
