@@ -91,17 +91,20 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * weight over the last axis; statistics in float32."""
+    """x / rms(x) * weight over the last axis, in float32.
 
-    def __init__(self, width: int, eps: float, *, dtype: jax.typing.DTypeLike) -> None:
-        self.weight = nnx.Param(jnp.ones((width,), dtype))
+    The weight is float32 whatever the model's dtype: smoothing folds factors into it.
+    """
+
+    def __init__(self, width: int, eps: float) -> None:
+        self.weight = nnx.Param(jnp.ones((width,), jnp.float32))
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         """Normalized rows, in x's dtype."""
         wide = x.astype(jnp.float32)
         normalized = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (normalized * self.weight.get_value().astype(jnp.float32)).astype(x.dtype)
+        return (normalized * self.weight.get_value()).astype(x.dtype)
 
 
 class MLP(nnx.Module):

@@ -38,11 +38,11 @@ class DecoderLayer(nnx.Module):
         implementation: Implementation,
         rngs: nnx.Rngs,
     ) -> None:
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(
             f"{name}.self_attn", config, quantization, dtype=dtype, implementation=implementation, rngs=rngs
         )
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(
             f"{name}.mlp",
             config.hidden_size,
@@ -103,7 +103,7 @@ class LlamaForCausalLM(nnx.Module):
                 for i in range(config.num_layers)
             ]
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         untied = not config.tie_word_embeddings
         self.lm_head = nnx.Param((jax.random.normal(rngs.params(), shape) * 0.02).astype(dtype)) if untied else None
 

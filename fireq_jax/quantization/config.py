@@ -116,6 +116,10 @@ class QuantizationConfig:
             if not fnmatch.filter(names, pattern):
                 raise ValueError(f"keep_float pattern {pattern!r} matches no layer; layers are {names[:4]} ...")
 
+    def with_kv_format(self, kv_format: formats.KVFormat) -> Self:
+        """The same with another cache format; queries are FP8 exactly if keys and values are stored so or smaller."""
+        return dataclasses.replace(self, kv_format=kv_format, query_format="none" if kv_format == "none" else "fp8")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; :meth:`from_dict` reads them back."""
         fields = dataclasses.asdict(self)

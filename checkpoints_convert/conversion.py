@@ -1,0 +1,290 @@
+"""The conversion itself: stream blocks through calibration, smoothing and rounding into a folder.
+
+While it runs, ``OUTPUT/.conversion`` holds what a resumed run needs: the options, the hidden
+states that enter the next block, and each finished block's part of the report. A block counts as
+done when its Orbax checkpoint is committed; the folder is complete when ``fireq.json`` is there.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from tqdm.auto import tqdm
+
+from checkpoints_convert.calibrate import BlockStatistics, Calibrator
+from fireq_jax import checkpoint
+from fireq_jax.huggingface import HuggingFaceCheckpoint, block_shapes
+from fireq_jax.models.llama import linear_names
+from fireq_jax.models.parameters import Parameter, fuse_block, global_parameters, layer_parameters
+from fireq_jax.quantization.config import QuantizationConfig
+from fireq_jax.quantization.smoothing import smooth_block
+from pallas_kernels import formats
+from pallas_kernels.quantized_tensor import QuantizedTensor
+
+WORK_FOLDER = ".conversion"
+# Everything a tokenizer or a chat template may consist of, and generation defaults.
+COMPANION_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+    "chat_template.json",
+)  # fmt: skip
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConversionOptions:
+    """What to convert, and how.
+
+    Attributes:
+        model: Hugging Face folder.
+        output: folder to write; must not hold anything else.
+        recipe: name of the recipe, for the report.
+        quantization: the recipe's config, with overrides applied.
+        dtype: of embeddings, head and unquantized weights in the output.
+        batch_size: calibration sequences a step.
+    """
+
+    model: Path
+    output: Path
+    recipe: str
+    quantization: QuantizationConfig
+    dtype: str = "bfloat16"
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("bfloat16", "float32"):
+            raise ValueError(f"dtype is {self.dtype!r}; expected 'bfloat16' or 'float32'")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; expected a positive number of sequences")
+
+
+def needs_calibration(quantization: QuantizationConfig) -> bool:
+    """Whether a config measures anything on text."""
+    smoothing = quantization.smoothing
+    return smoothing is not None and (smoothing.pre_rope or smoothing.post_rope_channels > 0)
+
+
+def convert(
+    options: ConversionOptions,
+    tokens: Int[np.ndarray, "samples T"] | None,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Convert a checkpoint; returns the report that is also written to ``report.json``.
+
+    Args:
+        options: what and how.
+        tokens: calibration tokens; None if the config needs none.
+        resume: go on where an interrupted run of the same options stopped.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: for anything wrong with the checkpoint, the options or the output folder;
+            nothing has been written then.
+    """
+    started = time.perf_counter()
+    source = HuggingFaceCheckpoint(options.model)
+    config, quantization = source.config, options.quantization
+    quantization.check_patterns(linear_names(config))
+    if tokens is None and needs_calibration(quantization):
+        raise ValueError(f"recipe {options.recipe!r} measures keys on text; give calibration text")
+    if tokens is not None:
+        _check_tokens(tokens, config.vocab_size, config.max_position_embeddings)
+    tokens = tokens if needs_calibration(quantization) else None
+    fingerprint = _fingerprint(options, source, tokens)
+    _check_output(options.output, fingerprint, resume=resume)
+    logger.info("%s", _cost(source, tokens))
+    source.check_finite(progress=progress)
+
+    work = options.output / WORK_FOLDER
+    work.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_json(work / "options.json", fingerprint)
+    _convert_globals(source, options, tokens, work)
+    calibrator = Calibrator(config, options.batch_size)
+    first = _blocks_done(options.output, config.num_layers)
+    for index in tqdm(
+        range(first, config.num_layers),
+        initial=first,
+        total=config.num_layers,
+        desc="converting",
+        unit="block",
+        disable=not progress,
+    ):
+        _convert_block(source, options, index, calibrator if tokens is not None else None, work)
+    return _finish(source, options, tokens, work, time.perf_counter() - started)
+
+
+def _convert_globals(
+    source: HuggingFaceCheckpoint, options: ConversionOptions, tokens: Int[np.ndarray, "samples T"] | None, work: Path
+) -> None:
+    for name in source.global_names():
+        hidden = _hidden_path(work, 0)
+        starts = name == "embed_tokens" and tokens is not None and _blocks_done(options.output, 1) == 0
+        if not starts and checkpoint.part_path(options.output, checkpoint.part_of(name)).is_dir():
+            continue
+        array = source.global_tensor(name)
+        if starts:
+            _save_array(hidden, array[tokens].astype(np.float32))
+        checkpoint.save_part(options.output, checkpoint.part_of(name), global_parameters({name: array}, options.dtype))
+
+
+def _convert_block(
+    source: HuggingFaceCheckpoint, options: ConversionOptions, index: int, calibrator: Calibrator | None, work: Path
+) -> None:
+    started = time.perf_counter()
+    config, quantization = source.config, options.quantization
+    block = {name: jnp.asarray(array).astype(jnp.float32) for name, array in source.block(index).items()}
+    statistics: BlockStatistics | None = None
+    if calibrator is not None:
+        hidden = np.load(_hidden_path(work, index), mmap_mode="r")
+        output, statistics = calibrator.run(block, hidden)
+        if not np.isfinite(output).all():
+            raise ValueError(f"block {index} turns calibration text into NaN or infinity; the checkpoint is broken")
+        _save_array(_hidden_path(work, index + 1), output)
+        del output, hidden
+    if quantization.smoothing is not None:
+        keys = None if statistics is None else statistics.keys
+        block = smooth_block(block, keys, config, quantization.smoothing)
+    parameters = layer_parameters(block, index, quantization, options.dtype)
+    report = {
+        "weight_error": _weight_errors(block, index, parameters),
+        "bytes": formats.nbytes(parameters),
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+    checkpoint.write_json(work / f"block.{index}.json", report)
+    checkpoint.save_part(options.output, f"layers.{index}", parameters)
+    _hidden_path(work, index).unlink(missing_ok=True)
+
+
+def _weight_errors(block: Mapping[str, Array], index: int, parameters: Mapping[str, Parameter]) -> dict[str, float]:
+    """Relative Frobenius error of each quantized linear layer."""
+    fused = fuse_block(block)
+    return {
+        name: round(float(_relative_error(parameters[full], fused[f"{name}.weight"])), 6)
+        for name in sorted(linear.removesuffix(".weight") for linear in fused if linear.endswith("proj.weight"))
+        if isinstance(parameters[full := f"layers.{index}.{name}.weight"], QuantizedTensor)
+    }
+
+
+@jax.jit
+def _relative_error(quantized: QuantizedTensor, weight: Float[Array, "N K"]) -> Float[Array, ""]:
+    return jnp.linalg.norm(quantized.dequantize() - weight) / jnp.linalg.norm(weight)
+
+
+def _finish(
+    source: HuggingFaceCheckpoint,
+    options: ConversionOptions,
+    tokens: Int[np.ndarray, "samples T"] | None,
+    work: Path,
+    seconds: float,
+) -> dict[str, Any]:
+    config = source.config
+    blocks = {f"layers.{i}": json.loads((work / f"block.{i}.json").read_text()) for i in range(config.num_layers)}
+    report = {
+        "model": str(options.model),
+        "recipe": options.recipe,
+        "quantization": options.quantization.to_dict(),
+        "calibration_tokens": 0 if tokens is None else int(tokens.size),
+        "bytes_before": source.nbytes,
+        "bytes_after": sum(path.stat().st_size for path in (options.output / "params").rglob("*") if path.is_file()),
+        "seconds": round(seconds, 3),
+        "peak_host_bytes": _peak_memory(),
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "layers": blocks,
+    }
+    for name in COMPANION_FILES:
+        if (options.model / name).is_file():
+            shutil.copyfile(options.model / name, options.output / name)
+    checkpoint.write_json(options.output / "report.json", report)
+    checkpoint.write_manifest(options.output, config, options.quantization)
+    shutil.rmtree(work)
+    return report
+
+
+def _check_tokens(tokens: Int[np.ndarray, "samples T"], vocab_size: int, longest: int) -> None:
+    if tokens.ndim != 2 or not tokens.size:
+        raise ValueError(f"calibration tokens have shape {tokens.shape}; expected [samples, length]")
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        raise ValueError(f"calibration tokens reach {tokens.max()}; the model's vocabulary has {vocab_size} entries")
+    if tokens.shape[1] > longest:
+        raise ValueError(f"calibration sequences have {tokens.shape[1]} tokens; the model's positions end at {longest}")
+
+
+def _check_output(output: Path, fingerprint: Mapping[str, Any], *, resume: bool) -> None:
+    if (output / checkpoint.MANIFEST).exists():
+        raise ValueError(f"{output} already holds a complete model; give another output folder or remove it")
+    if not output.exists() or not any(output.iterdir()):
+        return
+    options = output / WORK_FOLDER / "options.json"
+    if not options.is_file():
+        raise ValueError(f"{output} is not empty and not an interrupted conversion; give another output folder")
+    if not resume:
+        raise ValueError(f"{output} holds an interrupted conversion; use --resume to go on, or remove it")
+    before = json.loads(options.read_text(encoding="utf-8"))
+    if changed := sorted(key for key in fingerprint if before.get(key) != fingerprint[key]):
+        key = changed[0]
+        raise ValueError(f"cannot resume {output}: {key} was {before.get(key)!r} and is now {fingerprint[key]!r}")
+
+
+def _fingerprint(
+    options: ConversionOptions, source: HuggingFaceCheckpoint, tokens: Int[np.ndarray, "samples T"] | None
+) -> dict[str, Any]:
+    """What must not change between an interrupted run and its continuation."""
+    return {
+        "model": str(options.model.resolve()),
+        "model_bytes": source.nbytes,
+        "quantization": options.quantization.to_dict(),
+        "dtype": options.dtype,
+        "calibration": None if tokens is None else [*tokens.shape, hashlib.sha256(tokens.tobytes()).hexdigest()],
+    }
+
+
+def _cost(source: HuggingFaceCheckpoint, tokens: Int[np.ndarray, "samples T"] | None) -> str:
+    config = source.config
+    text = f"reads {source.nbytes / 1e9:.2f} GB twice (check, convert) in {config.num_layers} blocks"
+    if tokens is None:
+        return text + "; no calibration"
+    parameters = sum(int(np.prod(shape)) for shape in block_shapes(config).values())
+    operations = 2 * parameters * config.num_layers * tokens.size
+    states = tokens.size * config.hidden_size * 4
+    return (
+        f"{text}; calibration on {tokens.size} tokens: {operations / 1e12:.2f} TFLOP and "
+        f"{2 * states / 1e9:.2f} GB of hidden states on disk"
+    )
+
+
+def _blocks_done(output: Path, blocks: int) -> int:
+    """How many of the first blocks are committed."""
+    return next((i for i in range(blocks) if not checkpoint.part_path(output, f"layers.{i}").is_dir()), blocks)
+
+
+def _hidden_path(work: Path, index: int) -> Path:
+    """Hidden states that enter block ``index``."""
+    return work / f"hidden.{index}.npy"
+
+
+def _save_array(path: Path, array: np.ndarray) -> None:
+    aside = path.with_suffix(".tmp")
+    with aside.open("wb") as file:
+        np.save(file, array)
+    aside.replace(path)
+
+
+def _peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,97 @@
+"""``fireq-convert``: a Hugging Face Llama checkpoint in, a quantized model folder out."""
+
+import argparse
+import dataclasses
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from checkpoints_convert.calibration_data import calibration_batches
+from checkpoints_convert.conversion import ConversionOptions, convert, needs_calibration
+from fireq_jax.quantization import recipes
+from fireq_jax.tokenizer import load_tokenizer
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parse = argparse.ArgumentParser(prog="fireq-convert", description=__doc__)
+    parse.add_argument("--model", required=True, help="Hugging Face folder, or a model id to download")
+    parse.add_argument("--output", required=True, type=Path, help="folder to write")
+    parse.add_argument("--recipe", default="fireq", help=f"one of {', '.join(recipes.RECIPES)} (default: fireq)")
+    parse.add_argument("--calibration", help="text file, .jsonl, .parquet, a folder of them, or a dataset name")
+    parse.add_argument("--calibration-samples", type=int, default=128, help="token windows (default: 128)")
+    parse.add_argument("--sequence-length", type=int, default=1024, help="tokens of a window (default: 1024)")
+    parse.add_argument("--seed", type=int, default=0, help="chooses the windows (default: 0)")
+    parse.add_argument("--batch-size", type=int, default=8, help="windows a calibration step (default: 8)")
+    parse.add_argument("--dtype", default="bfloat16", help="of what stays unquantized (default: bfloat16)")
+    parse.add_argument("--kv-format", choices=["int4", "fp8", "none"], help="overrides the recipe's cache format")
+    parse.add_argument(
+        "--keep-float",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="linear layers to leave alone, as in 'layers.0.*'",
+    )
+    parse.add_argument("--resume", action="store_true", help="go on with an interrupted conversion")
+    return parse
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    args = parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    try:
+        run(args)
+    except ValueError as error:
+        print(f"fireq-convert: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """Convert as the parsed command line says."""
+    quantization = recipes.by_name(args.recipe)
+    if args.kv_format is not None:
+        quantization = quantization.with_kv_format(args.kv_format)
+    quantization = dataclasses.replace(quantization, keep_float=quantization.keep_float + tuple(args.keep_float))
+    model = resolve_model(args.model)
+    options = ConversionOptions(model, args.output, args.recipe, quantization, args.dtype, args.batch_size)
+    tokens = None
+    if needs_calibration(quantization):
+        if args.calibration is None:
+            raise ValueError(f"recipe {args.recipe!r} needs --calibration TEXT")
+        tokens = calibration_batches(
+            args.calibration,
+            load_tokenizer(model),
+            samples=args.calibration_samples,
+            sequence_length=args.sequence_length,
+            seed=args.seed,
+        )
+    report = convert(options, tokens, resume=args.resume)
+    before, after = report["bytes_before"] / 1e6, report["bytes_after"] / 1e6
+    print(f"{args.output}: {before:.1f} MB -> {after:.1f} MB in {report['seconds']:.1f} s ({args.recipe})")
+
+
+def resolve_model(name: str) -> Path:
+    """A local folder, or a model id downloaded from the Hugging Face hub.
+
+    Raises:
+        ValueError: if ``name`` is neither.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/")):
+        raise ValueError(f"model is {name!r}; expected an existing folder or a hub id such as 'owner/model'")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:
+        raise ValueError(f"model {name!r} is not a folder and could not be downloaded: {error}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""Save and load models: our own folders (Orbax) and Hugging Face's.
+
+A converted folder holds::
+
+    fireq.json              model and quantization config; written last, so its presence means complete
+    params/layers.0 ...     one Orbax checkpoint a layer, committed as a whole
+    params/embed_tokens, params/norm, params/lm_head
+    config.json, tokenizer files, generation_config.json   as they came
+    report.json             what conversion measured
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import nnx
+from jaxtyping import Array
+
+from fireq_jax.huggingface import HuggingFaceCheckpoint
+from fireq_jax.models.config import ModelConfig
+from fireq_jax.models.llama import LlamaForCausalLM
+from fireq_jax.models.parameters import Parameter, global_parameters, layer_parameters, parameters_of, with_parameters
+from fireq_jax.quantization import recipes
+from fireq_jax.quantization.config import QuantizationConfig
+from pallas_kernels import formats
+from pallas_kernels.dispatch import Implementation
+
+ModelT = TypeVar("ModelT", bound=LlamaForCausalLM)
+MANIFEST = "fireq.json"
+FORMAT_VERSION = 1
+_RESTORE_THREADS = 8
+
+
+def load_model(
+    cls: type[ModelT],
+    folder: Path,
+    *,
+    dtype: jax.typing.DTypeLike,
+    kv_format: formats.KVFormat | None,
+    implementation: Implementation,
+) -> ModelT:
+    """``LlamaForCausalLM.from_pretrained``; see there."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; expected a Hugging Face checkpoint or a converted model")
+    checkpoint = None
+    if (folder / MANIFEST).is_file():
+        config, quantization = read_manifest(folder)
+    elif (folder / "params").exists():
+        raise ValueError(f"{folder} is an unfinished conversion (no {MANIFEST}); run fireq-convert --resume on it")
+    else:
+        checkpoint = HuggingFaceCheckpoint(folder)
+        config, quantization = checkpoint.config, recipes.none()
+    if kv_format is not None:
+        quantization = quantization.with_kv_format(kv_format)
+    model = nnx.eval_shape(lambda: cls(config, quantization, dtype=dtype, implementation=implementation))
+    if checkpoint is None:
+        return with_parameters(model, _restore_all(folder, parameters_of(model)))
+    parameters: dict[str, Parameter] = {}
+    for index in range(config.num_layers):
+        block = {name: jnp.asarray(array) for name, array in checkpoint.block(index).items()}
+        parameters |= layer_parameters(block, index, recipes.none(), dtype)
+    arrays = {name: checkpoint.global_tensor(name) for name in checkpoint.global_names()}
+    return with_parameters(model, parameters | global_parameters(arrays, dtype))
+
+
+def read_manifest(folder: Path) -> tuple[ModelConfig, QuantizationConfig]:
+    """Model and quantization config of a converted folder.
+
+    Raises:
+        ValueError: for another format version, or unknown or invalid entries.
+    """
+    fields = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    if fields.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{folder / MANIFEST} has format {fields.get('format_version')}; expected {FORMAT_VERSION}")
+    return ModelConfig.from_dict(fields["model"]), QuantizationConfig.from_dict(fields["quantization"])
+
+
+def write_manifest(folder: Path, config: ModelConfig, quantization: QuantizationConfig) -> None:
+    """Mark a folder complete."""
+    fields = {"format_version": FORMAT_VERSION, "model": config.to_dict(), "quantization": quantization.to_dict()}
+    write_json(folder / MANIFEST, fields)
+
+
+def write_json(path: Path, fields: Mapping[str, Any]) -> None:
+    """Write JSON aside, then rename: the file is never half there."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    aside.replace(path)
+
+
+def save_part(folder: Path, part: str, parameters: Mapping[str, Parameter]) -> None:
+    """Commit one part ("layers.N", "embed_tokens" ...) of a model's parameters."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(part_path(folder, part), _flatten(parameters), force=True)
+
+
+def part_path(folder: Path, part: str) -> Path:
+    """Where a part is; it exists only once it is committed as a whole."""
+    return folder.absolute() / "params" / part
+
+
+def part_of(name: str) -> str:
+    """The part that a parameter belongs to."""
+    return ".".join(name.split(".")[:2]) if name.startswith("layers.") else name.split(".")[0]
+
+
+def save_model(folder: Path, model: LlamaForCausalLM) -> None:
+    """Write a model to ``folder`` (without a tokenizer), part by part, manifest last."""
+    parameters = parameters_of(model)
+    for part in dict.fromkeys(map(part_of, parameters)):
+        save_part(folder, part, {name: value for name, value in parameters.items() if part_of(name) == part})
+    write_manifest(folder, model.config, model.quantization)
+
+
+def _restore_all(folder: Path, expected: Mapping[str, Parameter]) -> dict[str, Parameter]:
+    def restore(part: str) -> dict[str, Parameter]:
+        return restore_part(folder, part, {name: value for name, value in expected.items() if part_of(name) == part})
+
+    parts = list(dict.fromkeys(map(part_of, expected)))
+    with ThreadPoolExecutor(_RESTORE_THREADS) as pool:
+        return {name: value for loaded in pool.map(restore, parts) for name, value in loaded.items()}
+
+
+def restore_part(folder: Path, part: str, expected: Mapping[str, Parameter]) -> dict[str, Parameter]:
+    """Read a part into the shapes of ``expected``; float arrays take its dtypes.
+
+    Raises:
+        ValueError: if the part is missing or its arrays are others than ``expected``'s.
+    """
+    path = part_path(folder, part)
+    if not path.is_dir():
+        raise ValueError(f"{path} is missing; the model in {folder} is incomplete")
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device) for name, leaf in _flatten(expected).items()
+    }
+    with ocp.StandardCheckpointer() as checkpointer:
+        try:
+            loaded = checkpointer.restore(path, abstract)
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{path} does not hold the arrays that {MANIFEST} describes: {error}") from error
+    return {
+        name: dataclasses.replace(value, **{field: loaded[f"{name}.{field}"] for field in _arrays(value)})
+        if not isinstance(value, jax.ShapeDtypeStruct | jax.Array)
+        else loaded[name]
+        for name, value in expected.items()
+    }
+
+
+def _flatten(parameters: Mapping[str, Parameter]) -> dict[str, Array]:
+    """Plain arrays by name; a quantized tensor gives one entry a field."""
+    flat: dict[str, Array] = {}
+    for name, value in parameters.items():
+        if isinstance(value, jax.Array | jax.ShapeDtypeStruct):
+            flat[name] = value
+        else:
+            flat |= {f"{name}.{field}": array for field, array in _arrays(value).items()}
+    return flat
+
+
+def _arrays(tensor: Any) -> dict[str, Array]:
+    fields = {field.name: getattr(tensor, field.name) for field in dataclasses.fields(tensor) if not field.metadata}
+    return {name: array for name, array in fields.items() if array is not None}

@@ -1,0 +1,233 @@
+"""Read a PyTorch Llama checkpoint in Hugging Face form: config.json, safetensors or .bin files.
+
+Tensors are read one by one, so that a caller never holds more than it asked for. Nothing is ever
+unpickled: .bin files go through torch's weights-only loader, and need torch installed.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import safe_open
+from tqdm.auto import tqdm
+
+from fireq_jax.models.config import ModelConfig
+
+# The one table of checkpoint names: Hugging Face -> the name it has here.
+GLOBAL_TENSORS = {
+    "model.embed_tokens.weight": "embed_tokens",
+    "model.norm.weight": "norm.weight",
+    "lm_head.weight": "lm_head",
+}
+BLOCK_PREFIX = "model.layers.{index}."
+BLOCK_NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
+BLOCK_LINEARS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+# Buffers that old exports carry; RoPE is computed from the config.
+_IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The architecture in ``folder/config.json``.
+
+    Raises:
+        ValueError: if there is no such file or it does not describe a Llama.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no config.json; expected a Hugging Face checkpoint folder")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    return ModelConfig.from_huggingface(fields)
+
+
+def block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name (without ``BLOCK_PREFIX``) -> shape of every tensor of a block."""
+    queries = config.num_heads * config.head_dim
+    keys = config.num_kv_heads * config.head_dim
+    hidden, inner = config.hidden_size, config.intermediate_size
+    sizes = [(queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)]
+    sizes += [(inner, hidden), (inner, hidden), (hidden, inner)]
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(BLOCK_NORMS, (hidden,))
+    for name, size in zip(BLOCK_LINEARS, sizes, strict=True):
+        shapes[f"{name}.weight"] = size
+        if config.attention_bias if name.startswith("self_attn") else config.mlp_bias:
+            shapes[f"{name}.bias"] = size[:1]
+    return shapes
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Hugging Face name -> shape of every tensor of the model."""
+    embedding = (config.vocab_size, config.hidden_size)
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": embedding,
+        "model.norm.weight": (config.hidden_size,),
+    }
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = embedding
+    for index in range(config.num_layers):
+        prefix = BLOCK_PREFIX.format(index=index)
+        shapes |= {prefix + name: shape for name, shape in block_shapes(config).items()}
+    return shapes
+
+
+class HuggingFaceCheckpoint:
+    """The tensors of a checkpoint folder, checked against its config when opened.
+
+    Raises:
+        ValueError: naming the first tensor that is missing, unexpected, of the wrong shape or
+            not floating point, or the file that cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = read_config(folder)
+        self._file_of = _locate_tensors(folder)
+        self._torch_file: tuple[Path, Mapping[str, Any]] | None = None
+        self._check_names()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight files."""
+        return sum(path.stat().st_size for path in set(self._file_of.values()))
+
+    def block(self, index: int) -> dict[str, np.ndarray]:
+        """All tensors of block ``index``, by their names without ``BLOCK_PREFIX``."""
+        prefix = BLOCK_PREFIX.format(index=index)
+        return {name: self.tensor(prefix + name) for name in block_shapes(self.config)}
+
+    def global_names(self) -> list[str]:
+        """Names, as used here, of the tensors outside the blocks."""
+        names = expected_shapes(self.config)
+        return [ours for theirs, ours in GLOBAL_TENSORS.items() if theirs in names]
+
+    def global_tensor(self, name: str) -> np.ndarray:
+        """One of ``global_names``: embeddings, final norm or (untied) head."""
+        return self.tensor(next(theirs for theirs, ours in GLOBAL_TENSORS.items() if ours == name))
+
+    def tensor(self, name: str) -> np.ndarray:
+        """One tensor, in the dtype of the file."""
+        path = self._file_of[name]
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="numpy") as file:
+                return file.get_tensor(name)
+        if self._torch_file is None or self._torch_file[0] != path:
+            self._torch_file = (path, _load_torch_file(path))
+        return _torch_to_numpy(self._torch_file[1][name])
+
+    def check_finite(self, *, progress: bool = True) -> None:
+        """Read every tensor once and raise ValueError naming the first with a NaN or infinity."""
+        names = list(expected_shapes(self.config))
+        for name in tqdm(names, desc="checking tensors", unit="tensor", disable=not progress, leave=False):
+            values = self.tensor(name)
+            finite = np.isfinite(values)
+            if not finite.all():
+                where = np.unravel_index(int(np.argmin(finite)), values.shape)
+                raise ValueError(
+                    f"tensor {name} in {self._file_of[name]} holds {values[where]} at {tuple(map(int, where))}; "
+                    "expected finite numbers"
+                )
+
+    def _check_names(self) -> None:
+        expected = expected_shapes(self.config)
+        found = {name for name in self._file_of if not name.endswith(_IGNORED_SUFFIXES)}
+        if self.config.tie_word_embeddings:
+            found.discard("lm_head.weight")
+        if missing := sorted(set(expected) - found):
+            raise ValueError(
+                f"{self.folder} lacks tensor {missing[0]}{_and_more(missing)}, which its config.json asks for"
+            )
+        if extra := sorted(found - set(expected)):
+            raise ValueError(
+                f"{self.folder} has unexpected tensor {extra[0]}{_and_more(extra)}; no Llama layer takes it"
+            )
+        for path in sorted({self._file_of[name] for name in expected}):
+            names = [name for name in expected if self._file_of[name] == path]
+            for name, (shape, dtype) in self._describe(path, names).items():
+                if shape != expected[name]:
+                    raise ValueError(f"tensor {name} in {path} has shape {shape}; expected {expected[name]}")
+                if dtype not in ("F64", "F32", "F16", "BF16"):
+                    raise ValueError(f"tensor {name} in {path} has dtype {dtype}; expected a float of 16 bits or more")
+
+    def _describe(self, path: Path, names: Iterable[str]) -> dict[str, tuple[tuple[int, ...], str]]:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="numpy") as file:
+                slices = {name: file.get_slice(name) for name in names}
+                return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+        tensors = _load_torch_file(path)
+        dtypes = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+        return {name: (tuple(tensors[name].shape), dtypes.get(str(tensors[name].dtype), "?")) for name in names}
+
+
+def _and_more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _locate_tensors(folder: Path) -> dict[str, Path]:
+    """Tensor name -> file, from an index or from a single file; safetensors come first."""
+    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
+        index = folder / f"{stem}{suffix}.index.json"
+        single = folder / f"{stem}{suffix}"
+        if index.is_file():
+            files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+            for path in sorted(set(files.values())):
+                if not path.is_file():
+                    raise ValueError(f"{index} names {path.name}, which is not in {folder}")
+            _check_index(index, files)
+            return files
+        if single.is_file():
+            return dict.fromkeys(_names_in(single), single)
+    raise ValueError(
+        f"{folder} has no weights; expected model.safetensors, pytorch_model.bin, or one of them with an index"
+    )
+
+
+def _check_index(index: Path, files: Mapping[str, Path]) -> None:
+    for path in sorted(set(files.values())):
+        listed = {name for name, file in files.items() if file == path}
+        if absent := sorted(listed - set(_names_in(path))):
+            raise ValueError(f"{index} says that tensor {absent[0]} is in {path.name}, but it is not")
+
+
+def _names_in(path: Path) -> list[str]:
+    if path.suffix != ".safetensors":
+        return list(_load_torch_file(path))
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return list(file.keys())
+    except Exception as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def _load_torch_file(path: Path) -> Mapping[str, Any]:
+    try:
+        import torch
+    except ImportError as error:
+        raise ValueError(
+            f"{path} is a PyTorch file and torch is not installed; pip install 'fireq-jax[torch]', "
+            "or convert the checkpoint to safetensors"
+        ) from error
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as plain PyTorch weights: {error}") from error
+
+
+def _torch_to_numpy(tensor: Any) -> np.ndarray:
+    import torch
+
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.contiguous().numpy()

@@ -1,0 +1,114 @@
+"""From a block's separate projections to the parameters of a layer, and into a model.
+
+A block's weights are a dict by Hugging Face name without the layer prefix
+(``self_attn.q_proj.weight`` ...), [out, in] each. The model holds q, k, v as one matrix and gate
+and up interleaved as another.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import ArrayLike
+from jaxtyping import Array
+
+from fireq_jax.quantization.config import QuantizationConfig
+from pallas_kernels import layouts
+from pallas_kernels.quantized_tensor import QuantizedTensor, quantize
+
+Parameter = Array | QuantizedTensor
+Block = Mapping[str, Array]
+ModuleT = TypeVar("ModuleT", bound=nnx.Module)
+
+
+def fuse_block(block: Block) -> dict[str, Array]:
+    """The float parameters of a layer: norms, o and down as they are, qkv and gate/up fused."""
+    fused = {
+        name: array for name, array in block.items() if "norm" in name or ".o_proj" in name or ".down_proj" in name
+    }
+    for kind in ("weight", "bias"):
+        if f"self_attn.q_proj.{kind}" in block:
+            parts = [block[f"self_attn.{part}_proj.{kind}"] for part in "qkv"]
+            fused[f"self_attn.qkv_proj.{kind}"] = jnp.concatenate(parts)
+        if f"mlp.gate_proj.{kind}" in block:
+            fused[f"mlp.gate_up_proj.{kind}"] = layouts.interleave_gate_up(
+                block[f"mlp.gate_proj.{kind}"], block[f"mlp.up_proj.{kind}"]
+            )
+    return fused
+
+
+def layer_parameters(
+    block: Block, index: int, quantization: QuantizationConfig, dtype: jax.typing.DTypeLike
+) -> dict[str, Parameter]:
+    """Parameters of layer ``index`` by full name, quantized as the config says.
+
+    ``block`` may hold ``self_attn.post_rope_scale`` (float32 [kv_heads, H]) besides its weights.
+    """
+    parameters: dict[str, Parameter] = {}
+    for name, array in fuse_block(block).items():
+        linear = f"layers.{index}.{name.removesuffix('.weight')}"
+        if name.endswith("proj.weight") and not quantization.keeps_float(linear):
+            parameters[f"{linear}.weight"] = quantize_linear(array, quantization)
+        else:
+            parameters[f"layers.{index}.{name}"] = array.astype(jnp.float32 if "norm" in name else dtype)
+    if "self_attn.post_rope_scale" in block:
+        scale = block["self_attn.post_rope_scale"].astype(jnp.float32)
+        parameters[f"layers.{index}.self_attn.post_rope_scale"] = scale
+    return parameters
+
+
+def global_parameters(arrays: Mapping[str, ArrayLike], dtype: jax.typing.DTypeLike) -> dict[str, Parameter]:
+    """Embeddings and head in ``dtype``, the final norm in float32."""
+    return {name: jnp.asarray(array).astype(jnp.float32 if "norm" in name else dtype) for name, array in arrays.items()}
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def quantize_linear(weight: Array, quantization: QuantizationConfig) -> QuantizedTensor:
+    """Quantize one [N, K] matrix as the config says (jitted: a weight's temporaries fuse away)."""
+    if quantization.weight_format == "none":
+        raise ValueError("weight_format is 'none'; expected 'int4' or 'fp8'")
+    return quantize(
+        weight,
+        format=quantization.weight_format,
+        group_size=quantization.group_size,
+        scale_dtype=quantization.scale_dtype,
+        channel_scale=quantization.channel_scale,
+        rounding=quantization.rounding,
+    )
+
+
+def parameters_of(module: nnx.Module) -> dict[str, Parameter]:
+    """Full name -> parameter of a module (its shapes only, if the module is abstract)."""
+    return {
+        ".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param))
+    }
+
+
+def with_parameters(module: ModuleT, parameters: Mapping[str, Parameter]) -> ModuleT:
+    """The (abstract) module with these parameters in place of its own.
+
+    Raises:
+        ValueError: naming the first parameter that is missing, unknown, or of another shape or
+            dtype than the module's.
+    """
+    expected = parameters_of(module)
+    if missing := sorted(set(expected) - set(parameters)):
+        raise ValueError(f"parameter {missing[0]} is missing (and {len(missing) - 1} more)")
+    if unknown := sorted(set(parameters) - set(expected)):
+        raise ValueError(f"parameter {unknown[0]} is not part of the model (and {len(unknown) - 1} more)")
+    for name, value in parameters.items():
+        if (found := describe(value)) != (wanted := describe(expected[name])):
+            raise ValueError(f"parameter {name} is {found}; expected {wanted}")
+    graph, state = nnx.split(module)
+    filled = [(path, leaf.replace(parameters[".".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)]
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def describe(parameter: Parameter) -> str:
+    """Shapes and dtypes of a parameter, for comparing and for messages."""
+    leaves, structure = jax.tree.flatten(parameter)
+    kind = "" if isinstance(parameter, jax.Array | jax.ShapeDtypeStruct) else f"{structure} of "
+    return kind + ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves)
