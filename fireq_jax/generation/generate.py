@@ -1,0 +1,336 @@
+"""Prefill once, then decode: in one jitted ``while_loop``, or step by step for streaming.
+
+Prompts go to the model right-padded to a multiple of ``BUCKET`` tokens and the cache's capacity is
+a multiple of it too, so that calls of similar lengths share their compilations.
+"""
+
+import functools
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Unpack
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from fireq_jax.generation.sampling import SamplingArrays, SamplingConfig, SamplingOptions, sample
+from fireq_jax.models.kv_cache import KVCache
+from fireq_jax.models.llama import LlamaForCausalLM
+
+BUCKET = 64
+logger = logging.getLogger(__name__)
+
+
+class GenerationOutput(NamedTuple):
+    """What :func:`generate` returns.
+
+    Attributes:
+        sequences: int32 [B, T + max_new_tokens], the prompts as they were given, then the new
+            tokens, then the padding id after a sequence's end.
+        lengths: int32 [B], new tokens of each sequence, its EOS token included.
+        finished: bool [B], whether the sequence ended with an EOS token.
+    """
+
+    sequences: Int[Array, "B total"]
+    lengths: Int[Array, " B"]
+    finished: Bool[Array, " B"]
+
+
+class StreamStep(NamedTuple):
+    """One step of :func:`stream`.
+
+    Attributes:
+        tokens: int32 [B], the new token of each sequence; the padding id where it had ended before.
+        active: bool [B], sequences that had not.
+    """
+
+    tokens: np.ndarray
+    active: np.ndarray
+
+
+def generate(
+    model: LlamaForCausalLM,
+    input_ids: jax.typing.ArrayLike | Sequence[Sequence[int]],
+    attention_mask: jax.typing.ArrayLike | Sequence[Sequence[int]] | None = None,
+    *,
+    max_new_tokens: int,
+    eos_token_ids: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    key: Key[Array, "..."] | None = None,
+    cache_capacity: int | None = None,
+    **sampling: Unpack[SamplingOptions],
+) -> GenerationOutput:
+    """Continue each prompt by up to ``max_new_tokens`` tokens; greedy unless options say otherwise.
+
+    It stops early when all sequences have ended. Neither the rest of the batch nor padding changes
+    a sequence's text, beyond rounding. A call compiles only if its batch size, its lengths rounded
+    up to ``BUCKET``, the number of EOS ids, or which sampling options are on, are new; their values
+    are not compiled in. It cannot itself be called under ``jax.jit``.
+
+    Past the model's ``max_position_embeddings`` it goes on, with a warning in the log: text gets
+    worse there, but most sequences end before.
+
+    Args:
+        model: float or quantized.
+        input_ids: int [B, T], prompts.
+        attention_mask: 1 for tokens, 0 for padding on either side, [B, T]; None means no padding.
+            Ids under padding are free.
+        max_new_tokens: at most so many, at least 1.
+        eos_token_ids: ids that end a sequence; None means the model's, () none.
+        pad_token_id: what follows a sequence's end; None means the model's, or the first EOS id, or 0.
+        key: ``jax.random.key`` for all sequences, or one each [B]; None means ``jax.random.key(0)``.
+            Sequences under one key share its noise, and equal prompts get equal text: to sample a
+            prompt several times, give each copy its own key.
+            Keys of the default threefry implementation keep sequences independent of the batch.
+        cache_capacity: slots of the cache; None means as many as needed, rounded up.
+        **sampling: :class:`~fireq_jax.generation.sampling.SamplingConfig`'s fields: ``temperature``,
+            ``top_k``, ``top_p``, ``min_p`` and ``repetition_penalty``.
+
+    Raises:
+        ValueError: for empty prompts, ids outside the vocabulary, a mask of another shape or with
+            other values than 0 and 1, options out of range, or more tokens than ``cache_capacity``.
+    """
+    request = _prepare(
+        model, input_ids, attention_mask, max_new_tokens, eos_token_ids, pad_token_id, key, cache_capacity, sampling
+    )
+    graphdef, params = nnx.split(model)
+    cache, progress = _prefill(graphdef, params, request.tokens, request.lengths, request.choice, request.capacity)
+    new_tokens, lengths, running, _ = _decode(graphdef, params, cache, progress, request.choice, max_new_tokens)
+    sequences = jnp.concatenate([request.prompt, new_tokens[:, :max_new_tokens]], axis=1)
+    return GenerationOutput(sequences, lengths, ~running)
+
+
+def stream(
+    model: LlamaForCausalLM,
+    input_ids: jax.typing.ArrayLike | Sequence[Sequence[int]],
+    attention_mask: jax.typing.ArrayLike | Sequence[Sequence[int]] | None = None,
+    *,
+    max_new_tokens: int,
+    eos_token_ids: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    key: Key[Array, "..."] | None = None,
+    cache_capacity: int | None = None,
+    **sampling: Unpack[SamplingOptions],
+) -> Iterator[StreamStep]:
+    """:func:`generate`, handing out each step's tokens as they are made.
+
+    Arguments and errors are the same, and so are the tokens. Errors are raised by the call itself,
+    not by the iteration.
+    """
+    request = _prepare(
+        model, input_ids, attention_mask, max_new_tokens, eos_token_ids, pad_token_id, key, cache_capacity, sampling
+    )
+    return _steps(model, request, max_new_tokens)
+
+
+def _steps(model: LlamaForCausalLM, request: "_Request", max_new_tokens: int) -> Iterator[StreamStep]:
+    graphdef, params = nnx.split(model)
+    cache, progress = _prefill(graphdef, params, request.tokens, request.lengths, request.choice, request.capacity)
+    active = np.ones(len(request.tokens), bool)
+    for step in range(max_new_tokens):
+        if step:
+            cache, progress = _step(graphdef, params, cache, progress, request.choice)
+        tokens, running = jax.device_get((progress.tokens, progress.running))
+        yield StreamStep(tokens, active)
+        if not running.any():
+            return
+        active = running
+
+
+class _Choice(NamedTuple):
+    """How tokens are chosen and when a sequence ends; all of it traced."""
+
+    sampling: SamplingArrays
+    keys: Key[Array, " B"] | None
+    eos: Int[np.ndarray, " E"]
+    pad: np.int32
+
+
+class _Request(NamedTuple):
+    """A validated call."""
+
+    prompt: Int[np.ndarray, "B T"]
+    tokens: Int[np.ndarray, "B padded"]
+    lengths: Int[np.ndarray, " B"]
+    choice: _Choice
+    capacity: int
+
+
+class _Progress(NamedTuple):
+    """Sequences between two steps.
+
+    ``tokens`` [B] are chosen but not in the cache yet; ``running`` [B] have not ended; ``seen``
+    [B, V] are the tokens that the repetition penalty applies to.
+    """
+
+    tokens: Int[Array, " B"]
+    running: Bool[Array, " B"]
+    seen: Bool[Array, "B V"] | None
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "capacity"))
+def _prefill(
+    graphdef: nnx.GraphDef[LlamaForCausalLM],
+    params: Any,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    choice: _Choice,
+    capacity: int,
+) -> tuple[KVCache, _Progress]:
+    logits, cache = nnx.merge(graphdef, params).prefill(tokens, lengths, capacity)
+    batch, vocabulary = logits.shape
+    seen = None
+    if choice.sampling.repetition_penalty is not None:
+        token_or_none = jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], tokens, vocabulary)
+        seen = jnp.zeros((batch, vocabulary), bool).at[jnp.arange(batch)[:, None], token_or_none].set(True, mode="drop")
+    return cache, _choose(logits, cache, jnp.ones((batch,), bool), seen, choice)
+
+
+@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
+def _step(
+    graphdef: nnx.GraphDef[LlamaForCausalLM], params: Any, cache: KVCache, progress: _Progress, choice: _Choice
+) -> tuple[KVCache, _Progress]:
+    return _extend(nnx.merge(graphdef, params), cache, progress, choice)
+
+
+@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
+def _decode(
+    graphdef: nnx.GraphDef[LlamaForCausalLM],
+    params: Any,
+    cache: KVCache,
+    progress: _Progress,
+    choice: _Choice,
+    max_new_tokens: int | Int[Array, ""],
+) -> tuple[Int[Array, "B S"], Int[Array, " B"], Bool[Array, " B"], KVCache]:
+    """New tokens (as wide as the cache, so that ``max_new_tokens`` is not compiled in), how many
+    they are, which sequences have not ended, and the cache, whose memory is that of the argument."""
+    model = nnx.merge(graphdef, params)
+    batch = progress.tokens.shape[0]
+    new_tokens = jnp.full((batch, cache.capacity), choice.pad).at[:, 0].set(progress.tokens)
+
+    def unfinished(carry: tuple) -> Bool[Array, ""]:
+        step, _, progress, _, _ = carry
+        return (step < max_new_tokens) & jnp.any(progress.running)
+
+    def body(carry: tuple) -> tuple:
+        step, cache, progress, new_tokens, lengths = carry
+        lengths = lengths + progress.running
+        cache, progress = _extend(model, cache, progress, choice)
+        return step + 1, cache, progress, new_tokens.at[:, step].set(progress.tokens), lengths
+
+    start = (jnp.int32(1), cache, progress, new_tokens, jnp.ones((batch,), jnp.int32))
+    _, cache, progress, new_tokens, lengths = jax.lax.while_loop(unfinished, body, start)
+    return new_tokens, lengths, progress.running, cache
+
+
+def _extend(model: LlamaForCausalLM, cache: KVCache, progress: _Progress, choice: _Choice) -> tuple[KVCache, _Progress]:
+    running = progress.running
+    logits, cache = model.extend(progress.tokens[:, None], running.astype(jnp.int32), cache)
+    return cache, _choose(logits, cache, running, progress.seen, choice)
+
+
+def _choose(
+    logits: Float[Array, "B V"],
+    cache: KVCache,
+    running: Bool[Array, " B"],
+    seen: Bool[Array, "B V"] | None,
+    choice: _Choice,
+) -> _Progress:
+    tokens = sample(logits, choice.sampling, keys=choice.keys, positions=cache.lengths, seen=seen)
+    tokens = jnp.where(running, tokens, choice.pad)
+    ended = jnp.any(tokens[:, None] == choice.eos, axis=1)
+    if seen is not None:
+        seen = seen.at[jnp.arange(tokens.shape[0]), tokens].set(True)
+    return _Progress(tokens, running & ~ended, seen)
+
+
+def _prepare(
+    model: LlamaForCausalLM,
+    input_ids: Any,
+    attention_mask: Any,
+    max_new_tokens: int,
+    eos_token_ids: int | Sequence[int] | None,
+    pad_token_id: int | None,
+    key: Key[Array, "..."] | None,
+    cache_capacity: int | None,
+    options: SamplingOptions,
+) -> _Request:
+    config = model.config
+    prompt, mask = np.asarray(input_ids), None if attention_mask is None else np.asarray(attention_mask)
+    tokens, lengths = _right_padded(prompt, mask, config.vocab_size)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+    longest = int(lengths.max())
+    total = longest + max_new_tokens
+    if cache_capacity is not None and total > cache_capacity:
+        raise ValueError(
+            f"the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, together {total}; "
+            f"cache_capacity is {cache_capacity}"
+        )
+    if total > config.max_position_embeddings and config.rope.rope_type != "dynamic":
+        logger.warning(
+            "a prompt of %d tokens and %d new ones exceed the model's %d positions; text beyond them may be poor",
+            longest,
+            max_new_tokens,
+            config.max_position_embeddings,
+        )
+    capacity = _round_up(total) if cache_capacity is None else cache_capacity
+    width = min(_round_up(longest), capacity)
+    tokens = np.pad(tokens[:, :longest], ((0, 0), (0, width - longest)))
+    eos = config.eos_token_ids if eos_token_ids is None else tuple(np.atleast_1d(eos_token_ids).tolist())
+    if eos_token_ids is not None and any(not 0 <= token < config.vocab_size for token in eos):
+        raise ValueError(f"eos_token_ids is {eos_token_ids}; expected ids from 0 to {config.vocab_size - 1}")
+    defaults = (pad_token_id, config.pad_token_id, *eos, 0)
+    sampling = SamplingConfig(**options)
+    choice = _Choice(
+        sampling=sampling.arrays(),
+        keys=None if sampling.greedy else _row_keys(key, len(tokens)),
+        eos=np.asarray(eos, np.int32),
+        pad=np.int32(next(token for token in defaults if token is not None)),
+    )
+    return _Request(prompt.astype(np.int32), tokens, lengths, choice, capacity)
+
+
+def _right_padded(
+    prompt: np.ndarray, mask: np.ndarray | None, vocab_size: int
+) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
+    """Validated prompts with their tokens first and 0 elsewhere, and their lengths; int32."""
+    if prompt.size == 0:
+        raise ValueError(f"input_ids has shape {prompt.shape}; expected prompts of at least one token")
+    if prompt.ndim != 2 or not np.issubdtype(prompt.dtype, np.integer):
+        raise ValueError(f"input_ids is {prompt.dtype} {prompt.shape}; expected integers [batch, tokens]")
+    if mask is None:
+        mask = np.ones(prompt.shape, bool)
+    if mask.shape != prompt.shape:
+        raise ValueError(f"attention_mask has shape {mask.shape}; expected that of input_ids, {prompt.shape}")
+    if not np.isin(mask, (0, 1)).all():
+        raise ValueError(f"attention_mask has values {np.unique(mask)[:8]}; expected 0 and 1")
+    mask = mask.astype(bool)
+    lengths = mask.sum(axis=1, dtype=np.int32)
+    if not lengths.all():
+        raise ValueError(
+            f"attention_mask is 0 throughout rows {np.flatnonzero(lengths == 0)}; expected a token in each"
+        )
+    outside = prompt[mask & ((prompt < 0) | (prompt >= vocab_size))]
+    if outside.size:
+        raise ValueError(f"input_ids holds {np.unique(outside)[:8]}; expected ids from 0 to {vocab_size - 1}")
+    order = np.argsort(~mask, axis=1, kind="stable")
+    tokens = np.take_along_axis(np.where(mask, prompt, 0), order, axis=1)
+    return tokens.astype(np.int32), lengths
+
+
+def _row_keys(key: Key[Array, "..."] | None, batch: int) -> Key[Array, " B"]:
+    keys = jax.random.key(0) if key is None else key
+    if not isinstance(keys, jax.Array):
+        raise ValueError(f"key is {key!r}; expected jax.random.key(seed), or an array of one such key a sequence")
+    if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
+        keys = jax.random.wrap_key_data(keys)
+    if keys.shape not in ((), (batch,)):
+        raise ValueError(f"key has shape {keys.shape}; expected () or ({batch},), one key a sequence")
+    return jnp.broadcast_to(keys, (batch,))
+
+
+def _round_up(length: int) -> int:
+    return -(-length // BUCKET) * BUCKET
