@@ -1,0 +1,61 @@
+"""Calibration text -> batches of token ids, the same on every machine for the same seed."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+
+from fireq_jax.text_data import load_tokens
+
+
+def calibration_batches(
+    source: str | Path,
+    tokenizer: Any,
+    *,
+    samples: int,
+    sequence_length: int,
+    seed: int = 0,
+    text_field: str = "text",
+) -> Int32[np.ndarray, "samples sequence_length"]:
+    """Random windows of a text's token stream, int32 [samples, sequence_length].
+
+    Args:
+        source: file, folder or data set (see :mod:`fireq_jax.text_data`).
+        tokenizer: the model's transformers tokenizer.
+        samples: number of windows.
+        sequence_length: tokens of each window.
+        seed: chooses the windows; 0 or more.
+        text_field: where .jsonl, .parquet and data sets hold their text.
+
+    Raises:
+        ValueError: if the source cannot be read or has too few tokens.
+    """
+    tokens = load_tokens(source, tokenizer, text_field=text_field)
+    try:
+        return sample_windows(tokens, samples=samples, sequence_length=sequence_length, seed=seed)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def sample_windows(
+    tokens: Int32[np.ndarray, " tokens"], *, samples: int, sequence_length: int, seed: int
+) -> Int32[np.ndarray, "samples sequence_length"]:
+    """Different windows out of the consecutive, non-overlapping ones that ``tokens`` is cut into.
+
+    Raises:
+        ValueError: if a size is not positive or there are fewer than ``samples`` windows.
+    """
+    for name, value, least in (("samples", samples, 1), ("sequence_length", sequence_length, 1), ("seed", seed, 0)):
+        if value < least:
+            raise ValueError(f"{name} is {value}; expected {least} or more")
+    windows = len(tokens) // sequence_length
+    if windows < samples:
+        raise ValueError(
+            f"the text has {len(tokens)} tokens; {samples} samples of {sequence_length} tokens need "
+            f"{samples * sequence_length}: give more text, or ask for fewer or shorter samples"
+        )
+    # numpy promises that the raw bits of a bit generator never change, which it does not promise
+    # of Generator's methods; ordering the windows by them is a random permutation.
+    order = np.argsort(np.random.PCG64(seed).random_raw(windows), kind="stable")[:samples]
+    return tokens[: windows * sequence_length].reshape(windows, sequence_length)[order]

@@ -1,0 +1,150 @@
+"""Documents from every kind of source, and their token stream."""
+
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from fireq_jax.text_data import load_tokens, read_documents, tokenize
+
+DOCUMENTS = ["first document\r\nwith two lines", "zweites Dokument: äöü €", "third \u2028 and \f last"]
+
+
+class ByteTokenizer:
+    """BOS (256), then the UTF-8 bytes."""
+
+    def __call__(self, texts, **_):
+        return {"input_ids": [[256, *text.encode()] for text in texts]}
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8", newline="")
+
+
+def write_parquet(path, columns):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.table(columns), path)
+
+
+def test_jsonl_parquet_and_folder_hold_the_same_documents(tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", [{"id": i, "text": text} for i, text in enumerate(DOCUMENTS)])
+    write_parquet(tmp_path / "rows.parquet", {"text": DOCUMENTS, "id": [0, 1, 2]})
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for i, text in reversed(list(enumerate(DOCUMENTS))):
+        (folder / f"{i}.txt").write_bytes(text.encode())
+    (folder / "ignored.bin").write_bytes(b"\xff\xff")
+    (folder / "subfolder.txt").mkdir()
+    for source in (tmp_path / "rows.jsonl", tmp_path / "rows.parquet", folder, str(folder)):
+        assert read_documents(source) == DOCUMENTS
+
+
+def test_any_other_file_is_one_document(tmp_path):
+    for name in ("plain.txt", "README.md", "no_suffix"):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + DOCUMENTS[1].encode())
+        assert read_documents(tmp_path / name) == [DOCUMENTS[1]]
+
+
+def test_folder_mixes_kinds_in_order_of_names(tmp_path):
+    (tmp_path / "b.txt").write_text("two")
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "one"}, {"text": " "}])
+    write_parquet(tmp_path / "c.parquet", {"text": ["three"]})
+    assert read_documents(tmp_path) == ["one", "two", "three"]
+
+
+def test_text_field_can_be_overridden(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": 1, "content": "right"}])
+    write_parquet(tmp_path / "a.parquet", {"content": ["right"]})
+    for name in ("a.jsonl", "a.parquet"):
+        assert read_documents(tmp_path / name, text_field="content") == ["right"]
+
+
+def test_stream_starts_every_document_with_bos(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "ab"}, {"text": "c"}])
+    tokens = load_tokens(tmp_path / "a.jsonl", ByteTokenizer())
+    assert tokens.dtype == np.int32
+    np.testing.assert_array_equal(tokens, [256, 97, 98, 256, 99])
+
+
+def test_many_documents_keep_their_order():
+    documents = [chr(97 + i % 26) * (i % 5 + 1) for i in range(600)]
+    expected = [token for text in documents for token in (256, *text.encode())]
+    np.testing.assert_array_equal(tokenize(documents, ByteTokenizer()), expected)
+
+
+def test_the_example_models_tokenizer_adds_its_bos():
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained("examples/tiny_llama")
+    long = "a word and another " * 2000  # beyond model_max_length, which must not warn
+    tokens = tokenize(["Hello.", long], tokenizer)
+    assert tokens[0] == tokenizer.bos_token_id
+    assert np.count_nonzero(tokens == tokenizer.bos_token_id) == 2
+    assert tokenizer.decode(tokens, skip_special_tokens=True) == "Hello." + long
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("latin.txt", b"caf\xe9 noir", r"latin.txt: not UTF-8: byte 0xe9 at offset 3; expected UTF-8"),
+        ("empty.txt", b"", r"empty.txt: no text in it"),
+        ("blank.txt", b" \n\n", r"blank.txt: no text in it"),
+        ("empty.jsonl", b"\n", r"empty.jsonl: no text in it"),
+        ("broken.jsonl", b'{"text": "a"}\n{"text"\n', r"broken.jsonl, line 2: .*expected one JSON object a line"),
+        ("list.jsonl", b'["a"]\n', r"list.jsonl, line 1: a JSON list; expected an object"),
+        ("field.jsonl", b'{"b": "x", "a": 1}\n', r"field.jsonl, line 1: no field 'text'; it has \['a', 'b'\]"),
+        ("type.jsonl", b'{"text": null}\n', r"type.jsonl, line 1: field 'text' is None; expected a string"),
+        ("broken.parquet", b"PAR1 is not enough", r"broken.parquet: .*expected a .parquet file"),
+    ],
+)
+def test_bad_files_are_errors_with_their_path(tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        read_documents(tmp_path / name)
+
+
+def test_bad_parquet_columns(tmp_path):
+    write_parquet(tmp_path / "a.parquet", {"body": ["x"], "text_": ["y"]})
+    with pytest.raises(ValueError, match=r"a.parquet: no column 'text'; it has \['body', 'text_'\]"):
+        read_documents(tmp_path / "a.parquet")
+    write_parquet(tmp_path / "b.parquet", {"text": ["x", None]})
+    with pytest.raises(ValueError, match=r"b.parquet, row 1: column 'text' is None; expected a string"):
+        read_documents(tmp_path / "b.parquet")
+
+
+def test_missing_sources(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"gone.txt: no such file; expected a text file, a folder"):
+        read_documents(tmp_path / "gone.txt")
+    with pytest.raises(ValueError, match=r"the folder has no text; expected .jsonl, .parquet, .txt files in it"):
+        read_documents(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"some/name: no such file or folder; .* pip install datasets"):
+        read_documents("some/name")
+
+
+def test_parquet_without_pyarrow_says_how_to_install(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ImportError, match=r"a.parquet: reading .parquet files needs pyarrow; .* pip install pyarrow"):
+        read_documents(tmp_path / "a.parquet")
+
+
+def test_dataset_names(monkeypatch):
+    class Column(dict):
+        column_names = property(lambda self: list(self))
+
+    def load_dataset(name, config, *, split):
+        if name != "owner/known":
+            raise FileNotFoundError(f"data set {name} not found")
+        return Column(text=[f"{config} {split}"])
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert read_documents("owner/known") == ["None train"]
+    assert read_documents("owner/known:raw:test") == ["raw test"]
+    with pytest.raises(ValueError, match=r"owner/known: no column 'body'; it has \['text'\]"):
+        read_documents("owner/known", text_field="body")
+    with pytest.raises(ValueError, match=r"unknown: neither a file, nor a folder, nor a data set: data set unknown"):
+        read_documents("unknown")
+    with pytest.raises(ValueError, match=r"expected a file, a folder, or a data set as NAME"):
+        read_documents("a:b:c:d")
