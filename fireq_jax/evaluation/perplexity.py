@@ -1,0 +1,138 @@
+"""Perplexity of a model on a stream of tokens: exp of the mean negative log-likelihood of a token.
+
+The stream is read in windows; window w holds tokens ``[w * stride, w * stride + window)`` and its
+first token is never scored, for nothing comes before it.
+
+- Non-overlapping (``stride=None``, the same as ``stride=window``): each window scores its other
+  window - 1 tokens.
+- Sliding (``stride < window``): the first window does the same, each later one scores only its
+  tokens that no window before has seen, with at least window - stride tokens of context. So every
+  token but the very first is scored exactly once.
+
+The last window may be shorter than the others.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float32, Int, Int32
+from tqdm import tqdm
+
+from fireq_jax.models import LlamaForCausalLM
+
+
+@dataclasses.dataclass(frozen=True)
+class PerplexityResult:
+    """A perplexity and what it was computed from.
+
+    Attributes:
+        perplexity: exp(nll / tokens).
+        tokens: number of tokens scored.
+        nll: their summed negative log-likelihood, in nats.
+    """
+
+    perplexity: float
+    tokens: int
+    nll: float
+
+
+def perplexity(
+    model: LlamaForCausalLM,
+    tokens: Int[np.ndarray, " tokens"],
+    *,
+    window: int = 1024,
+    stride: int | None = None,
+    batch_size: int = 4,
+    max_windows: int | None = None,
+    progress: bool = True,
+) -> PerplexityResult:
+    """Perplexity of ``model`` on ``tokens``; probabilities in float32, their sum in float64.
+
+    Args:
+        model: any LlamaForCausalLM, quantized or not.
+        tokens: one stream, such as :func:`fireq_jax.text_data.load_tokens` makes.
+        window: tokens the model sees at once.
+        stride: tokens from one window's beginning to the next; None means ``window``.
+        batch_size: windows computed together. The largest array is float32
+            [batch_size, window, vocab_size].
+        max_windows: stop after so many windows; None means all.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        ValueError: for sizes out of range, fewer than two tokens, tokens outside the vocabulary,
+            or a model whose log-likelihoods are not finite.
+    """
+    stride = window if stride is None else stride
+    _validate(tokens, window, stride, batch_size, max_windows, model.config.vocab_size)
+    windows = count_windows(len(tokens), window, stride)
+    windows = windows if max_windows is None else min(windows, max_windows)
+    batch_size = min(batch_size, windows)
+    graph, state = nnx.split(model)
+
+    nll, scored = 0.0, 0
+    with tqdm(total=windows, desc="perplexity", unit="window", disable=not progress) as bar:
+        for first in range(0, windows, batch_size):
+            count = min(batch_size, windows - first)
+            # All batches have one shape, so that there is one compilation. Padding comes after a
+            # window's tokens, where causal attention lets nothing see it.
+            batch = np.zeros((batch_size, window), np.int32)
+            for row in range(count):
+                part = tokens[(first + row) * stride :][:window]
+                batch[row, : len(part)] = part
+            token_nll = np.asarray(_token_nll(graph, state, jnp.asarray(batch)), np.float64)
+            for row in range(count):
+                begin, end = scored_range(first + row, len(tokens), window, stride)
+                # Column i of token_nll belongs to the window's token i + 1.
+                nll += float(token_nll[row, begin - 1 : end - 1].sum())
+                scored += end - begin
+                if not math.isfinite(nll):
+                    raise ValueError(f"window {first + row}: the negative log-likelihood is {nll}; the model is broken")
+            bar.update(count)
+            bar.set_postfix_str(f"{math.exp(nll / scored):.4f}", refresh=False)
+    return PerplexityResult(math.exp(nll / scored), scored, nll)
+
+
+def count_windows(length: int, window: int, stride: int) -> int:
+    """Windows that score at least one of ``length`` tokens."""
+    return 1 + max(0, length - 1 - max(1, window - stride)) // stride
+
+
+def scored_range(index: int, length: int, window: int, stride: int) -> tuple[int, int]:
+    """Begin and end, counted inside window ``index``, of the tokens that it scores."""
+    begin = 1 if index == 0 else max(1, window - stride)
+    return begin, min(window, length - index * stride)
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _token_nll(
+    graph: nnx.GraphDef[LlamaForCausalLM], state: nnx.State, tokens: Int32[Array, "B T"]
+) -> Float32[Array, "B T-1"]:
+    """Negative log-likelihood of each row's tokens 1, 2, ..., T - 1."""
+    logits = nnx.merge(graph, state)(tokens)[:, :-1]
+    chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+def _validate(
+    tokens: np.ndarray, window: int, stride: int, batch_size: int, max_windows: int | None, vocab_size: int
+) -> None:
+    if tokens.ndim != 1 or len(tokens) < 2:
+        raise ValueError(f"tokens have shape {tokens.shape}; expected one stream of at least 2")
+    if window < 2:
+        raise ValueError(f"window is {window}; expected at least 2 tokens: one to start from, one to predict")
+    if not 1 <= stride <= window:
+        raise ValueError(f"stride is {stride}; expected 1 to {window}, the window")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
+    if max_windows is not None and max_windows < 1:
+        raise ValueError(f"max_windows is {max_windows}; expected 1 or more, or None for all")
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        raise ValueError(
+            f"token ids reach from {tokens.min()} to {tokens.max()}; expected 0 to {vocab_size - 1}, the model's "
+            "vocabulary: is this the model's tokenizer?"
+        )

@@ -1,0 +1,133 @@
+"""Perplexity against float64 numpy, window by window."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fireq_jax import LlamaForCausalLM, ModelConfig, recipes
+from fireq_jax.evaluation.perplexity import _token_nll, count_windows, perplexity, scored_range
+
+VOCAB = 61
+
+
+def small_model(recipe):
+    config = ModelConfig(VOCAB, 64, 96, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=32)
+    model = LlamaForCausalLM(config, recipe, dtype=jnp.float32)
+    assert model.lm_head is not None
+    # Peaked distributions: with the initial 0.02 every model has a perplexity of about VOCAB.
+    model.lm_head.set_value(model.lm_head.get_value() * 20)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model(recipes.none())
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return np.random.default_rng(0).integers(0, VOCAB, 150).astype(np.int32)
+
+
+def float64_nll(model, window):
+    """-log p of tokens 1.. of one window, without padding, jit or batching."""
+    logits = np.asarray(model(jnp.asarray(window[None])))[0].astype(np.float64)
+    log_probability = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
+    return -log_probability[np.arange(len(window) - 1), window[1:]]
+
+
+def test_non_overlapping_windows_with_a_ragged_last_one(model, tokens):
+    result = perplexity(model, tokens, window=32, progress=False)
+    expected = np.concatenate([float64_nll(model, tokens[i : i + 32]) for i in range(0, 150, 32)])
+    assert len(expected) == result.tokens == 4 * 31 + 21
+    assert result.nll == pytest.approx(expected.sum(), rel=1e-5)
+    assert result.perplexity == pytest.approx(math.exp(expected.mean()), rel=1e-5)
+    assert result.perplexity > 2 * VOCAB  # far from the uniform distribution, so the comparison says something
+
+
+def test_quantized_model(tokens):
+    model = small_model(recipes.rtn())
+    result = perplexity(model, tokens[:64], window=32, progress=False)
+    expected = np.concatenate([float64_nll(model, tokens[i : i + 32]) for i in (0, 32)])
+    # An activation that lies between two FP8 values may round either way under another compilation.
+    assert result.nll == pytest.approx(expected.sum(), rel=1e-3)
+
+
+@pytest.mark.parametrize("stride", [1, 7, 31])
+def test_sliding_windows_equal_brute_force(model, tokens, stride):
+    tokens = tokens[:70]
+    result = perplexity(model, tokens, window=32, stride=stride, batch_size=8, progress=False)
+    expected = float64_nll(model, tokens[:32]).tolist()
+    start = 0
+    while start + 32 < len(tokens):
+        start += stride
+        seen = len(expected) + 1
+        expected += float64_nll(model, tokens[start : start + 32])[seen - start - 1 :].tolist()
+    assert result.tokens == len(expected) == 69
+    assert result.nll == pytest.approx(sum(expected), rel=1e-5)
+
+
+def test_batch_size_does_not_change_the_result(model, tokens):
+    results = [perplexity(model, tokens, window=32, batch_size=size, progress=False) for size in (1, 2, 5, 100)]
+    assert {result.tokens for result in results} == {145}
+    for result in results[1:]:
+        assert result.nll == pytest.approx(results[0].nll, rel=1e-6)
+
+
+def test_max_windows_is_the_beginning_of_the_stream(model, tokens):
+    limited = perplexity(model, tokens, window=32, max_windows=2, progress=False)
+    assert limited == perplexity(model, tokens[:64], window=32, progress=False)
+    assert limited.tokens == 62
+
+
+def test_text_shorter_than_a_window(model, tokens):
+    short = perplexity(model, tokens[:10], window=32, progress=False)
+    assert short.tokens == 9
+    assert short.nll == pytest.approx(float64_nll(model, tokens[:10]).sum(), rel=1e-5)
+
+
+def test_all_batches_share_one_compilation(model, tokens):
+    _token_nll.clear_cache()
+    for _ in range(2):
+        perplexity(model, tokens, window=32, batch_size=3, progress=False)
+    assert _token_nll._cache_size() == 1
+
+
+@pytest.mark.parametrize("window", [2, 3, 8, 200])
+@pytest.mark.parametrize("length", [2, 3, 8, 9, 10, 16, 17, 41])
+def test_windows_score_each_token_once(length, window):
+    for stride in range(1, window + 1):
+        scored = [
+            index * stride + position
+            for index in range(count_windows(length, window, stride))
+            for position in range(*scored_range(index, length, window, stride))
+        ]
+        skipped = set(range(0, length, window)) if stride == window else {0}
+        assert scored == [token for token in range(length) if token not in skipped]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"window": 1}, r"window is 1; expected at least 2"),
+        ({"window": 8, "stride": 9}, r"stride is 9; expected 1 to 8"),
+        ({"window": 8, "stride": 0}, r"stride is 0; expected 1 to 8"),
+        ({"batch_size": 0}, r"batch_size is 0"),
+        ({"max_windows": 0}, r"max_windows is 0"),
+        ({"tokens": np.zeros(1, np.int32)}, r"shape \(1,\); expected one stream of at least 2"),
+        ({"tokens": np.asarray([3, VOCAB])}, rf"reach from 3 to {VOCAB}; expected 0 to {VOCAB - 1}"),
+    ],
+)
+def test_errors_quote_the_value(model, tokens, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        perplexity(model, **{"tokens": tokens, "window": 32, "progress": False, **arguments})
+
+
+def test_a_model_with_nan_weights_is_an_error(tokens):
+    config = ModelConfig(VOCAB, 32, 32, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=32)
+    model = LlamaForCausalLM(config, dtype=jnp.float32)
+    model.norm.weight.set_value(jnp.full((32,), jnp.nan))
+    with pytest.raises(ValueError, match=r"window 0: the negative log-likelihood is nan"):
+        perplexity(model, tokens, window=32, progress=False)
