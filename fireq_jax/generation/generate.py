@@ -65,9 +65,9 @@ def generate(
     """Continue each prompt by up to ``max_new_tokens`` tokens; greedy unless options say otherwise.
 
     It stops early when all sequences have ended. Neither the rest of the batch nor padding changes
-    a sequence's text, beyond rounding. A call compiles only if its batch size, its lengths rounded
-    up to ``BUCKET``, the number of EOS ids, or which sampling options are on, are new; their values
-    are not compiled in. It cannot itself be called under ``jax.jit``.
+    a sequence's text, beyond rounding. The model is compiled again only if the batch size, the
+    lengths rounded up to ``BUCKET``, the number of EOS ids, or which sampling options are on, are
+    new; their values are not compiled in. It cannot itself be called under ``jax.jit``.
 
     Past the model's ``max_position_embeddings`` it goes on, with a warning in the log: text gets
     worse there, but most sequences end before.
