@@ -28,8 +28,8 @@ from fireq_jax import checkpoint
 from fireq_jax.huggingface import HuggingFaceCheckpoint, block_shapes
 from fireq_jax.models.llama import linear_names
 from fireq_jax.models.parameters import Parameter, fuse_block, global_parameters, layer_parameters
-from fireq_jax.quantization.config import QuantizationConfig
-from fireq_jax.quantization.smoothing import smooth_block
+from fireq_jax.quantization.config import QuantizationConfig, SmoothingConfig
+from fireq_jax.quantization.smoothing import KeyStatistics, key_scale, smooth_block
 from pallas_kernels import formats
 from pallas_kernels.quantized_tensor import QuantizedTensor
 
@@ -157,7 +157,10 @@ def _convert_block(
         del output, hidden
     if quantization.smoothing is not None:
         keys = None if statistics is None else statistics.keys
-        block = smooth_block(block, keys, config, quantization.smoothing)
+        smoothed = smooth_block(block, keys, config, quantization.smoothing)
+        _save_arrays(work / f"smoothing.{index}.npz", smoothing_effect(block, smoothed, keys, quantization.smoothing))
+        block = smoothed
+        del smoothed
     parameters = layer_parameters(block, index, quantization, options.dtype)
     report = {
         "weight_error": _weight_errors(block, index, parameters),
@@ -177,6 +180,25 @@ def _weight_errors(block: Mapping[str, Array], index: int, parameters: Mapping[s
         for name in sorted(linear.removesuffix(".weight") for linear in fused if linear.endswith("proj.weight"))
         if isinstance(parameters[full := f"layers.{index}.{name}.weight"], QuantizedTensor)
     }
+
+
+def smoothing_effect(
+    before: Mapping[str, Array], after: Mapping[str, Array], keys: KeyStatistics | None, smoothing: SmoothingConfig
+) -> dict[str, np.ndarray]:
+    """Channel absmax before and after smoothing, for plots: float32 [K] a linear layer, [kv_heads, H] for keys.
+
+    Named ``<linear>.before`` and ``<linear>.after``, with ``keys`` as one more "linear" if measured.
+    """
+    effect = {}
+    for moment, block in (("before", before), ("after", after)):
+        for name, weight in fuse_block(block).items():
+            if name.endswith("proj.weight"):
+                absmax = formats.finite_absmax(weight, axis=0)
+                effect[f"{name.removesuffix('.weight')}.{moment}"] = np.asarray(absmax)
+    if keys is not None:
+        effect["keys.before"] = np.asarray(keys.channel_max)
+        effect["keys.after"] = np.asarray(keys.channel_max * key_scale(keys, smoothing))
+    return effect
 
 
 @jax.jit
@@ -206,6 +228,14 @@ def _finish(
         "device": jax.devices()[0].device_kind,
         "layers": blocks,
     }
+    effects = {
+        f"layers.{i}.{name}": array
+        for i in range(config.num_layers)
+        if (path := work / f"smoothing.{i}.npz").is_file()
+        for name, array in np.load(path).items()
+    }
+    if effects:
+        _save_arrays(options.output / "smoothing.npz", effects)
     for name in COMPANION_FILES:
         if (options.model / name).is_file():
             shutil.copyfile(options.model / name, options.output / name)
@@ -281,6 +311,13 @@ def _save_array(path: Path, array: np.ndarray) -> None:
     aside = path.with_suffix(".tmp")
     with aside.open("wb") as file:
         np.save(file, array)
+    aside.replace(path)
+
+
+def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    aside = path.with_suffix(".tmp")
+    with aside.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
     aside.replace(path)
 
 
