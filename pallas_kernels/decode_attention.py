@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import decode_attention_sm90 as sm90
 from pallas_kernels import dispatch
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.prefill_attention import attention_reference, validate
@@ -30,14 +31,10 @@ def decode_attention(
     Arguments, result and errors are those of :func:`~pallas_kernels.prefill_attention.prefill_attention`.
     """
     validate(query, key, value, query_start, kv_lengths, window)
-    dispatch.resolve("decode_attention", implementation, "there is no kernel for this op yet")
-    return attention_reference(
-        query,
-        key,
-        value,
-        query_start=query_start,
-        kv_lengths=kv_lengths,
-        scale=scale,
-        window=window,
+    run = attention_reference
+    if dispatch.resolve("decode_attention", implementation, sm90.unsupported(query, key, value)) == "mosaic_gpu":
+        run = sm90.decode_attention_sm90
+    return run(
+        query, key, value, query_start=query_start, kv_lengths=kv_lengths, scale=scale, window=window,
         out_dtype=out_dtype,
-    )
+    )  # fmt: skip

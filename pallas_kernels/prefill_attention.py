@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import dispatch, formats
+from pallas_kernels import prefill_attention_sm90 as sm90
 from pallas_kernels.formats import ScaledArray
 
 
@@ -51,8 +52,11 @@ def prefill_attention(
         NotImplementedError: if ``implementation`` names a kernel that cannot run this.
     """
     validate(query, key, value, query_start, kv_lengths, window)
-    dispatch.resolve("prefill_attention", implementation, "there is no kernel for this op yet")
-    return attention_reference(
+    unsupported = sm90.unsupported(query, key, value, scale)
+    run = attention_reference
+    if dispatch.resolve("prefill_attention", implementation, unsupported) == "mosaic_gpu":
+        run = sm90.prefill_attention_sm90
+    return run(
         query, key, value, query_start=query_start, kv_lengths=kv_lengths, scale=scale, causal=causal, window=window,
         out_dtype=out_dtype,
     )  # fmt: skip
