@@ -15,8 +15,10 @@ PROMPTS = [[11, 12, 13, 14, 15], [3], [40, 2, 77]]
 NEW = 12
 
 
-def make_model(recipe: str = "none", *, cls: type[LlamaForCausalLM] = LlamaForCausalLM, **options) -> LlamaForCausalLM:
-    sizes = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_layers": 2}
+def make_model(
+    recipe: str = "none", *, layers: int = 1, cls: type[LlamaForCausalLM] = LlamaForCausalLM, **options
+) -> LlamaForCausalLM:
+    sizes = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_layers": layers}
     config = ModelConfig(**sizes, num_heads=4, num_kv_heads=2, head_dim=16, **options)
     model = cls(config, recipes.by_name(recipe), dtype=jnp.float32, rngs=nnx.Rngs(1))
     # Decided logits: neither ties for greedy, nor uniform noise for sampling.
@@ -30,8 +32,8 @@ def model() -> LlamaForCausalLM:
 
 
 @pytest.fixture(scope="module", params=["none", "rtn", "fireq"])
-def any_model(request, model) -> LlamaForCausalLM:
-    return model if request.param == "none" else make_model(request.param)
+def any_model(request) -> LlamaForCausalLM:
+    return make_model(request.param, layers=2)
 
 
 def padded(prompts: list[list[int]], side: str, fill: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -213,10 +215,11 @@ def test_the_cache_is_donated(model):
 def test_stream_is_generate_step_by_step(model, options):
     free = new_tokens(model, PROMPTS, **options)
     ids, mask = padded(PROMPTS, "left")
-    options = {**options, "max_new_tokens": NEW, "eos_token_ids": (free[0][4], free[1][2], free[2][7])}
+    options = {**options, "max_new_tokens": NEW, "eos_token_ids": (free[0][4], free[2][7])}
     output = generate(model, ids, attention_mask=mask, **options)
     steps = list(stream(model, ids, attention_mask=mask, **options))
-    assert len(steps) == output.lengths.max() < NEW
+    assert len(steps) == output.lengths.max()
+    assert len(set(output.lengths.tolist())) > 1
     tokens, active = (np.stack(parts, axis=1) for parts in zip(*steps, strict=True))
     np.testing.assert_array_equal(tokens, output.sequences[:, ids.shape[1] :][:, : len(steps)])
     np.testing.assert_array_equal(active.sum(axis=1), output.lengths)
@@ -257,7 +260,8 @@ BAD_CALLS = {
     "mask shape": ([[1, 2]], [[1]], {}, r"mask has shape \(1, 1\); expected that of input_ids, \(1, 2\)"),
     "mask values": ([[1, 2]], [[1, 2]], {}, r"values \[1 2\]; expected 0 and 1"),
     "empty row": ([[1, 2], [3, 4]], [[1, 1], [0, 0]], {}, r"0 throughout rows \[1\]"),
-    "no new tokens": ([[1]], None, {"max_new_tokens": 0}, "max_new_tokens is 0; expected at least 1"),
+    "no new tokens": ([[1]], None, {"max_new_tokens": 0}, "max_new_tokens is 0; expected a whole number"),
+    "half a token": ([[1]], None, {"max_new_tokens": 2.5}, "max_new_tokens is 2.5; expected a whole number"),
     "eos": ([[1]], None, {"eos_token_ids": [3, 200]}, r"eos_token_ids is \[3, 200\]; expected ids from 0 to 96"),
     "temperature": ([[1]], None, {"temperature": -1.0}, "temperature is -1.0; expected 0"),
     "key": ([[1]], None, {"temperature": 1.0, "key": 3}, "key is 3; expected jax.random.key"),

@@ -148,7 +148,7 @@ def test_given_options_come_before_those_of_the_file(defaults, given, expected):
     ("arguments", "message"),
     [
         (["--prompt", "a", "--temperature", "-1"], "temperature is -1.0; expected 0"),
-        (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens is 0; expected at least 1"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens is 0; expected a whole number"),
         (["--prompt", ""], "prompt '' has no tokens"),
         (["--prompt", "a", "--chat"], "has no chat template; leave out --chat"),
         (["--prompt", "a", "--system", "b"], "--system is given without --chat"),

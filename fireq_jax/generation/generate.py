@@ -260,8 +260,8 @@ def _prepare(
     config = model.config
     prompt, mask = np.asarray(input_ids), None if attention_mask is None else np.asarray(attention_mask)
     tokens, lengths = _right_padded(prompt, mask, config.vocab_size)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+    if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected a whole number of at least 1")
     longest = int(lengths.max())
     total = longest + max_new_tokens
     if cache_capacity is not None and total > cache_capacity:
