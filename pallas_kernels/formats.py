@@ -130,8 +130,15 @@ def weight_channel_scale(weight: Float[Array, "N K"], mode: ChannelScale) -> Flo
         return absmax_scale(absmax, E4M3_MAX)
     if mode == "per_tensor_pow2":
         largest = absmax_scale(jnp.max(absmax), E4M3_MAX)
-        return jnp.full_like(absmax, jnp.exp2(jnp.ceil(jnp.log2(largest))))
+        return jnp.full_like(absmax, _next_power_of_two(largest))
     raise ValueError(f"channel scale mode is {mode!r}; expected one of {get_args(ChannelScale)}")
+
+
+def _next_power_of_two(x: Float[Array, ""]) -> Float[Array, ""]:
+    """Smallest power of two that is at least ``x``, exactly (exp2 and log2 are only approximate)."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    mantissa = jnp.uint32((1 << 23) - 1)
+    return jax.lax.bitcast_convert_type((bits + mantissa) & ~mantissa, jnp.float32)
 
 
 def round_group_scale(scale: Float[Array, "..."], dtype: ScaleDtype) -> Float[Array, "..."]:
