@@ -92,7 +92,8 @@ def attention_reference(
         weights = formats.quantize_probabilities(weights)
     out = jnp.einsum("bkgts,bksh->btkgh", weights, v, preferred_element_type=jnp.float32)
     total = jnp.moveaxis(total, -1, 1)[..., None]
-    out = jnp.where(total > 0, out / jnp.where(total > 0, total, 1.0), 0.0)
+    # A query without a visible slot has a total of 0; a NaN stays one.
+    out = jnp.where(total == 0, 0.0, out / jnp.where(total == 0, 1.0, total))
     return out.reshape(batch, length, heads, head_dim).astype(out_dtype)
 
 
@@ -134,8 +135,18 @@ def validate(
             f"key has shape {key.values.shape} ({key.values.dtype}); expected [{batch}, kv_heads, S, {stored}] "
             f"for a query of shape {query.values.shape}"
         )
-    if key.values.shape != value.values.shape:
-        raise ValueError(f"key has shape {key.values.shape} and value {value.values.shape}; expected the same")
+    for name, rows in (("key", key), ("value", value)):
+        scale = rows.scale
+        if scale is not None and (scale.shape[:-1] != rows.values.shape[:-1] or head_dim % scale.shape[-1]):
+            expected = (*rows.values.shape[:-1], "groups")
+            raise ValueError(f"{name} scale has shape {scale.shape}; expected {expected}, groups dividing {head_dim}")
+        if scale is None and not jnp.issubdtype(rows.values.dtype, jnp.floating):
+            raise ValueError(f"{name} has dtype {rows.values.dtype} and no scale")
+    if (key.values.shape, key.values.dtype) != (value.values.shape, value.values.dtype):
+        raise ValueError(
+            f"key has shape {key.values.shape} ({key.values.dtype}) and value {value.values.shape} "
+            f"({value.values.dtype}); expected the same"
+        )
     if heads % key.values.shape[1]:
         raise ValueError(f"{heads} query heads cannot share {key.values.shape[1]} kv heads; expected a multiple")
     for name, lengths in (("query_start", query_start), ("kv_lengths", kv_lengths)):
