@@ -14,6 +14,8 @@ i + H/2 in the high one). Three freedoms make this cheap:
 Notation below: warp w, lane = 4 * g + q, half h (rows r and r + 8 of a fragment), byte e of a word.
 """
 
+import math
+
 import jax
 import jax.experimental.mosaic.gpu as mgpu
 import jax.numpy as jnp
@@ -53,13 +55,13 @@ def restore_channels(out: Array) -> Array:
     return out.transpose(axes).reshape(*rows, head_dim, n)
 
 
-def load_keys(_: mgpu.LaunchContext, keys: ir.Value) -> mgpu.FragmentedArray:
-    """Keys [tokens, H/2] in shared memory as E4M3 [tokens, H] in WGMMA_8BIT layout.
+def load_keys(_: mgpu.LaunchContext, keys: ir.Value, *, head_dim: int) -> mgpu.FragmentedArray:
+    """Keys, H/2 bytes a token in shared memory, as E4M3 [tokens, H] in WGMMA_8BIT layout.
 
     The thread's part of a row is H/8 contiguous bytes: word j gives the four channels of column
     tile j (low nibbles) and of column tile j + H/32 (high nibbles).
     """
-    tokens, stored = ir.MemRefType(keys.type).shape
+    tokens, stored = _tokens(keys, head_dim), head_dim // 2
     words = stored // 16
     base = utils.memref_ptr(keys)
     warp, g, q = _thread()
@@ -73,14 +75,14 @@ def load_keys(_: mgpu.LaunchContext, keys: ir.Value) -> mgpu.FragmentedArray:
     return _fragments(tiles, (tokens, 2 * stored))
 
 
-def load_values(_: mgpu.LaunchContext, values: ir.Value) -> mgpu.FragmentedArray:
-    """Values [tokens, H/2] in shared memory as E4M3 V^T [H, tokens] in WGMMA_8BIT layout.
+def load_values(_: mgpu.LaunchContext, values: ir.Value, *, head_dim: int) -> mgpu.FragmentedArray:
+    """Values, H/2 bytes a token in shared memory, as E4M3 V^T [H, tokens] in WGMMA_8BIT layout.
 
     Row 64 b + 16 w + 8 h + g of the result is the channel in nibble h of byte
     (8 w + g) * H/64 + b. Column 128 i + 4 (8 w + g) + e is token
     128 i + 64 (e // 2) + 16 w + 8 (e % 2) + g: the order of :func:`store_probabilities`.
     """
-    tokens, stored = ir.MemRefType(values.type).shape
+    tokens, stored = _tokens(values, head_dim), head_dim // 2
     width = stored // 32  # bytes of a token that a thread takes
     base = utils.memref_ptr(values)
     warp, g, q = _thread()
@@ -135,11 +137,33 @@ def probabilities_to_operand(_: mgpu.LaunchContext, p: mgpu.FragmentedArray) -> 
     return _fragments(tiles, p.shape)
 
 
+def load_columns(_: mgpu.LaunchContext, numbers: ir.Value) -> mgpu.FragmentedArray:
+    """float32 [tokens] in shared memory, in :func:`permute_tokens`' order, -> one for each column of P."""
+    (tokens,) = ir.MemRefType(numbers.type).shape
+    base = utils.memref_ptr(numbers)
+    offset = arith.muli(_thread()[2], _i32(16))
+    f32 = ir.F32Type.get()
+    registers = np.empty((tokens // 8,), dtype=object)
+    for block in range(tokens // 16):
+        words = _load_words(base, arith.addi(offset, _i32(64 * block)), 4)
+        values = [utils.bitcast(word, f32) for word in words]
+        for i in range(2):
+            registers[2 * block + i] = vector.from_elements(ir.VectorType.get((2,), f32), values[2 * i : 2 * i + 2])
+    layout = mgpu.WGMMA_COL_LAYOUT
+    return mgpu.FragmentedArray(
+        _registers=registers.reshape(layout.registers_shape((tokens,))), _layout=layout, _is_signed=None
+    )
+
+
 def permute_tokens(v: Array) -> Array:
     """Tokens of [..., S] (S a multiple of 16) in the order of :func:`probabilities_to_operand`."""
     tokens = v.shape[-1]
     v = v.reshape(*v.shape[:-1], tokens // 16, 2, 4, 2)  # [i, q, e]
     return v.swapaxes(-2, -3).reshape(*v.shape[:-4], tokens)
+
+
+def _tokens(packed: ir.Value, head_dim: int) -> int:
+    return math.prod(ir.MemRefType(packed.type).shape) // (head_dim // 2)
 
 
 def _thread() -> tuple[ir.Value, ir.Value, ir.Value]:

@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 E4M3 = jnp.float8_e4m3fn
 E4M3_MAX = 448.0
+E4M3_MIN_NORMAL = 2.0**-6
 E4M3_MIN_SUBNORMAL = 2.0**-9
 INT4_MAX = 7
 # P is cast to FP8 as PROBABILITY_SCALE * exp(score - row max): 256 is the largest power of two
@@ -67,6 +68,17 @@ def absmax_scale(absmax: Float[Array, "..."], limit: float) -> Float[Array, "...
 def to_e4m3(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Cast to E4M3, saturating at +-448; NaN stays NaN."""
     return jnp.clip(x.astype(jnp.float32), -E4M3_MAX, E4M3_MAX).astype(E4M3)
+
+
+def round_to_e4m3(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """float32 numbers after a cast to E4M3 and back, with the rules of :func:`to_e4m3`.
+
+    Arithmetic instead of two casts, because XLA drops a pair of inverse casts on GPUs.
+    """
+    x = jnp.clip(x.astype(jnp.float32), -E4M3_MAX, E4M3_MAX)
+    normal = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=3)
+    subnormal = jnp.round(x / E4M3_MIN_SUBNORMAL) * E4M3_MIN_SUBNORMAL
+    return jnp.where(jnp.abs(x) < E4M3_MIN_NORMAL, subnormal, normal)
 
 
 def round_to_int4(x: Float[Array, "..."]) -> Int[Array, "..."]:
@@ -279,7 +291,7 @@ def quantize_kv(x: Float[Array, "*rows H"], kv_format: KVFormat, group_size: int
 
 def quantize_probabilities(p: Float[Array, "..."]) -> Float[Array, "..."]:
     """float32 attention weights (0..1) after the FP8 cast that the P.V product applies."""
-    return to_e4m3(p * PROBABILITY_SCALE).astype(jnp.float32) / PROBABILITY_SCALE
+    return round_to_e4m3(p * PROBABILITY_SCALE) / PROBABILITY_SCALE
 
 
 def nbytes(tree: object) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,17 +20,15 @@ _MATRIX = plgpu.Layout.WGMMA
 _ROW = plgpu.Layout.WGMMA.reduce(1)  # one number for each query
 _COLUMN = plgpu.Layout.WGMMA.reduce(0)  # one number for each key
 # Registers a thread: the copying warpgroup gives what it does not need to the computing ones.
-_REGISTERS = {1: (40, 232), 2: (40, 232), 3: (24, 160)}
+_REGISTERS = {1: (24, 240), 2: (24, 240), 3: (24, 160)}
 
 
 def kernel(
     q_gmem,
     to_scores_gmem,
     k_gmem,
-    k_scale_gmem,
     v_gmem,
-    v_factor_gmem,
-    v_unit_gmem,
+    columns_gmem,
     query_start_gmem,
     kv_lengths_gmem,
     out_gmem,
@@ -38,8 +37,7 @@ def kernel(
     out_smem,
     k_smem,
     v_smem,
-    k_scale_smem,
-    v_factor_smem,
+    columns_smem,
     q_barriers,
     k_full,
     v_full,
@@ -86,11 +84,10 @@ def kernel(
             refill = tile - begin >= stages
             pl.when(refill)(lambda: plgpu.barrier_wait(k_free.at[s]))
             plgpu.copy_gmem_to_smem(k_gmem.at[batch, kv_head, slots], k_smem.at[s], k_full.at[s])
-            # The key scales come and go with the values: they are needed after the keys.
+            # The keys' scales come and go with the values: they outlive the keys.
             pl.when(refill)(lambda: plgpu.barrier_wait(v_free.at[s]))
-            plgpu.copy_gmem_to_smem(k_scale_gmem.at[batch, kv_head, slots], k_scale_smem.at[s], v_full.at[s])
+            plgpu.copy_gmem_to_smem(columns_gmem.at[batch, kv_head, :, slots], columns_smem.at[s], v_full.at[s])
             plgpu.copy_gmem_to_smem(v_gmem.at[batch, kv_head, :, slots], v_smem.at[s], v_full.at[s])
-            plgpu.copy_gmem_to_smem(v_factor_gmem.at[batch, kv_head, slots], v_factor_smem.at[s], v_full.at[s])
 
     @pl.when(warpgroup < warpgroups)
     def _compute():
@@ -100,14 +97,14 @@ def kernel(
         to_scores = jax_compat.load_registers(to_scores_gmem.at[batch, head, rows], _ROW)
         plgpu.barrier_wait(q_barriers.at[warpgroup])
         tiles = _Tiles(
-            q_smem.at[warpgroup], k_smem, k_scale_smem, v_smem, v_factor_smem, k_full, k_free, v_full, v_free, stage,
+            q_smem.at[warpgroup], k_smem, v_smem, columns_smem, k_full, k_free, v_full, v_free, stage,
             to_scores, first_position + warpgroup * BLOCK_Q, length, causal, window,
         )  # fmt: skip
         if pipeline == 1:
             total, out = _one_by_one(tiles, begin, full_end, end, turn if rendezvous else None, warpgroup)
         else:
             total, out = _scores_ahead(tiles, begin, full_end, end)
-        inverse = jnp.where(total > 0, v_unit_gmem[batch, kv_head] / jnp.where(total > 0, total, 1.0), 0.0)
+        inverse = jnp.where(total > 0, 1.0 / (jnp.where(total > 0, total, 1.0) * registers.CODE_UNIT), 0.0)
         out_smem[warpgroup] = (out * _over_columns(inverse, out.shape)).astype(out_smem.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_smem.at[warpgroup], out_gmem.at[batch, rows, head])
@@ -120,9 +117,8 @@ class _Tiles:
 
     q: Any
     k: Any
-    k_scale: Any
     v: Any
-    v_factor: Any
+    columns: Any  # [stages, 3, block_kv]: the key's scale, the logarithm of the value's, one over it
     k_full: Any
     k_free: Any
     v_full: Any
@@ -142,9 +138,13 @@ class _Tiles:
     def head_dim(self) -> int:
         return self.k.shape[2]
 
+    def wait_for_keys(self, tile) -> None:
+        # Before the accumulator is made: between its zeros and the product a branch would make
+        # the compiler write them out.
+        plgpu.barrier_wait(self.k_full.at[self.stage(tile)])
+
     def start_scores(self, acc, tile) -> None:
         """Begin acc += Q K^T, in units of the codes."""
-        plgpu.barrier_wait(self.k_full.at[self.stage(tile)])
         plgpu.wgmma(acc, self.q, jax_compat.transpose_ref(self.k.at[self.stage(tile)]))
 
     def finish_scores(self, acc, tile, *, products_left: int = 0):
@@ -153,29 +153,34 @@ class _Tiles:
         plgpu.barrier_arrive(self.k_free.at[self.stage(tile)])
         return scores
 
-    def softmax(self, scores, tile, peak, *, masked: bool):
-        """New row maxima, the decay of what was summed before, and exp2(scores - maxima).
+    def softmax(self, scores, tile, peak, total, *, masked: bool):
+        """P as E4M3 A operand, the new row maxima and sums, and the decay of what was summed before.
 
-        Maxima are of the scores before ``to_scores``, which is positive. Waits for the tile's values.
+        P = exp2(score + log2 v_scale - maximum) * PROBABILITY_SCALE, so that the largest term of
+        every output is exact in E4M3; sums are of P / v_scale. Waits for the tile's values.
         """
-        plgpu.barrier_wait(self.v_full.at[self.stage(tile)])
-        scores *= _over_rows(jax_compat.load_registers(self.k_scale.at[self.stage(tile)], _COLUMN), self.shape)
+        s = self.stage(tile)
+        plgpu.barrier_wait(self.v_full.at[s])
+        scores *= self._column(s, 0)
+        scores = scores * _over_columns(self.to_scores, self.shape) + self._column(s, 1)
         if masked:
             scores = jnp.where(self._visible(tile), scores, -jnp.inf)
         new_peak = jnp.maximum(peak, jnp.max(scores, axis=1))
         # Until a row sees its first key its maximum is -inf, and -inf - -inf would be NaN.
         safe_peak = jnp.where(new_peak == -jnp.inf, 0.0, new_peak) if masked else new_peak
-        decay = jnp.exp2((peak - safe_peak) * self.to_scores)
-        shift = safe_peak * self.to_scores
-        p = jnp.exp2(scores * _over_columns(self.to_scores, self.shape) - _over_columns(shift, self.shape))
-        return new_peak, decay, p
-
-    def operand(self, p, tile):
-        """P as E4M3 A operand, the values' scales folded in."""
-        p *= _over_rows(jax_compat.load_registers(self.v_factor.at[self.stage(tile)], _COLUMN), self.shape)
+        decay = jnp.exp2(peak - safe_peak)
+        p = jnp.exp2(scores - _over_columns(safe_peak - math.log2(formats.PROBABILITY_SCALE), self.shape))
+        total = total * decay + jnp.sum(p * self._column(s, 2), axis=1)
         result = plgpu.ShapeDtypeStruct(self.shape, formats.E4M3, layout=plgpu.Layout.WGMMA_8BIT)
         convert = plgpu.inline_mgpu(arg_types=(_MATRIX,), return_type=result)
-        return convert(registers.probabilities_to_operand)(p)
+        return convert(registers.probabilities_to_operand)(p), new_peak, total, decay
+
+    def _column(self, stage, which: int):
+        """One of the numbers for each key, over the rows of a tile."""
+        ref = self.columns.at[stage, which]
+        result = plgpu.ShapeDtypeStruct(ref.shape, jnp.float32, layout=_COLUMN)
+        load = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=result)(registers.load_columns)
+        return lax.broadcast_in_dim(load(ref), self.shape, (1,))
 
     def start_product(self, acc, p, tile, columns: slice = slice(None)) -> None:
         """Begin acc += P V for some channels."""
@@ -217,10 +222,9 @@ def _one_by_one(tiles: _Tiles, begin, full_end, end, turn, warpgroup):
             take_turn()
             return tiles.finish_scores(acc, tile)
 
+        tiles.wait_for_keys(tile)
         scores = pl.run_scoped(scores_of, plgpu.ACC(tiles.shape))
-        peak, decay, p = tiles.softmax(scores, tile, peak, masked=masked)
-        total = total * decay + jnp.sum(p, axis=1)
-        p = tiles.operand(p, tile)
+        p, peak, total, decay = tiles.softmax(scores, tile, peak, total, masked=masked)
         take_turn()
         product = pl.run_scoped(functools.partial(product_of, p, tile), plgpu.ACC(out.shape))
         plgpu.barrier_arrive(tiles.v_free.at[tiles.stage(tile)])
@@ -248,23 +252,30 @@ def _scores_ahead(tiles: _Tiles, begin, full_end, end):
             tiles.start_scores(acc, tile)
             return tiles.finish_scores(acc, tile)
 
+        tiles.wait_for_keys(tile)
         return pl.run_scoped(scores_of, plgpu.ACC(tiles.shape))
 
     def step(tile, carry, *, masked: bool, last: bool):
         scores, peak, total, out = carry
 
-        def overlapped(next_acc, product_acc):
+        def ahead(next_acc):
             if not last:
                 tiles.start_scores(next_acc, tile + 1)
-            new_peak, decay, p = tiles.softmax(scores, tile, peak, masked=masked)
-            new_total = total * decay + jnp.sum(p, axis=1)
-            tiles.start_product(product_acc, tiles.operand(p, tile), tile)
-            next_scores = scores if last else tiles.finish_scores(next_acc, tile + 1, products_left=1)
-            product = plgpu.wgmma_accumulator_load(product_acc, wait_n=0)
+            p, new_peak, new_total, decay = tiles.softmax(scores, tile, peak, total, masked=masked)
+
+            def product_of(acc):
+                tiles.start_product(acc, p, tile)
+                next_scores = scores if last else tiles.finish_scores(next_acc, tile + 1, products_left=1)
+                return next_scores, plgpu.wgmma_accumulator_load(acc, wait_n=0)
+
+            # The accumulator is made only now: its zeros take registers.
+            next_scores, product = pl.run_scoped(product_of, plgpu.ACC(out.shape))
             plgpu.barrier_arrive(tiles.v_free.at[tiles.stage(tile)])
             return next_scores, new_peak, new_total, out * _over_columns(decay, out.shape) + product
 
-        return pl.run_scoped(overlapped, plgpu.ACC(tiles.shape), plgpu.ACC(out.shape))
+        if not last:
+            tiles.wait_for_keys(tile + 1)
+        return pl.run_scoped(ahead, plgpu.ACC(tiles.shape))
 
     zeros = plgpu.layout_cast(jnp.zeros(tiles.shape, jnp.float32), _MATRIX)
     scores = lax.fori_loop(begin, jnp.minimum(begin + 1, end), first, zeros)
@@ -275,11 +286,6 @@ def _scores_ahead(tiles: _Tiles, begin, full_end, end):
     carry = lax.fori_loop(full_end, before_last, functools.partial(step, masked=True, last=False), carry)
     carry = lax.fori_loop(before_last, end, functools.partial(step, masked=True, last=True), carry)
     return carry[2:]
-
-
-def _over_rows(x, shape: tuple[int, ...]):
-    """One number for each column -> a matrix."""
-    return lax.broadcast_in_dim(x, shape, (1,))
 
 
 def _over_columns(x, shape: tuple[int, ...]):

@@ -3,7 +3,7 @@
 A pass over the cache first writes what WGMMA wants: the codes as E4M3 (exactly: a code is the
 mantissa of a subnormal), keys as they lie and values head_dim-major, because FP8 WGMMA takes no
 transposed operand. The token scales stay apart: the key's multiplies a column of the scores, the
-value's a column of P before its FP8 cast, relative to the sequence's largest.
+value's a column of P before its FP8 cast.
 
 A thread block is two or three compute warpgroups of 64 queries of one head each, and one that
 issues TMA copies into a ring of K and V tiles. ``Config.pipeline`` says how far the products run
@@ -101,7 +101,7 @@ def prefill_attention_sm90(
     head_dim = query.values.shape[-1]
     config = config or default_config(head_dim)
     operands = _prepare(query, key, value, kv_lengths, scale, config)
-    return _launch(
+    out = _launch(
         *operands,
         query_start.astype(jnp.int32),
         kv_lengths.astype(jnp.int32),
@@ -110,6 +110,7 @@ def prefill_attention_sm90(
         out_dtype=out_dtype,
         config=config,
     )
+    return out[:, : query.values.shape[1]]
 
 
 def _prepare(
@@ -119,44 +120,41 @@ def _prepare(
     kv_lengths: Int[Array, " B"],
     scale: float,
     config: Config,
-) -> tuple[Array, Array, Array, Array, Array, Array, Array]:
-    """The kernel's operands: Q, its row factor, K, its column factor, V^T, its column factor, V's unit.
+) -> tuple[Array, Array, Array, Array, Array]:
+    """The kernel's operands: Q, its rows' factors, K, V^T and their columns' numbers.
 
-    Shapes: [B, T, heads, H], [B, heads, T'], [B, kv_heads, S, H], [B, kv_heads, S'],
-    [B, kv_heads, H, S'], [B, kv_heads, S'], [B, kv_heads]; T' and S' are whole blocks.
+    Shapes: [B, T8, heads, H], [B, heads, T'], [B, kv_heads, S, H], [B, kv_heads, H, S'] and
+    [B, kv_heads, 3, S']; T8 is T rounded up to 8, T' and S' are whole blocks. The columns'
+    numbers are the key's scale, the logarithm of the value's, and one over it.
     """
     assert query.scale is not None
     assert key.scale is not None
     assert value.scale is not None
-    slots = key.values.shape[2]
-    padded = -(-slots // config.block_kv) * config.block_kv
-    rows = BLOCK_Q * config.warpgroups
+    length, slots = query.values.shape[1], key.values.shape[2]
+    padding = -slots % config.block_kv
 
     to_scores = query.scale[..., 0].astype(jnp.float32) * (scale * _LOG2E / registers.CODE_UNIT)
-    to_scores = jnp.pad(to_scores.swapaxes(1, 2), ((0, 0), (0, 0), (0, -query.values.shape[1] % rows)))
+    to_scores = jnp.pad(to_scores.swapaxes(1, 2), ((0, 0), (0, 0), (0, -length % (BLOCK_Q * config.warpgroups))))
+    queries = jnp.pad(query.values, ((0, 0), (0, -length % 8), (0, 0), (0, 0)))
 
-    # Slots beyond the end may hold anything, NaN included, and 0 * NaN is NaN.
+    # Slots beyond the end may hold anything, NaN included; they are masked, but 0 * NaN is NaN.
     valid = (jnp.arange(slots) < kv_lengths[:, None])[:, None]
-    k_scale, v_scale = (jnp.where(valid, x.scale[..., 0].astype(jnp.float32), 0.0) for x in (key, value))
-    largest = jnp.max(v_scale, axis=-1)
-    unit = jnp.where(largest > 0, largest, 1.0) / formats.PROBABILITY_SCALE
-    pad = ((0, 0), (0, 0), (0, padded - slots))
-    k_scale, v_factor = jnp.pad(k_scale, pad), jnp.pad(v_scale / unit[..., None], pad)
+    k_scale, v_scale = (jnp.where(valid, x.scale[..., 0].astype(jnp.float32), 1.0) for x in (key, value))
+    columns = jnp.stack([k_scale, jnp.log2(v_scale), 1.0 / v_scale], axis=2)
+    columns = jnp.pad(columns, ((0, 0), (0, 0), (0, 0), (0, padding)))
 
-    values = registers.codes_to_e4m3(value.values).swapaxes(2, 3)
-    values = registers.permute_tokens(jnp.pad(values, (*pad[:2], (0, 0), pad[2])))
     keys = registers.codes_to_e4m3(key.values)
-    return query.values, to_scores, keys, k_scale, values, v_factor, unit / registers.CODE_UNIT
+    values = registers.codes_to_e4m3(value.values).swapaxes(2, 3)
+    values = jnp.pad(values, ((0, 0), (0, 0), (0, 0), (0, padding)))
+    return queries, to_scores, keys, registers.permute_tokens(values), registers.permute_tokens(columns)
 
 
 def _launch(
     q,
     to_scores,
     k,
-    k_scale,
     v,
-    v_factor,
-    v_unit,
+    columns,
     query_start,
     kv_lengths,
     *,
@@ -180,17 +178,16 @@ def _launch(
             out_smem=_swizzled((config.warpgroups, BLOCK_Q, head_dim), out_dtype),
             k_smem=_swizzled((stages, block_kv, head_dim), formats.E4M3),
             v_smem=_swizzled((stages, head_dim, block_kv), formats.E4M3),
-            k_scale_smem=plgpu.SMEM((stages, block_kv), jnp.float32),
-            v_factor_smem=plgpu.SMEM((stages, block_kv), jnp.float32),
+            columns_smem=plgpu.SMEM((stages, 3, block_kv), jnp.float32),
             q_barriers=plgpu.Barrier(num_barriers=config.warpgroups),
             k_full=ring(),
-            v_full=ring(num_arrivals=3),
+            v_full=ring(num_arrivals=2),
             k_free=ring(num_arrivals=config.warpgroups),
             v_free=ring(num_arrivals=config.warpgroups),
             turn=plgpu.Barrier(num_arrivals=2),
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-    )(q, to_scores, k, k_scale, v, v_factor, v_unit, query_start, kv_lengths)
+    )(q, to_scores, k, v, columns, query_start, kv_lengths)
 
 
 def _swizzled(shape: tuple[int, int, int], dtype: jax.typing.DTypeLike):
