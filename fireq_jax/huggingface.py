@@ -41,13 +41,20 @@ _IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 def read_config(folder: Path) -> ModelConfig:
     """The architecture in ``folder/config.json``.
 
+    What ends a sequence is taken from ``generation_config.json`` where it says so: chat models
+    list there the ids that end a turn.
+
     Raises:
         ValueError: if there is no such file or it does not describe a Llama.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json; expected a Hugging Face checkpoint folder")
-    return ModelConfig.from_huggingface(_read_json(path))
+    fields = _read_json(path)
+    generation = folder / "generation_config.json"
+    if generation.is_file() and (eos := _read_json(generation).get("eos_token_id")) is not None:
+        fields["eos_token_id"] = eos
+    return ModelConfig.from_huggingface(fields)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
