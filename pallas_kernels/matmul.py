@@ -127,7 +127,9 @@ def matmul_reference(
     values, x_scale = x if isinstance(x, ScaledArray) else (x, None)
     n, _ = weight.shape
     unit = weight.unscaled()
-    y = jnp.einsum("...k,nk->...n", values.astype(jnp.float32), unit, preferred_element_type=jnp.float32)
+    # A GPU multiplies float32 operands as TF32 by default: exact for FP8 and bf16 rows, not for these.
+    precision = "highest" if values.dtype == jnp.float32 else None
+    y = jnp.einsum("...k,nk->...n", values.astype(jnp.float32), unit, precision=precision)
     y = y * weight.channel_scale[:n]
     if x_scale is not None:
         y = y * x_scale

@@ -83,14 +83,15 @@ def attention_reference(
     v = jnp.where((jnp.arange(slots) < kv_lengths[:, None])[:, None, :, None], v, 0.0)
 
     grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum("btkgh,bksh->bkgts", grouped, k, preferred_element_type=jnp.float32) * scale
+    # "highest": a GPU would otherwise multiply float32 operands as TF32.
+    scores = jnp.einsum("btkgh,bksh->bkgts", grouped, k, precision="highest") * scale
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
     peak = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - jnp.where(jnp.isneginf(peak), 0.0, peak))
     total = jnp.sum(weights, axis=-1)
     if query.scale is not None:
         weights = formats.quantize_probabilities(weights)
-    out = jnp.einsum("bkgts,bksh->btkgh", weights, v, preferred_element_type=jnp.float32)
+    out = jnp.einsum("bkgts,bksh->btkgh", weights, v, precision="highest")
     total = jnp.moveaxis(total, -1, 1)[..., None]
     # A query without a visible slot has a total of 0; a NaN stays one.
     out = jnp.where(total == 0, 0.0, out / jnp.where(total == 0, 1.0, total))
