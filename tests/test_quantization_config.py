@@ -53,6 +53,7 @@ def test_unknown_recipe_lists_all_of_them():
         ({"kv_group_size": 0}, "kv_group_size is 0"),
         ({"query_format": "bf16"}, "'bf16'"),
         ({"weight_format": "fp8", "activation_format": "none"}, "'fp8' needs"),
+        ({"weight_format": "none"}, "'fp8' needs quantized weights"),
         ({"smoothing": {"alpha": 0.0}}, r"alpha is 0\.0"),
         ({"smoothing": {"beta": float("nan")}}, "beta is nan"),
         ({"smoothing": {"post_rope_channels": -1}}, "post_rope_channels is -1"),

@@ -79,8 +79,10 @@ def test_is_a_pytree_under_jit_and_round_trips(options):
     assert hash(structure) == hash(jax.tree.structure(tensor))
 
 
-def test_from_codes_and_codes_are_inverse():
-    w = quantize_weight(weight((70, 384)), group_size=128)
+@pytest.mark.parametrize(("k", "group_size"), [(384, 128), (192, 64)])
+def test_from_codes_and_codes_are_inverse(k, group_size):
+    """K = 192 is one and a half tiles: a group of padding is added and taken away."""
+    w = quantize_weight(weight((70, k)), group_size=group_size)
     again = jax.jit(lambda w: QuantizedTensor.from_codes(w).codes())(w)
     for one, two in zip(again, w, strict=True):
         np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(two, np.float32))
@@ -103,6 +105,12 @@ def test_random_weights_have_the_form_of_quantized_ones_and_the_wished_size(opti
 def test_quantize_quotes_what_it_refuses(options, quoted):
     with pytest.raises(ValueError, match=quoted):
         quantize_eagerly(weight((64, 128)), **options)
+
+
+def test_from_codes_refuses_other_groups():
+    """Groups of 100 inputs would be read back as 128."""
+    with pytest.raises(ValueError, match=r"\(8, 300\) and 3 groups"):
+        QuantizedTensor.from_codes(formats.quantize_weight(weight((8, 300)), group_size=100))
 
 
 def test_fp8_has_no_codes():

@@ -64,6 +64,12 @@ def test_top_level_theta_counts_where_rope_parameters_lack_it():
     assert config.rope == RopeConfig("linear", theta=500.0, factor=2.0)
 
 
+def test_theta_may_be_a_large_integer():
+    config = read(rope_theta=10**10)
+    assert isinstance(config.rope.theta, float)
+    rope_tables(config, jnp.zeros((1, 1), int), jnp.asarray([1]))
+
+
 def test_defaults_without_any_rope_key():
     fields = config_of("gqa")
     del fields["rope_theta"]

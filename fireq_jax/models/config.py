@@ -60,7 +60,8 @@ class RopeConfig:
                 values.setdefault(name, fields[name])
         values["rope_type"] = values.pop("rope_type", None) or values.pop("type", None) or "default"
         values.pop("type", None)
-        values["theta"] = values.pop("rope_theta", None)
+        if (theta := values.pop("rope_theta", None)) is not None:
+            values["theta"] = float(theta)
         if (partial := values.pop("partial_rotary_factor", None)) not in (None, 1.0):
             raise ValueError(f"partial_rotary_factor is {partial}; only 1.0 is supported")
         if values["rope_type"] != "default" and values.get("factor") is None:

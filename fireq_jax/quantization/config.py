@@ -104,6 +104,8 @@ class QuantizationConfig:
             raise ValueError(f"kv_group_size is {self.kv_group_size}; expected a positive number or None")
         if self.weight_format == "fp8" and self.activation_format != "fp8":
             raise ValueError("weight_format 'fp8' needs activation_format 'fp8'")
+        if self.weight_format == "none" and self.activation_format != "none":
+            raise ValueError(f"activation_format {self.activation_format!r} needs quantized weights, not 'none'")
 
     def keeps_float(self, name: str) -> bool:
         """Whether the linear layer ``name`` stays unquantized."""
