@@ -24,7 +24,8 @@ SMALL = {
     "tie_word_embeddings": False,
 }
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+# With these sizes both ends of YaRN's band fall between two of the six frequencies.
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
 _YARN_OPTIONS = {"beta_fast": 4.0, "beta_slow": 0.5, "truncate": False, "attention_factor": 1.3}
 # Name -> changes of SMALL, in transformers' v4 form.
 CASES: dict[str, dict[str, Any]] = {
@@ -36,9 +37,12 @@ CASES: dict[str, dict[str, Any]] = {
     "dynamic": {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
     "dynamic_beyond": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 16},
     "llama3": {"rope_scaling": {**_LLAMA3, "original_max_position_embeddings": 32}},
-    "yarn": {"rope_scaling": _YARN},
-    "yarn_options": {"rope_scaling": {**_YARN, **_YARN_OPTIONS}},
-    "yarn_mscale": {"rope_scaling": {**_YARN, "mscale": 0.7, "mscale_all_dim": 1.1}},
+    "yarn": {"rope_scaling": _YARN, "max_position_embeddings": 1024},
+    "yarn_options": {"rope_scaling": {**_YARN, **_YARN_OPTIONS}, "max_position_embeddings": 1024},
+    "yarn_mscale": {
+        "rope_scaling": {**_YARN, "mscale": 0.7, "mscale_all_dim": 1.1},
+        "max_position_embeddings": 1024,
+    },
 }
 
 
