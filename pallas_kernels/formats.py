@@ -65,13 +65,8 @@ def absmax_scale(absmax: Float[Array, "..."], limit: float) -> Float[Array, "...
     return jnp.where(scale > 0, scale, 1.0)
 
 
-def to_e4m3(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Cast to E4M3, saturating at +-448; NaN stays NaN."""
-    return jnp.clip(x.astype(jnp.float32), -E4M3_MAX, E4M3_MAX).astype(E4M3)
-
-
 def round_to_e4m3(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """float32 numbers after a cast to E4M3 and back, with the rules of :func:`to_e4m3`.
+    """float32 numbers rounded to E4M3's: saturating at +-448; NaN stays NaN.
 
     Arithmetic instead of two casts, because XLA drops a pair of inverse casts on GPUs.
     """
@@ -79,6 +74,15 @@ def round_to_e4m3(x: Float[Array, "..."]) -> Float[Array, "..."]:
     normal = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=3)
     subnormal = jnp.round(x / E4M3_MIN_SUBNORMAL) * E4M3_MIN_SUBNORMAL
     return jnp.where(jnp.abs(x) < E4M3_MIN_NORMAL, subnormal, normal)
+
+
+def to_e4m3(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Cast to E4M3, saturating at +-448; NaN stays NaN.
+
+    Rounded before the cast: a later cast to float32 in the same computation sees the rounded
+    numbers even if XLA drops both casts.
+    """
+    return round_to_e4m3(x).astype(E4M3)
 
 
 def round_to_int4(x: Float[Array, "..."]) -> Int[Array, "..."]:
@@ -125,7 +129,7 @@ def weight_table(group_scale: Float[Array, "..."]) -> Float[Array, "... 8"]:
     """
     magnitudes = jnp.arange(INT4_MAX + 1, dtype=jnp.float32) * group_scale.astype(jnp.float32)[..., None]
     if group_scale.dtype == E4M3:
-        magnitudes = to_e4m3(magnitudes).astype(jnp.float32)
+        magnitudes = round_to_e4m3(magnitudes)
     return magnitudes
 
 
@@ -162,7 +166,7 @@ def round_group_scale(scale: Float[Array, "..."], dtype: ScaleDtype) -> Float[Ar
         rounded = to_e4m3(jnp.minimum(scale, E4M3_MAX / INT4_MAX))
         return jnp.where(rounded == 0, jnp.asarray(E4M3_MIN_SUBNORMAL, E4M3), rounded)
     if dtype == "bf16":
-        rounded = scale.astype(jnp.bfloat16)
+        rounded = jax.lax.reduce_precision(scale.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
         return jnp.where(rounded == 0, jnp.finfo(jnp.bfloat16).tiny, rounded).astype(jnp.bfloat16)
     raise ValueError(f"scale dtype is {dtype!r}; expected one of {get_args(ScaleDtype)}")
 
@@ -220,7 +224,7 @@ def decode_weight(codes: Int[Array, "N K"], group_scale: Float[Array, "N G"]) ->
     values = codes.astype(jnp.float32).reshape(n, groups, k // groups)
     values = values * group_scale.astype(jnp.float32)[..., None]
     if group_scale.dtype == E4M3:
-        values = to_e4m3(values).astype(jnp.float32)
+        values = round_to_e4m3(values)
     return values.reshape(n, k)
 
 

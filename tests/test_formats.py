@@ -60,6 +60,16 @@ def test_e4m3_equals_ml_dtypes_for_every_16_bit_number(dtype):
         expected = np.clip(wide, -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
     np.testing.assert_array_equal(result, expected)
     np.testing.assert_array_equal(np.isnan(result), np.isnan(wide))
+    np.testing.assert_array_equal(np.signbit(result), np.signbit(expected))
+    np.testing.assert_array_equal(formats.round_to_e4m3(jnp.asarray(x)), expected)
+
+
+def test_rounding_does_not_rest_on_the_cast():
+    """XLA may drop a cast to E4M3 with the cast back; the numbers are rounded before."""
+    jaxpr = str(jax.make_jaxpr(lambda x: formats.dequantize(formats.quantize_fp8(x)))(jnp.zeros((2, 8))))
+    assert jaxpr.index("reduce_precision") < jaxpr.index("new_dtype=float8_e4m3fn")
+    jaxpr = str(jax.make_jaxpr(lambda x: formats.round_group_scale(x, "bf16"))(jnp.zeros((2,))))
+    assert jaxpr.index("reduce_precision") < jaxpr.index("new_dtype=bfloat16")
 
 
 def test_fp8_rows_state_their_rule_for_zero_infinity_and_nan():
