@@ -29,7 +29,7 @@ from fireq_jax.huggingface import HuggingFaceCheckpoint, block_shapes
 from fireq_jax.models.llama import linear_names
 from fireq_jax.models.parameters import Parameter, fuse_block, global_parameters, layer_parameters
 from fireq_jax.quantization.config import QuantizationConfig, SmoothingConfig
-from fireq_jax.quantization.smoothing import KeyStatistics, key_scale, smooth_block
+from fireq_jax.quantization.smoothing import KeyStatistics, key_scales, smooth_block
 from pallas_kernels import formats
 from pallas_kernels.quantized_tensor import QuantizedTensor
 
@@ -185,9 +185,11 @@ def _weight_errors(block: Mapping[str, Array], index: int, parameters: Mapping[s
 def smoothing_effect(
     before: Mapping[str, Array], after: Mapping[str, Array], keys: KeyStatistics | None, smoothing: SmoothingConfig
 ) -> dict[str, np.ndarray]:
-    """Channel absmax before and after smoothing, for plots: float32 [K] a linear layer, [kv_heads, H] for keys.
+    """Channel absmax before and after smoothing, for plots.
 
-    Named ``<linear>.before`` and ``<linear>.after``, with ``keys`` as one more "linear" if measured.
+    Returns:
+        ``<linear>.before`` and ``<linear>.after``, float32 [K]; with measured keys also
+        ``keys.before``, ``keys.pre_rope`` (after N) and ``keys.post_rope`` (after N and S), [kv_heads, H].
     """
     effect = {}
     for moment, block in (("before", before), ("after", after)):
@@ -196,8 +198,10 @@ def smoothing_effect(
                 absmax = formats.finite_absmax(weight, axis=0)
                 effect[f"{name.removesuffix('.weight')}.{moment}"] = np.asarray(absmax)
     if keys is not None:
+        pre_rope, post_rope = key_scales(keys, smoothing)
         effect["keys.before"] = np.asarray(keys.channel_max)
-        effect["keys.after"] = np.asarray(keys.channel_max * key_scale(keys, smoothing))
+        effect["keys.pre_rope"] = np.asarray(keys.channel_max * pre_rope)
+        effect["keys.post_rope"] = np.asarray(keys.channel_max * pre_rope * post_rope)
     return effect
 
 

@@ -8,6 +8,7 @@ from typing import get_args
 
 from fireq_jax.checkpoint import write_json
 from fireq_jax.evaluation.comparison import evaluate, format_table
+from fireq_jax.evaluation.plots import plot_smoothing
 from pallas_kernels.formats import KVFormat
 
 
@@ -36,6 +37,12 @@ def parser() -> argparse.ArgumentParser:
         choices=["bfloat16", "float32"],
         default="bfloat16",
         help="of hidden states and unquantized weights (default: bfloat16)",
+    )
+    parse.add_argument(
+        "--plots",
+        type=Path,
+        metavar="DIR",
+        help="also draw channel maxima before and after smoothing, a folder a model",
     )
     parse.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
     return parse
@@ -68,6 +75,11 @@ def run(args: argparse.Namespace) -> None:
         dtype=args.dtype,
     )
     print(format_table(results))
+    if args.plots is not None:
+        for model in args.models:
+            if (Path(model) / "smoothing.npz").is_file():
+                figures = plot_smoothing(model, args.plots / Path(model).name)
+                print(f"{len(figures)} figures in {figures[0].parent}")
     if args.json is not None:
         fields = {
             result.model: {"perplexity": result.perplexity, "tokens": result.tokens, "bytes": result.bytes}

@@ -72,6 +72,32 @@ def plot_keys(
     figure.savefig(path)
 
 
+def plot_smoothing(model: str | Path, folder: str | Path) -> list[Path]:
+    """All figures of a converted model: each linear layer's inputs and each layer's keys.
+
+    Args:
+        model: converted folder; its ``smoothing.npz`` holds the magnitudes.
+        folder: where the pictures go, ``<layer>.<what>.png``; made if it does not exist.
+
+    Raises:
+        ValueError: if the model has no ``smoothing.npz``: its recipe does not smooth.
+    """
+    source, folder = Path(model) / "smoothing.npz", Path(folder)
+    if not source.is_file():
+        raise ValueError(f"{model} has no smoothing.npz; only a converted model whose recipe smooths can be plotted")
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = dict(np.load(source))
+    paths = []
+    for name in sorted(key.removesuffix(".before") for key in arrays if key.endswith(".before")):
+        paths.append(folder / f"{name}.png")
+        before = arrays[f"{name}.before"]
+        if name.endswith("keys"):
+            plot_keys(before, arrays[f"{name}.pre_rope"], arrays[f"{name}.post_rope"], name, paths[-1])
+        else:
+            plot_channel_absmax(before, arrays[f"{name}.after"], name, paths[-1])
+    return paths
+
+
 def _figure(title: str, panels: int) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(9, 1 + 2.6 * panels), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)

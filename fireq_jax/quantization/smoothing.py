@@ -69,12 +69,14 @@ def smooth_block(
     return result
 
 
-def key_scale(keys: KeyStatistics, smoothing: SmoothingConfig) -> Float[Array, "kv_heads H"]:
-    """What :func:`smooth_block` multiplies each channel of the rotated keys by: N * S."""
+def key_scales(
+    keys: KeyStatistics, smoothing: SmoothingConfig
+) -> tuple[Float[Array, "kv_heads H"], Float[Array, "kv_heads H"]]:
+    """N and S as :func:`smooth_block` applies them: factors of each channel of the rotated keys."""
     post_rope, outlier_pairs = post_rope_scale(keys.channel_max, smoothing.post_rope_channels, smoothing.beta)
     if not smoothing.pre_rope:
-        return post_rope
-    return post_rope * jnp.tile(pre_rope_scale(keys.pair_max, outlier_pairs, smoothing.alpha), (1, 2))
+        return jnp.ones_like(post_rope), post_rope
+    return jnp.tile(pre_rope_scale(keys.pair_max, outlier_pairs, smoothing.alpha), (1, 2)), post_rope
 
 
 def column_scale(weight: Float[Array, "*rows K"], statistic: ColumnStatistic) -> Float[Array, " K"]:
