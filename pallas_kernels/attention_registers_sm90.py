@@ -33,11 +33,25 @@ CODE_UNIT = 2.0**-9
 TOKEN_BLOCK = 128
 
 
-def codes_to_e4m3(packed: UInt8[Array, "*rows half"]) -> Float[Array, "*rows H"]:
+def keys_to_e4m3(packed: UInt8[Array, "*rows half"]) -> Float[Array, "*rows H"]:
     """INT4 codes in cache form -> E4M3 values of ``CODE_UNIT`` times the codes, exactly."""
     low = (packed & 0x07) | ((packed & 0x08) << 4)
     high = ((packed >> 4) & 0x07) | (packed & 0x80)
     return jax.lax.bitcast_convert_type(jnp.concatenate([low, high], axis=-1), formats.E4M3)
+
+
+def values_to_e4m3(packed: UInt8[Array, "B heads S half"]) -> Float[Array, "B heads H S"]:
+    """The same values head_dim-major, tokens (a multiple of 16) in :func:`permute_tokens`' order.
+
+    Written so that XLA transposes bytes through shared memory and unpacks them in a second pass;
+    as one transposition of codes it is a loop that reads single bytes at the rows' stride.
+    """
+    batch, heads, slots, half = packed.shape
+    packed = jnp.broadcast_to(packed.swapaxes(2, 3)[:, :, None], (batch, heads, 2, half, slots))
+    high = jax.lax.broadcasted_iota(jnp.uint8, packed.shape, 2) == 1
+    nibbles = jnp.where(high, packed >> 4, packed)
+    codes = permute_tokens((nibbles & 0x07) | ((nibbles & 0x08) << 4))
+    return jax.lax.bitcast_convert_type(codes.reshape(batch, heads, 2 * half, slots), formats.E4M3)
 
 
 def permute_channels(q: Array) -> Array:
@@ -134,7 +148,7 @@ def probabilities_to_operand(_: mgpu.LaunchContext, p: mgpu.FragmentedArray) -> 
     for m, column, h in np.ndindex(tiles.shape):
         pairs = registers[m, column, :, h]
         tiles[m, column, h] = _to_e4m3_word([_element(pairs[i], e) for i in range(2) for e in range(2)])
-    return _fragments(tiles, p.shape)
+    return _fragments(tiles, (rows, tokens))
 
 
 def load_columns(_: mgpu.LaunchContext, numbers: ir.Value) -> mgpu.FragmentedArray:
@@ -159,7 +173,7 @@ def permute_tokens(v: Array) -> Array:
     """Tokens of [..., S] (S a multiple of 16) in the order of :func:`probabilities_to_operand`."""
     tokens = v.shape[-1]
     v = v.reshape(*v.shape[:-1], tokens // 16, 2, 4, 2)  # [i, q, e]
-    return v.swapaxes(-2, -3).reshape(*v.shape[:-4], tokens)
+    return jnp.stack([v[..., 0, :, :], v[..., 1, :, :]], axis=-2).reshape(*v.shape[:-4], tokens)
 
 
 def _tokens(packed: ir.Value, head_dim: int) -> int:
@@ -203,7 +217,9 @@ def _to_e4m3_word(elements: list[ir.Value]) -> ir.Value:
         cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
         mov.b32 $0, {low, high};
     }"""
-    return llvm.inline_asm(ir.IntegerType.get_signless(32), elements, assembly, "=r,f,f,f,f")
+    word = llvm.inline_asm(ir.IntegerType.get_signless(32), elements, assembly, "=r,f,f,f,f")
+    assert isinstance(word, ir.Value)
+    return word
 
 
 def _load_words(base: ir.Value, offset: ir.Value, words: int) -> list[ir.Value]:

@@ -19,7 +19,7 @@ def load_registers(ref: Any, layout: Any) -> jax.Array:
     """The whole ``ref`` in registers, in a layout for which the loads need not be wide."""
     if JAX_VERSION < (0, 12):
         return plgpu.load(ref, (), layout=layout, optimized=False)
-    return plgpu.load(ref, layout=layout, optimized=False)
+    return plgpu.load(ref, layout=layout, optimized=False)  # pyright: ignore[reportCallIssue]
 
 
 def store_registers(ref: Any, value: jax.Array) -> None:
@@ -27,4 +27,4 @@ def store_registers(ref: Any, value: jax.Array) -> None:
     if JAX_VERSION < (0, 12):
         ref[...] = value
     else:
-        plgpu.store(ref, value, optimized=False)
+        plgpu.store(ref, value, optimized=False)  # pyright: ignore[reportAttributeAccessIssue]

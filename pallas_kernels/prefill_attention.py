@@ -52,7 +52,7 @@ def prefill_attention(
         NotImplementedError: if ``implementation`` names a kernel that cannot run this.
     """
     validate(query, key, value, query_start, kv_lengths, window)
-    unsupported = sm90.unsupported(query, key, value, scale)
+    unsupported = sm90.unsupported(query, key, value, scale, out_dtype)
     run = attention_reference
     if dispatch.resolve("prefill_attention", implementation, unsupported) == "mosaic_gpu":
         run = sm90.prefill_attention_sm90

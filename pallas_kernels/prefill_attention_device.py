@@ -43,11 +43,9 @@ def kernel(
     v_full,
     k_free,
     v_free,
-    turn,
     causal: bool,
     window: int | None,
     pipeline: int,
-    rendezvous: bool,
 ) -> None:
     """One block: ``warpgroups`` x 64 queries of one head against the tiles they can see."""
     warpgroups = q_smem.shape[0]
@@ -100,10 +98,7 @@ def kernel(
             q_smem.at[warpgroup], k_smem, v_smem, columns_smem, k_full, k_free, v_full, v_free, stage,
             to_scores, first_position + warpgroup * BLOCK_Q, length, causal, window,
         )  # fmt: skip
-        if pipeline == 1:
-            total, out = _one_by_one(tiles, begin, full_end, end, turn if rendezvous else None, warpgroup)
-        else:
-            total, out = _scores_ahead(tiles, begin, full_end, end)
+        total, out = (_one_by_one if pipeline == 1 else _scores_ahead)(tiles, begin, full_end, end)
         inverse = jnp.where(total > 0, 1.0 / (jnp.where(total > 0, total, 1.0) * registers.CODE_UNIT), 0.0)
         out_smem[warpgroup] = (out * _over_columns(inverse, out.shape)).astype(out_smem.dtype)
         plgpu.commit_smem()
@@ -206,44 +201,34 @@ def _initial(tiles: _Tiles):
     return peak, total, out
 
 
-def _one_by_one(tiles: _Tiles, begin, full_end, end, turn, warpgroup):
-    """Pipeline 1: the products of a tile wait for its softmax."""
-
-    def take_turn():
-        if turn is not None:
-            plgpu.barrier_arrive(turn)
-            plgpu.barrier_wait(turn)
+def _one_by_one(tiles: _Tiles, begin, full_end, end):
+    """Pipeline 1: the products of a tile wait for its softmax. Returns row sums and output."""
 
     def step(tile, carry, *, masked: bool):
         peak, total, out = carry
 
         def scores_of(acc):
             tiles.start_scores(acc, tile)
-            take_turn()
             return tiles.finish_scores(acc, tile)
 
+        def product_of(acc):
+            tiles.start_product(acc, p, tile)
+            return acc[...]
+
         tiles.wait_for_keys(tile)
-        scores = pl.run_scoped(scores_of, plgpu.ACC(tiles.shape))
+        scores = pl.run_scoped(scores_of, plgpu.WGMMAAccumulatorRef(tiles.shape))
         p, peak, total, decay = tiles.softmax(scores, tile, peak, total, masked=masked)
-        take_turn()
-        product = pl.run_scoped(functools.partial(product_of, p, tile), plgpu.ACC(out.shape))
+        product = pl.run_scoped(product_of, plgpu.WGMMAAccumulatorRef(out.shape))
         plgpu.barrier_arrive(tiles.v_free.at[tiles.stage(tile)])
         return peak, total, out * _over_columns(decay, out.shape) + product
 
-    def product_of(p, tile, acc):
-        tiles.start_product(acc, p, tile)
-        return acc[...]
-
-    # The second warpgroup starts half a tile later: one's products run under the other's softmax.
-    pl.when(warpgroup == 1)(take_turn)
     carry = lax.fori_loop(begin, full_end, functools.partial(step, masked=False), _initial(tiles))
     carry = lax.fori_loop(full_end, end, functools.partial(step, masked=True), carry)
-    pl.when(warpgroup == 0)(take_turn)
     return carry[1:]
 
 
 def _scores_ahead(tiles: _Tiles, begin, full_end, end):
-    """Pipeline 2: the scores of the next tile are computed under this tile's softmax."""
+    """Pipeline 2: the scores of the next tile are computed under this tile's softmax; returns likewise."""
 
     def first(tile, scores):
         del scores
@@ -253,7 +238,7 @@ def _scores_ahead(tiles: _Tiles, begin, full_end, end):
             return tiles.finish_scores(acc, tile)
 
         tiles.wait_for_keys(tile)
-        return pl.run_scoped(scores_of, plgpu.ACC(tiles.shape))
+        return pl.run_scoped(scores_of, plgpu.WGMMAAccumulatorRef(tiles.shape))
 
     def step(tile, carry, *, masked: bool, last: bool):
         scores, peak, total, out = carry
@@ -269,13 +254,13 @@ def _scores_ahead(tiles: _Tiles, begin, full_end, end):
                 return next_scores, plgpu.wgmma_accumulator_load(acc, wait_n=0)
 
             # The accumulator is made only now: its zeros take registers.
-            next_scores, product = pl.run_scoped(product_of, plgpu.ACC(out.shape))
+            next_scores, product = pl.run_scoped(product_of, plgpu.WGMMAAccumulatorRef(out.shape))
             plgpu.barrier_arrive(tiles.v_free.at[tiles.stage(tile)])
             return next_scores, new_peak, new_total, out * _over_columns(decay, out.shape) + product
 
         if not last:
             tiles.wait_for_keys(tile + 1)
-        return pl.run_scoped(ahead, plgpu.ACC(tiles.shape))
+        return pl.run_scoped(ahead, plgpu.WGMMAAccumulatorRef(tiles.shape))
 
     zeros = plgpu.layout_cast(jnp.zeros(tiles.shape, jnp.float32), _MATRIX)
     scores = lax.fori_loop(begin, jnp.minimum(begin + 1, end), first, zeros)

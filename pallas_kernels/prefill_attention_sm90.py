@@ -3,16 +3,14 @@
 A pass over the cache first writes what WGMMA wants: the codes as E4M3 (exactly: a code is the
 mantissa of a subnormal), keys as they lie and values head_dim-major, because FP8 WGMMA takes no
 transposed operand. The token scales stay apart: the key's multiplies a column of the scores, the
-value's a column of P before its FP8 cast.
+value's joins it as a logarithm, so that P is cast to FP8 with it and its largest term is exact.
 
 A thread block is two or three compute warpgroups of 64 queries of one head each, and one that
 issues TMA copies into a ring of K and V tiles. ``Config.pipeline`` says how far the products run
 ahead of the softmax inside a warpgroup:
 
-1  Q.K^T, softmax and P.V of a tile one after the other; other warpgroups fill the tensor cores,
-   alternating at a rendezvous if ``Config.rendezvous``.
+1  Q.K^T, softmax and P.V of a tile one after the other.
 2  Q.K^T of tile j+1 runs under the softmax of tile j.
-3  Q.K^T of tile j+2 and P.V of tile j run under the softmax of tile j+1.
 
 Softmax statistics and the output are float32. P.V of a tile is accumulated from zero by the
 tensor cores, whose FP8 accumulation is short, and added to the output by FMAs.
@@ -30,7 +28,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import attention_registers_sm90 as registers
-from pallas_kernels import formats, jax_compat
+from pallas_kernels import formats
 from pallas_kernels.decode_attention_sm90 import unsupported as unsupported_operands
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.prefill_attention_device import BLOCK_Q, kernel
@@ -43,18 +41,16 @@ class Config:
     """Tile configuration of the prefill kernel.
 
     Attributes:
-        block_kv: keys of a tile: a multiple of 64, at most 256; 128 or 256 for values' swizzle.
+        block_kv: keys of a tile: 64, 128 or 256.
         warpgroups: compute warpgroups, each with 64 queries.
         stages: K and V tiles in the shared-memory ring, at least 2.
-        pipeline: how far the products run ahead of the softmax (1, 2 or 3; see the module).
-        rendezvous: two warpgroups take turns on the tensor cores (pipeline 1 only).
+        pipeline: how far the products run ahead of the softmax (see the module).
     """
 
     block_kv: int = 128
     warpgroups: int = 2
     stages: int = 2
     pipeline: int = 2
-    rendezvous: bool = False
 
     def __post_init__(self):
         if self.block_kv not in (64, 128, 256):
@@ -63,21 +59,21 @@ class Config:
             raise ValueError(f"warpgroups is {self.warpgroups}; expected 1, 2 or 3")
         if self.stages < 2:
             raise ValueError(f"stages is {self.stages}; expected at least 2")
-        if self.pipeline not in (1, 2, 3):
-            raise ValueError(f"pipeline is {self.pipeline}; expected 1, 2 or 3")
-        if self.pipeline == 3 and self.stages < 3:
-            raise ValueError(f"stages is {self.stages}; a pipeline of 3 holds tiles j to j+2 and needs at least 3")
-        if self.rendezvous and (self.pipeline != 1 or self.warpgroups != 2):
-            raise ValueError("a rendezvous is between two warpgroups with pipeline 1")
+        if self.pipeline not in (1, 2):
+            raise ValueError(f"pipeline is {self.pipeline}; expected 1 or 2")
 
 
 def default_config(head_dim: int) -> Config:
-    """What measured fastest; head_dim 256 leaves no registers for a pipeline."""
+    """Two warpgroups in pipeline 2; a head of 256 leaves no registers to run ahead in."""
     return Config(block_kv=64, pipeline=1) if head_dim == 256 else Config()
 
 
-def unsupported(query: ScaledArray, key: ScaledArray, value: ScaledArray, scale: float) -> str | None:
+def unsupported(
+    query: ScaledArray, key: ScaledArray, value: ScaledArray, scale: float, out_dtype: jax.typing.DTypeLike
+) -> str | None:
     """Why the kernel cannot run these operands, or None."""
+    if jnp.dtype(out_dtype) != jnp.bfloat16:
+        return f"out_dtype is {jnp.dtype(out_dtype)}, not bfloat16"
     if scale <= 0:
         return f"scale is {scale}, not positive"
     return unsupported_operands(query, key, value)
@@ -139,14 +135,12 @@ def _prepare(
 
     # Slots beyond the end may hold anything, NaN included; they are masked, but 0 * NaN is NaN.
     valid = (jnp.arange(slots) < kv_lengths[:, None])[:, None]
-    k_scale, v_scale = (jnp.where(valid, x.scale[..., 0].astype(jnp.float32), 1.0) for x in (key, value))
+    k_scale, v_scale = (jnp.where(valid, x[..., 0].astype(jnp.float32), 1.0) for x in (key.scale, value.scale))
     columns = jnp.stack([k_scale, jnp.log2(v_scale), 1.0 / v_scale], axis=2)
     columns = jnp.pad(columns, ((0, 0), (0, 0), (0, 0), (0, padding)))
 
-    keys = registers.codes_to_e4m3(key.values)
-    values = registers.codes_to_e4m3(value.values).swapaxes(2, 3)
-    values = jnp.pad(values, ((0, 0), (0, 0), (0, 0), (0, padding)))
-    return queries, to_scores, keys, registers.permute_tokens(values), registers.permute_tokens(columns)
+    values = registers.values_to_e4m3(jnp.pad(value.values, ((0, 0), (0, 0), (0, padding), (0, 0))))
+    return queries, to_scores, registers.keys_to_e4m3(key.values), values, registers.permute_tokens(columns)
 
 
 def _launch(
@@ -167,25 +161,24 @@ def _launch(
     rows, block_kv, stages = BLOCK_Q * config.warpgroups, config.block_kv, config.stages
     ring = functools.partial(plgpu.Barrier, num_barriers=stages)
     return plgpu.kernel(
-        functools.partial(kernel, causal=causal, window=window, pipeline=config.pipeline, rendezvous=config.rendezvous),
+        functools.partial(kernel, causal=causal, window=window, pipeline=config.pipeline),
         out_type=jax.ShapeDtypeStruct(q.shape, out_dtype),
         grid=(heads, -(-length // rows), batch),
         grid_names=("head", "block", "batch"),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
-        scratch_types=dict(
-            q_smem=_swizzled((config.warpgroups, BLOCK_Q, head_dim), formats.E4M3),
-            out_smem=_swizzled((config.warpgroups, BLOCK_Q, head_dim), out_dtype),
-            k_smem=_swizzled((stages, block_kv, head_dim), formats.E4M3),
-            v_smem=_swizzled((stages, head_dim, block_kv), formats.E4M3),
-            columns_smem=plgpu.SMEM((stages, 3, block_kv), jnp.float32),
-            q_barriers=plgpu.Barrier(num_barriers=config.warpgroups),
-            k_full=ring(),
-            v_full=ring(num_arrivals=2),
-            k_free=ring(num_arrivals=config.warpgroups),
-            v_free=ring(num_arrivals=config.warpgroups),
-            turn=plgpu.Barrier(num_arrivals=2),
-        ),
+        scratch_types={
+            "q_smem": _swizzled((config.warpgroups, BLOCK_Q, head_dim), formats.E4M3),
+            "out_smem": _swizzled((config.warpgroups, BLOCK_Q, head_dim), out_dtype),
+            "k_smem": _swizzled((stages, block_kv, head_dim), formats.E4M3),
+            "v_smem": _swizzled((stages, head_dim, block_kv), formats.E4M3),
+            "columns_smem": plgpu.SMEM((stages, 3, block_kv), jnp.float32),
+            "q_barriers": plgpu.Barrier(num_barriers=config.warpgroups),
+            "k_full": ring(),
+            "v_full": ring(num_arrivals=2),
+            "k_free": ring(num_arrivals=config.warpgroups),
+            "v_free": ring(num_arrivals=config.warpgroups),
+        },
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )(q, to_scores, k, v, columns, query_start, kv_lengths)
 
