@@ -96,8 +96,8 @@ def prefill_attention_sm90(
     """Attention of [B, T, heads, H] queries over an INT4 cache; arguments as ``prefill_attention``."""
     head_dim = query.values.shape[-1]
     config = config or default_config(head_dim)
-    operands = _prepare(query, key, value, kv_lengths, scale, config)
-    out = _launch(
+    operands = prepare(query, key, value, kv_lengths, scale, config)
+    out = launch(
         *operands,
         query_start.astype(jnp.int32),
         kv_lengths.astype(jnp.int32),
@@ -109,7 +109,7 @@ def prefill_attention_sm90(
     return out[:, : query.values.shape[1]]
 
 
-def _prepare(
+def prepare(
     query: ScaledArray,
     key: ScaledArray,
     value: ScaledArray,
@@ -143,20 +143,21 @@ def _prepare(
     return queries, to_scores, registers.keys_to_e4m3(key.values), values, registers.permute_tokens(columns)
 
 
-def _launch(
-    q,
-    to_scores,
-    k,
-    v,
-    columns,
-    query_start,
-    kv_lengths,
+def launch(
+    q: Float[Array, "B T8 heads H"],
+    to_scores: Float[Array, "B heads rows"],
+    k: Float[Array, "B kv_heads S H"],
+    v: Float[Array, "B kv_heads H columns"],
+    columns: Float[Array, "B kv_heads 3 columns"],
+    query_start: Int[Array, " B"],
+    kv_lengths: Int[Array, " B"],
     *,
     causal: bool,
     window: int | None,
     out_dtype: jax.typing.DTypeLike,
     config: Config,
-) -> Float[Array, "B T heads H"]:
+) -> Float[Array, "B T8 heads H"]:
+    """The kernel itself, on the operands of :func:`prepare`."""
     batch, length, heads, head_dim = q.shape
     rows, block_kv, stages = BLOCK_Q * config.warpgroups, config.block_kv, config.stages
     ring = functools.partial(plgpu.Barrier, num_barriers=stages)

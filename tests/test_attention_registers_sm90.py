@@ -70,8 +70,8 @@ class Machine:
             ),
             "ir": dialect(
                 IntegerType=dialect(get_signless=lambda bits: bits), MemRefType=lambda ref_type: ref_type,
-                VectorType=dialect(get=lambda shape, of: of * shape[0] if isinstance(of, int) else of), F32Type=dialect(get=lambda: np.float32),
-                Float8E4M3FNType=dialect(get=lambda: 8),
+                VectorType=dialect(get=lambda shape, of: of * shape[0] if isinstance(of, int) else of),
+                F32Type=dialect(get=lambda: np.float32), Float8E4M3FNType=dialect(get=lambda: 8),
             ),
             "mgpu": dialect(
                 WGMMA_LAYOUT_8BIT=dialect(registers_shape=lambda shape: (shape[0] // 64, shape[1] // 16, 2)),
