@@ -128,13 +128,13 @@ def quantize(
     """
     if format not in get_args(WeightFormat):
         raise ValueError(f"weight format is {format!r}; expected one of {get_args(WeightFormat)}")
+    n, k = weight.shape
     if format == "fp8":
         rows = formats.quantize_fp8(weight)
         assert rows.scale is not None
-        return QuantizedTensor(rows.values, None, rows.scale[:, 0], weight.shape, format)
+        return QuantizedTensor(rows.values, None, rows.scale[:, 0], (n, k), format)
     if group_size not in (64, 128):
         raise ValueError(f"group_size is {group_size}; expected 64 or 128")
-    n, k = weight.shape
     padded = jnp.pad(weight, ((0, 0), (0, layouts.padded_shape(n, k)[1] - k)))
     codes = formats.quantize_weight(
         padded, group_size=group_size, scale_dtype=scale_dtype, channel_scale=channel_scale, rounding=rounding
