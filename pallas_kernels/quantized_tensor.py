@@ -88,6 +88,11 @@ class QuantizedTensor:
         scale = jax.random.uniform(scale_key, (padded_k // group_size, padded_n), minval=8, maxval=32)
         # Uniform codes have standard deviation 4.2, the scales a mean of 20.
         channel = jnp.full((padded_n,), std / 84, jnp.float32)
+        if (padded_n, padded_k) != shape:
+            codes = layouts.pack_weight(layouts.unpack_weight(codes, n, k))
+            group = jnp.arange(padded_k // group_size)[:, None] * group_size
+            scale = jnp.where((group < k) & (jnp.arange(padded_n) < n), scale, 1.0)
+            channel = jnp.where(jnp.arange(padded_n) < n, channel, 1.0)
         return cls(codes, formats.round_group_scale(scale, scale_dtype), channel, shape, format)
 
     def codes(self) -> formats.WeightCodes:
