@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import attention_registers_sm90 as registers
 from pallas_kernels import formats
-from pallas_kernels.decode_attention_sm90 import unsupported as unsupported_operands
+from pallas_kernels.decode_attention_sm90 import unsupported_formats
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.prefill_attention_device import BLOCK_Q, kernel
 
@@ -76,7 +76,7 @@ def unsupported(
         return f"out_dtype is {jnp.dtype(out_dtype)}, not bfloat16"
     if scale <= 0:
         return f"scale is {scale}, not positive"
-    return unsupported_operands(query, key, value)
+    return unsupported_formats(query, key, value)
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "causal", "window", "out_dtype", "config"))
@@ -119,7 +119,7 @@ def prepare(
 ) -> tuple[Array, Array, Array, Array, Array]:
     """The kernel's operands: Q, its rows' factors, K, V^T and their columns' numbers.
 
-    Shapes: [B, T8, heads, H], [B, heads, T'], [B, kv_heads, S, H], [B, kv_heads, H, S'] and
+    Shapes: [B, T8, heads, H], [B, heads, T'], [B, kv_heads, S', H], [B, kv_heads, H, S'] and
     [B, kv_heads, 3, S']; T8 is T rounded up to 8, T' and S' are whole blocks. The columns'
     numbers are the key's scale, the logarithm of the value's, and one over it.
     """
@@ -139,14 +139,15 @@ def prepare(
     columns = jnp.stack([k_scale, jnp.log2(v_scale), 1.0 / v_scale], axis=2)
     columns = jnp.pad(columns, ((0, 0), (0, 0), (0, 0), (0, padding)))
 
-    values = registers.values_to_e4m3(jnp.pad(value.values, ((0, 0), (0, 0), (0, padding), (0, 0))))
-    return queries, to_scores, registers.keys_to_e4m3(key.values), values, registers.permute_tokens(columns)
+    k, v = (jnp.pad(x.values, ((0, 0), (0, 0), (0, padding), (0, 0))) for x in (key, value))
+    keys, values = registers.keys_to_e4m3(k), registers.values_to_e4m3(v)
+    return queries, to_scores, keys, values, registers.permute_tokens(columns)
 
 
 def launch(
     q: Float[Array, "B T8 heads H"],
     to_scores: Float[Array, "B heads rows"],
-    k: Float[Array, "B kv_heads S H"],
+    k: Float[Array, "B kv_heads columns H"],
     v: Float[Array, "B kv_heads H columns"],
     columns: Float[Array, "B kv_heads 3 columns"],
     query_start: Int[Array, " B"],

@@ -67,6 +67,7 @@ PREFILL = {
     "one block": Case(128, 4, 1, slots=128, lengths=(128,), starts=(0,)),
     "ragged": Case(512, lengths=(512, 511), starts=(0, 0)),
     "chunk into a cache": Case(300, slots=1000, lengths=(1000, 129), starts=(700, 1), outliers=True),
+    "a prompt of any length": Case(77, slots=77, lengths=(77, 30), starts=(0, 0)),
     "one query": Case(1, lengths=(512, 1), starts=(511, 0)),
     "not causal": Case(256, slots=640, lengths=(640, 1, 0), starts=(0, 0, 0), causal=False),
     "window": Case(512, slots=1024, lengths=(1024, 500), starts=(512, 0), window=100),
@@ -237,6 +238,34 @@ def test_prepared_values_are_the_codes_transposed():
     np.testing.assert_array_equal(values, np.asarray(registers.permute_tokens(jnp.asarray(codes.swapaxes(2, 3)))))
 
 
+@pytest.mark.parametrize("length", [77, 128])
+def test_prepared_operands_give_attention(length):
+    """The kernel's arithmetic in float32 on its prepared operands: their units, orders and padding fit."""
+    case = Case(length, slots=length, lengths=(length, 30), starts=(0, 0))
+    query, key, value, start, kv_lengths = operands(case)
+    q, to_scores, k, v, columns = prefill.prepare(query, key, value, kv_lengths, case.scale, prefill.Config())
+    assert k.shape[2] == v.shape[3] == columns.shape[3] == 128
+    order = registers.permute_tokens(jnp.arange(128))
+    k_scale, log_v_scale, inverse_v_scale = jnp.moveaxis(columns[..., jnp.argsort(order)], 2, 0)
+    group = case.heads // case.kv_heads
+    grouped = q[:, :length].astype(jnp.float32).reshape(case.batch, length, case.kv_heads, group, case.head_dim)
+    scores = jnp.einsum("btkgh,bksh->bkgts", grouped, k.astype(jnp.float32)) * k_scale[:, :, None, None]
+    rows = to_scores[..., :length].reshape(case.batch, case.kv_heads, group, length, 1)
+    scores = scores * rows + log_v_scale[:, :, None, None]
+    slot = jnp.arange(128)
+    visible = (slot <= jnp.arange(length)[:, None]) & (slot < kv_lengths[:, None, None])
+    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+    p = jnp.exp2(scores - jnp.max(scores, axis=-1, keepdims=True))
+    total = jnp.sum(p * inverse_v_scale[:, :, None, None], axis=-1)
+    out = jnp.einsum("bkgts,bkhs->bkgth", p[..., order], v.astype(jnp.float32)) / registers.CODE_UNIT / total[..., None]
+    out = jnp.moveaxis(out, 3, 1).reshape(case.batch, length, case.heads, case.head_dim)
+    expected = attention_reference(
+        ScaledArray(formats.dequantize(query), None), key, value, query_start=start, kv_lengths=kv_lengths,
+        scale=case.scale, out_dtype=jnp.float32,
+    )  # fmt: skip
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("rows", "slots"), [(8, 65536), (128, 4096), (512, 16384), (160, 4096), (1, 128), (3, 1)])
 def test_splits_occupy_the_device(rows, slots):
     config = decode.Config()
@@ -273,6 +302,7 @@ def test_unsupported_operands_have_a_reason():
     table = jnp.zeros((1, 1), jnp.int32)
     short = ScaledArray(key.values[:, :, :4], key.scale)
     assert "4 slots" in str(decode.unsupported(query, short, value))
+    assert prefill.unsupported(query, short, value, 0.1, jnp.bfloat16) is None
     assert "page" in str(decode.unsupported(query, ScaledArray(key.values[:, :, :128], key.scale), value, table))
     assert "E4M3" in str(decode.unsupported(ScaledArray(formats.dequantize(query), None), key, value))
     fp8 = formats.quantize_kv(formats.dequantize(key), "fp8")
