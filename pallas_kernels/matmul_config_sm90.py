@@ -105,6 +105,10 @@ class Problem:
         """WGMMA calls for a tile: 2 if its rows of x are 256 bytes or it has two scales outside the table."""
         return 2 if self.values == "bf16" or (self.groups == 2 and not self.scale_in_table) else 1
 
+    def scales_in_ring(self, config: Config) -> bool:
+        """Whether group scales come with the weights through TMA; else they are read far ahead."""
+        return config.k_tiles > 1 or not self.scale_in_table
+
     @property
     def rows_out(self) -> int:
         """Columns of y that a warpgroup's 64 channels become."""
@@ -114,10 +118,11 @@ class Problem:
 def smem_bytes(config: Config, values: Values) -> int:
     """Shared memory that a CTA needs for x in ``values``, with what the allocator may add."""
     x_row = layouts.TILE_K * (1 if values == "e4m3" else 2)
-    tile = config.tile_m * x_row + config.tile_n * layouts.TILE_K // 2
+    # At most four bytes of scales for each 128 inputs of a channel.
+    tile = config.tile_m * x_row + config.tile_n * (layouts.TILE_K // 2 + 4)
     store = STORE_BUFFERS * min(config.store_m, config.tile_m) * layouts.TILE_N * 2
     tokens = 1024 if config.tile_m > 128 else 512
-    return config.stages * config.k_tiles * tile + config.warpgroups * (store + tokens) + 3072
+    return config.stages * config.k_tiles * tile + config.warpgroups * (store + tokens) + 2048
 
 
 def choose(m: int, n: int, k: int, values: Values, scale_in_table: bool, groups: int) -> Config:
