@@ -18,7 +18,6 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 WARPGROUP = 128
 ROWS = plgpu.Layout.WGMMA.reduce(1)
 SCALAR = plgpu.Layout.WG_SPLAT(())
-# Codes 0..7 as E4M3, one a byte: the table of a weight whose group scales are applied elsewhere.
 
 
 def inlined(*, arg_types: tuple[Any, ...] = (), return_type: Any = None) -> Callable[..., Callable[..., Any]]:
@@ -27,19 +26,22 @@ def inlined(*, arg_types: tuple[Any, ...] = (), return_type: Any = None) -> Call
 
 
 def i32() -> ir.Type:
+    """The type that most values have here."""
     return ir.IntegerType.get_signless(32)
 
 
 def const(value: int) -> ir.Value:
+    """A 32-bit constant, 0 <= value < 2^32."""
     return arith.constant(i32(), ir.IntegerAttr.get(i32(), value - (1 << 32) if value >= 1 << 31 else value))
 
 
 def thread() -> ir.Value:
+    """Index of this thread in its warpgroup."""
     return arith.andi(utils.thread_idx(), const(WARPGROUP - 1))
 
 
 def fragment_position() -> tuple[ir.Value, ir.Value, ir.Value]:
-    """(row n of r = 0, lane // 4 and warp folded; lane % 4; warp) of this thread."""
+    """(row of r = 0, lane % 4, warp) of this thread."""
     index = thread()
     warp = arith.shrui(index, const(5))
     lane = arith.andi(index, const(31))
@@ -59,9 +61,9 @@ def asm(results: list[ir.Type], args: list[ir.Value], code: str, constraints: st
     return [llvm.extractvalue(ty, struct, [i]) for i, ty in enumerate(results)]
 
 
-def load(ref: ir.Value, index: ir.Value, element: ir.Type, load: ir.Type) -> ir.Value:
-    """``load`` read from ``ref``'s memory at ``index``, counted in ``element``."""
-    return llvm.load(load, utils.getelementptr(utils.memref_ptr(ref), [index], element))
+def load(ref: ir.Value, index: ir.Value, element: ir.Type, result: ir.Type) -> ir.Value:
+    """A ``result`` read from ``ref``'s memory at ``index``, counted in ``element``."""
+    return llvm.load(result, utils.getelementptr(utils.memref_ptr(ref), [index], element))
 
 
 def load_word(ref: ir.Value, index: ir.Value) -> ir.Value:
@@ -83,10 +85,12 @@ def to_float(word: ir.Value, bits: int) -> ir.Value:
 
 
 def element(vec: ir.Value, i: int) -> ir.Value:
+    """The i-th element of a vector."""
     return vector.extract(vec, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
 
 
 def shared_address(ref: ir.Value) -> ir.Value:
+    """Where ref begins in shared memory, as PTX wants it: 32 bits."""
     return llvm.ptrtoint(i32(), utils.memref_ptr(ref))
 
 

@@ -229,7 +229,7 @@ def store_outputs(
             return result
 
         blocks = [(j, block) for j in range(tokens // 8) for block in range(1 if silu_mul else 2)]
-        width = min(4, len(blocks))
+        width = next(width for width in (4, 2, 1) if len(blocks) % width == 0)
         per_j = 1 if silu_mul else 2
         # Lane l gives the address of row l % 8 of matrix l // 8. Adding 8 tokens leaves the bits
         # that the swizzle reads alone, so one address with constant offsets serves them all.

@@ -32,6 +32,7 @@ from pallas_kernels.matmul_device_sm90 import (
     thread,
 )
 
+# Codes 0..7 as E4M3, one a byte: the table of a weight whose group scales are applied elsewhere.
 _UNIT_TABLE = 0x44403800, 0x4E4C4A48
 
 
