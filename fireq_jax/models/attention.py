@@ -1,5 +1,7 @@
 """Grouped-query attention with rotary embedding, RoPE-aware key scaling and a quantized cache."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -39,21 +41,17 @@ class Attention(nnx.Module):
         implementation: Implementation,
         rngs: nnx.Rngs,
     ) -> None:
-        def linear(part: str, in_features: int, out_features: int) -> Linear:
-            return Linear(
-                f"{name}.{part}",
-                in_features,
-                out_features,
-                bias=config.attention_bias,
-                quantization=quantization,
-                dtype=dtype,
-                implementation=implementation,
-                rngs=rngs,
-            )
-
+        linear = functools.partial(
+            Linear,
+            bias=config.attention_bias,
+            quantization=quantization,
+            dtype=dtype,
+            implementation=implementation,
+            rngs=rngs,
+        )
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self.qkv_proj = linear("qkv_proj", config.hidden_size, (heads + 2 * kv_heads) * head_dim)
-        self.o_proj = linear("o_proj", heads * head_dim, config.hidden_size)
+        self.qkv_proj = linear(f"{name}.qkv_proj", config.hidden_size, (heads + 2 * kv_heads) * head_dim)
+        self.o_proj = linear(f"{name}.o_proj", heads * head_dim, config.hidden_size)
         scaled = quantization.smoothing is not None and quantization.smoothing.post_rope_channels > 0
         self.post_rope_scale = nnx.Param(jnp.ones((kv_heads, head_dim), jnp.float32)) if scaled else None
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim

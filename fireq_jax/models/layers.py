@@ -1,5 +1,6 @@
 """Linear, RMSNorm and the gated MLP. Whether a Linear is quantized, its weight decides."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -128,20 +129,11 @@ class MLP(nnx.Module):
         implementation: Implementation,
         rngs: nnx.Rngs,
     ) -> None:
-        def linear(part: str, in_features: int, out_features: int) -> Linear:
-            return Linear(
-                f"{name}.{part}",
-                in_features,
-                out_features,
-                bias=bias,
-                quantization=quantization,
-                dtype=dtype,
-                implementation=implementation,
-                rngs=rngs,
-            )
-
-        self.gate_up_proj = linear("gate_up_proj", hidden_size, layouts.interleaved_rows(intermediate_size))
-        self.down_proj = linear("down_proj", intermediate_size, hidden_size)
+        linear = functools.partial(
+            Linear, bias=bias, quantization=quantization, dtype=dtype, implementation=implementation, rngs=rngs
+        )
+        self.gate_up_proj = linear(f"{name}.gate_up_proj", hidden_size, layouts.interleaved_rows(intermediate_size))
+        self.down_proj = linear(f"{name}.down_proj", intermediate_size, hidden_size)
         self.intermediate_size = intermediate_size
 
     def __call__(
