@@ -125,22 +125,32 @@ def matmul_reference(
 ) -> Float[Array, "*rows N_out"]:
     """The op in ``jax.numpy``: the oracle of the kernels' tests and the path without a Hopper GPU."""
     values, x_scale = x if isinstance(x, ScaledArray) else (x, None)
-    n, _ = weight.shape
-    unit = weight.unscaled()
-    # A GPU multiplies float32 operands as TF32 by default: exact for FP8 and bf16 rows, not for these.
-    precision = "highest" if values.dtype == jnp.float32 else None
-    y = jnp.einsum("...k,nk->...n", values.astype(jnp.float32), unit, precision=precision)
-    y = y * weight.channel_scale[:n]
+    if weight.format == "fp8" and values.dtype == formats.E4M3:
+        # As FP8, so that tensor cores that have it multiply it so; the sums are float32 either way.
+        y = jnp.einsum("...k,nk->...n", values, weight.values, preferred_element_type=jnp.float32)
+    else:
+        # A GPU multiplies float32 operands as TF32 by default: exact for FP8 and bf16 rows, not for these.
+        precision = "highest" if values.dtype == jnp.float32 else None
+        y = jnp.einsum("...k,nk->...n", values.astype(jnp.float32), weight.unscaled(), precision=precision)
+    y = y * weight.channel_scale[: weight.shape[0]]
     if x_scale is not None:
         y = y * x_scale
+    return epilogue(y, bias, activation, residual).astype(out_dtype)
+
+
+def epilogue(
+    y: Float[Array, "*rows N"],
+    bias: Float[Array, " N"] | None,
+    activation: Activation,
+    residual: Float[Array, "*rows N_out"] | None,
+) -> Float[Array, "*rows N_out"]:
+    """activation(y + bias) + residual in float32, as :func:`matmul` describes them."""
     if bias is not None:
         y = y + bias.astype(jnp.float32)
     if activation == "silu_mul":
         gate, up = layouts.split_gate_up(y)
         y = jax.nn.silu(gate) * up
-    if residual is not None:
-        y = y + residual.astype(jnp.float32)
-    return y.astype(out_dtype)
+    return y if residual is None else y + residual.astype(jnp.float32)
 
 
 def _validate(

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from fireq_jax.quantization.config import QuantizationConfig
 from pallas_kernels import formats, layouts
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.matmul import Activation, matmul
+from pallas_kernels.matmul import Activation, epilogue, matmul
 from pallas_kernels.quantized_tensor import QuantizedTensor
 
 Tap = Callable[[str, Array], None]
@@ -86,15 +86,7 @@ class Linear(nnx.Module):
                 out_dtype=x.dtype,
                 implementation=self.implementation,
             )
-        y = matmul_float(x, weight)
-        if bias is not None:
-            y = y + bias.astype(jnp.float32)
-        if activation == "silu_mul":
-            gate, up = layouts.split_gate_up(y)
-            y = jax.nn.silu(gate) * up
-        if residual is not None:
-            y = y + residual.astype(jnp.float32)
-        return y.astype(x.dtype)
+        return epilogue(matmul_float(x, weight), bias, activation, residual).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
