@@ -15,6 +15,9 @@ from pallas_kernels import dispatch, formats
 from pallas_kernels import prefill_attention_sm90 as sm90
 from pallas_kernels.formats import ScaledArray
 
+# Queries of a sequence that the reference scores at a time.
+QUERIES_AT_ONCE = 1024
+
 
 def prefill_attention(
     query: ScaledArray,
@@ -74,28 +77,42 @@ def attention_reference(
     window: int | None = None,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
 ) -> Float[Array, "B T heads H"]:
-    """Both attention ops in ``jax.numpy``: the kernels' oracle and the path without a Hopper GPU."""
-    q, k, v = formats.dequantize(query), formats.dequantize(key), formats.dequantize(value)
-    batch, length, heads, head_dim = q.shape
-    kv_heads, slots = k.shape[1:3]
-    visible = visible_slots(query_start, kv_lengths, length, slots, causal=causal, window=window)
-    # Slots beyond kv_lengths may hold anything, NaN included, and 0 * NaN is NaN.
-    v = jnp.where((jnp.arange(slots) < kv_lengths[:, None])[:, None, :, None], v, 0.0)
+    """Both attention ops in ``jax.numpy``: the kernels' oracle and the path without a Hopper GPU.
 
-    grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    # "highest": a GPU would otherwise multiply float32 operands as TF32.
-    scores = jnp.einsum("btkgh,bksh->bkgts", grouped, k, precision="highest") * scale
-    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
-    peak = jnp.max(scores, axis=-1, keepdims=True)
-    weights = jnp.exp(scores - jnp.where(jnp.isneginf(peak), 0.0, peak))
-    total = jnp.sum(weights, axis=-1)
-    if query.scale is not None:
-        weights = formats.quantize_probabilities(weights)
-    out = jnp.einsum("bkgts,bksh->btkgh", weights, v, precision="highest")
-    total = jnp.moveaxis(total, -1, 1)[..., None]
-    # A query without a visible slot has a total of 0; a NaN stays one.
-    out = jnp.where(total == 0, 0.0, out / jnp.where(total == 0, 1.0, total))
-    return out.reshape(batch, length, heads, head_dim).astype(out_dtype)
+    At most ``QUERIES_AT_ONCE`` queries of a sequence are in flight, so that the scores of a long
+    prompt need not fit in memory.
+    """
+    q, k, v = formats.dequantize(query), formats.dequantize(key), formats.dequantize(value)
+    # Slots beyond kv_lengths may hold anything, NaN included, and 0 * NaN is NaN.
+    v = jnp.where((jnp.arange(v.shape[2]) < kv_lengths[:, None])[:, None, :, None], v, 0.0)
+
+    def attend(q: Float[Array, "B t heads H"], start: Int[Array, " B"]) -> Float[Array, "B t heads H"]:
+        batch, length, heads, head_dim = q.shape
+        kv_heads, slots = k.shape[1:3]
+        visible = visible_slots(start, kv_lengths, length, slots, causal=causal, window=window)
+        grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+        # "highest": a GPU would otherwise multiply float32 operands as TF32.
+        scores = jnp.einsum("btkgh,bksh->bkgts", grouped, k, precision="highest") * scale
+        scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+        peak = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - jnp.where(jnp.isneginf(peak), 0.0, peak))
+        total = jnp.moveaxis(jnp.sum(weights, axis=-1), -1, 1)[..., None]
+        if query.scale is not None:
+            weights = formats.quantize_probabilities(weights)
+        out = jnp.einsum("bkgts,bksh->btkgh", weights, v, precision="highest")
+        # A query without a visible slot has a total of 0; a NaN stays one.
+        out = jnp.where(total == 0, 0.0, out / jnp.where(total == 0, 1.0, total))
+        return out.reshape(q.shape).astype(out_dtype)
+
+    batch, length, heads, head_dim = q.shape
+    if length <= QUERIES_AT_ONCE:
+        return attend(q, query_start)
+    chunks = -(-length // QUERIES_AT_ONCE)
+    padded = jnp.pad(q, ((0, 0), (0, chunks * QUERIES_AT_ONCE - length), (0, 0), (0, 0)))
+    split = jnp.moveaxis(padded.reshape(batch, chunks, QUERIES_AT_ONCE, heads, head_dim), 1, 0)
+    starts = query_start + QUERIES_AT_ONCE * jnp.arange(chunks)[:, None]
+    out = jax.lax.map(lambda chunk: attend(*chunk), (split, starts))
+    return jnp.moveaxis(out, 0, 1).reshape(padded.shape)[:, :length]
 
 
 def visible_slots(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import formats
+from pallas_kernels import prefill_attention as reference
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.prefill_attention import prefill_attention
@@ -68,6 +69,14 @@ def test_masks_groups_and_chunks(kv_heads, window, causal):
     expected = brute_force(q, k, v, START, LENGTHS, causal=causal, window=window)
     # float32 scores of magnitude ~5 and sums of 16 products.
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=2e-6)
+
+
+def test_long_prompts_are_scored_a_few_queries_at_a_time(monkeypatch):
+    """Five queries in chunks of two (the last one padded) are what they are in one piece."""
+    q, k, v = operands("int4", fp8_query=True)
+    whole = run(prefill_attention, q, k, v, window=3)
+    monkeypatch.setattr(reference, "QUERIES_AT_ONCE", 2)
+    np.testing.assert_allclose(run(prefill_attention, q, k, v, window=3), whole, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("kv_format", ["int4", "fp8", "none"])
