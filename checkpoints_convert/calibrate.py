@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from fireq_jax.models.config import ModelConfig
+from fireq_jax.models.layers import Tap, no_tap
 from fireq_jax.models.llama import DecoderLayer
 from fireq_jax.models.parameters import Block, fuse_block, with_parameters
 from fireq_jax.models.rope import rope_tables
@@ -70,14 +71,28 @@ class Calibrator:
             hidden: the block's input, float32.
         """
         graph, state = nnx.split(with_parameters(self._layer, fuse_block(block)))
-        size = max(size for size in range(1, self.batch_size + 1) if len(hidden) % size == 0)
         output = np.empty_like(hidden)
         batches: list[BlockStatistics] = []
-        for begin in range(0, len(hidden), size):
-            result, statistics = block_step(graph, self.config, state, jnp.asarray(hidden[begin : begin + size]))
-            output[begin : begin + size] = np.asarray(result)
+        for part in batches_of(len(hidden), self.batch_size):
+            result, statistics = block_step(graph, self.config, state, jnp.asarray(hidden[part]))
+            output[part] = np.asarray(result)
             batches.append(statistics)
         return output, _combine(batches)
+
+
+def batches_of(samples: int, batch_size: int) -> list[slice]:
+    """Samples cut into equal batches, the largest of at most ``batch_size`` that divide them."""
+    size = max(size for size in range(1, batch_size + 1) if samples % size == 0)
+    return [slice(begin, begin + size) for begin in range(0, samples, size)]
+
+
+def run_layer(layer: DecoderLayer, config: ModelConfig, hidden: Float[Array, "B T D"], tap: Tap = no_tap) -> Array:
+    """A decoder layer's output for whole sequences that start at position 0."""
+    batch, length, _ = hidden.shape
+    start, lengths = jnp.zeros((batch,), jnp.int32), jnp.full((batch,), length, jnp.int32)
+    rope = rope_tables(config, jnp.broadcast_to(jnp.arange(length), (batch, length)), lengths)
+    output, _ = layer(hidden, rope, start=start, lengths=lengths, tap=tap)
+    return output
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -85,11 +100,8 @@ def block_step(
     graph: nnx.GraphDef[DecoderLayer], config: ModelConfig, state: nnx.State, hidden: Float[Array, "B T D"]
 ) -> tuple[Float[Array, "B T D"], BlockStatistics]:
     """One batch through one block."""
-    batch, length, _ = hidden.shape
-    start, lengths = jnp.zeros((batch,), jnp.int32), jnp.full((batch,), length, jnp.int32)
-    rope = rope_tables(config, jnp.broadcast_to(jnp.arange(length), (batch, length)), lengths)
     seen: dict[str, Array] = {}
-    output, _ = nnx.merge(graph, state)(hidden, rope, start=start, lengths=lengths, tap=seen.__setitem__)
+    output = run_layer(nnx.merge(graph, state), config, hidden, seen.__setitem__)
     inputs = {name: _channel_statistics(seen[name]) for name in LINEAR_INPUTS}
     first, second = jnp.split(seen["key_before_rope"], 2, axis=-1)
     pair_max = jnp.max(jnp.hypot(first, second), axis=(0, 1))

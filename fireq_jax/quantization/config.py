@@ -9,6 +9,7 @@ from pallas_kernels import formats
 
 WeightFormat = Literal["int4", "fp8", "none"]
 ActivationFormat = Literal["fp8", "none"]
+CalibrationStream = Literal["float", "quantized"]
 ColumnStatistic = Literal["mean", "max"]
 
 
@@ -49,6 +50,7 @@ class SmoothingConfig:
     alpha: float = 8.0
     post_rope_channels: int = 4
     beta: float = 8.0
+    key_offset: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("column_statistic", self.column_statistic, get_args(ColumnStatistic))
@@ -71,8 +73,16 @@ class QuantizationConfig:
         channel_scale: float32 scale above the group scales: one for each output channel, or
             FireQ's one power of two for the tensor.
         rounding: INT4 codes by plain rounding or by the kernel's own table.
+        scale_search: group and channel scales of INT4 weights by search for the least error on
+            calibration text, instead of from the largest weight.
+        error_compensation: INT4 codes that keep a layer's output on calibration text, instead of
+            each weight (GPTQ, then coordinate descent).
+        calibration_stream: what scale_search and error_compensation calibrate on: the float
+            model's activations, or the quantized model's, whose distance to the float model's
+            each layer then makes up for as well.
         kv_format: keys and values in the cache, "int4", "fp8" or "none".
         kv_group_size: channels that share a key or value scale; None means head_dim.
+        kv_clip: INT4 scales of keys and values are kv_clip * absmax / 7.
         query_format: "fp8" per token and head, or "none".
         smoothing: rescaling before rounding, or None.
         keep_float: patterns (``fnmatch``) of linear layers left unquantized, such as
@@ -85,8 +95,12 @@ class QuantizationConfig:
     scale_dtype: formats.ScaleDtype = "e4m3"
     channel_scale: formats.ChannelScale = "per_channel"
     rounding: formats.Rounding = "nearest"
+    scale_search: bool = False
+    error_compensation: bool = False
+    calibration_stream: CalibrationStream = "float"
     kv_format: formats.KVFormat = "int4"
     kv_group_size: int | None = None
+    kv_clip: float = 1.0
     query_format: ActivationFormat = "fp8"
     smoothing: SmoothingConfig | None = None
     keep_float: tuple[str, ...] = ()
@@ -98,12 +112,22 @@ class QuantizationConfig:
         _check_choice("scale_dtype", self.scale_dtype, get_args(formats.ScaleDtype))
         _check_choice("channel_scale", self.channel_scale, get_args(formats.ChannelScale))
         _check_choice("rounding", self.rounding, get_args(formats.Rounding))
+        _check_choice("calibration_stream", self.calibration_stream, get_args(CalibrationStream))
         _check_choice("kv_format", self.kv_format, get_args(formats.KVFormat))
         _check_choice("query_format", self.query_format, get_args(ActivationFormat))
         if self.kv_group_size is not None and self.kv_group_size < 1:
             raise ValueError(f"kv_group_size is {self.kv_group_size}; expected a positive number or None")
+        if not 0 < self.kv_clip <= 1:
+            raise ValueError(f"kv_clip is {self.kv_clip}; expected more than 0 and at most 1")
+        if self.measures_inputs and self.weight_format != "int4":
+            raise ValueError(f"scale_search and error_compensation need weight_format 'int4', not {self.weight_format!r}")
         if self.weight_format == "fp8" and self.activation_format != "fp8":
             raise ValueError("weight_format 'fp8' needs activation_format 'fp8'")
+
+    @property
+    def measures_inputs(self) -> bool:
+        """Whether rounding a weight needs the second moments of its inputs."""
+        return self.scale_search or self.error_compensation
 
     def keeps_float(self, name: str) -> bool:
         """Whether the linear layer ``name`` stays unquantized."""
