@@ -5,7 +5,8 @@ is compiled once and reused for every block.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from fireq_jax.models.llama import DecoderLayer
 from fireq_jax.models.parameters import Block, fuse_block, with_parameters
 from fireq_jax.models.rope import rope_tables
 from fireq_jax.quantization import recipes
-from fireq_jax.quantization.smoothing import KeyStatistics
+from fireq_jax.quantization.smoothing import KeyMoments, KeyStatistics
 
 LINEAR_INPUTS = ("qkv_input", "o_input", "gate_up_input", "down_input")
 
@@ -106,7 +107,12 @@ def block_step(
     first, second = jnp.split(seen["key_before_rope"], 2, axis=-1)
     pair_max = jnp.max(jnp.hypot(first, second), axis=(0, 1))
     channel_max = jnp.max(jnp.abs(seen["key_after_rope"]), axis=(0, 1))
-    return output, BlockStatistics(inputs, KeyStatistics(pair_max, channel_max))
+    key, query = seen["key_after_rope"], seen["query_after_rope"]
+    grouped = query.reshape(-1, config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim)
+    moments = KeyMoments(
+        jnp.mean(key, axis=(0, 1)), jnp.mean(jnp.square(key), axis=(0, 1)), jnp.mean(jnp.square(grouped), axis=(0, 2))
+    )
+    return output, BlockStatistics(inputs, KeyStatistics(pair_max, channel_max, moments))
 
 
 def _channel_statistics(x: Float[Array, "B T K"]) -> ChannelStatistics:
@@ -123,5 +129,10 @@ def _combine(batches: list[BlockStatistics]) -> BlockStatistics:
         )
         for name in LINEAR_INPUTS
     }
-    keys = jax.tree.map(lambda *leaves: jnp.max(jnp.stack(leaves), axis=0), *[batch.keys for batch in batches])
+
+    def reduce(function: Callable[..., Array], values: list[Any]) -> Any:
+        return jax.tree.map(lambda *leaves: function(jnp.stack(leaves), axis=0), *values)
+
+    largest = reduce(jnp.max, [batch.keys._replace(moments=None) for batch in batches])
+    keys = largest._replace(moments=reduce(jnp.mean, [batch.keys.moments for batch in batches]))
     return BlockStatistics(inputs, keys)

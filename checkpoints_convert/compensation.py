@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from checkpoints_convert.calibrate import LINEAR_INPUTS, batches_of, run_layer
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.llama import DecoderLayer
-from fireq_jax.models.parameters import Block, Parameter, layer_parameters, quantize_linear, with_parameters
+from fireq_jax.models.parameters import Block, Parameter, fuse_block, layer_parameters, quantize_linear, with_parameters
 from fireq_jax.quantization.config import QuantizationConfig
 from fireq_jax.quantization.gptq import InputMoments
 from pallas_kernels import formats
@@ -68,13 +68,14 @@ class Compensator:
             calibration does not follow it.
         """
         exact = self._layer(index, block, {}, self._float)
+        fused = fuse_block(block)
         done: dict[str, Parameter] = {}
         for linear, tap in zip(LINEARS, LINEAR_INPUTS, strict=True):
             if self.quantization.keeps_float(f"layers.{index}.{linear}"):
                 continue
             seen = self._layer(index, block, done, self.quantization) if self.follows_quantized else exact
             moments = self._moments(exact, seen, tap, hidden, quantized_hidden)
-            done[f"{linear}.weight"] = quantize_linear(_fused(block, linear), self.quantization, moments)
+            done[f"{linear}.weight"] = quantize_linear(fused[f"{linear}.weight"], self.quantization, moments)
         parameters = layer_parameters(block, index, self._float, dtype)
         parameters |= {f"layers.{index}.{name}": value for name, value in done.items()}
         if not self.follows_quantized:
@@ -125,12 +126,6 @@ class Compensator:
             total = moments if total is None else jax.tree.map(jnp.add, total, moments)
         assert total is not None
         return jax.tree.map(lambda x: x / len(parts), total)
-
-
-def _fused(block: Block, linear: str) -> Array:
-    from fireq_jax.models.parameters import fuse_block
-
-    return fuse_block(block)[f"{linear}.weight"]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))

@@ -73,7 +73,7 @@ class ConversionOptions:
 def needs_calibration(quantization: QuantizationConfig) -> bool:
     """Whether a config measures anything on text."""
     smoothing = quantization.smoothing
-    return smoothing is not None and (smoothing.pre_rope or smoothing.post_rope_channels > 0)
+    return quantization.measures_inputs or (smoothing is not None and smoothing.measures_text)
 
 
 def convert(

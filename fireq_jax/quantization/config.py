@@ -11,6 +11,7 @@ WeightFormat = Literal["int4", "fp8", "none"]
 ActivationFormat = Literal["fp8", "none"]
 CalibrationStream = Literal["float", "quantized"]
 ColumnStatistic = Literal["mean", "max"]
+PairStatistic = Literal["max", "rms"]
 
 
 def _check_choice(name: str, value: object, choices: tuple[Any, ...]) -> None:
@@ -39,6 +40,15 @@ class SmoothingConfig:
         post_rope_channels: S: this many outlier channels a kv head (with their pair partners)
             are scaled after RoPE, online; those pairs keep N = 1. 0 turns S off.
         beta: largest magnitude of such a channel after S.
+        activation_exponent: balance columns by their inputs as well: a factor is
+            inputs**exponent / weights**(1 - exponent). 0 looks at the weights alone.
+        pair_statistic: what N looks at: the "max" norm of each rotary pair of the keys, or its
+            "rms", as deviation from ``key_offset`` where that is on.
+        query_exponent: let N favour the pairs that queries read most:
+            queries**exponent / keys**(1 - exponent). 0 flattens the keys whatever reads them.
+        key_offset: store keys minus their mean after RoPE, by channel. Scores of a query then all
+            change by the same number, which softmax ignores.
+        value_rotation: Hadamard-rotate each head's values, folded into v_proj and o_proj.
     """
 
     qkv_input: bool = True
@@ -50,15 +60,33 @@ class SmoothingConfig:
     alpha: float = 8.0
     post_rope_channels: int = 4
     beta: float = 8.0
+    activation_exponent: float = 0.0
+    pair_statistic: PairStatistic = "max"
+    query_exponent: float = 0.0
     key_offset: bool = False
+    value_rotation: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("column_statistic", self.column_statistic, get_args(ColumnStatistic))
+        _check_choice("pair_statistic", self.pair_statistic, get_args(PairStatistic))
+        for name in ("activation_exponent", "query_exponent"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 to 1")
         for name in ("alpha", "beta"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
         if self.post_rope_channels < 0:
             raise ValueError(f"post_rope_channels is {self.post_rope_channels}; expected 0 or more")
+
+    @property
+    def measures_keys(self) -> bool:
+        """Whether it needs statistics of the keys."""
+        return self.pre_rope or self.post_rope_channels > 0 or self.key_offset
+
+    @property
+    def measures_text(self) -> bool:
+        """Whether it needs any statistics of calibration text."""
+        return self.measures_keys or self.activation_exponent > 0
 
 
 @dataclasses.dataclass(frozen=True)
