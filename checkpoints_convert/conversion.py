@@ -24,12 +24,13 @@ from jaxtyping import Array, Float, Int
 from tqdm.auto import tqdm
 
 from checkpoints_convert.calibrate import BlockStatistics, Calibrator
+from checkpoints_convert.compensation import Compensator
 from fireq_jax import checkpoint
 from fireq_jax.huggingface import HuggingFaceCheckpoint, block_shapes
 from fireq_jax.models.llama import linear_names
 from fireq_jax.models.parameters import Parameter, fuse_block, global_parameters, layer_parameters
-from fireq_jax.quantization.config import QuantizationConfig
-from fireq_jax.quantization.smoothing import smooth_block
+from fireq_jax.quantization.config import QuantizationConfig, SmoothingConfig
+from fireq_jax.quantization.smoothing import KeyStatistics, key_scales, smooth_block
 from pallas_kernels import formats
 from pallas_kernels.quantized_tensor import QuantizedTensor
 
@@ -114,6 +115,7 @@ def convert(
     checkpoint.write_json(work / "options.json", fingerprint)
     _convert_globals(source, options, tokens, work)
     calibrator = Calibrator(config, options.batch_size)
+    compensator = Compensator(config, quantization, options.batch_size) if quantization.measures_inputs else None
     first = _blocks_done(options.output, config.num_layers)
     for index in tqdm(
         range(first, config.num_layers),
@@ -123,7 +125,7 @@ def convert(
         unit="block",
         disable=not progress,
     ):
-        _convert_block(source, options, index, calibrator if tokens is not None else None, work)
+        _convert_block(source, options, index, calibrator if tokens is not None else None, compensator, work)
     return _finish(source, options, tokens, work, time.perf_counter() - started)
 
 
@@ -142,7 +144,12 @@ def _convert_globals(
 
 
 def _convert_block(
-    source: HuggingFaceCheckpoint, options: ConversionOptions, index: int, calibrator: Calibrator | None, work: Path
+    source: HuggingFaceCheckpoint,
+    options: ConversionOptions,
+    index: int,
+    calibrator: Calibrator | None,
+    compensator: Compensator | None,
+    work: Path,
 ) -> None:
     started = time.perf_counter()
     config, quantization = source.config, options.quantization
@@ -157,8 +164,17 @@ def _convert_block(
         del output, hidden
     if quantization.smoothing is not None:
         keys = None if statistics is None else statistics.keys
-        block = smooth_block(block, keys, config, quantization.smoothing)
-    parameters = layer_parameters(block, index, quantization, options.dtype)
+        inputs = None
+        if statistics is not None:
+            inputs = {name: channels.mean_abs for name, channels in statistics.inputs.items()}
+        smoothed = smooth_block(block, keys, config, quantization.smoothing, inputs)
+        _save_arrays(work / f"smoothing.{index}.npz", smoothing_effect(block, smoothed, keys, quantization.smoothing))
+        block = smoothed
+        del smoothed
+    if compensator is None:
+        parameters = layer_parameters(block, index, quantization, options.dtype)
+    else:
+        parameters = _compensate_block(compensator, block, index, options.dtype, work)
     report = {
         "weight_error": _weight_errors(block, index, parameters),
         "bytes": formats.nbytes(parameters),
@@ -166,7 +182,21 @@ def _convert_block(
     }
     checkpoint.write_json(work / f"block.{index}.json", report)
     checkpoint.save_part(options.output, f"layers.{index}", parameters)
-    _hidden_path(work, index).unlink(missing_ok=True)
+    for path in (_hidden_path(work, index), _quantized_hidden_path(work, index)):
+        path.unlink(missing_ok=True)
+
+
+def _compensate_block(
+    compensator: Compensator, block: Mapping[str, Array], index: int, dtype: str, work: Path
+) -> dict[str, Parameter]:
+    hidden = np.load(_hidden_path(work, index), mmap_mode="r")
+    quantized_hidden = hidden
+    if compensator.follows_quantized and index > 0:
+        quantized_hidden = np.load(_quantized_hidden_path(work, index), mmap_mode="r")
+    parameters, output = compensator.quantize(block, index, hidden, quantized_hidden, dtype)
+    if output is not None:
+        _save_array(_quantized_hidden_path(work, index + 1), output)
+    return parameters
 
 
 def _weight_errors(block: Mapping[str, Array], index: int, parameters: Mapping[str, Parameter]) -> dict[str, float]:
@@ -177,6 +207,29 @@ def _weight_errors(block: Mapping[str, Array], index: int, parameters: Mapping[s
         for name in sorted(linear.removesuffix(".weight") for linear in fused if linear.endswith("proj.weight"))
         if isinstance(parameters[full := f"layers.{index}.{name}.weight"], QuantizedTensor)
     }
+
+
+def smoothing_effect(
+    before: Mapping[str, Array], after: Mapping[str, Array], keys: KeyStatistics | None, smoothing: SmoothingConfig
+) -> dict[str, np.ndarray]:
+    """Channel absmax before and after smoothing, for plots.
+
+    Returns:
+        ``<linear>.before`` and ``<linear>.after``, float32 [K]; with measured keys also
+        ``keys.before``, ``keys.pre_rope`` (after N) and ``keys.post_rope`` (after N and S), [kv_heads, H].
+    """
+    effect = {}
+    for moment, block in (("before", before), ("after", after)):
+        for name, weight in fuse_block(block).items():
+            if name.endswith("proj.weight"):
+                absmax = formats.finite_absmax(weight, axis=0)
+                effect[f"{name.removesuffix('.weight')}.{moment}"] = np.asarray(absmax)
+    if keys is not None:
+        pre_rope, post_rope = key_scales(keys, smoothing)
+        effect["keys.before"] = np.asarray(keys.channel_max)
+        effect["keys.pre_rope"] = np.asarray(keys.channel_max * pre_rope)
+        effect["keys.post_rope"] = np.asarray(keys.channel_max * pre_rope * post_rope)
+    return effect
 
 
 @jax.jit
@@ -206,6 +259,14 @@ def _finish(
         "device": jax.devices()[0].device_kind,
         "layers": blocks,
     }
+    effects = {
+        f"layers.{i}.{name}": array
+        for i in range(config.num_layers)
+        if (path := work / f"smoothing.{i}.npz").is_file()
+        for name, array in np.load(path).items()
+    }
+    if effects:
+        _save_arrays(options.output / "smoothing.npz", effects)
     for name in COMPANION_FILES:
         if (options.model / name).is_file():
             shutil.copyfile(options.model / name, options.output / name)
@@ -277,10 +338,22 @@ def _hidden_path(work: Path, index: int) -> Path:
     return work / f"hidden.{index}.npy"
 
 
+def _quantized_hidden_path(work: Path, index: int) -> Path:
+    """Hidden states that enter block ``index`` of the quantized model."""
+    return work / f"quantized_hidden.{index}.npy"
+
+
 def _save_array(path: Path, array: np.ndarray) -> None:
     aside = path.with_suffix(".tmp")
     with aside.open("wb") as file:
         np.save(file, array)
+    aside.replace(path)
+
+
+def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    aside = path.with_suffix(".tmp")
+    with aside.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
     aside.replace(path)
 
 

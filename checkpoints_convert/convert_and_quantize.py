@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.WARNING)
     try:
         run(args)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         print(f"fireq-convert: {error}", file=sys.stderr)
         return 2
     return 0

@@ -75,9 +75,15 @@ def read_manifest(folder: Path) -> tuple[ModelConfig, QuantizationConfig]:
     Raises:
         ValueError: for another format version, or unknown or invalid entries.
     """
-    fields = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    path = folder / MANIFEST
+    try:
+        fields = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not a JSON object: {error}") from error
     if fields.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{folder / MANIFEST} has format {fields.get('format_version')}; expected {FORMAT_VERSION}")
+        raise ValueError(f"{path} has format {fields.get('format_version')}; expected {FORMAT_VERSION}")
+    if set(fields) != (expected := {"format_version", "model", "quantization"}):
+        raise ValueError(f"{path} has keys {sorted(fields)}; expected {sorted(expected)}")
     return ModelConfig.from_dict(fields["model"]), QuantizationConfig.from_dict(fields["quantization"])
 
 
@@ -143,7 +149,7 @@ def restore_part(folder: Path, part: str, expected: Mapping[str, Parameter]) -> 
     with ocp.StandardCheckpointer() as checkpointer:
         try:
             loaded = checkpointer.restore(path, abstract)
-        except (ValueError, KeyError) as error:
+        except Exception as error:  # Orbax raises bare Exception for an unreadable array
             raise ValueError(f"{path} does not hold the arrays that {MANIFEST} describes: {error}") from error
     return {
         name: dataclasses.replace(value, **{field: loaded[f"{name}.{field}"] for field in _arrays(value)})

@@ -5,6 +5,7 @@ unpickled: .bin files go through torch's weights-only loader, and need torch ins
 """
 
 import json
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,17 +41,30 @@ _IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 def read_config(folder: Path) -> ModelConfig:
     """The architecture in ``folder/config.json``.
 
+    What ends a sequence is taken from ``generation_config.json`` where it says so: chat models
+    list there the ids that end a turn.
+
     Raises:
         ValueError: if there is no such file or it does not describe a Llama.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json; expected a Hugging Face checkpoint folder")
+    fields = _read_json(path)
+    generation = folder / "generation_config.json"
+    if generation.is_file() and (eos := _read_json(generation).get("eos_token_id")) is not None:
+        fields["eos_token_id"] = eos
+    return ModelConfig.from_huggingface(fields)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
-    return ModelConfig.from_huggingface(fields)
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} holds a JSON {type(fields).__name__}; expected an object")
+    return fields
 
 
 def block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -167,8 +181,12 @@ class HuggingFaceCheckpoint:
                 slices = {name: file.get_slice(name) for name in names}
                 return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
         tensors = _load_torch_file(path)
+        for name in names:
+            if not hasattr(tensors[name], "dtype"):
+                raise ValueError(f"{name} in {path} is a {type(tensors[name]).__name__}; expected a tensor")
         dtypes = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
-        return {name: (tuple(tensors[name].shape), dtypes.get(str(tensors[name].dtype), "?")) for name in names}
+        found = {name: (tuple(tensors[name].shape), str(tensors[name].dtype)) for name in names}
+        return {name: (shape, dtypes.get(dtype, dtype)) for name, (shape, dtype) in found.items()}
 
 
 def _and_more(names: list[str]) -> str:
@@ -181,7 +199,10 @@ def _locate_tensors(folder: Path) -> dict[str, Path]:
         index = folder / f"{stem}{suffix}.index.json"
         single = folder / f"{stem}{suffix}"
         if index.is_file():
-            files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+            weight_map = _read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise ValueError(f"{index} has no weight_map; expected tensor names and their files")
+            files = {name: folder / file for name, file in weight_map.items()}
             for path in sorted(set(files.values())):
                 if not path.is_file():
                     raise ValueError(f"{index} names {path.name}, which is not in {folder}")
@@ -220,14 +241,19 @@ def _load_torch_file(path: Path) -> Mapping[str, Any]:
             "or convert the checkpoint to safetensors"
         ) from error
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Files in the format of before torch 1.6 are not zip archives, and cannot be mapped.
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
         raise ValueError(f"{path} cannot be read as plain PyTorch weights: {error}") from error
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{path} holds a {type(tensors).__name__}; expected tensors by name")
+    return tensors
 
 
 def _torch_to_numpy(tensor: Any) -> np.ndarray:
     import torch
 
+    tensor = tensor.detach()
     if tensor.dtype == torch.bfloat16:
         return tensor.contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
     return tensor.contiguous().numpy()

@@ -16,6 +16,8 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
         ValueError: naming the folder, if it has no tokenizer or one that transformers cannot read.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; expected a model with its tokenizer")
     if not any((folder / name).is_file() for name in _FILES):
         raise ValueError(f"{folder} has no tokenizer; expected {', '.join(_FILES[:-1])} or {_FILES[-1]}")
     # Importing transformers takes seconds, which a caller without text should not pay.

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import decode_attention_sm90 as sm90
 from pallas_kernels import dispatch
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.prefill_attention import attention_reference, validate
@@ -22,22 +23,40 @@ def decode_attention(
     kv_lengths: Int[Array, " B"],
     scale: float,
     window: int | None = None,
+    page_table: Int[Array, "B pages"] | None = None,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
     implementation: dispatch.Implementation = "auto",
 ) -> Float[Array, "B T heads H"]:
     """Causal attention of the newest T tokens over a cache [B, kv_heads, S, H] that holds them.
 
-    Arguments, result and errors are those of :func:`~pallas_kernels.prefill_attention.prefill_attention`.
+    With a ``page_table`` the cache is [pages, kv_heads, page_size, H] instead, and page
+    page_table[b, i] holds the slots i * page_size ... of sequence b. Entries beyond kv_lengths
+    must be valid pages; what these hold does not matter. The other arguments, the result and the
+    errors are those of :func:`~pallas_kernels.prefill_attention.prefill_attention`.
     """
-    validate(query, key, value, query_start, kv_lengths, window)
-    dispatch.resolve("decode_attention", implementation, "there is no kernel for this op yet")
+    rows = (key, value) if page_table is None else jax.eval_shape(gather_pages, key, value, page_table)
+    validate(query, rows[0], rows[1], query_start, kv_lengths, window)
+    unsupported = sm90.unsupported(query, key, value, page_table)
+    if dispatch.resolve("decode_attention", implementation, unsupported) == "mosaic_gpu":
+        return sm90.decode_attention_sm90(
+            query, key, value, query_start=query_start, kv_lengths=kv_lengths, scale=scale, window=window,
+            page_table=page_table, out_dtype=out_dtype,
+        )  # fmt: skip
+    if page_table is not None:
+        key, value = gather_pages(key, value, page_table)
     return attention_reference(
-        query,
-        key,
-        value,
-        query_start=query_start,
-        kv_lengths=kv_lengths,
-        scale=scale,
-        window=window,
+        query, key, value, query_start=query_start, kv_lengths=kv_lengths, scale=scale, window=window,
         out_dtype=out_dtype,
-    )
+    )  # fmt: skip
+
+
+def gather_pages(
+    key: ScaledArray, value: ScaledArray, page_table: Int[Array, "B pages"]
+) -> tuple[ScaledArray, ScaledArray]:
+    """A paged cache [pages, kv_heads, page_size, X] as a consecutive one [B, kv_heads, S, X]."""
+
+    def gather(pages: Array) -> Array:
+        rows = pages[page_table].swapaxes(1, 2)  # [B, kv_heads, pages, page_size, X]
+        return rows.reshape(*rows.shape[:2], -1, rows.shape[-1])
+
+    return jax.tree.map(gather, key), jax.tree.map(gather, value)

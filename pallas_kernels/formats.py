@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 E4M3 = jnp.float8_e4m3fn
 E4M3_MAX = 448.0
+E4M3_MIN_NORMAL = 2.0**-6
 E4M3_MIN_SUBNORMAL = 2.0**-9
 INT4_MAX = 7
 # P is cast to FP8 as PROBABILITY_SCALE * exp(score - row max): 256 is the largest power of two
@@ -64,9 +65,24 @@ def absmax_scale(absmax: Float[Array, "..."], limit: float) -> Float[Array, "...
     return jnp.where(scale > 0, scale, 1.0)
 
 
+def round_to_e4m3(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """float32 numbers rounded to E4M3's: saturating at +-448; NaN stays NaN.
+
+    Arithmetic instead of two casts, because XLA drops a pair of inverse casts on GPUs.
+    """
+    x = jnp.clip(x.astype(jnp.float32), -E4M3_MAX, E4M3_MAX)
+    normal = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=3)
+    subnormal = jnp.round(x / E4M3_MIN_SUBNORMAL) * E4M3_MIN_SUBNORMAL
+    return jnp.where(jnp.abs(x) < E4M3_MIN_NORMAL, subnormal, normal)
+
+
 def to_e4m3(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Cast to E4M3, saturating at +-448; NaN stays NaN."""
-    return jnp.clip(x.astype(jnp.float32), -E4M3_MAX, E4M3_MAX).astype(E4M3)
+    """Cast to E4M3, saturating at +-448; NaN stays NaN.
+
+    Rounded before the cast: a later cast to float32 in the same computation sees the rounded
+    numbers even if XLA drops both casts.
+    """
+    return round_to_e4m3(x).astype(E4M3)
 
 
 def round_to_int4(x: Float[Array, "..."]) -> Int[Array, "..."]:
@@ -113,7 +129,7 @@ def weight_table(group_scale: Float[Array, "..."]) -> Float[Array, "... 8"]:
     """
     magnitudes = jnp.arange(INT4_MAX + 1, dtype=jnp.float32) * group_scale.astype(jnp.float32)[..., None]
     if group_scale.dtype == E4M3:
-        magnitudes = to_e4m3(magnitudes).astype(jnp.float32)
+        magnitudes = round_to_e4m3(magnitudes)
     return magnitudes
 
 
@@ -130,8 +146,15 @@ def weight_channel_scale(weight: Float[Array, "N K"], mode: ChannelScale) -> Flo
         return absmax_scale(absmax, E4M3_MAX)
     if mode == "per_tensor_pow2":
         largest = absmax_scale(jnp.max(absmax), E4M3_MAX)
-        return jnp.full_like(absmax, jnp.exp2(jnp.ceil(jnp.log2(largest))))
+        return jnp.full_like(absmax, _next_power_of_two(largest))
     raise ValueError(f"channel scale mode is {mode!r}; expected one of {get_args(ChannelScale)}")
+
+
+def _next_power_of_two(x: Float[Array, ""]) -> Float[Array, ""]:
+    """Smallest power of two that is at least ``x``, exactly (exp2 and log2 are only approximate)."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    mantissa = jnp.uint32((1 << 23) - 1)
+    return jax.lax.bitcast_convert_type((bits + mantissa) & ~mantissa, jnp.float32)
 
 
 def round_group_scale(scale: Float[Array, "..."], dtype: ScaleDtype) -> Float[Array, "..."]:
@@ -143,7 +166,7 @@ def round_group_scale(scale: Float[Array, "..."], dtype: ScaleDtype) -> Float[Ar
         rounded = to_e4m3(jnp.minimum(scale, E4M3_MAX / INT4_MAX))
         return jnp.where(rounded == 0, jnp.asarray(E4M3_MIN_SUBNORMAL, E4M3), rounded)
     if dtype == "bf16":
-        rounded = scale.astype(jnp.bfloat16)
+        rounded = jax.lax.reduce_precision(scale.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
         return jnp.where(rounded == 0, jnp.finfo(jnp.bfloat16).tiny, rounded).astype(jnp.bfloat16)
     raise ValueError(f"scale dtype is {dtype!r}; expected one of {get_args(ScaleDtype)}")
 
@@ -201,7 +224,7 @@ def decode_weight(codes: Int[Array, "N K"], group_scale: Float[Array, "N G"]) ->
     values = codes.astype(jnp.float32).reshape(n, groups, k // groups)
     values = values * group_scale.astype(jnp.float32)[..., None]
     if group_scale.dtype == E4M3:
-        values = to_e4m3(values).astype(jnp.float32)
+        values = round_to_e4m3(values)
     return values.reshape(n, k)
 
 
@@ -276,7 +299,7 @@ def quantize_kv(
 
 def quantize_probabilities(p: Float[Array, "..."]) -> Float[Array, "..."]:
     """float32 attention weights (0..1) after the FP8 cast that the P.V product applies."""
-    return to_e4m3(p * PROBABILITY_SCALE).astype(jnp.float32) / PROBABILITY_SCALE
+    return round_to_e4m3(p * PROBABILITY_SCALE) / PROBABILITY_SCALE
 
 
 def nbytes(tree: object) -> int:

@@ -50,9 +50,68 @@ def matmul(
         NotImplementedError: if ``implementation`` names a kernel that cannot run this.
     """
     _validate(x, weight, bias, activation, residual)
-    unsupported = "there is no kernel for this op yet"
-    dispatch.resolve("matmul", implementation, unsupported)
+    if dispatch.resolve("matmul", implementation, _unsupported(x, weight, residual, out_dtype)) == "mosaic_gpu":
+        return _matmul_sm90(x, weight, bias, activation, residual)
     return matmul_reference(x, weight, bias=bias, activation=activation, residual=residual, out_dtype=out_dtype)
+
+
+def _unsupported(
+    x: ScaledArray | Array, weight: QuantizedTensor, residual: Array | None, out_dtype: jax.typing.DTypeLike
+) -> str | None:
+    """Why the Hopper kernel cannot run this, or None."""
+    values = x.values if isinstance(x, ScaledArray) else x
+    if weight.format != "int4":
+        return f"the weight's format is {weight.format!r}, not 'int4'"
+    if values.dtype not in (formats.E4M3, jnp.bfloat16):
+        return f"x has dtype {values.dtype}, not {jnp.dtype(formats.E4M3)} or bfloat16"
+    if out_dtype != jnp.bfloat16:
+        return f"out_dtype is {jnp.dtype(out_dtype)}, not bfloat16"
+    if residual is not None and residual.dtype != jnp.bfloat16:
+        return f"the residual has dtype {residual.dtype}, not bfloat16"
+    if values.size == 0:
+        return "x is empty"
+    return None
+
+
+def _matmul_sm90(
+    x: ScaledArray | Array,
+    weight: QuantizedTensor,
+    bias: Array | None,
+    activation: Activation,
+    residual: Array | None,
+) -> Array:
+    # Imported here: Mosaic GPU is not there on every platform.
+    from pallas_kernels import matmul_config_sm90, matmul_sm90
+
+    values, x_scale = x if isinstance(x, ScaledArray) else (x, None)
+    assert weight.group_scale is not None
+    n, k = weight.shape
+    padded_k = weight.values.shape[1] * layouts.TILE_K
+    rows = values.shape[:-1]
+    flat = values.reshape(-1, k)
+    if padded_k != k:
+        flat = jnp.pad(flat, ((0, 0), (0, padded_k - k)))
+    config = matmul_config_sm90.choose(
+        flat.shape[0],
+        n,
+        padded_k,
+        "e4m3" if values.dtype == formats.E4M3 else "bf16",
+        weight.group_scale.dtype == formats.E4M3,
+        layouts.TILE_K // weight.group_size,
+    )
+    y = matmul_sm90.matmul(
+        flat,
+        weight.values,
+        weight.group_scale,
+        weight.channel_scale,
+        n=n,
+        config=config,
+        x_scale=None if x_scale is None else x_scale.reshape(-1),
+        bias=bias,
+        residual=None if residual is None else residual.reshape(-1, residual.shape[-1]),
+        silu_mul=activation == "silu_mul",
+    )
+    return y.reshape(*rows, y.shape[-1])
 
 
 def matmul_reference(
@@ -68,7 +127,9 @@ def matmul_reference(
     values, x_scale = x if isinstance(x, ScaledArray) else (x, None)
     n, _ = weight.shape
     unit = weight.unscaled()
-    y = jnp.einsum("...k,nk->...n", values.astype(jnp.float32), unit, preferred_element_type=jnp.float32)
+    # A GPU multiplies float32 operands as TF32 by default: exact for FP8 and bf16 rows, not for these.
+    precision = "highest" if values.dtype == jnp.float32 else None
+    y = jnp.einsum("...k,nk->...n", values.astype(jnp.float32), unit, precision=precision)
     y = y * weight.channel_scale[:n]
     if x_scale is not None:
         y = y * x_scale

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import dispatch, formats
+from pallas_kernels import prefill_attention_sm90 as sm90
 from pallas_kernels.formats import ScaledArray
 
 
@@ -51,8 +52,11 @@ def prefill_attention(
         NotImplementedError: if ``implementation`` names a kernel that cannot run this.
     """
     validate(query, key, value, query_start, kv_lengths, window)
-    dispatch.resolve("prefill_attention", implementation, "there is no kernel for this op yet")
-    return attention_reference(
+    unsupported = sm90.unsupported(query, key, value, scale, out_dtype)
+    run = attention_reference
+    if dispatch.resolve("prefill_attention", implementation, unsupported) == "mosaic_gpu":
+        run = sm90.prefill_attention_sm90
+    return run(
         query, key, value, query_start=query_start, kv_lengths=kv_lengths, scale=scale, causal=causal, window=window,
         out_dtype=out_dtype,
     )  # fmt: skip
@@ -79,16 +83,18 @@ def attention_reference(
     v = jnp.where((jnp.arange(slots) < kv_lengths[:, None])[:, None, :, None], v, 0.0)
 
     grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum("btkgh,bksh->bkgts", grouped, k, preferred_element_type=jnp.float32) * scale
+    # "highest": a GPU would otherwise multiply float32 operands as TF32.
+    scores = jnp.einsum("btkgh,bksh->bkgts", grouped, k, precision="highest") * scale
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
     peak = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - jnp.where(jnp.isneginf(peak), 0.0, peak))
     total = jnp.sum(weights, axis=-1)
     if query.scale is not None:
         weights = formats.quantize_probabilities(weights)
-    out = jnp.einsum("bkgts,bksh->btkgh", weights, v, preferred_element_type=jnp.float32)
+    out = jnp.einsum("bkgts,bksh->btkgh", weights, v, precision="highest")
     total = jnp.moveaxis(total, -1, 1)[..., None]
-    out = jnp.where(total > 0, out / jnp.where(total > 0, total, 1.0), 0.0)
+    # A query without a visible slot has a total of 0; a NaN stays one.
+    out = jnp.where(total == 0, 0.0, out / jnp.where(total == 0, 1.0, total))
     return out.reshape(batch, length, heads, head_dim).astype(out_dtype)
 
 
@@ -130,8 +136,18 @@ def validate(
             f"key has shape {key.values.shape} ({key.values.dtype}); expected [{batch}, kv_heads, S, {stored}] "
             f"for a query of shape {query.values.shape}"
         )
-    if key.values.shape != value.values.shape:
-        raise ValueError(f"key has shape {key.values.shape} and value {value.values.shape}; expected the same")
+    for name, rows in (("key", key), ("value", value)):
+        scale = rows.scale
+        if scale is not None and (scale.shape[:-1] != rows.values.shape[:-1] or head_dim % scale.shape[-1]):
+            expected = (*rows.values.shape[:-1], "groups")
+            raise ValueError(f"{name} scale has shape {scale.shape}; expected {expected}, groups dividing {head_dim}")
+        if scale is None and not jnp.issubdtype(rows.values.dtype, jnp.floating):
+            raise ValueError(f"{name} has dtype {rows.values.dtype} and no scale")
+    if (key.values.shape, key.values.dtype) != (value.values.shape, value.values.dtype):
+        raise ValueError(
+            f"key has shape {key.values.shape} ({key.values.dtype}) and value {value.values.shape} "
+            f"({value.values.dtype}); expected the same"
+        )
     if heads % key.values.shape[1]:
         raise ValueError(f"{heads} query heads cannot share {key.values.shape[1]} kv heads; expected a multiple")
     for name, lengths in (("query_start", query_start), ("kv_lengths", kv_lengths)):

@@ -48,10 +48,16 @@ class QuantizedTensor:
 
     @classmethod
     def from_codes(cls, weight: formats.WeightCodes) -> Self:
-        """Pack INT4 codes and scales ([N, K], [N, G], [N])."""
-        n, k = weight.codes.shape
+        """Pack INT4 codes and scales ([N, K], [N, G], [N]).
+
+        Raises:
+            ValueError: if the groups are not of 64 or 128 inputs each.
+        """
+        (n, k), groups = weight.codes.shape, weight.group_scale.shape[1]
+        if k not in (64 * groups, 128 * groups):
+            raise ValueError(f"codes have shape {(n, k)} and {groups} groups; expected groups of 64 or 128 inputs")
         pad_n, pad_k = (padded - size for padded, size in zip(layouts.padded_shape(n, k), (n, k), strict=True))
-        group_size = k // weight.group_scale.shape[1]
+        group_size = k // groups
         group_scale = jnp.pad(
             weight.group_scale.T,
             ((0, pad_k // group_size), (0, pad_n)),

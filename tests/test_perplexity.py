@@ -5,6 +5,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from fireq_jax import LlamaForCausalLM, ModelConfig, recipes
 from fireq_jax.evaluation.perplexity import _token_nll, count_windows, perplexity, scored_range
@@ -13,7 +14,9 @@ VOCAB = 61
 
 
 def small_model(recipe):
-    config = ModelConfig(VOCAB, 64, 96, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=32)
+    config = ModelConfig(
+        VOCAB, 64, 96, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=32, max_position_embeddings=32
+    )
     model = LlamaForCausalLM(config, recipe, dtype=jnp.float32)
     assert model.lm_head is not None
     # Peaked distributions: with the initial 0.02 every model has a perplexity of about VOCAB.
@@ -31,9 +34,14 @@ def tokens():
     return np.random.default_rng(0).integers(0, VOCAB, 150).astype(np.int32)
 
 
+@nnx.jit
+def logits_of(model, input_ids):
+    return model(input_ids)
+
+
 def float64_nll(model, window):
-    """-log p of tokens 1.. of one window, without padding, jit or batching."""
-    logits = np.asarray(model(jnp.asarray(window[None])))[0].astype(np.float64)
+    """-log p of tokens 1.. of one window, without padding or batching."""
+    logits = np.asarray(logits_of(model, jnp.asarray(window[None])))[0].astype(np.float64)
     log_probability = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
     return -log_probability[np.arange(len(window) - 1), window[1:]]
 
@@ -86,6 +94,13 @@ def test_text_shorter_than_a_window(model, tokens):
     short = perplexity(model, tokens[:10], window=32, progress=False)
     assert short.tokens == 9
     assert short.nll == pytest.approx(float64_nll(model, tokens[:10]).sum(), rel=1e-5)
+
+
+def test_a_window_beyond_the_models_positions_is_logged(model, tokens, caplog):
+    perplexity(model, tokens, window=32, max_windows=1, progress=False)
+    assert not caplog.messages
+    perplexity(model, tokens, window=33, max_windows=1, progress=False)
+    assert caplog.messages == ["a window of 33 exceeds the model's 32 positions"]
 
 
 def test_all_batches_share_one_compilation(model, tokens):

@@ -178,7 +178,8 @@ def test_drawn_tokens_follow_the_filtered_distribution(options, left):
 def test_noise_depends_on_key_and_position_only():
     logits = jnp.zeros((1, 1000))
     sampling = SamplingConfig(temperature=1.0).arrays()
-    keys = jax.random.split(jax.random.key(3), 4)
+    first, second = jax.random.split(jax.random.key(3))
+    keys = jnp.stack([first, first, second, second])
     positions = jnp.array([5, 6, 5, 6], jnp.int32)
     draw_rows = functools.partial(jitted_sample, sampling=sampling, seen=None)
     batch = draw_rows(jnp.repeat(logits, 4, 0), keys=keys, positions=positions).tolist()

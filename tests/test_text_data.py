@@ -3,12 +3,15 @@
 import json
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fireq_jax.text_data import load_tokens, read_documents, tokenize
+from fireq_jax.tokenizer import load_tokenizer
 
+EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny_llama"
 DOCUMENTS = ["first document\r\nwith two lines", "zweites Dokument: äöü €", "third \u2028 and \f last"]
 
 
@@ -74,14 +77,26 @@ def test_many_documents_keep_their_order():
     np.testing.assert_array_equal(tokenize(documents, ByteTokenizer()), expected)
 
 
-def test_the_example_models_tokenizer_adds_its_bos():
-    transformers = pytest.importorskip("transformers")
-    tokenizer = transformers.AutoTokenizer.from_pretrained("examples/tiny_llama")
+@pytest.fixture(scope="module")
+def example_tokenizer():
+    return load_tokenizer(EXAMPLE)
+
+
+def test_the_example_models_tokenizer_adds_its_bos(example_tokenizer):
     long = "a word and another " * 2000  # beyond model_max_length, which must not warn
-    tokens = tokenize(["Hello.", long], tokenizer)
-    assert tokens[0] == tokenizer.bos_token_id
-    assert np.count_nonzero(tokens == tokenizer.bos_token_id) == 2
-    assert tokenizer.decode(tokens, skip_special_tokens=True) == "Hello." + long
+    tokens = tokenize(["Hello.", long], example_tokenizer)
+    assert tokens[0] == example_tokenizer.bos_token_id
+    assert np.count_nonzero(tokens == example_tokenizer.bos_token_id) == 2
+    assert example_tokenizer.decode(tokens, skip_special_tokens=True) == "Hello." + long
+
+
+def test_the_example_texts_are_long_enough_and_disjoint(example_tokenizer):
+    texts = [read_documents(EXAMPLE / f"{name}.txt")[0] for name in ("calibration", "evaluation")]
+    lengths = [len(tokenize([text], example_tokenizer)) for text in texts]
+    assert lengths[0] > 32 * 512
+    assert lengths[1] > 12 * 512
+    paragraphs = [{line for line in text.splitlines() if len(line) > 40} for text in texts]
+    assert not paragraphs[0] & paragraphs[1]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ The last window may be shorter than the others.
 
 import dataclasses
 import functools
+import logging
 import math
 
 import jax
@@ -24,6 +25,8 @@ from jaxtyping import Array, Float32, Int, Int32
 from tqdm import tqdm
 
 from fireq_jax.models import LlamaForCausalLM
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +53,7 @@ def perplexity(
     batch_size: int = 4,
     max_windows: int | None = None,
     progress: bool = True,
+    description: str = "perplexity",
 ) -> PerplexityResult:
     """Perplexity of ``model`` on ``tokens``; probabilities in float32, their sum in float64.
 
@@ -61,7 +65,7 @@ def perplexity(
         batch_size: windows computed together. The largest array is float32
             [batch_size, window, vocab_size].
         max_windows: stop after so many windows; None means all.
-        progress: show a progress bar on stderr.
+        progress: show a progress bar on stderr, labelled ``description``.
 
     Raises:
         ValueError: for sizes out of range, fewer than two tokens, tokens outside the vocabulary,
@@ -69,13 +73,15 @@ def perplexity(
     """
     stride = window if stride is None else stride
     _validate(tokens, window, stride, batch_size, max_windows, model.config.vocab_size)
+    if window > model.config.max_position_embeddings:
+        logger.warning("a window of %d exceeds the model's %d positions", window, model.config.max_position_embeddings)
     windows = count_windows(len(tokens), window, stride)
     windows = windows if max_windows is None else min(windows, max_windows)
     batch_size = min(batch_size, windows)
     graph, state = nnx.split(model)
 
     nll, scored = 0.0, 0
-    with tqdm(total=windows, desc="perplexity", unit="window", disable=not progress) as bar:
+    with tqdm(total=windows, desc=description, unit="window", disable=not progress) as bar:
         for first in range(0, windows, batch_size):
             count = min(batch_size, windows - first)
             # All batches have one shape, so that there is one compilation. Padding comes after a

@@ -65,9 +65,9 @@ def generate(
     """Continue each prompt by up to ``max_new_tokens`` tokens; greedy unless options say otherwise.
 
     It stops early when all sequences have ended. Neither the rest of the batch nor padding changes
-    a sequence's text, beyond rounding. A call compiles only if its batch size, its lengths rounded
-    up to ``BUCKET``, the number of EOS ids, or which sampling options are on, are new; their values
-    are not compiled in. It cannot itself be called under ``jax.jit``.
+    a sequence's text, beyond rounding. The model is compiled again only if the batch size, the
+    lengths rounded up to ``BUCKET``, the number of EOS ids, or which sampling options are on, are
+    new; their values are not compiled in. It cannot itself be called under ``jax.jit``.
 
     Past the model's ``max_position_embeddings`` it goes on, with a warning in the log: text gets
     worse there, but most sequences end before.
@@ -97,9 +97,10 @@ def generate(
     )
     graphdef, params = nnx.split(model)
     cache, progress = _prefill(graphdef, params, request.tokens, request.lengths, request.choice, request.capacity)
-    new_tokens, lengths, running, _ = _decode(graphdef, params, cache, progress, request.choice, max_new_tokens)
-    sequences = jnp.concatenate([request.prompt, new_tokens[:, :max_new_tokens]], axis=1)
-    return GenerationOutput(sequences, lengths, ~running)
+    first = progress.tokens[:, None]
+    _, progress, new_tokens, lengths = _decode(graphdef, params, cache, progress, request.choice, max_new_tokens - 1)
+    sequences = jnp.concatenate([request.prompt, first, new_tokens[:, : max_new_tokens - 1]], axis=1)
+    return GenerationOutput(sequences, 1 + lengths, ~progress.running)
 
 
 def stream(
@@ -131,7 +132,7 @@ def _steps(model: LlamaForCausalLM, request: "_Request", max_new_tokens: int) ->
     active = np.ones(len(request.tokens), bool)
     for step in range(max_new_tokens):
         if step:
-            cache, progress = _step(graphdef, params, cache, progress, request.choice)
+            cache, progress, _, _ = _decode(graphdef, params, cache, progress, request.choice, 1)
         tokens, running = jax.device_get((progress.tokens, progress.running))
         yield StreamStep(tokens, active)
         if not running.any():
@@ -189,46 +190,40 @@ def _prefill(
 
 
 @functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
-def _step(
-    graphdef: nnx.GraphDef[LlamaForCausalLM], params: Any, cache: KVCache, progress: _Progress, choice: _Choice
-) -> tuple[KVCache, _Progress]:
-    return _extend(nnx.merge(graphdef, params), cache, progress, choice)
-
-
-@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
 def _decode(
     graphdef: nnx.GraphDef[LlamaForCausalLM],
     params: Any,
     cache: KVCache,
     progress: _Progress,
     choice: _Choice,
-    max_new_tokens: int | Int[Array, ""],
-) -> tuple[Int[Array, "B S"], Int[Array, " B"], Bool[Array, " B"], KVCache]:
-    """New tokens (as wide as the cache, so that ``max_new_tokens`` is not compiled in), how many
-    they are, which sequences have not ended, and the cache, whose memory is that of the argument."""
+    count: int | Int[Array, ""],
+) -> tuple[KVCache, _Progress, Int[Array, "B S"], Int[Array, " B"]]:
+    """Up to ``count`` more tokens, fewer if all sequences end.
+
+    Streaming runs the same program with ``count`` 1: another one would round otherwise.
+
+    Returns:
+        The cache, in the argument's memory; where the sequences are; the new tokens, as wide as
+        the cache so that ``count`` is not compiled in; and how many of each sequence are new.
+    """
     model = nnx.merge(graphdef, params)
     batch = progress.tokens.shape[0]
-    new_tokens = jnp.full((batch, cache.capacity), choice.pad).at[:, 0].set(progress.tokens)
 
     def unfinished(carry: tuple) -> Bool[Array, ""]:
         step, _, progress, _, _ = carry
-        return (step < max_new_tokens) & jnp.any(progress.running)
+        return (step < count) & jnp.any(progress.running)
 
     def body(carry: tuple) -> tuple:
         step, cache, progress, new_tokens, lengths = carry
-        lengths = lengths + progress.running
-        cache, progress = _extend(model, cache, progress, choice)
-        return step + 1, cache, progress, new_tokens.at[:, step].set(progress.tokens), lengths
+        running = progress.running
+        logits, cache = model.extend(progress.tokens[:, None], running.astype(jnp.int32), cache)
+        progress = _choose(logits, cache, running, progress.seen, choice)
+        return step + 1, cache, progress, new_tokens.at[:, step].set(progress.tokens), lengths + running
 
-    start = (jnp.int32(1), cache, progress, new_tokens, jnp.ones((batch,), jnp.int32))
+    new_tokens, lengths = jnp.full((batch, cache.capacity), choice.pad), jnp.zeros((batch,), jnp.int32)
+    start = (jnp.int32(0), cache, progress, new_tokens, lengths)
     _, cache, progress, new_tokens, lengths = jax.lax.while_loop(unfinished, body, start)
-    return new_tokens, lengths, progress.running, cache
-
-
-def _extend(model: LlamaForCausalLM, cache: KVCache, progress: _Progress, choice: _Choice) -> tuple[KVCache, _Progress]:
-    running = progress.running
-    logits, cache = model.extend(progress.tokens[:, None], running.astype(jnp.int32), cache)
-    return cache, _choose(logits, cache, running, progress.seen, choice)
+    return cache, progress, new_tokens, lengths
 
 
 def _choose(
@@ -260,8 +255,8 @@ def _prepare(
     config = model.config
     prompt, mask = np.asarray(input_ids), None if attention_mask is None else np.asarray(attention_mask)
     tokens, lengths = _right_padded(prompt, mask, config.vocab_size)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+    if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected a whole number of at least 1")
     longest = int(lengths.max())
     total = longest + max_new_tokens
     if cache_capacity is not None and total > cache_capacity:

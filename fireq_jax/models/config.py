@@ -55,19 +55,26 @@ class RopeConfig:
             values = dict(fields["rope_parameters"])
         else:
             values = dict(fields.get("rope_scaling") or {})
-            if "rope_theta" in fields:
-                values.setdefault("rope_theta", fields["rope_theta"])
+        for name in ("rope_theta", "partial_rotary_factor"):
+            if name in fields:
+                values.setdefault(name, fields[name])
         values["rope_type"] = values.pop("rope_type", None) or values.pop("type", None) or "default"
         values.pop("type", None)
-        if "rope_theta" in values:
-            values["theta"] = float(values.pop("rope_theta"))
-        partial = values.pop("partial_rotary_factor", 1.0)
-        if partial != 1.0:
+        if (theta := values.pop("rope_theta", None)) is not None:
+            values["theta"] = float(theta)
+        if (partial := values.pop("partial_rotary_factor", None)) not in (None, 1.0):
             raise ValueError(f"partial_rotary_factor is {partial}; only 1.0 is supported")
+        if values["rope_type"] != "default" and values.get("factor") is None:
+            raise ValueError(f"rope_type {values['rope_type']!r} needs a factor; the config gives none")
+        return cls.from_dict({name: value for name, value in values.items() if value is not None})
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """Read the fields by name; unknown keys are errors."""
         known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
+        if unknown := sorted(set(fields) - known):
             raise ValueError(f"unknown RoPE keys {unknown}; expected some of {sorted(known)}")
-        return cls(**{name: value for name, value in values.items() if value is not None})
+        return cls(**fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +133,8 @@ class ModelConfig:
             if fields.get(name, value) != value:
                 raise ValueError(f"{name} is {fields[name]!r}; only {value!r} is supported")
         values = {ours: fields[theirs] for theirs, ours in _NAMES.items() if fields.get(theirs) is not None}
+        if missing := [name for name in _REQUIRED if fields.get(name) is None]:
+            raise ValueError(f"config.json lacks {missing[0]}")
         heads = values["num_heads"]
         values.setdefault("num_kv_heads", heads)
         values.setdefault("head_dim", values["hidden_size"] // heads)
@@ -147,7 +156,7 @@ class ModelConfig:
         if unknown := sorted(set(fields) - known):
             raise ValueError(f"unknown ModelConfig keys {unknown}; expected some of {sorted(known)}")
         values = dict(fields)
-        values["rope"] = RopeConfig(**values["rope"])
+        values["rope"] = RopeConfig.from_dict(values["rope"])
         values["eos_token_ids"] = tuple(values["eos_token_ids"])
         return cls(**values)
 
@@ -169,10 +178,11 @@ _NAMES = {
     "bos_token_id": "bos_token_id",
     "pad_token_id": "pad_token_id",
 }
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _MUST_BE = {"hidden_act": "silu", "quantization_config": None, "is_decoder": False, "add_cross_attention": False}
 # Read elsewhere (RoPE, EOS), or without effect on inference.
 _NO_EFFECT = {
     "model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache",
     "initializer_range", "attention_dropout", "pretraining_tp", "rope_parameters", "rope_scaling", "rope_theta",
-    "eos_token_id", "return_dict", "output_hidden_states", "output_attentions",
+    "partial_rotary_factor", "eos_token_id", "return_dict", "output_hidden_states", "output_attentions",
 }  # fmt: skip

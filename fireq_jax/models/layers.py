@@ -20,6 +20,12 @@ def no_tap(name: str, x: Array) -> None:
     """The tap of a forward pass that nobody watches."""
 
 
+def matmul_float(x: Float[Array, "*rows K"], weight: Float[Array, "N K"]) -> Float[Array, "*rows N"]:
+    """x W^T in float32. float32 operands are multiplied as such, where a GPU's default would be TF32."""
+    precision = "highest" if x.dtype == jnp.float32 else None
+    return jnp.einsum("...k,nk->...n", x, weight, precision=precision, preferred_element_type=jnp.float32)
+
+
 class Linear(nnx.Module):
     """y = x W^T + bias, W [N, K] a plain array or a :class:`QuantizedTensor`.
 
@@ -79,7 +85,7 @@ class Linear(nnx.Module):
                 out_dtype=x.dtype,
                 implementation=self.implementation,
             )
-        y = jnp.einsum("...k,nk->...n", x, weight, preferred_element_type=jnp.float32)
+        y = matmul_float(x, weight)
         if bias is not None:
             y = y + bias.astype(jnp.float32)
         if activation == "silu_mul":

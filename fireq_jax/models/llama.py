@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from fireq_jax.models.attention import Attention
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.kv_cache import KVCache, LayerCache
-from fireq_jax.models.layers import MLP, RMSNorm, Tap, no_tap
+from fireq_jax.models.layers import MLP, RMSNorm, Tap, matmul_float, no_tap
 from fireq_jax.models.rope import rope_tables
 from fireq_jax.quantization import recipes
 from fireq_jax.quantization.config import QuantizationConfig
@@ -216,7 +216,7 @@ class LlamaForCausalLM(nnx.Module):
     def logits(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """float32 logits of hidden states that left the last layer."""
         head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return jnp.einsum("...d,vd->...v", self.norm(x), head.get_value(), preferred_element_type=jnp.float32)
+        return matmul_float(self.norm(x), head.get_value())
 
 
 def right_pad(

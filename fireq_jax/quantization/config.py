@@ -151,6 +151,8 @@ class QuantizationConfig:
             raise ValueError(f"scale_search and error_compensation need weight_format 'int4', not {self.weight_format!r}")
         if self.weight_format == "fp8" and self.activation_format != "fp8":
             raise ValueError("weight_format 'fp8' needs activation_format 'fp8'")
+        if self.weight_format == "none" and self.activation_format != "none":
+            raise ValueError(f"activation_format {self.activation_format!r} needs quantized weights, not 'none'")
 
     @property
     def measures_inputs(self) -> bool:

@@ -19,6 +19,7 @@ from fireq_jax.models.config import ModelConfig
 from fireq_jax.quantization.config import ColumnStatistic, SmoothingConfig
 
 Block = Mapping[str, Array]
+ColumnScale = Callable[[Float[Array, "*rows K"]], Float[Array, " K"]]
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
@@ -98,30 +99,33 @@ def smooth_keys(
     if keys is None:
         raise ValueError("RoPE-aware scaling needs key statistics; calibrate first")
     result = dict(block)
-    post_rope, outlier_pairs = post_rope_scale(keys.channel_max, smoothing.post_rope_channels, smoothing.beta)
-    scale = post_rope
+    pre_rope, post_rope = key_scales(keys, smoothing)
     if smoothing.pre_rope:
-        magnitude = key_pair_magnitude(keys, smoothing)
-        pre_rope = pre_rope_scale(magnitude, outlier_pairs, smoothing.alpha)
-        if smoothing.query_exponent:
-            pre_rope = favour_queries(pre_rope, outlier_pairs, _moments(keys), smoothing.query_exponent)
-        result = fold_pre_rope(result, pre_rope, config)
-        scale = scale * jnp.tile(pre_rope, (1, 2))
+        result = fold_pre_rope(result, pre_rope[:, : config.head_dim // 2], config)
     if smoothing.post_rope_channels:
         result["self_attn.post_rope_scale"] = post_rope
     if smoothing.key_offset:
-        result["self_attn.key_offset"] = _moments(keys).mean * scale
+        result["self_attn.key_offset"] = _moments(keys).mean * pre_rope * post_rope
     return result
+
+
+def key_scales(
+    keys: KeyStatistics, smoothing: SmoothingConfig
+) -> tuple[Float[Array, "kv_heads H"], Float[Array, "kv_heads H"]]:
+    """N and S as :func:`smooth_block` applies them: factors of each channel of the rotated keys."""
+    post_rope, outlier_pairs = post_rope_scale(keys.channel_max, smoothing.post_rope_channels, smoothing.beta)
+    if not smoothing.pre_rope:
+        return jnp.ones_like(post_rope), post_rope
+    pre_rope = pre_rope_scale(key_pair_magnitude(keys, smoothing), outlier_pairs, smoothing.alpha)
+    if smoothing.query_exponent:
+        pre_rope = favour_queries(pre_rope, outlier_pairs, _moments(keys), smoothing.query_exponent)
+    return jnp.tile(pre_rope, (1, 2)), post_rope
 
 
 def _moments(keys: KeyStatistics) -> KeyMoments:
     if keys.moments is None:
         raise ValueError("this smoothing needs the moments of the keys; calibrate first")
     return keys.moments
-
-
-ColumnScale = Callable[[Float[Array, "*rows K"]], Float[Array, " K"]]
-
 
 def column_scale(
     weight: Float[Array, "*rows K"],

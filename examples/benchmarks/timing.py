@@ -1,0 +1,50 @@
+"""Device time of jitted functions, from CUPTI's record of every kernel."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax._src.lib import mosaic_gpu
+
+
+def kernel_times(run: Callable[[], Any]) -> list[tuple[str, float]]:
+    """(name, microseconds) of each kernel that ``run`` starts, in order."""
+    library: Any = mosaic_gpu
+    cupti = library._mosaic_gpu_ext
+    cupti._cupti_init()
+    try:
+        jax.block_until_ready(run())
+    finally:
+        records = cupti._cupti_get_timings(True)
+    return [(name, milliseconds * 1e3) for name, milliseconds in records]
+
+
+def device_time(call: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], min_us: float = 20_000.0) -> float:
+    """Median microseconds of one ``call``, all its kernels together.
+
+    Args:
+        call: a jitted function that starts the same kernels for every argument.
+        arguments: visited in turn, so that no call finds the last one's weights in the L2 cache.
+        min_us: time to measure for; short bursts run at clocks that longer ones do not keep.
+    """
+    for args in arguments[:2]:
+        jax.block_until_ready(call(*args))
+
+    def sweep(count: int) -> list[float]:
+        def run() -> Any:
+            last = None
+            for i in range(count):
+                last = call(*arguments[i % len(arguments)])
+            return last
+
+        records = kernel_times(run)
+        kernels = len(records) // count
+        if kernels * count != len(records) or not kernels:
+            raise RuntimeError(f"{len(records)} kernels in {count} calls: {sorted({name for name, _ in records})}")
+        return [sum(us for _, us in records[i : i + kernels]) for i in range(0, len(records), kernels)]
+
+    first = statistics.median(sweep(5))
+    count = max(10, min(400, int(min_us / first)))
+    times = sweep(count)
+    return statistics.median(times[len(times) // 5 :])

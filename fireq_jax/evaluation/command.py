@@ -1,0 +1,92 @@
+"""``fireq-evaluate``: perplexity of one or several models on a text, as a table and as JSON."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+from fireq_jax.checkpoint import write_json
+from fireq_jax.evaluation.comparison import evaluate, format_table
+from fireq_jax.evaluation.plots import plot_smoothing
+from pallas_kernels.formats import KVFormat
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parse = argparse.ArgumentParser(prog="fireq-evaluate", description=__doc__)
+    parse.add_argument(
+        "--model",
+        dest="models",
+        required=True,
+        action="append",
+        metavar="DIR",
+        help="Hugging Face folder or converted model; repeat it to compare several with the first",
+    )
+    parse.add_argument("--text", required=True, help="text file, .jsonl, .parquet, a folder of them, or a dataset name")
+    parse.add_argument("--text-field", default="text", help="where .jsonl and .parquet hold their text (default: text)")
+    parse.add_argument("--window", type=int, default=1024, help="tokens the model sees at once (default: 1024)")
+    parse.add_argument(
+        "--stride", type=int, help="tokens between the beginnings of windows; less than the window makes them overlap"
+    )
+    parse.add_argument("--max-windows", type=int, metavar="N", help="evaluate only the first N windows")
+    parse.add_argument("--batch-size", type=int, default=4, help="windows computed together (default: 4)")
+    parse.add_argument("--kv-format", choices=get_args(KVFormat), help="overrides the models' cache format")
+    parse.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float32"],
+        default="bfloat16",
+        help="of hidden states and unquantized weights (default: bfloat16)",
+    )
+    parse.add_argument(
+        "--plots",
+        type=Path,
+        metavar="DIR",
+        help="also draw channel maxima before and after smoothing, a folder a model",
+    )
+    parse.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
+    return parse
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    args = parser().parse_args(arguments)
+    try:
+        run(args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"fireq-evaluate: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate as the parsed command line says."""
+    if args.json is not None and not args.json.absolute().parent.is_dir():
+        raise ValueError(f"--json is {args.json}; expected a file in a folder that exists")
+    results = evaluate(
+        args.models,
+        args.text,
+        text_field=args.text_field,
+        window=args.window,
+        stride=args.stride,
+        max_windows=args.max_windows,
+        batch_size=args.batch_size,
+        kv_format=args.kv_format,
+        dtype=args.dtype,
+    )
+    print(format_table(results))
+    if args.plots is not None:
+        for model in args.models:
+            if (Path(model) / "smoothing.npz").is_file():
+                figures = plot_smoothing(model, args.plots / Path(model).name)
+                print(f"{len(figures)} figures in {figures[0].parent}")
+    if args.json is not None:
+        fields = {
+            result.model: {"perplexity": result.perplexity, "tokens": result.tokens, "bytes": result.bytes}
+            for result in results
+        }
+        write_json(args.json, fields)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

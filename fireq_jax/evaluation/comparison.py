@@ -1,0 +1,111 @@
+"""Several models on the same tokens: one perplexity each, and a table of them."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Int32
+
+from fireq_jax.evaluation.perplexity import perplexity
+from fireq_jax.models import LlamaForCausalLM
+from fireq_jax.text_data import read_documents, tokenize
+from fireq_jax.tokenizer import load_tokenizer
+from pallas_kernels.formats import KVFormat
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """One model's result.
+
+    Attributes:
+        model: its folder, as the caller named it.
+        perplexity: exp of the mean negative log-likelihood of a token.
+        tokens: number of tokens scored.
+        bytes: of all parameters, as they are stored in memory.
+    """
+
+    model: str
+    perplexity: float
+    tokens: int
+    bytes: int
+
+
+def evaluate(
+    models: Sequence[str],
+    text: str | Path,
+    *,
+    text_field: str = "text",
+    window: int = 1024,
+    stride: int | None = None,
+    max_windows: int | None = None,
+    batch_size: int = 4,
+    kv_format: KVFormat | None = None,
+    dtype: jax.typing.DTypeLike = "bfloat16",
+    progress: bool = True,
+) -> list[Evaluation]:
+    """Perplexity of each model on the same text; one model is in memory at a time.
+
+    Args:
+        models: folders, Hugging Face's or converted ones.
+        text: file, folder or data set (see :mod:`fireq_jax.text_data`), with its ``text_field``.
+        window, stride, max_windows, batch_size, progress: as in
+            :func:`~fireq_jax.evaluation.perplexity.perplexity`.
+        kv_format: overrides the models' cache format.
+        dtype: of hidden states and unquantized weights.
+
+    Raises:
+        ValueError: if a model or the text cannot be read, a model is named twice, or two models
+            tokenize the text differently, so that their perplexities cannot be compared.
+    """
+    for model in models:
+        if not Path(model).is_dir():
+            raise ValueError(f"model is {model!r}; expected a folder")
+        if list(models).count(model) > 1:
+            raise ValueError(f"model {model!r} is named more than once")
+    tokens = _common_tokens(models, read_documents(text, text_field=text_field))
+
+    def evaluate_one(model: str) -> Evaluation:
+        loaded = LlamaForCausalLM.from_pretrained(model, dtype=dtype, kv_format=kv_format)
+        result = perplexity(
+            loaded,
+            tokens,
+            window=window,
+            stride=stride,
+            batch_size=batch_size,
+            max_windows=max_windows,
+            progress=progress,
+            description=model,
+        )
+        return Evaluation(model, result.perplexity, result.tokens, loaded.nbytes)
+
+    return [evaluate_one(model) for model in models]
+
+
+def format_table(results: Sequence[Evaluation]) -> str:
+    """Aligned columns: model, perplexity, its ratio to the first model's, tokens, size."""
+    rows = [("model", "perplexity", "ratio", "tokens", "size")]
+    for result in results:
+        ratio = result.perplexity / results[0].perplexity
+        numbers = f"{result.perplexity:.4f}", f"{ratio:.4f}", f"{result.tokens:,}", f"{result.bytes / 1e6:,.1f} MB"
+        rows.append((result.model, *numbers))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([name.ljust(widths[0]), *map(str.rjust, numbers, widths[1:])]) for name, *numbers in rows
+    )
+
+
+def _common_tokens(models: Sequence[str], documents: Sequence[str]) -> Int32[np.ndarray, " tokens"]:
+    first = tokenize(documents, load_tokenizer(models[0]))
+    for model in models[1:]:
+        other = tokenize(documents, load_tokenizer(model))
+        if not np.array_equal(first, other):
+            shorter = min(len(first), len(other))
+            differing = np.flatnonzero(first[:shorter] != other[:shorter])
+            raise ValueError(
+                f"{models[0]} and {model} have different tokenizers: they cut the text into {len(first)} and "
+                f"{len(other)} tokens, which differ from token {differing[0] if differing.size else shorter} on; "
+                "perplexities per token can only be compared between models with the same tokenizer"
+            )
+    return first

@@ -1,0 +1,234 @@
+"""``fireq-generate``: continue prompts, or answer them, on the command line."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import jax
+import numpy as np
+
+from fireq_jax.generation.generate import generate, stream
+from fireq_jax.generation.sampling import SamplingConfig, SamplingOptions
+from fireq_jax.models.llama import LlamaForCausalLM
+from fireq_jax.tokenizer import load_tokenizer
+from pallas_kernels import formats
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DEFAULT_NEW_TOKENS = 128
+# Tokens of the prompt that the first new token is decoded after; many tokenizers drop a text's first space.
+_CONTEXT = 8
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code, 2 for invalid input."""
+    arguments = _parser().parse_args(argv)
+    try:
+        _run(arguments)
+    except ValueError as error:
+        print(f"fireq-generate: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fireq-generate",
+        description="Continue prompts with a Hugging Face or converted Llama. New text goes to stdout, speed to "
+        "stderr. What is not given comes from generation_config.json in the model's folder, if it is there.",
+    )
+    add = parser.add_argument
+    add("--model", required=True, type=Path, metavar="DIR", help="Hugging Face checkpoint or converted model")
+    add("--prompt", required=True, action="append", metavar="TEXT", help="repeat it for a batch, printed when complete")
+    add("--max-new-tokens", type=int, metavar="N", help=f"default {DEFAULT_NEW_TOKENS}")
+    add("--temperature", type=float, metavar="T", help="0 takes the most likely token: the default without filters")
+    add("--top-k", type=int, metavar="K", help="sample from the K most likely tokens; 0 turns it off")
+    add("--top-p", type=float, metavar="P", help="sample from the most likely tokens that hold probability P")
+    add("--min-p", type=float, metavar="P", help="sample from tokens at least P times as likely as the best")
+    add("--repetition-penalty", type=float, metavar="R", help="above 1 makes tokens that are there already less likely")
+    add("--seed", type=int, default=0, help="of the sampling, the same for every prompt; default 0")
+    add("--chat", action="store_true", help="the prompt is a user's message: apply the tokenizer's chat template")
+    add("--system", metavar="TEXT", help="system message; with --chat")
+    add("--no-stream", action="store_true", help="print text when it is complete")
+    add("--json", action="store_true", help="print a JSON list with prompt, text, tokens and finished")
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of what is not quantized")
+    add("--kv-format", choices=get_args(formats.KVFormat), help="of the cache, in place of the model's own")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    if arguments.system is not None and not arguments.chat:
+        raise ValueError("--system is given without --chat")
+    # Before the model: bad options should not cost the minutes of loading one.
+    defaults = read_generation_config(arguments.model)
+    sampling = sampling_options(
+        defaults, {name: getattr(arguments, name) for name in (*_SAMPLING, "repetition_penalty")}
+    )
+    SamplingConfig(**sampling)
+    max_new_tokens = arguments.max_new_tokens
+    if max_new_tokens is None:
+        max_new_tokens = defaults.get("max_new_tokens") or DEFAULT_NEW_TOKENS
+    tokenizer = load_tokenizer(arguments.model)
+    prompts = [_encode(tokenizer, text, arguments) for text in arguments.prompt]
+    model = LlamaForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype, kv_format=arguments.kv_format)
+    width = max(map(len, prompts))
+    options = {
+        "input_ids": [prompt + [0] * (width - len(prompt)) for prompt in prompts],
+        "attention_mask": [[1] * len(prompt) + [0] * (width - len(prompt)) for prompt in prompts],
+        "max_new_tokens": max_new_tokens,
+        "eos_token_ids": defaults.get("eos_token_id"),
+        "key": jax.random.key(arguments.seed),
+        **sampling,
+    }
+    if len(prompts) == 1 and not (arguments.no_stream or arguments.json):
+        _stream(model, tokenizer, prompts[0], options)
+    else:
+        _print_complete(model, tokenizer, prompts, options, arguments)
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """``generation_config.json`` of a folder, {} without one.
+
+    Raises:
+        ValueError: naming the file, if it is not a JSON object.
+    """
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} holds a {type(fields).__name__}; expected a JSON object")
+    return fields
+
+
+def sampling_options(defaults: dict[str, Any], given: dict[str, Any]) -> SamplingOptions:
+    """Options ``given`` (None: not given), then those of a generation config.
+
+    As in transformers, ``do_sample`` decides whether the config's filters and temperature hold, and
+    ``top_k`` 0 means none.
+    """
+    options = {"repetition_penalty": defaults.get("repetition_penalty")}
+    if defaults.get("do_sample"):
+        options |= {"temperature": 1.0, **{name: defaults[name] for name in _SAMPLING if name in defaults}}
+    options |= {name: value for name, value in given.items() if value is not None}
+    if options.get("top_k") == 0:
+        options["top_k"] = None
+    return SamplingOptions(**options)
+
+
+def _encode(tokenizer: "PreTrainedTokenizerBase", text: str, arguments: argparse.Namespace) -> list[int]:
+    if arguments.chat:
+        if tokenizer.chat_template is None:
+            raise ValueError(f"the tokenizer in {arguments.model} has no chat template; leave out --chat")
+        messages = [{"role": "user", "content": text}]
+        if arguments.system is not None:
+            messages.insert(0, {"role": "system", "content": arguments.system})
+        text = _apply_chat_template(tokenizer, messages)
+    ids = tokenizer(text, add_special_tokens=not arguments.chat).input_ids
+    if not ids:
+        raise ValueError(f"prompt {text!r} has no tokens; expected at least one")
+    return ids
+
+
+def _apply_chat_template(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]]) -> str:
+    import jinja2
+
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the chat template rejects the messages: {error}") from error
+    assert isinstance(text, str)
+    return text
+
+
+def pieces(tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[int], tokens: Iterator[int]) -> Iterator[str]:
+    """Text of each new token; "" while a character is incomplete, one more piece at the end.
+
+    Only the tokens since the last complete piece, and that piece for context, are decoded again.
+    """
+
+    def decode(start: int, stop: int) -> str:
+        text = tokenizer.decode(ids[start:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+    ids = list(prompt)[-_CONTEXT:]
+    context, done = 0, len(ids)
+    for token in tokens:
+        ids.append(token)
+        before, text = decode(context, done), decode(context, len(ids))
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield ""
+            continue
+        yield text[len(before) :]
+        context, done = done, len(ids)
+    yield decode(context, len(ids))[len(decode(context, done)) :]
+
+
+def _stream(
+    model: LlamaForCausalLM, tokenizer: "PreTrainedTokenizerBase", prompt: list[int], options: dict[str, Any]
+) -> None:
+    times = [time.perf_counter()]
+
+    def tokens() -> Iterator[int]:
+        for step in stream(model, **options):
+            times.append(time.perf_counter())
+            yield int(step.tokens[0])
+
+    for piece in pieces(tokenizer, prompt, tokens()):
+        print(piece, end="", flush=True)
+    print()
+    count = len(times) - 1
+    speed = f"first after {times[1] - times[0]:.2f} s, compilation included"
+    if count > 2:
+        # The second token waits for the decoding step's compilation.
+        speed += f", then {(count - 2) / (times[-1] - times[2]):.1f} tokens/s"
+    _report(len(prompt), count, times[-1] - times[0], speed)
+
+
+def _print_complete(
+    model: LlamaForCausalLM,
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: list[list[int]],
+    options: dict[str, Any],
+    arguments: argparse.Namespace,
+) -> None:
+    start = time.perf_counter()
+    sequences, lengths, finished = map(np.asarray, generate(model, **options))
+    seconds = time.perf_counter() - start
+    width = sequences.shape[1] - options["max_new_tokens"]
+    results = [
+        {
+            "prompt": text,
+            "text": "".join(pieces(tokenizer, prompt, iter(sequence[width : width + length].tolist()))),
+            "tokens": int(length),
+            "finished": bool(end),
+        }
+        for text, prompt, sequence, length, end in zip(
+            arguments.prompt, prompts, sequences, lengths, finished, strict=True
+        )
+    ]
+    if arguments.json:
+        print(json.dumps(results, ensure_ascii=False, indent=2))
+    else:
+        for result in results:
+            print(f"=== {result['prompt']}\n{result['text']}" if len(results) > 1 else result["text"])
+    count = int(lengths.sum())
+    _report(sum(map(len, prompts)), count, seconds, f"{count / seconds:.1f} tokens/s, compilation included")
+
+
+def _report(prompt_tokens: int, count: int, seconds: float, speed: str) -> None:
+    print(f"{prompt_tokens} prompt tokens, {count} new ones in {seconds:.2f} s ({speed})", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""Device code of the decode kernel; ``decode_attention_sm90`` describes it and launches it."""
+
+import functools
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import attention_registers_sm90 as registers
+from pallas_kernels import formats, jax_compat
+
+COPY_ROW = 256  # bytes of a row as TMA sees it, its longest; tokens' own rows are shorter
+
+
+def kernel(
+    q_gmem,
+    to_scores_gmem,
+    k_gmem,
+    k_scale_gmem,
+    v_gmem,
+    v_scale_gmem,
+    query_start_gmem,
+    kv_lengths_gmem,
+    *refs,
+    q_smem,
+    p_smem,
+    k_smem,
+    v_smem,
+    k_scale_smem,
+    v_scale_smem,
+    reduction_smem,
+    peak_smem,
+    total_smem,
+    out_smem,
+    q_barrier,
+    k_barriers,
+    v_barriers,
+    done_barrier,
+    turn_barriers,
+    block_kv: int,
+    stages: int,
+    warpgroups: int,
+    group: int,
+    window: int | None,
+    page_size: int | None,
+):
+    """One block: partial attention of ``block_rows`` rows over one range of slots."""
+    *page_table_gmem, out_gmem, peak_gmem, total_gmem = refs
+    block_rows, head_dim = q_smem.shape
+    row_blocks, splits = out_gmem.shape[2:4]
+    batch, split, warpgroup = (lax.axis_index(name) for name in ("batch", "split", "warpgroup"))
+    kv_head = lax.div(lax.axis_index("head"), jnp.int32(row_blocks))
+    row_block = lax.rem(lax.axis_index("head"), jnp.int32(row_blocks))
+    first_row = row_block * block_rows
+    row, column = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+
+    length = kv_lengths_gmem[batch]
+    # Rows of this block are the queries at these positions, first and last.
+    start = query_start_gmem[batch]
+    position = start + lax.div(first_row, jnp.int32(group))
+    last = start + lax.div(first_row + block_rows - 1, jnp.int32(group))
+    end_tile = pl.cdiv(jnp.minimum(length, last + 1), jnp.int32(block_kv))
+    first_tile = jnp.int32(0)
+    if window is not None:
+        first_tile = lax.div(jnp.maximum(position - (window - 1), 0), jnp.int32(block_kv))
+    tiles = jnp.maximum(end_tile - first_tile, 0)
+    part, parts = split * warpgroups + warpgroup, jnp.int32(splits * warpgroups)
+    begin = first_tile + lax.div(part * tiles, parts)
+    end = first_tile + lax.div((part + 1) * tiles, parts)
+
+    def slot_of(tile):
+        return warpgroup * stages + lax.rem(tile - begin, jnp.int32(stages))
+
+    def fetch(tile):
+        slot = slot_of(tile)
+        if page_size is None:
+            page, offset = batch, tile * block_kv
+        else:
+            page = page_table_gmem[0][batch, lax.div(tile * block_kv, jnp.int32(page_size))]
+            offset = lax.rem(tile * block_kv, jnp.int32(page_size))
+        codes = (page, kv_head, pl.ds(lax.div(offset, jnp.int32(2 * COPY_ROW // head_dim)), k_smem.shape[1]))
+        scales = (page, kv_head, pl.ds(offset, block_kv))
+        plgpu.copy_gmem_to_smem(k_gmem.at[codes], k_smem.at[slot], k_barriers.at[slot])
+        plgpu.copy_gmem_to_smem(k_scale_gmem.at[scales], k_scale_smem.at[slot], k_barriers.at[slot])
+        plgpu.copy_gmem_to_smem(v_gmem.at[codes], v_smem.at[slot], v_barriers.at[slot])
+        plgpu.copy_gmem_to_smem(v_scale_gmem.at[scales], v_scale_smem.at[slot], v_barriers.at[slot])
+
+    for i in range(stages - 1):
+        pl.when(begin + i < end)(functools.partial(fetch, begin + i))
+
+    @pl.when(warpgroup == 0)
+    def _fetch_queries():
+        plgpu.copy_gmem_to_smem(q_gmem.at[batch, kv_head, pl.ds(first_row, block_rows)], q_smem, q_barrier)
+
+    to_scores = jax_compat.load_registers(to_scores_gmem.at[batch, kv_head, pl.ds(first_row, block_rows)], column)
+    to_scores = _over_rows(to_scores, block_kv)
+    plgpu.barrier_wait(q_barrier)
+
+    shape = (block_kv, block_rows)
+    slot_in_tile = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
+    row_of = first_row + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+    row_position = start + lax.div(row_of, jnp.int32(group))
+
+    def reduce_rows(operation: str, x):
+        return _reduce_rows(operation, x, reduction_smem.at[warpgroup])
+
+    def step(tile, carry):
+        peak, total, out = carry
+        slot = slot_of(tile)
+
+        plgpu.barrier_wait(k_barriers.at[slot])
+        keys = _load_codes(
+            functools.partial(registers.load_keys, head_dim=head_dim), k_smem.at[slot], (block_kv, head_dim)
+        )
+
+        def scores_of(acc):
+            plgpu.wgmma(acc, keys, jax_compat.transpose_ref(q_smem))
+            return acc[...]
+
+        scores = pl.run_scoped(scores_of, plgpu.WGMMAAccumulatorRef(shape))
+        k_scale = jax_compat.load_registers(k_scale_smem.at[slot], row).astype(jnp.float32)
+        scores = scores * lax.broadcast_in_dim(k_scale, shape, (0,)) * to_scores
+
+        index = slot_in_tile + tile * block_kv
+        visible = (index < length) & (index <= row_position)
+        if window is not None:
+            visible &= index > row_position - window
+        scores = jnp.where(visible, scores, -jnp.inf)
+
+        plgpu.barrier_wait(v_barriers.at[slot])
+        v_scale = jax_compat.load_registers(v_scale_smem.at[slot], row).astype(jnp.float32)
+        # Slots beyond the end may hold anything; a NaN would survive the product with P = 0.
+        row_index = plgpu.broadcasted_iota(jnp.int32, (block_kv,), 0, layout=row) + tile * block_kv
+        v_scale = jnp.where(row_index < length, v_scale, 0.0)
+        log_v_scale = jnp.where(row_index < length, jnp.log2(v_scale), -jnp.inf)
+        weighted = scores + lax.broadcast_in_dim(log_v_scale, shape, (0,))
+        new_peak = jnp.maximum(peak, reduce_rows("max", weighted))
+        # Until a row sees its first slot the peak is -inf, and -inf - -inf would be NaN.
+        safe_peak = jnp.where(new_peak == -jnp.inf, 0.0, new_peak)
+        decay = jnp.exp2(peak - safe_peak)
+        p = jnp.exp2(scores - _over_rows(safe_peak, block_kv))
+        total = total * _over_rows(decay, block_kv) + p
+        p *= lax.broadcast_in_dim(v_scale * formats.PROBABILITY_SCALE, shape, (0,))
+        _store_probabilities(p, p_smem.at[warpgroup])
+        plgpu.commit_smem()
+        # Every thread is past its reads of the previous tile: its stage can be filled again.
+        pl.when(tile + stages - 1 < end)(functools.partial(fetch, tile + stages - 1))
+
+        values = _load_codes(
+            functools.partial(registers.load_values, head_dim=head_dim), v_smem.at[slot], (head_dim, block_kv)
+        )
+
+        def product_of(acc):
+            plgpu.wgmma(acc, values, jax_compat.transpose_ref(p_smem.at[warpgroup]))
+            return acc[...]
+
+        product = pl.run_scoped(product_of, plgpu.WGMMAAccumulatorRef((head_dim, block_rows)))
+        out = out * _over_rows(decay, head_dim) + product
+        return new_peak, total, out
+
+    def full(value, size, layout):
+        return plgpu.layout_cast(jnp.full(size, value, jnp.float32), layout)
+
+    initial = (
+        full(-jnp.inf, (block_rows,), column),
+        full(0.0, shape, plgpu.Layout.WGMMA),
+        full(0.0, (head_dim, block_rows), plgpu.Layout.WGMMA),
+    )
+    peak, total, out = lax.fori_loop(begin, end, step, initial)
+    total = reduce_rows("add", total)
+
+    # Bring the warpgroups' results to their common maximum and add them up, one after the other.
+    jax_compat.store_registers(peak_smem.at[warpgroup], peak)
+    jax_compat.store_registers(total_smem.at[warpgroup], total)
+    plgpu.barrier_arrive(done_barrier)
+    plgpu.barrier_wait(done_barrier)
+    peaks = [jax_compat.load_registers(peak_smem.at[i], column) for i in range(warpgroups)]
+    totals = [jax_compat.load_registers(total_smem.at[i], column) for i in range(warpgroups)]
+    highest = functools.reduce(jnp.maximum, peaks)
+    safe_highest = jnp.where(highest == -jnp.inf, 0.0, highest)
+    terms = [x * jnp.exp2(y - safe_highest) for x, y in zip(totals, peaks, strict=True)]
+    total = functools.reduce(jnp.add, terms)
+    # The units of V's codes cancel here: CODE_UNIT is a power of two.
+    out *= _over_rows(jnp.exp2(peak - safe_highest) * (1.0 / registers.CODE_UNIT), head_dim)
+    where = (batch, kv_head, row_block, split)
+    for i in range(warpgroups):
+
+        @pl.when(warpgroup == i)
+        def _add(i=i):
+            result = out
+            if i > 0:
+                plgpu.barrier_wait(turn_barriers.at[i - 1])
+                result += jax_compat.load_registers(out_smem, plgpu.Layout.WGMMA)
+            if i + 1 < warpgroups:
+                jax_compat.store_registers(out_smem, result)
+                plgpu.barrier_arrive(turn_barriers.at[i])
+            else:
+                jax_compat.store_registers(out_gmem.at[where], result)
+                jax_compat.store_registers(peak_gmem.at[where], highest)
+                jax_compat.store_registers(total_gmem.at[where], total)
+
+
+def _over_rows(x, rows: int):
+    """[N] -> [rows, N]."""
+    return lax.broadcast_in_dim(x, (rows, x.shape[0]), (1,))
+
+
+def _reduce_rows(operation: str, x, scratch):
+    """[rows, N] -> [N] over the warpgroup's four warps; ``jnp.max``'s scratch is the whole block's."""
+
+    def reduce(_, x, scratch):
+        return x.reduce(operation, 0, scratch)
+
+    result = plgpu.ShapeDtypeStruct(x.shape[1:], jnp.float32, layout=plgpu.Layout.WGMMA.reduce(0))
+    return plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()), return_type=result)(reduce)(x, scratch)
+
+
+def _load_codes(load, ref, shape: tuple[int, int]):
+    """E4M3 array of ``shape`` in WGMMA_8BIT layout, dequantized from shared memory by ``load``."""
+    result = plgpu.ShapeDtypeStruct(shape, formats.E4M3, layout=plgpu.Layout.WGMMA_8BIT)
+    return plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=result)(load)(ref)
+
+
+def _store_probabilities(p, p_smem) -> None:
+    transforms = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
+    arg_types = (plgpu.Layout.WGMMA, plgpu.RefType(transforms))
+    plgpu.inline_mgpu(arg_types=arg_types)(registers.store_probabilities)(p, p_smem)

@@ -1,0 +1,243 @@
+"""Flash decoding over the INT4 cache on Hopper: the kernel behind ``decode_attention``.
+
+A thread block reads a range of one sequence's slots for one kv head, once for all query heads of
+the group. Its warpgroups share the range and nothing else: each has its own ring of shared-memory
+stages, which it asks TMA to fill, so that one's arithmetic hides another's latencies. Codes are
+dequantized in registers and are WGMMA's A operand in both products (S^T = K Q^T, O^T = V^T P^T):
+the few queries are the narrow N side. The warpgroups' results are combined in shared memory; the
+blocks', where a sequence is split over several, by XLA.
+
+P is cast to FP8 with the value's scale folded in: P = exp2(score - m) * scale_v * 256, where m is
+the running maximum of score + log2(scale_v); nothing overflows and the largest term of each
+output keeps full precision. Each tile's P.V is accumulated from zero by the tensor cores and
+added to the float32 sum by an FMA, so their shorter accumulation never spans more than a tile.
+
+FireQ (arXiv 2505.20839), attention; Flash-Decoding (Dao et al., 2023).
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import attention_registers_sm90 as registers
+from pallas_kernels import formats
+from pallas_kernels.decode_attention_device import COPY_ROW, kernel
+from pallas_kernels.formats import ScaledArray
+
+HEAD_DIMS = (64, 128, 256)
+PAGE_MULTIPLE = 256  # a page holds whole tiles
+_LOG2E = math.log2(math.e)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Tile configuration of the decode kernel.
+
+    Attributes:
+        block_kv: slots of a tile; a multiple of 128.
+        stages: tiles in each warpgroup's shared-memory ring, at least 2.
+        warpgroups: warpgroups of a thread block, 1 to 4.
+        multiprocessors: how many the device has; sequences are split to occupy them evenly.
+    """
+
+    block_kv: int = 256
+    stages: int = 2
+    warpgroups: int = 3
+    multiprocessors: int = 132
+
+    def __post_init__(self):
+        if self.block_kv <= 0 or self.block_kv % registers.TOKEN_BLOCK:
+            raise ValueError(f"block_kv is {self.block_kv}; expected a positive multiple of {registers.TOKEN_BLOCK}")
+        if self.stages < 2:
+            raise ValueError(f"stages is {self.stages}; expected at least 2")
+        if not 1 <= self.warpgroups <= 4:
+            raise ValueError(f"warpgroups is {self.warpgroups}; expected 1 to 4")
+        if self.multiprocessors < 1:
+            raise ValueError(f"multiprocessors is {self.multiprocessors}; expected a positive number")
+
+    def splits(self, rows: int, slots: int) -> int:
+        """Ranges into which ``slots`` slots are split when the grid has ``rows`` other blocks.
+
+        The fewest that leave at most one multiprocessor in 20 idle, or the best there is.
+        """
+        most = max(1, -(-slots // (self.block_kv * self.warpgroups)))
+
+        def occupied(splits: int) -> float:
+            waves = -(-rows * splits // self.multiprocessors)
+            return rows * splits / (waves * self.multiprocessors)
+
+        enough = (splits for splits in range(1, most + 1) if occupied(splits) >= 0.95)
+        return next(enough, None) or max(range(1, most + 1), key=occupied)
+
+
+def default_config(head_dim: int, block_rows: int) -> Config:
+    """Tiles that leave the accumulators of ``block_rows`` rows their registers and shared memory."""
+    if head_dim <= 128 and block_rows == 8:
+        return Config()
+    if head_dim <= 128:
+        return Config(block_kv=128, stages=3, warpgroups=3 if head_dim * block_rows <= 2048 else 2)
+    return Config(block_kv=128, stages=2, warpgroups=2)
+
+
+def unsupported(
+    query: ScaledArray, key: ScaledArray, value: ScaledArray, page_table: Array | None = None
+) -> str | None:
+    """Why the attention kernels cannot run these operands, or None."""
+    head_dim, slots = query.values.shape[-1], key.values.shape[2]
+    if query.values.dtype != formats.E4M3 or query.scale is None:
+        return f"the query is {query.values.dtype}, not E4M3 with scales"
+    if key.values.dtype != jnp.uint8 or value.values.dtype != jnp.uint8:
+        return f"the cache is {key.values.dtype} and {value.values.dtype}, not INT4 (uint8)"
+    for name, rows in (("key", key), ("value", value)):
+        if rows.scale is None or rows.scale.dtype != jnp.bfloat16 or rows.scale.shape[-1] != 1:
+            return f"the {name} scales are not one bf16 number a token and head"
+    if head_dim not in HEAD_DIMS:
+        return f"head_dim is {head_dim}, not one of {HEAD_DIMS}"
+    if page_table is not None and slots % PAGE_MULTIPLE:
+        return f"a page has {slots} slots, not a multiple of {PAGE_MULTIPLE}"
+    # TMA wants rows of a multiple of 16 bytes; the scales are rows of bf16.
+    if slots % 8:
+        return f"the cache has {slots} slots, not a multiple of 8"
+    return None
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "window", "out_dtype", "config"))
+def decode_attention_sm90(
+    query: ScaledArray,
+    key: ScaledArray,
+    value: ScaledArray,
+    *,
+    query_start: Int[Array, " B"],
+    kv_lengths: Int[Array, " B"],
+    scale: float,
+    window: int | None = None,
+    out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    page_table: Int[Array, "B pages"] | None = None,
+    config: Config | None = None,
+) -> Float[Array, "B T heads H"]:
+    """Causal attention of [B, T, heads, H] queries over an INT4 cache.
+
+    Arguments are those of :func:`~pallas_kernels.decode_attention.decode_attention`. With a
+    ``page_table`` the cache is [pages, kv_heads, page_size, H/2] and page_table[b, i] holds the
+    slots i * page_size ... of sequence b.
+    """
+    batch, length, heads, head_dim = query.values.shape
+    kv_heads, page_size = key.values.shape[1:3]
+    assert query.scale is not None
+    assert key.scale is not None
+    assert value.scale is not None
+    slots = page_size if page_table is None else page_size * page_table.shape[1]
+
+    # A row block is as many (token, head) rows as one pass over the cache serves; O^T of
+    # head_dim x rows float32 lives in registers, twice.
+    group = heads // kv_heads
+    rows = length * group
+    block_rows = min(-(-rows // 8) * 8, 4096 // head_dim)
+    row_blocks = -(-rows // block_rows)
+    config = config or default_config(head_dim, block_rows)
+    if page_table is not None and page_size % config.block_kv:
+        raise ValueError(f"a page has {page_size} slots; expected a multiple of block_kv {config.block_kv}")
+    splits = config.splits(batch * kv_heads * row_blocks, slots)
+
+    to_scores = query.scale.astype(jnp.float32) * (scale * _LOG2E / registers.CODE_UNIT)
+    q = _by_kv_head(registers.permute_channels(query.values), kv_heads, row_blocks * block_rows)
+    to_scores = _by_kv_head(to_scores, kv_heads, row_blocks * block_rows)[..., 0]
+
+    out_shape = (batch, kv_heads, row_blocks, splits)
+    out_type = (
+        jax.ShapeDtypeStruct((*out_shape, head_dim, block_rows), jnp.float32),
+        jax.ShapeDtypeStruct((*out_shape, block_rows), jnp.float32),
+        jax.ShapeDtypeStruct((*out_shape, block_rows), jnp.float32),
+    )
+    body = functools.partial(
+        kernel,
+        block_kv=config.block_kv,
+        stages=config.stages,
+        warpgroups=config.warpgroups,
+        group=group,
+        window=window,
+        page_size=None if page_table is None else page_size,
+    )
+    warpgroups, ring = config.warpgroups, config.warpgroups * config.stages
+    codes = (ring, config.block_kv * head_dim // 2 // COPY_ROW, COPY_ROW)
+    partials = plgpu.kernel(
+        body,
+        out_type=out_type,
+        grid=(splits, kv_heads * row_blocks, batch),
+        grid_names=("split", "head", "batch"),
+        num_threads=warpgroups,
+        thread_name="warpgroup",
+        scratch_types={
+            "q_smem": _swizzled((block_rows, head_dim)),
+            "p_smem": _swizzled((warpgroups, block_rows, config.block_kv)),
+            "k_smem": plgpu.SMEM(codes, jnp.uint8),
+            "v_smem": plgpu.SMEM(codes, jnp.uint8),
+            "k_scale_smem": plgpu.SMEM((ring, config.block_kv), jnp.bfloat16),
+            "v_scale_smem": plgpu.SMEM((ring, config.block_kv), jnp.bfloat16),
+            "reduction_smem": plgpu.SMEM((warpgroups, 512), jnp.float32),
+            "peak_smem": plgpu.SMEM((warpgroups, block_rows), jnp.float32),
+            "total_smem": plgpu.SMEM((warpgroups, block_rows), jnp.float32),
+            "out_smem": plgpu.SMEM((head_dim, block_rows), jnp.float32),
+            "q_barrier": plgpu.Barrier(),
+            "k_barriers": plgpu.Barrier(num_arrivals=2, num_barriers=ring),
+            "v_barriers": plgpu.Barrier(num_arrivals=2, num_barriers=ring),
+            "done_barrier": plgpu.Barrier(num_arrivals=warpgroups),
+            "turn_barriers": plgpu.Barrier(num_barriers=warpgroups),
+        },
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+    )(
+        q,
+        to_scores,
+        _copy_rows(key.values),
+        key.scale[..., 0],
+        _copy_rows(value.values),
+        value.scale[..., 0],
+        query_start.astype(jnp.int32),
+        kv_lengths.astype(jnp.int32),
+        *(() if page_table is None else (page_table.astype(jnp.int32),)),
+    )
+    out = _combine(*partials)[:, :, :rows]
+    out = out.reshape(batch, kv_heads, length, group, head_dim)
+    return out.transpose(0, 2, 1, 3, 4).reshape(batch, length, heads, head_dim).astype(out_dtype)
+
+
+def _swizzled(shape: tuple[int, ...]):
+    """E4M3 shared memory in WGMMA's order: rows of up to 128 bytes in tiles of 8, swizzled."""
+    swizzle = min(shape[-1], 128)
+    transforms = (plgpu.TilingTransform((8, swizzle)), plgpu.SwizzleTransform(swizzle))
+    return plgpu.SMEM(shape, formats.E4M3, transforms=transforms)
+
+
+def _copy_rows(codes: Array) -> Array:
+    """[B, kv_heads, S, H/2] -> [B, kv_heads, rows, 256]: the same bytes in longer rows for TMA."""
+    return codes.reshape(*codes.shape[:2], -1, COPY_ROW)
+
+
+def _by_kv_head(x: Array, kv_heads: int, rows: int) -> Array:
+    """[B, T, heads, X] -> [B, kv_heads, rows, X]: row t * group + g, padded with zeros."""
+    batch, length, heads, width = x.shape
+    x = x.reshape(batch, length, kv_heads, heads // kv_heads, width).transpose(0, 2, 1, 3, 4)
+    x = x.reshape(batch, kv_heads, length * heads // kv_heads, width)
+    return jnp.pad(x, ((0, 0), (0, 0), (0, rows - x.shape[2]), (0, 0)))
+
+
+def _combine(
+    out: Float[Array, "B kv_heads row_blocks splits H N"],
+    peak: Float[Array, "B kv_heads row_blocks splits N"],
+    total: Float[Array, "B kv_heads row_blocks splits N"],
+) -> Float[Array, "B kv_heads rows H"]:
+    """Sum of the splits' partial outputs, each brought to the common maximum."""
+    if out.shape[3] == 1:
+        peak = jnp.zeros_like(peak)  # the weight of the only split is 1
+    highest = jnp.max(peak, axis=3, keepdims=True)
+    weight = jnp.exp2(peak - jnp.where(jnp.isneginf(highest), 0.0, highest))
+    denominator = jnp.sum(weight * total, axis=3) * formats.PROBABILITY_SCALE
+    inverse = jnp.where(denominator > 0, 1.0 / jnp.where(denominator > 0, denominator, 1.0), 0.0)
+    summed = jnp.sum(out * weight[..., None, :], axis=3) * inverse[..., None, :]
+    summed = registers.restore_channels(summed).swapaxes(-1, -2)  # [B, kv_heads, row_blocks, N, H]
+    return summed.reshape(*summed.shape[:2], -1, summed.shape[-1])

@@ -1,0 +1,278 @@
+"""Device code of the prefill kernel; ``prefill_attention_sm90`` describes it and launches it."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import attention_registers_sm90 as registers
+from pallas_kernels import formats, jax_compat
+
+BLOCK_Q = 64  # queries of a warpgroup: WGMMA's M
+_MATRIX = plgpu.Layout.WGMMA
+_ROW = plgpu.Layout.WGMMA.reduce(1)  # one number for each query
+_COLUMN = plgpu.Layout.WGMMA.reduce(0)  # one number for each key
+# Registers a thread: the copying warpgroup gives what it does not need to the computing ones.
+_REGISTERS = {1: (24, 240), 2: (24, 240), 3: (24, 160)}
+
+
+def kernel(
+    q_gmem,
+    to_scores_gmem,
+    k_gmem,
+    v_gmem,
+    columns_gmem,
+    query_start_gmem,
+    kv_lengths_gmem,
+    out_gmem,
+    *,
+    q_smem,
+    out_smem,
+    k_smem,
+    v_smem,
+    columns_smem,
+    q_barriers,
+    k_full,
+    v_full,
+    k_free,
+    v_free,
+    causal: bool,
+    window: int | None,
+    pipeline: int,
+) -> None:
+    """One block: ``warpgroups`` x 64 queries of one head against the tiles they can see."""
+    warpgroups = q_smem.shape[0]
+    stages, block_kv, _ = k_smem.shape
+    block_rows = BLOCK_Q * warpgroups
+    batch, head, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
+    kv_head = lax.div(head, jnp.int32(out_gmem.shape[2] // k_gmem.shape[1]))
+    # The last queries see the most keys: starting with them leaves short blocks for the end.
+    first_row = (-(-out_gmem.shape[1] // block_rows) - 1 - lax.axis_index("block")) * block_rows
+
+    start, length = query_start_gmem[batch], kv_lengths_gmem[batch]
+    first_position = start + first_row
+    end_slot = jnp.minimum(length, first_position + block_rows) if causal else length
+    end = pl.cdiv(end_slot, jnp.int32(block_kv))
+    begin = jnp.int32(0)
+    if window is not None:
+        begin = lax.div(jnp.maximum(first_position - (window - 1), 0), jnp.int32(block_kv))
+    begin = jnp.minimum(begin, end)
+    # Every query of the block sees all of the tiles before this one.
+    full_slots = jnp.minimum(length, first_position + 1) if causal else length
+    full_end = jnp.clip(lax.div(full_slots, jnp.int32(block_kv)), begin, end) if window is None else begin
+
+    def stage(tile):
+        return lax.rem(tile - begin, jnp.int32(stages))
+
+    @pl.when(warpgroup == warpgroups)
+    def _copy():
+        plgpu.set_max_registers(_REGISTERS[warpgroups][0], action="decrease")
+
+        @pl.loop(begin, end)
+        def _tile(tile):
+            s = stage(tile)
+            slots = pl.ds(tile * block_kv, block_kv)
+            refill = tile - begin >= stages
+            pl.when(refill)(lambda: plgpu.barrier_wait(k_free.at[s]))
+            plgpu.copy_gmem_to_smem(k_gmem.at[batch, kv_head, slots], k_smem.at[s], k_full.at[s])
+            # The keys' scales come and go with the values: they outlive the keys.
+            pl.when(refill)(lambda: plgpu.barrier_wait(v_free.at[s]))
+            plgpu.copy_gmem_to_smem(columns_gmem.at[batch, kv_head, :, slots], columns_smem.at[s], v_full.at[s])
+            plgpu.copy_gmem_to_smem(v_gmem.at[batch, kv_head, :, slots], v_smem.at[s], v_full.at[s])
+
+    @pl.when(warpgroup < warpgroups)
+    def _compute():
+        plgpu.set_max_registers(_REGISTERS[warpgroups][1], action="increase")
+        rows = pl.ds(first_row + warpgroup * BLOCK_Q, BLOCK_Q)
+        plgpu.copy_gmem_to_smem(q_gmem.at[batch, rows, head], q_smem.at[warpgroup], q_barriers.at[warpgroup])
+        to_scores = jax_compat.load_registers(to_scores_gmem.at[batch, head, rows], _ROW)
+        plgpu.barrier_wait(q_barriers.at[warpgroup])
+        tiles = _Tiles(
+            q_smem.at[warpgroup], k_smem, v_smem, columns_smem, k_full, k_free, v_full, v_free, stage,
+            to_scores, first_position + warpgroup * BLOCK_Q, length, causal, window,
+        )  # fmt: skip
+        total, out = (_one_by_one if pipeline == 1 else _scores_ahead)(tiles, begin, full_end, end)
+        inverse = jnp.where(total > 0, 1.0 / (jnp.where(total > 0, total, 1.0) * registers.CODE_UNIT), 0.0)
+        out_smem[warpgroup] = (out * _over_columns(inverse, out.shape)).astype(out_smem.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out_smem.at[warpgroup], out_gmem.at[batch, rows, head])
+        plgpu.wait_smem_to_gmem(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tiles:
+    """What a compute warpgroup does with a tile; the order is the pipelines' affair."""
+
+    q: Any
+    k: Any
+    v: Any
+    columns: Any  # [stages, 3, block_kv]: the key's scale, the logarithm of the value's, one over it
+    k_full: Any
+    k_free: Any
+    v_full: Any
+    v_free: Any
+    stage: Callable[[jax.Array], jax.Array]
+    to_scores: jax.Array
+    first_position: jax.Array
+    length: jax.Array
+    causal: bool
+    window: int | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return BLOCK_Q, self.k.shape[1]
+
+    @property
+    def head_dim(self) -> int:
+        return self.k.shape[2]
+
+    def wait_for_keys(self, tile) -> None:
+        # Before the accumulator is made: between its zeros and the product a branch would make
+        # the compiler write them out.
+        plgpu.barrier_wait(self.k_full.at[self.stage(tile)])
+
+    def start_scores(self, acc, tile) -> None:
+        """Begin acc += Q K^T, in units of the codes."""
+        plgpu.wgmma(acc, self.q, jax_compat.transpose_ref(self.k.at[self.stage(tile)]))
+
+    def finish_scores(self, acc, tile, *, products_left: int = 0):
+        """The scores, once no more than ``products_left`` later products run; frees the tile's keys."""
+        scores = plgpu.wgmma_accumulator_load(acc, wait_n=products_left)
+        plgpu.barrier_arrive(self.k_free.at[self.stage(tile)])
+        return scores
+
+    def softmax(self, scores, tile, peak, total, *, masked: bool):
+        """P as E4M3 A operand, the new row maxima and sums, and the decay of what was summed before.
+
+        P = exp2(score + log2 v_scale - maximum) * PROBABILITY_SCALE, so that the largest term of
+        every output is exact in E4M3; sums are of P / v_scale. Waits for the tile's values.
+        """
+        s = self.stage(tile)
+        plgpu.barrier_wait(self.v_full.at[s])
+        scores *= self._column(s, 0)
+        scores = scores * _over_columns(self.to_scores, self.shape) + self._column(s, 1)
+        if masked:
+            scores = jnp.where(self._visible(tile), scores, -jnp.inf)
+        new_peak = jnp.maximum(peak, jnp.max(scores, axis=1))
+        # Until a row sees its first key its maximum is -inf, and -inf - -inf would be NaN.
+        safe_peak = jnp.where(new_peak == -jnp.inf, 0.0, new_peak) if masked else new_peak
+        decay = jnp.exp2(peak - safe_peak)
+        p = jnp.exp2(scores - _over_columns(safe_peak - math.log2(formats.PROBABILITY_SCALE), self.shape))
+        total = total * decay + jnp.sum(p * self._column(s, 2), axis=1)
+        result = plgpu.ShapeDtypeStruct(self.shape, formats.E4M3, layout=plgpu.Layout.WGMMA_8BIT)
+        convert = plgpu.inline_mgpu(arg_types=(_MATRIX,), return_type=result)
+        return convert(registers.probabilities_to_operand)(p), new_peak, total, decay
+
+    def _column(self, stage, which: int):
+        """One of the numbers for each key, over the rows of a tile."""
+        ref = self.columns.at[stage, which]
+        result = plgpu.ShapeDtypeStruct(ref.shape, jnp.float32, layout=_COLUMN)
+        load = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=result)(registers.load_columns)
+        return lax.broadcast_in_dim(load(ref), self.shape, (1,))
+
+    def start_product(self, acc, p, tile, columns: slice = slice(None)) -> None:
+        """Begin acc += P V for some channels."""
+        plgpu.wgmma(acc, p, jax_compat.transpose_ref(self.v.at[self.stage(tile), columns]))
+
+    def _visible(self, tile):
+        slot = plgpu.broadcasted_iota(jnp.int32, self.shape, 1, layout=_MATRIX) + tile * self.shape[1]
+        visible = slot < self.length
+        if self.causal or self.window is not None:
+            position = plgpu.broadcasted_iota(jnp.int32, self.shape, 0, layout=_MATRIX) + self.first_position
+            if self.causal:
+                visible &= slot <= position
+            if self.window is not None:
+                visible &= slot > position - self.window
+        return visible
+
+
+def _initial(tiles: _Tiles):
+    """Row maxima, row sums and output before the first tile."""
+    peak = plgpu.layout_cast(jnp.full((BLOCK_Q,), -jnp.inf, jnp.float32), _ROW)
+    total = plgpu.layout_cast(jnp.zeros((BLOCK_Q,), jnp.float32), _ROW)
+    out = plgpu.layout_cast(jnp.zeros((BLOCK_Q, tiles.head_dim), jnp.float32), _MATRIX)
+    return peak, total, out
+
+
+def _one_by_one(tiles: _Tiles, begin, full_end, end):
+    """Pipeline 1: the products of a tile wait for its softmax. Returns row sums and output."""
+
+    def step(tile, carry, *, masked: bool):
+        peak, total, out = carry
+
+        def scores_of(acc):
+            tiles.start_scores(acc, tile)
+            return tiles.finish_scores(acc, tile)
+
+        def product_of(acc):
+            tiles.start_product(acc, p, tile)
+            return acc[...]
+
+        tiles.wait_for_keys(tile)
+        scores = pl.run_scoped(scores_of, plgpu.WGMMAAccumulatorRef(tiles.shape))
+        p, peak, total, decay = tiles.softmax(scores, tile, peak, total, masked=masked)
+        product = pl.run_scoped(product_of, plgpu.WGMMAAccumulatorRef(out.shape))
+        plgpu.barrier_arrive(tiles.v_free.at[tiles.stage(tile)])
+        return peak, total, out * _over_columns(decay, out.shape) + product
+
+    carry = lax.fori_loop(begin, full_end, functools.partial(step, masked=False), _initial(tiles))
+    carry = lax.fori_loop(full_end, end, functools.partial(step, masked=True), carry)
+    return carry[1:]
+
+
+def _scores_ahead(tiles: _Tiles, begin, full_end, end):
+    """Pipeline 2: the scores of the next tile are computed under this tile's softmax; returns likewise."""
+
+    def first(tile, scores):
+        del scores
+
+        def scores_of(acc):
+            tiles.start_scores(acc, tile)
+            return tiles.finish_scores(acc, tile)
+
+        tiles.wait_for_keys(tile)
+        return pl.run_scoped(scores_of, plgpu.WGMMAAccumulatorRef(tiles.shape))
+
+    def step(tile, carry, *, masked: bool, last: bool):
+        scores, peak, total, out = carry
+
+        def ahead(next_acc):
+            if not last:
+                tiles.start_scores(next_acc, tile + 1)
+            p, new_peak, new_total, decay = tiles.softmax(scores, tile, peak, total, masked=masked)
+
+            def product_of(acc):
+                tiles.start_product(acc, p, tile)
+                next_scores = scores if last else tiles.finish_scores(next_acc, tile + 1, products_left=1)
+                return next_scores, plgpu.wgmma_accumulator_load(acc, wait_n=0)
+
+            # The accumulator is made only now: its zeros take registers.
+            next_scores, product = pl.run_scoped(product_of, plgpu.WGMMAAccumulatorRef(out.shape))
+            plgpu.barrier_arrive(tiles.v_free.at[tiles.stage(tile)])
+            return next_scores, new_peak, new_total, out * _over_columns(decay, out.shape) + product
+
+        if not last:
+            tiles.wait_for_keys(tile + 1)
+        return pl.run_scoped(ahead, plgpu.WGMMAAccumulatorRef(tiles.shape))
+
+    zeros = plgpu.layout_cast(jnp.zeros(tiles.shape, jnp.float32), _MATRIX)
+    scores = lax.fori_loop(begin, jnp.minimum(begin + 1, end), first, zeros)
+    before_last = jnp.maximum(end - 1, begin)
+    full_end = jnp.minimum(full_end, before_last)
+    carry = (scores, *_initial(tiles))
+    carry = lax.fori_loop(begin, full_end, functools.partial(step, masked=False, last=False), carry)
+    carry = lax.fori_loop(full_end, before_last, functools.partial(step, masked=True, last=False), carry)
+    carry = lax.fori_loop(before_last, end, functools.partial(step, masked=True, last=True), carry)
+    return carry[2:]
+
+
+def _over_columns(x, shape: tuple[int, ...]):
+    """One number for each row -> a matrix."""
+    return lax.broadcast_in_dim(x, shape, (0,))

@@ -1,0 +1,178 @@
+"""The attention ops' reference against float64 numpy, one query at a time."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import formats
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.formats import ScaledArray
+from pallas_kernels.prefill_attention import prefill_attention
+
+STATIC = ("scale", "causal", "window", "out_dtype", "implementation")
+prefill = jax.jit(prefill_attention, static_argnames=STATIC)
+decode = jax.jit(decode_attention, static_argnames=("scale", "window", "out_dtype", "implementation"))
+H = 16
+SCALE = H**-0.5
+
+
+def normal(seed, shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def operands(kv_format="none", *, batch=3, queries=5, heads=4, kv_heads=2, slots=9, fp8_query=False):
+    """Query [B, T, heads, H], key and value [B, kv_heads, S, H] in cache format."""
+    query = jnp.asarray(normal(0, (batch, queries, heads, H)))
+    key, value = (jnp.asarray(normal(seed, (batch, kv_heads, slots, H))) for seed in (1, 2))
+    rows = formats.quantize_fp8(query) if fp8_query else ScaledArray(query, None)
+    return rows, *(formats.quantize_kv(x, kv_format) for x in (key, value))
+
+
+def brute_force(query, key, value, start, lengths, *, causal=True, window=None):
+    """softmax over the visible slots of each query in float64; zeros if it sees none."""
+    q, k, v = (np.asarray(formats.dequantize(x), np.float64) for x in (query, key, value))
+    out = np.zeros_like(q)
+    group = q.shape[2] // k.shape[1]
+    for b, t, h in np.ndindex(*q.shape[:3]):
+        position = start[b] + t
+        slots = [
+            s
+            for s in range(min(k.shape[2], lengths[b]))
+            if not (causal and s > position) and not (window is not None and s <= position - window)
+        ]
+        if slots:
+            scores = k[b, h // group, slots] @ q[b, t, h] * SCALE
+            weights = np.exp(scores - scores.max())
+            out[b, t, h] = weights / weights.sum() @ v[b, h // group, slots]
+    return out
+
+
+START, LENGTHS = np.int32([0, 2, 4]), np.int32([5, 4, 9])
+
+
+def run(attention, q, k, v, start=START, lengths=LENGTHS, **options):
+    return np.asarray(
+        attention(q, k, v, query_start=start, kv_lengths=lengths, scale=SCALE, out_dtype=jnp.float32, **options)
+    )
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 1, 3])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_masks_groups_and_chunks(kv_heads, window, causal):
+    """Ragged lengths; chunks that start at 0, 2 and 4; MQA, GQA and MHA."""
+    q, k, v = operands(kv_heads=kv_heads)
+    out = run(prefill, q, k, v, causal=causal, window=window)
+    expected = brute_force(q, k, v, START, LENGTHS, causal=causal, window=window)
+    # float32 scores of magnitude ~5 and sums of 16 products.
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("kv_format", ["int4", "fp8", "none"])
+def test_decode_reads_every_cache_format(kv_format):
+    """Plain queries: the only error is float32's."""
+    q, k, v = operands(kv_format, queries=1)
+    start = LENGTHS - 1
+    out = run(decode, q, k, v, start)
+    np.testing.assert_allclose(out, brute_force(q, k, v, start, LENGTHS), rtol=1e-5, atol=2e-6)
+    np.testing.assert_array_equal(out, run(prefill, q, k, v, start))
+
+
+@pytest.mark.parametrize("kv_format", ["int4", "fp8"])
+def test_fp8_probabilities_cost_at_most_their_rounding(kv_format):
+    """P V moves by at most 2^-4 sum p |v| (half a unit in the last place of E4M3), not at all for one visible slot."""
+    q, k, v = operands(kv_format, fp8_query=True, slots=9)
+    exact = brute_force(q, k, v, START, LENGTHS)
+    out = run(prefill, q, k, v)
+    weighted = brute_force(
+        q, k, v._replace(values=v.values & 0x77 if kv_format == "int4" else abs(v.values)), START, LENGTHS
+    )
+    assert np.all(np.abs(out - exact) <= 2.0**-4 * weighted + 1e-5)
+    assert np.abs(out - exact).max() > 1e-4  # the cast is really there
+    np.testing.assert_allclose(out[0, 0], exact[0, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("attention", [prefill, decode], ids=["prefill", "decode"])
+@pytest.mark.parametrize("kv_format", ["int4", "fp8", "none"])
+def test_garbage_beyond_the_lengths_never_leaks(kv_format, attention):
+    """NaN values and scales, infinities: the result is bit for bit that of zeros there."""
+    q, k, v = operands(kv_format)
+
+    def beyond(rows, filling):
+        valid = (np.arange(9) < LENGTHS[:, None])[:, None, :, None]
+        return jax.tree.map(lambda x: jnp.where(valid, x, jnp.asarray(filling).astype(x.dtype)), rows)
+
+    clean = run(attention, q, beyond(k, 0), beyond(v, 0))
+    assert np.all(np.isfinite(clean))
+    # INT4 codes cannot be NaN (255 is any code); their scales can.
+    for filling in (np.nan, np.inf) if kv_format != "int4" else (255, np.nan):
+        with np.errstate(invalid="ignore"):
+            np.testing.assert_array_equal(run(attention, q, beyond(k, filling), beyond(v, filling)), clean)
+
+
+def test_queries_that_see_nothing_give_zeros():
+    """An empty sequence; and, without causality, a window that lies wholly beyond the valid slots."""
+    q, k, v = operands()
+    out = run(prefill, q, k, v, np.int32([0, 0, 6]), np.int32([0, 3, 2]), window=2, causal=False)
+    assert not out[0].any()
+    assert out[1, :4].all()
+    assert not out[2].any()
+
+
+def test_one_broken_sequence_leaves_the_others_alone():
+    q, k, v = operands()
+    out = run(prefill, q, k._replace(values=k.values.at[1].set(jnp.nan)), v)
+    assert np.isnan(out[1]).all()  # and it shows there, as NaN and not as zeros
+    np.testing.assert_array_equal(out[[0, 2]], run(prefill, q, k, v)[[0, 2]])
+
+
+def test_scores_of_any_size_are_stable():
+    """Scores around +-10^4 would overflow exp without the row maximum."""
+    q, k, v = operands()
+    q = q._replace(values=q.values * 4000)
+    np.testing.assert_allclose(run(prefill, q, k, v), brute_force(q, k, v, START, LENGTHS), rtol=1e-3, atol=1e-3)
+
+
+def test_broken_rows_are_errors():
+    q, k, v = operands("int4")
+    options = {"query_start": START, "kv_lengths": LENGTHS, "scale": 1.0}
+    with pytest.raises(ValueError, match="uint8 and no scale"):
+        prefill_attention(q, k._replace(scale=None), v, **options)
+    with pytest.raises(ValueError, match=r"value scale has shape \(3, 2, 9\)"):
+        prefill_attention(q, k, v._replace(scale=v.scale[..., 0]), **options)
+    with pytest.raises(ValueError, match=r"\(uint8\) and value .*\(float8_e4m3fn\)"):
+        prefill_attention(q, k, v._replace(values=v.values.astype(formats.E4M3)), **options)
+
+
+@pytest.mark.parametrize("attention", [prefill_attention, decode_attention], ids=["prefill", "decode"])
+@pytest.mark.parametrize(
+    ("changes", "quoted"),
+    [
+        ({"query": (3, 5, H)}, r"\(3, 5, 16\)"),
+        ({"key": (2, 2, 9, H)}, r"\(2, 2, 9, 16\).*\[3, kv_heads, S, 16\]"),
+        ({"key": (3, 2, 9, 8)}, r"\(3, 2, 9, 8\)"),
+        ({"value": (3, 2, 8, H)}, r"\(3, 2, 9, 16\) \(float32\) and value \(3, 2, 8, 16\)"),
+        ({"key": (3, 3, 9, H), "value": (3, 3, 9, H)}, "4 query heads cannot share 3"),
+        ({"query_start": (2,)}, r"query_start.*\(2,\); expected \(3,\)"),
+        ({"kv_lengths": (3, 1)}, r"kv_lengths.*\(3, 1\)"),
+        ({"window": 0}, "window is 0"),
+        ({"implementation": "cuda"}, "'cuda'"),
+    ],
+)  # fmt: skip
+def test_errors_quote_the_offending_value(attention, changes, quoted):
+    shapes = {
+        "query": (3, 5, 4, H),
+        "key": (3, 2, 9, H),
+        "value": (3, 2, 9, H),
+        "query_start": (3,),
+        "kv_lengths": (3,),
+    }
+    options = {name: value for name, value in changes.items() if name not in shapes}
+    shapes |= {name: shape for name, shape in changes.items() if name in shapes}
+    rows = [ScaledArray(jnp.zeros(shapes[name]), None) for name in ("query", "key", "value")]
+    lengths = {name: jnp.zeros(shapes[name], jnp.int32) for name in ("query_start", "kv_lengths")}
+    with pytest.raises(ValueError, match=quoted):
+        functools.partial(attention, scale=1.0)(*rows, **lengths, **options)

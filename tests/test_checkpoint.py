@@ -1,0 +1,215 @@
+"""Saved models come back bit for bit, or not at all."""
+
+import dataclasses
+import gc
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tiny_llama import config_of
+
+from fireq_jax import LlamaForCausalLM, ModelConfig, QuantizationConfig, checkpoint, recipes
+from fireq_jax.models.parameters import parameters_of
+
+CONFIG = ModelConfig.from_huggingface(config_of("mha_tied", num_hidden_layers=2, attention_bias=True))
+CONFIGS = {name: recipe() for name, recipe in recipes.RECIPES.items()} | {
+    "groups of 64, first layer float": QuantizationConfig(group_size=64, keep_float=("layers.0.*",)),
+}
+
+
+def save(folder, quantization, dtype=jnp.bfloat16):
+    """A random model, with a post-RoPE scale that is not 1, in ``folder``."""
+    model = LlamaForCausalLM(CONFIG, quantization, dtype=dtype)
+    for layer in model.layers:
+        if layer.self_attn.post_rope_scale is not None:
+            layer.self_attn.post_rope_scale.set_value(jnp.linspace(0.5, 2, 48).reshape(4, 12))
+    checkpoint.save_model(folder, model)
+    return model
+
+
+# When one read fails Orbax abandons the others, which complain when they are collected.
+abandons_reads = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture
+def _collect_abandoned_reads():
+    """In the test that caused them, not in a later one."""
+    yield
+    gc.collect()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A ``fireq`` model; tests that damage it take a copy."""
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    save(folder, recipes.fireq())
+    return folder
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "model")
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert jax.tree.structure(found[name]) == jax.tree.structure(value), name
+        for one, two in zip(jax.tree.leaves(found[name]), jax.tree.leaves(value), strict=True):
+            assert one.dtype == two.dtype, name
+            np.testing.assert_array_equal(np.asarray(one).view(np.uint8), np.asarray(two).view(np.uint8), name)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_recipe_round_trips_bit_for_bit(name, tmp_path):
+    model = save(tmp_path, CONFIGS[name])
+    again = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert (again.config, again.quantization, again.dtype) == (model.config, model.quantization, model.dtype)
+    assert_same(parameters_of(again), parameters_of(model))
+    assert again.nbytes == model.nbytes
+    weights = sum(path.stat().st_size for path in (tmp_path / "params").rglob("*") if path.is_file())
+    assert weights < model.nbytes * 1.1 + 64 * 1024  # 4-bit weights take 4 bits on disk, too
+
+
+def test_dtype_of_the_float_parameters_is_the_callers(saved):
+    """bf16 on disk, float32 on request: the same numbers; quantized values and norms as stored."""
+    wide, stored = (parameters_of(LlamaForCausalLM.from_pretrained(saved, dtype=d)) for d in ("float32", "bfloat16"))
+    assert wide["embed_tokens"].dtype == jnp.float32
+    for name, value in stored.items():
+        if isinstance(value, jax.Array):
+            np.testing.assert_array_equal(wide[name], value.astype(jnp.float32))
+        else:
+            assert_same({name: wide[name]}, {name: value})
+
+
+@pytest.mark.parametrize("kv_format", ["none", "fp8", "int4"])
+def test_kv_format_override(saved, kv_format):
+    """The layers really use it, not only the model's record of it."""
+    model = LlamaForCausalLM.from_pretrained(saved, kv_format=kv_format)
+    assert model.quantization == recipes.fireq().with_kv_format(kv_format)
+    tokens, lengths = jnp.asarray([[1, 2]]), jnp.asarray([2])
+    _, cache = nnx.eval_shape(lambda m: m.prefill(tokens, lengths, 4), model)
+    dtype = {"none": jnp.bfloat16, "fp8": jnp.float8_e4m3fn, "int4": jnp.uint8}[kv_format]
+    assert all(layer.key.values.dtype == layer.value.values.dtype == dtype for layer in cache.layers)
+
+
+def test_unfinished_folder_is_refused(copy):
+    """The manifest is written last; without it nothing else counts."""
+    (copy / checkpoint.MANIFEST).unlink()
+    with pytest.raises(ValueError, match=r"unfinished conversion.*--resume"):
+        LlamaForCausalLM.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("part", ["layers.1", "embed_tokens", "norm"])
+def test_missing_part_is_named(copy, part):
+    shutil.rmtree(checkpoint.part_path(copy, part))
+    with pytest.raises(ValueError, match=rf"params/{part} is missing"):
+        LlamaForCausalLM.from_pretrained(copy)
+
+
+@abandons_reads
+@pytest.mark.usefixtures("_collect_abandoned_reads")
+@pytest.mark.parametrize("kept", [0, 0.5])
+def test_truncated_data_is_refused(copy, kept):
+    """Every data file that is needed, one at a time; the others (Orbax leaves some) change nothing."""
+    model = nnx.eval_shape(lambda: LlamaForCausalLM(CONFIG, recipes.fireq()))
+    expected = {name: x for name, x in parameters_of(model).items() if name.startswith("layers.1.")}
+    exact = checkpoint.restore_part(copy, "layers.1", expected)
+    refused = 0
+    for path in sorted(checkpoint.part_path(copy, "layers.1").rglob("d/*")):
+        content = path.read_bytes()
+        path.write_bytes(content[: int(len(content) * kept)])
+        try:
+            found = checkpoint.restore_part(copy, "layers.1", expected)
+        except ValueError as error:
+            refused += "params/layers.1 does not hold the arrays" in str(error)
+        else:
+            assert_same(found, exact)
+        path.write_bytes(content)
+    assert refused >= 2
+
+
+def edit(folder, change):
+    path = folder / checkpoint.MANIFEST
+    fields = json.loads(path.read_text())
+    change(fields)
+    path.write_text(json.dumps(fields))
+
+
+@pytest.mark.parametrize(
+    ("change", "quoted"),
+    [
+        (lambda f: f.update(format_version=2), "has format 2; expected 1"),
+        (lambda f: f.update(comment="hello"), "'comment'"),
+        (lambda f: f.pop("model"), "'format_version', 'quantization'.*; expected.*'model'"),
+        (lambda f: f["model"].update(layers=1), "'layers'"),
+        (lambda f: f["model"]["rope"].update(base=1), "'base'"),
+        (lambda f: f["quantization"].update(bits=3), "'bits'"),
+        (lambda f: f["quantization"]["smoothing"].update(gamma=3), "'gamma'"),
+        (lambda f: f["quantization"].update(weight_format="int3"), "'int3'"),
+    ],
+)
+def test_manifest_keys_are_all_known(copy, change, quoted):
+    edit(copy, change)
+    with pytest.raises(ValueError, match=quoted):
+        LlamaForCausalLM.from_pretrained(copy)
+
+
+def test_manifest_that_is_not_json(copy):
+    (copy / checkpoint.MANIFEST).write_text("{")
+    with pytest.raises(ValueError, match=r"fireq\.json is not a JSON object"):
+        LlamaForCausalLM.from_pretrained(copy)
+
+
+@abandons_reads
+@pytest.mark.usefixtures("_collect_abandoned_reads")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda f: f["model"].update(intermediate_size=300),
+        lambda f: f["quantization"].update(group_size=64),
+        lambda f: f["quantization"].update(weight_format="fp8"),
+        lambda f: f["quantization"].update(smoothing=None),
+        lambda f: f["quantization"].update(keep_float=["layers.0.*"]),
+    ],
+    ids=["sizes", "groups", "format", "smoothing", "keep_float"],
+)
+def test_arrays_that_the_manifest_does_not_describe_are_refused(copy, change):
+    edit(copy, change)
+    with pytest.raises(ValueError, match="does not hold the arrays"):
+        LlamaForCausalLM.from_pretrained(copy)
+
+
+def test_a_part_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    """A crash while a part is written leaves no folder of its name; saving again replaces a part."""
+    values = {"norm.weight": jnp.arange(4.0)}
+    with monkeypatch.context() as patch:
+        patch.setattr("os.rename", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+        patch.setattr("pathlib.Path.rename", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+        with pytest.raises(Exception, match="killed"):
+            checkpoint.save_part(tmp_path, "norm", values)
+    assert not checkpoint.part_path(tmp_path, "norm").exists()
+    for factor in (1, 2):
+        written = {name: factor * x for name, x in values.items()}
+        checkpoint.save_part(tmp_path, "norm", written)
+        found = checkpoint.restore_part(tmp_path, "norm", jax.eval_shape(lambda: values))
+        np.testing.assert_array_equal(found["norm.weight"], written["norm.weight"])
+
+
+def test_json_is_written_as_a_whole(tmp_path):
+    path = tmp_path / "report.json"
+    checkpoint.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        checkpoint.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_manifest_round_trip(tmp_path):
+    quantization = dataclasses.replace(recipes.fireq(), keep_float=("*.o_proj",))
+    checkpoint.write_manifest(tmp_path, CONFIG, quantization)
+    assert checkpoint.read_manifest(tmp_path) == (CONFIG, quantization)

@@ -1,0 +1,260 @@
+"""The converter: what it writes, that it can be killed and resumed, and that it refuses bad input."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from checkpoints_convert import conversion
+from checkpoints_convert.conversion import ConversionOptions, convert
+from checkpoints_convert.convert_and_quantize import main
+from fireq_jax import LlamaForCausalLM, QuantizationConfig, recipes
+from fireq_jax.huggingface import expected_shapes, read_config
+from fireq_jax.models.parameters import parameters_of
+from pallas_kernels.quantized_tensor import QuantizedTensor
+
+CONFIG = {
+    "model_type": "llama", "vocab_size": 64, "hidden_size": 72, "intermediate_size": 100, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 64, "rope_theta": 10000.0, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def write_checkpoint(folder: Path, **changes: np.ndarray) -> Path:
+    """A random checkpoint in Hugging Face form; ``changes`` replace tensors by name."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    random = np.random.default_rng(0)
+    tensors = {
+        name: np.ones(shape, np.float32) if "norm" in name else random.normal(0, 0.05, shape).astype(np.float32)
+        for name, shape in expected_shapes(read_config(folder)).items()
+    }
+    save_file(tensors | changes, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("source") / "model")
+
+
+@pytest.fixture(scope="module")
+def tokens() -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 64, (6, 24), dtype=np.int32)
+
+
+@pytest.fixture(scope="module")
+def converted(source: Path, tokens: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("converted") / "fireq"
+    convert(options(source, output), tokens, progress=False)
+    return output
+
+
+def options(model: Path, output: Path, quantization: QuantizationConfig | None = None) -> ConversionOptions:
+    return ConversionOptions(model, output, "fireq", quantization or recipes.fireq(), dtype="float32", batch_size=4)
+
+
+def parameter_bytes(folder: Path) -> dict[str, bytes]:
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=jnp.float32)
+    leaves = jax.tree_util.tree_leaves_with_path(parameters_of(model))
+    return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
+
+
+def test_converted_folder_is_enough_to_run_and_close_to_the_source(source: Path, converted: Path) -> None:
+    ids = jnp.arange(20)[None] % 64
+    exact = LlamaForCausalLM.from_pretrained(source, dtype=jnp.float32)(ids)
+    quantized = LlamaForCausalLM.from_pretrained(converted, dtype=jnp.float32)(ids)
+    # INT4 with 128-wide groups loses about 12% of a random weight; four such layers in a block.
+    error = jnp.linalg.norm(quantized - exact) / jnp.linalg.norm(exact)
+    assert 0 < error < 0.4
+
+
+def test_converted_weights_take_four_bits(converted: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(converted, dtype=jnp.float32)
+    down = model.layers[0].mlp.down_proj.weight.get_value()
+    assert isinstance(down, QuantizedTensor)
+    assert down.values.nbytes == 128 * 128 // 2  # [72, 100], padded to whole tiles of 64 x 128
+
+
+def test_report_describes_every_layer(converted: Path) -> None:
+    report = json.loads((converted / "report.json").read_text())
+    assert report["recipe"] == "fireq"
+    assert report["calibration_tokens"] == 6 * 24
+    assert list(report["layers"]) == ["layers.0", "layers.1", "layers.2"]
+    for layer in report["layers"].values():
+        assert len(layer["weight_error"]) == 4
+        assert all(0.05 < error < 0.2 for error in layer["weight_error"].values())
+
+
+def test_calibration_step_compiles_once_for_all_blocks(source: Path, tokens: np.ndarray, tmp_path: Path) -> None:
+    from checkpoints_convert.calibrate import block_step
+
+    block_step.clear_cache()
+    convert(options(source, tmp_path / "out"), tokens, progress=False)
+    assert block_step._cache_size() == 1
+
+
+def test_same_input_gives_the_same_bytes(source: Path, tokens: np.ndarray, converted: Path, tmp_path: Path) -> None:
+    convert(options(source, tmp_path / "again"), tokens, progress=False)
+    assert parameter_bytes(tmp_path / "again") == parameter_bytes(converted)
+
+
+@pytest.mark.parametrize("fail_at", ["save_part:1", "save_part:4", "write_json:3", "write_manifest:1"])
+def test_interrupted_conversion_is_visibly_incomplete_and_resumes_to_the_same_result(
+    source: Path, tokens: np.ndarray, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail_at: str
+) -> None:
+    name, _, count = fail_at.partition(":")
+    original, calls = getattr(conversion.checkpoint, name), 0
+
+    def interrupt(*args: object, **kwargs: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == int(count):
+            raise KeyboardInterrupt
+        original(*args, **kwargs)
+
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion.checkpoint, name, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            convert(options(source, output), tokens, progress=False)
+    with pytest.raises(ValueError, match=r"unfinished conversion|no config"):
+        LlamaForCausalLM.from_pretrained(output)
+    with pytest.raises(ValueError, match="--resume"):
+        convert(options(source, output), tokens, progress=False)
+    convert(options(source, output), tokens, resume=True, progress=False)
+    assert parameter_bytes(output) == parameter_bytes(converted)
+    assert not (output / conversion.WORK_FOLDER).exists()
+
+
+@pytest.mark.slow
+def test_killed_process_resumes_to_the_same_result(
+    source: Path, tokens: np.ndarray, converted: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    np.save(tmp_path / "tokens.npy", tokens)
+    program = (
+        "import sys, numpy as np\n"
+        "from pathlib import Path\n"
+        "from checkpoints_convert.conversion import ConversionOptions, convert\n"
+        "from fireq_jax import recipes\n"
+        "model, output, tokens = sys.argv[1:]\n"
+        "options = ConversionOptions(Path(model), Path(output), 'fireq', recipes.fireq(), 'float32', 4)\n"
+        "convert(options, np.load(tokens), progress=False)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, source, output, tmp_path / "tokens.npy"])
+    deadline = time.monotonic() + 120
+    while not (output / "params" / "layers.0").is_dir() and process.poll() is None and time.monotonic() < deadline:
+        os.sched_yield()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if (output / "fireq.json").exists():
+        pytest.skip("the conversion finished before it could be killed")
+    convert(options(source, output), tokens, resume=True, progress=False)
+    assert parameter_bytes(output) == parameter_bytes(converted)
+
+
+def test_resume_with_other_options_is_refused(
+    source: Path, tokens: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "_finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            convert(options(source, output), tokens, progress=False)
+    with pytest.raises(ValueError, match="calibration was"):
+        convert(options(source, output), tokens[:4], resume=True, progress=False)
+    other = dataclasses.replace(recipes.fireq(), group_size=64)
+    with pytest.raises(ValueError, match="quantization was"):
+        convert(options(source, output, other), tokens, resume=True, progress=False)
+
+
+def test_output_that_holds_something_else_is_never_touched(source: Path, tokens: np.ndarray, tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("keep me")
+    with pytest.raises(ValueError, match="not empty"):
+        convert(options(source, tmp_path), tokens, resume=True, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_complete_output_is_never_overwritten(source: Path, tokens: np.ndarray, converted: Path) -> None:
+    with pytest.raises(ValueError, match="already holds a complete model"):
+        convert(options(source, converted), tokens, resume=True, progress=False)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_non_finite_tensor_stops_it_before_anything_is_written(
+    tmp_path: Path, tokens: np.ndarray, value: float
+) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    bad = np.zeros((100, 72), np.float32)
+    bad[3, 5] = value
+    model = write_checkpoint(tmp_path / "model", **{name: bad})
+    with pytest.raises(ValueError, match=rf"{name}.*\(3, 5\)"):
+        convert(options(model, tmp_path / "out"), tokens, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_keep_float_layers_stay_float(source: Path, tokens: np.ndarray, tmp_path: Path) -> None:
+    kept = dataclasses.replace(recipes.fireq(), keep_float=("layers.0.*", "*.down_proj"))
+    convert(options(source, tmp_path / "out", kept), tokens, progress=False)
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=jnp.float32)
+    quantized = {
+        layer.mlp.gate_up_proj.name: isinstance(layer.mlp.gate_up_proj.weight.get_value(), QuantizedTensor)
+        for layer in model.layers
+    }
+    assert list(quantized.values()) == [False, True, True]
+    assert not any(isinstance(layer.mlp.down_proj.weight.get_value(), QuantizedTensor) for layer in model.layers)
+
+
+@pytest.mark.parametrize("recipe", ["rtn", "w4a16", "w8a8_fp8", "none"])
+def test_recipes_without_calibration_need_no_text(source: Path, tmp_path: Path, recipe: str) -> None:
+    command = ["--model", str(source), "--output", str(tmp_path / "out"), "--recipe", recipe, "--dtype", "float32"]
+    assert main(command) == 0
+    logits = LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=jnp.float32)(jnp.arange(8)[None])
+    assert jnp.isfinite(logits).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "firek"], "'firek'"),
+        (["--recipe", "fireq"], "--calibration"),
+        (["--recipe", "rtn", "--keep-float", "layers.9.*"], "layers.9"),
+        (["--recipe", "rtn", "--dtype", "float8"], "'float8'"),
+    ],
+)
+def test_command_line_errors_quote_the_value_and_write_nothing(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["--model", str(source), "--output", str(tmp_path / "out"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", "./nowhere", "--output", str(tmp_path / "out"), "--recipe", "rtn"]) == 2
+    assert "'./nowhere'" in capsys.readouterr().err
+
+
+def test_smoothing_effect_is_recorded_and_plotted(converted: Path, tmp_path: Path) -> None:
+    from fireq_jax.evaluation.plots import plot_smoothing
+
+    effect = np.load(converted / "smoothing.npz")
+    assert effect["layers.2.keys.before"].shape == (2, 16)
+    # N and S bring every pair's largest key to at most alpha = beta, up to the rounding of a product.
+    assert effect["layers.2.keys.post_rope"].max() <= recipes.fireq().smoothing.beta * 1.001
+    figures = plot_smoothing(converted, tmp_path)
+    assert len(figures) == 3 * 5
+    assert all(path.stat().st_size > 1000 for path in figures)

@@ -1,0 +1,109 @@
+"""fireq-evaluate: table, JSON, and errors without a traceback."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from fireq_jax import LlamaForCausalLM
+from fireq_jax.evaluation import Evaluation, format_table, perplexity
+from fireq_jax.evaluation.command import main
+from fireq_jax.text_data import load_tokens
+from fireq_jax.tokenizer import load_tokenizer
+
+MODEL = Path(__file__).parent.parent / "examples" / "tiny_llama"
+SHORT = ["--window", "16", "--max-windows", "2", "--batch-size", "2"]
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("The scale of a group is rounded before the codes are computed. " * 8)
+    return path
+
+
+def copy_of_model(folder):
+    shutil.copytree(MODEL, folder, ignore=shutil.ignore_patterns("*.txt", "*.md"))
+    return folder
+
+
+def test_two_models_table_and_json(tmp_path, text, capsys):
+    other = copy_of_model(tmp_path / "other")
+    file = tmp_path / "result.json"
+    assert main(["--model", str(MODEL), "--model", str(other), "--text", str(text), *SHORT, "--json", str(file)]) == 0
+    result = json.loads(file.read_text())
+    assert list(result) == [str(MODEL), str(other)]
+    assert result[str(MODEL)] == result[str(other)]
+    assert set(result[str(MODEL)]) == {"perplexity", "tokens", "bytes"}
+
+    model = LlamaForCausalLM.from_pretrained(MODEL)
+    tokens = load_tokens(text, load_tokenizer(MODEL))
+    expected = perplexity(model, tokens, window=16, max_windows=2, batch_size=2, progress=False)
+    assert result[str(MODEL)] == {"perplexity": expected.perplexity, "tokens": 30, "bytes": model.nbytes}
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split() == ["model", "perplexity", "ratio", "tokens", "size"]
+    assert [line.split()[0] for line in lines] == [str(MODEL), str(other)]
+    assert lines[0].split()[1:] == [f"{expected.perplexity:.4f}", "1.0000", "30", "8.4", "MB"]
+    assert not list(tmp_path.glob("result.json?*"))
+
+
+def test_options_reach_the_model(tmp_path, text):
+    def result(*options):
+        file = tmp_path / "result.json"
+        assert main(["--model", str(MODEL), "--text", str(text), *SHORT, "--json", str(file), *options]) == 0
+        return json.loads(file.read_text())[str(MODEL)]
+
+    plain, int4 = result(), result("--kv-format", "int4")
+    assert plain["perplexity"] != int4["perplexity"]
+    assert plain["bytes"] == int4["bytes"]
+    assert result("--stride", "4")["tokens"] == 15 + 4
+    model = LlamaForCausalLM.from_pretrained(MODEL, dtype=jnp.float32)
+    assert result("--dtype", "float32")["bytes"] == model.nbytes > 1.9 * plain["bytes"]
+
+
+def test_table_is_aligned():
+    results = [Evaluation("a", 20.0, 1023, 8_000_000), Evaluation("longer/name", 220.5, 1_234_567, 12_345_678_901)]
+    assert format_table(results).splitlines() == [
+        "model        perplexity    ratio     tokens         size",
+        "a               20.0000   1.0000      1,023       8.0 MB",
+        "longer/name    220.5000  11.0250  1,234,567  12,345.7 MB",
+    ]
+
+
+def check_error(arguments, capsys, *parts):
+    assert main([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("fireq-evaluate: ")
+    for part in parts:
+        assert part in captured.err
+
+
+def test_errors_before_anything_is_loaded(tmp_path, text, capsys):
+    gone = tmp_path / "gone"
+    check_error(["--model", gone, "--text", text], capsys, f"model is '{gone}'; expected a folder")
+    check_error(["--model", tmp_path, "--text", text], capsys, f"{tmp_path} has no tokenizer")
+    check_error(["--model", MODEL, "--model", MODEL, "--text", text], capsys, "is named more than once")
+    check_error(["--model", MODEL, "--text", tmp_path / "gone.txt"], capsys, "gone.txt: no such file")
+    check_error(["--model", MODEL, "--text", text, "--json", gone / "a.json"], capsys, "a folder that exists")
+    check_error(["--model", MODEL, "--text", text, "--window", "1"], capsys, "window is 1; expected at least 2")
+    with pytest.raises(SystemExit) as error:
+        main(["--model", str(MODEL)])
+    assert error.value.code == 2
+
+
+def test_different_tokenizers_cannot_be_compared(tmp_path, text, capsys):
+    other = copy_of_model(tmp_path / "other")
+    file = other / "tokenizer.json"
+    fields = json.loads(file.read_text())
+    fields["post_processor"] = None  # no BOS
+    file.write_text(json.dumps(fields))
+    check_error(
+        ["--model", MODEL, "--model", other, "--text", text, "--json", tmp_path / "result.json"],
+        capsys,
+        f"{MODEL} and {other} have different tokenizers",
+        "differ from token 0 on",
+    )
+    assert not (tmp_path / "result.json").exists()

@@ -1,0 +1,215 @@
+"""``fireq-generate`` on a random model of bytes, its text pieces, and tokenizer loading."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from fireq_jax import LlamaForCausalLM, ModelConfig, generate
+from fireq_jax.checkpoint import save_model
+from fireq_jax.generation.command import main, pieces, sampling_options
+from fireq_jax.tokenizer import load_tokenizer
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+PROMPT = "Once upon"
+NEW = 10
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, so that characters beyond ASCII take several."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<s>": 0, "</s>": 1} | {letter: i + 2 for i, letter in enumerate(letters)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+BYTES = byte_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model folder without a chat template and generation config."""
+    folder = tmp_path_factory.mktemp("model")
+    sizes = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_layers": 1}
+    model = LlamaForCausalLM(ModelConfig(**sizes, num_heads=2, num_kv_heads=1, head_dim=16), dtype=jnp.float32)
+    model.lm_head.set_value(model.lm_head.get_value() * 20)
+    save_model(folder, model)
+    BYTES.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return LlamaForCausalLM.from_pretrained(folder, dtype="float32")
+
+
+@pytest.fixture
+def variant(folder, tmp_path):
+    """A copy to put files into."""
+    return shutil.copytree(folder, tmp_path / "variant")
+
+
+def run(capsys, folder, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the command."""
+    code = main(["--model", str(folder), "--max-new-tokens", str(NEW), "--dtype", "float32", *arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def text_of(model, prompt: str, **options) -> str:
+    ids = BYTES(prompt).input_ids
+    sequence = generate(model, [ids], max_new_tokens=NEW, **options).sequences[0]
+    return BYTES.decode(sequence[len(ids) :], skip_special_tokens=True)
+
+
+def test_streamed_text_is_the_complete_text(capsys, folder, model):
+    code, streamed, speed = run(capsys, folder, "--prompt", PROMPT)
+    assert (code, streamed) == (0, text_of(model, PROMPT) + "\n")
+    assert f"{len(PROMPT)} prompt tokens, {NEW} new ones" in speed
+    assert "tokens/s" in speed
+    assert run(capsys, folder, "--prompt", PROMPT, "--no-stream")[1] == streamed
+
+
+def test_sampling_arguments_reach_the_model(capsys, folder, model):
+    arguments = ["--temperature", "1.5", "--top-k", "40", "--top-p", "0.9", "--min-p", "0.01"]
+    _, out, _ = run(capsys, folder, "--prompt", PROMPT, *arguments, "--repetition-penalty", "1.1", "--seed", "3")
+    options = {"temperature": 1.5, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1}
+    assert out == text_of(model, PROMPT, key=jax.random.key(3), **options) + "\n"
+    assert out != text_of(model, PROMPT, key=jax.random.key(4), **options) + "\n"
+
+
+def test_json_lists_every_prompt_of_a_batch(capsys, folder, model):
+    code, out, _ = run(capsys, folder, "--prompt", PROMPT, "--prompt", "é", "--json")
+    assert code == 0
+    assert json.loads(out) == [
+        {"prompt": prompt, "text": text_of(model, prompt), "tokens": NEW, "finished": False} for prompt in (PROMPT, "é")
+    ]
+
+
+def test_several_prompts_are_printed_one_after_the_other(capsys, folder, model):
+    out = run(capsys, folder, "--prompt", PROMPT, "--prompt", "b")[1]
+    assert out == f"=== {PROMPT}\n{text_of(model, PROMPT)}\n=== b\n{text_of(model, 'b')}\n"
+
+
+def test_chat_template_is_applied(capsys, variant, model):
+    (variant / "chat_template.jinja").write_text(TEMPLATE)
+    out = run(capsys, variant, "--prompt", "Hi", "--chat", "--system", "Be brief.", "--no-stream")[1]
+    assert out == text_of(model, "[system]Be brief.[user]Hi[assistant]") + "\n"
+
+
+def test_template_errors_are_reported(capsys, variant):
+    (variant / "chat_template.jinja").write_text("{{ raise_exception('no system role') }}")
+    code, _, err = run(capsys, variant, "--prompt", "Hi", "--chat")
+    assert code == 2
+    assert "chat template rejects the messages: no system role" in err
+
+
+def test_generation_config_gives_defaults(capsys, variant, model):
+    end = int(generate(model, [BYTES(PROMPT).input_ids], max_new_tokens=NEW).sequences[0, len(PROMPT) + 4])
+    (variant / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, end], "max_new_tokens": 20}))
+    main(["--model", str(variant), "--dtype", "float32", "--prompt", PROMPT, "--json"])
+    (result,) = json.loads(capsys.readouterr().out)
+    assert result["finished"]
+    assert result["tokens"] <= 5
+    free = {"max_new_tokens": 20}
+    (variant / "generation_config.json").write_text(json.dumps(free))
+    main(["--model", str(variant), "--dtype", "float32", "--prompt", PROMPT, "--json"])
+    assert json.loads(capsys.readouterr().out)[0]["tokens"] == 20
+
+
+@pytest.mark.parametrize(
+    ("defaults", "given", "expected"),
+    [
+        ({}, {}, {}),
+        ({"temperature": 0.6, "top_p": 0.9}, {}, {}),
+        ({"do_sample": False, "top_k": 5, "repetition_penalty": 1.2}, {}, {"repetition_penalty": 1.2}),
+        ({"do_sample": True, "top_p": 0.9}, {}, {"temperature": 1.0, "top_p": 0.9}),
+        ({"do_sample": True, "temperature": 0.6, "top_k": 0}, {}, {"temperature": 0.6}),
+        ({"do_sample": True, "temperature": 0.6}, {"temperature": 0.0}, {"temperature": 0.0}),
+        ({"do_sample": True, "top_k": 50}, {"top_k": 0, "top_p": 0.5}, {"temperature": 1.0, "top_p": 0.5}),
+    ],
+)
+def test_given_options_come_before_those_of_the_file(defaults, given, expected):
+    given = {**dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "repetition_penalty")), **given}
+    options = sampling_options(defaults, given)
+    assert {name: value for name, value in options.items() if value is not None} == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", "a", "--temperature", "-1"], "temperature is -1.0; expected 0"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens is 0; expected a whole number"),
+        (["--prompt", ""], "prompt '' has no tokens"),
+        (["--prompt", "a", "--chat"], "has no chat template; leave out --chat"),
+        (["--prompt", "a", "--system", "b"], "--system is given without --chat"),
+    ],
+)
+def test_invalid_input_exits_with_2_and_a_message(capsys, folder, arguments, message):
+    code, out, err = run(capsys, folder, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("fireq-generate: ")
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("generation_config.json", "{", "generation_config.json is not JSON"),
+        ("generation_config.json", "[1]", "generation_config.json holds a list; expected a JSON object"),
+        ("tokenizer.json", "{}", "transformers cannot read its tokenizer"),
+    ],
+)
+def test_broken_files_are_named(capsys, variant, name, content, message):
+    (variant / name).write_text(content)
+    code, _, err = run(capsys, variant, "--prompt", "a")
+    assert code == 2
+    assert str(variant) in err
+    assert message in err
+
+
+def test_folder_without_tokenizer_is_named(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path} has no tokenizer; expected tokenizer.json"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="absent is not a folder"):
+        load_tokenizer(tmp_path / "absent")
+
+
+def test_tokenizer_round_trip(folder):
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.decode(tokenizer("naïve 猫").input_ids) == "naïve 猫"
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text(max_size=12), st.text(max_size=12))
+def test_pieces_join_to_the_text_and_split_no_character(prompt, text):
+    tokens = BYTES(text).input_ids
+    parts = list(pieces(BYTES, BYTES(prompt).input_ids, iter(tokens)))
+    assert "".join(parts) == text
+    assert len(parts) == len(tokens) + 1
+    if "\N{REPLACEMENT CHARACTER}" not in text:
+        assert "\N{REPLACEMENT CHARACTER}" not in "".join(parts)
+
+
+def test_pieces_show_an_incomplete_character_at_the_end():
+    tokens = BYTES("a猫").input_ids[:-1]
+    assert list(pieces(BYTES, [], iter(tokens))) == ["a", "", "", "\N{REPLACEMENT CHARACTER}"]
+
+
+def test_pieces_keep_the_space_that_a_tokenizer_drops_from_a_text_s_start():
+    vocabulary = {"<s>": 0, "▁the": 1, "▁cat": 2, "s": 3}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
+    core.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>")
+    assert tokenizer.decode([2]) == "cat"
+    assert list(pieces(tokenizer, [0, 1], iter([2, 3, 2]))) == [" cat", "s", " cat", ""]
+    assert np.char.count("".join(pieces(tokenizer, [1] * 50, iter([2] * 50))), " cat") == 50

@@ -1,0 +1,246 @@
+"""Reading checkpoints: every form they come in, and every way they are broken, by the tensor's name."""
+
+import json
+import pickle
+import shutil
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from tiny_llama import config_of, weights_of, write_folder
+
+from fireq_jax import LlamaForCausalLM
+from fireq_jax.huggingface import HuggingFaceCheckpoint, expected_shapes
+from fireq_jax.models.parameters import parameters_of
+
+FIELDS = config_of("gqa")
+TENSORS = weights_of(FIELDS)
+DOWN = "model.layers.1.mlp.down_proj.weight"
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+def write_sharded(folder, tensors, save=save_file, stem="model", suffix=".safetensors"):
+    """Two shards and an index."""
+    write_folder(folder, FIELDS, tensors)
+    (folder / "model.safetensors").unlink()
+    files = [f"{stem}-0000{i}-of-00002{suffix}" for i in (1, 2)]
+    weight_map = {name: files[i % 2] for i, name in enumerate(sorted(tensors))}
+    for file in files:
+        save({name: tensors[name] for name in tensors if weight_map[name] == file}, folder / file)
+    index = folder / f"{stem}{suffix}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder, index, weight_map
+
+
+def save_torch(tensors, path):
+    torch = pytest.importorskip("torch")
+
+    def to_torch(array):
+        if array.dtype == ml_dtypes.float8_e4m3fn:  # from_numpy does not know it
+            return torch.from_numpy(array.view(np.uint8)).view(torch.float8_e4m3fn)
+        return torch.from_numpy(array)
+
+    torch.save({name: to_torch(array) for name, array in tensors.items()}, path)
+
+
+def assert_reads(folder, tensors=TENSORS):
+    checkpoint = HuggingFaceCheckpoint(folder)
+    checkpoint.check_finite(progress=False)
+    for name in expected_shapes(checkpoint.config):
+        read = checkpoint.tensor(name)
+        assert read.dtype == tensors[name].dtype
+        np.testing.assert_array_equal(read, tensors[name])
+    return checkpoint
+
+
+# --- every form ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
+def test_single_safetensors_of_every_float_dtype(tmp_path, dtype):
+    tensors = {name: array.astype(dtype) for name, array in TENSORS.items()}
+    checkpoint = assert_reads(write_folder(tmp_path, FIELDS, tensors), tensors)
+    assert checkpoint.nbytes == (tmp_path / "model.safetensors").stat().st_size
+    block = checkpoint.block(1)
+    np.testing.assert_array_equal(block["mlp.down_proj.weight"], tensors[DOWN])
+    assert {f"model.layers.1.{name}" for name in block} == {name for name in tensors if ".layers.1." in name}
+    assert checkpoint.global_names() == ["embed_tokens", "norm.weight", "lm_head"]
+    np.testing.assert_array_equal(checkpoint.global_tensor("lm_head"), tensors["lm_head.weight"])
+
+
+def test_sharded_safetensors(tmp_path):
+    assert_reads(write_sharded(tmp_path, TENSORS)[0])
+
+
+def test_torch_files(tmp_path):
+    """Single and sharded, in the zip and in the legacy form; nn.Parameters, views and bfloat16."""
+    torch = pytest.importorskip("torch")
+    single = write_folder(tmp_path / "single", FIELDS)
+    (single / "model.safetensors").unlink()
+    mixed = {name: torch.from_numpy(array) for name, array in TENSORS.items()}
+    mixed[Q] = torch.nn.Parameter(mixed[Q])
+    mixed[DOWN] = torch.from_numpy(np.ascontiguousarray(TENSORS[DOWN].T)).T
+    mixed["lm_head.weight"] = mixed["lm_head.weight"].bfloat16()
+    expected = TENSORS | {"lm_head.weight": TENSORS["lm_head.weight"].astype(ml_dtypes.bfloat16)}
+    for zipped in (True, False):
+        torch.save(mixed, single / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+        assert_reads(single, expected)
+    assert_reads(write_sharded(tmp_path / "sharded", TENSORS, save_torch, "pytorch_model", ".bin")[0])
+
+
+def test_safetensors_win_over_torch_files(tmp_path):
+    folder = write_folder(tmp_path, FIELDS)
+    (folder / "pytorch_model.bin").write_bytes(b"not read")
+    assert_reads(folder)
+
+
+def test_tied_checkpoint_may_carry_a_head_and_old_buffers(tmp_path):
+    """As transformers: the tied head is the embedding, whatever else the file has."""
+    fields = config_of("mha_tied")
+    tensors = weights_of(fields)
+    extra = {"lm_head.weight": TENSORS["lm_head.weight"], "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(6)}
+    folder = write_folder(tmp_path, fields, tensors | extra)
+    assert assert_reads(folder, tensors).global_names() == ["embed_tokens", "norm.weight"]
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=jnp.float32)
+    assert model.lm_head is None
+    np.testing.assert_array_equal(model.embed_tokens.get_value(), tensors["model.embed_tokens.weight"])
+
+
+def test_model_holds_the_files_numbers(tmp_path):
+    """q, k, v stacked; gate and up interleaved by eights; norms float32 whatever the dtype asked for."""
+    model = LlamaForCausalLM.from_pretrained(write_folder(tmp_path, FIELDS), dtype=jnp.bfloat16)
+    found = parameters_of(model)
+    prefix = "model.layers.0."
+    qkv = np.concatenate([TENSORS[f"{prefix}self_attn.{part}_proj.weight"] for part in "qkv"])
+    np.testing.assert_array_equal(found["layers.0.self_attn.qkv_proj.weight"], qkv.astype(ml_dtypes.bfloat16))
+    gate_up = np.asarray(found["layers.0.mlp.gate_up_proj.weight"])
+    np.testing.assert_array_equal(
+        gate_up[16:24], TENSORS[f"{prefix}mlp.gate_proj.weight"][8:16].astype(ml_dtypes.bfloat16)
+    )
+    np.testing.assert_array_equal(
+        gate_up[24:32], TENSORS[f"{prefix}mlp.up_proj.weight"][8:16].astype(ml_dtypes.bfloat16)
+    )
+    np.testing.assert_array_equal(found["norm.weight"], TENSORS["model.norm.weight"])
+
+
+# --- broken in every way -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "quoted"),
+    [
+        ({DOWN: None}, f"lacks tensor {DOWN},"),
+        ({DOWN: None, Q: None}, rf"lacks tensor {Q} \(and 1 more\)"),
+        ({"model.layers.2.mlp.up_proj.weight": TENSORS[DOWN]}, "unexpected tensor model.layers.2.mlp.up_proj.weight"),
+        ({"model.layers.0.self_attn.q_proj.bias": np.zeros(48, np.float32)}, "unexpected tensor .*q_proj.bias"),
+        ({DOWN: np.ascontiguousarray(TENSORS[DOWN].T)}, rf"{DOWN} .*\(100, 48\); expected \(48, 100\)"),
+        ({Q: TENSORS[Q].astype(np.int8)}, f"{Q} .*dtype I8"),
+        ({Q: TENSORS[Q].astype(ml_dtypes.float8_e4m3fn)}, f"{Q} .*dtype F8_E4M3"),
+    ],
+    ids=["missing", "two missing", "extra layer", "extra bias", "transposed", "int8", "fp8"],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_wrong_tensors_are_named_when_the_checkpoint_is_opened(tmp_path, kind, change, quoted):
+    tensors = {name: array for name, array in (TENSORS | change).items() if array is not None}
+    folder = write_folder(tmp_path, FIELDS, tensors)
+    if kind == "bin":
+        (folder / "model.safetensors").unlink()
+        save_torch(tensors, folder / "pytorch_model.bin")
+        quoted = quoted.replace("I8", r"torch\.int8").replace("F8_E4M3", r"torch\.float8_e4m3fn")
+    with pytest.raises(ValueError, match=quoted):
+        HuggingFaceCheckpoint(folder)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_non_finite_numbers_are_found_and_placed(tmp_path, dtype, value):
+    tensors = {name: array.astype(dtype) for name, array in TENSORS.items()}
+    tensors[DOWN][3, 41] = value
+    checkpoint = HuggingFaceCheckpoint(write_folder(tmp_path, FIELDS, tensors))
+    with pytest.raises(ValueError, match=rf"{DOWN} .* holds {value} at \(3, 41\)"):
+        checkpoint.check_finite(progress=False)
+
+
+class Malicious:
+    """Unpickling this creates the file."""
+
+    def __init__(self, victim):
+        self.victim = str(victim)
+
+    def __reduce__(self):
+        return open, (self.victim, "w")
+
+
+def test_a_torch_file_never_runs_code(tmp_path):
+    torch = pytest.importorskip("torch")
+    folder = write_folder(tmp_path, FIELDS)
+    (folder / "model.safetensors").unlink()
+    path, victim = folder / "pytorch_model.bin", tmp_path / "victim"
+    payload = {Q: Malicious(victim)}
+    for write in (
+        lambda: torch.save(payload, path),
+        lambda: torch.save(payload, path, _use_new_zipfile_serialization=False),
+        lambda: path.write_bytes(pickle.dumps(payload)),
+    ):
+        write()
+        with pytest.raises(ValueError, match="cannot be read as plain PyTorch weights"):
+            HuggingFaceCheckpoint(folder)
+        assert not victim.exists()
+
+
+def test_torch_files_without_tensors(tmp_path):
+    torch = pytest.importorskip("torch")
+    folder = write_folder(tmp_path, FIELDS)
+    (folder / "model.safetensors").unlink()
+    for content, quoted in [
+        ([1, 2], "pytorch_model.bin"),
+        ({name: torch.from_numpy(x) for name, x in TENSORS.items()} | {Q: 3}, Q),
+        ({"model": {name: torch.from_numpy(x) for name, x in TENSORS.items()}}, "lacks tensor"),
+    ]:
+        torch.save(content, folder / "pytorch_model.bin")
+        with pytest.raises(ValueError, match=quoted):
+            HuggingFaceCheckpoint(folder)
+
+
+def test_broken_indices(tmp_path):
+    folder, index, weight_map = write_sharded(tmp_path, TENSORS)
+    first, second = sorted(set(weight_map.values()))
+
+    def refuses(content, quoted):
+        index.write_text(content if isinstance(content, str) else json.dumps({"weight_map": content}))
+        with pytest.raises(ValueError, match=quoted):
+            HuggingFaceCheckpoint(folder)
+
+    refuses("{", "index.json")
+    refuses("{}", "index.json.*weight_map")
+    refuses('{"weight_map": [1]}', "index.json.*weight_map")
+    refuses({**weight_map, Q: "model-00003-of-00002.safetensors"}, "model-00003-of-00002.safetensors, which is not in")
+    refuses({**weight_map, Q: "../elsewhere.safetensors"}, "elsewhere.safetensors")
+    wrong = next(name for name in weight_map if weight_map[name] == first)
+    refuses({**weight_map, wrong: second}, f"{wrong} is in {second}, but it is not")
+    refuses({name: file for name, file in weight_map.items() if name != Q}, f"lacks tensor {Q}")
+
+
+def test_truncated_and_absent_files(tmp_path):
+    folder = write_folder(tmp_path, FIELDS)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a readable safetensors file"):
+        HuggingFaceCheckpoint(folder)
+    path.unlink()
+    with pytest.raises(ValueError, match="has no weights"):
+        HuggingFaceCheckpoint(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
+        HuggingFaceCheckpoint(folder)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json"):
+        HuggingFaceCheckpoint(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        LlamaForCausalLM.from_pretrained(folder)
+    shutil.rmtree(folder)
+    with pytest.raises(ValueError, match="is not a folder"):
+        LlamaForCausalLM.from_pretrained(folder)

@@ -1,0 +1,84 @@
+"""QuantizationConfig and the recipes: what they hold, JSON, and refusals."""
+
+import dataclasses
+import json
+
+import pytest
+
+from fireq_jax.quantization import QuantizationConfig, SmoothingConfig, recipes
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_json_round_trip(name):
+    config = dataclasses.replace(recipes.by_name(name), keep_float=("layers.0.*",))
+    assert QuantizationConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert hash(config) == hash(QuantizationConfig.from_dict(config.to_dict()))  # a static argument of jit
+
+
+def test_recipes_are_what_their_names_say():
+    formats = {
+        name: (c.weight_format, c.activation_format, c.kv_format, c.query_format)
+        for name, c in ((name, recipes.by_name(name)) for name in recipes.RECIPES)
+    }
+    w4a8kv4 = ("int4", "fp8", "int4", "fp8")
+    assert formats == {
+        "fireq": w4a8kv4,
+        "fireq_bf16_scales": w4a8kv4,
+        "rtn": w4a8kv4,
+        "w4a16": ("int4", "none", "none", "none"),
+        "w8a8_fp8": ("fp8", "fp8", "none", "none"),
+        "none": ("none", "none", "none", "none"),
+    }
+    assert recipes.fireq().smoothing == recipes.fireq_bf16_scales().smoothing == SmoothingConfig()
+    assert recipes.fireq().channel_scale == "per_tensor_pow2"
+    assert recipes.rtn().smoothing is None
+
+
+def test_unknown_recipe_lists_all_of_them():
+    with pytest.raises(ValueError, match="'gptq'") as error:
+        recipes.by_name("gptq")
+    assert all(f"\n  {name}: " in str(error.value) for name in recipes.RECIPES)
+
+
+@pytest.mark.parametrize(
+    ("fields", "quoted"),
+    [
+        ({"weight_format": "int3"}, "'int3'"),
+        ({"activation_format": "int8"}, "'int8'"),
+        ({"group_size": 32}, "group_size is 32"),
+        ({"scale_dtype": "f32"}, "'f32'"),
+        ({"channel_scale": "per_row"}, "'per_row'"),
+        ({"rounding": "up"}, "'up'"),
+        ({"kv_format": "int8"}, "'int8'"),
+        ({"kv_group_size": 0}, "kv_group_size is 0"),
+        ({"query_format": "bf16"}, "'bf16'"),
+        ({"weight_format": "fp8", "activation_format": "none"}, "'fp8' needs"),
+        ({"weight_format": "none"}, "'fp8' needs quantized weights"),
+        ({"smoothing": {"alpha": 0.0}}, r"alpha is 0\.0"),
+        ({"smoothing": {"beta": float("nan")}}, "beta is nan"),
+        ({"smoothing": {"post_rope_channels": -1}}, "post_rope_channels is -1"),
+        ({"smoothing": {"column_statistic": "median"}}, "'median'"),
+        ({"wieght_format": "int4"}, "'wieght_format'"),
+        ({"smoothing": {"aplha": 1.0}}, "'aplha'"),
+    ],
+)
+def test_errors_quote_the_offending_key_or_value(fields, quoted):
+    with pytest.raises(ValueError, match=quoted):
+        QuantizationConfig.from_dict(fields)
+
+
+@pytest.mark.parametrize(("kv_format", "query"), [("none", "none"), ("fp8", "fp8"), ("int4", "fp8")])
+def test_kv_format_override_sets_the_query_format_with_it(kv_format, query):
+    config = recipes.fireq().with_kv_format(kv_format)
+    assert (config.kv_format, config.query_format) == (kv_format, query)
+    assert dataclasses.replace(config, kv_format="int4", query_format="fp8") == recipes.fireq()
+
+
+def test_keep_float_patterns():
+    config = QuantizationConfig(keep_float=("layers.0.*", "*.down_proj"))
+    names = ["layers.0.self_attn.qkv_proj", "layers.1.mlp.down_proj", "layers.10.mlp.gate_up_proj"]
+    assert [config.keeps_float(name) for name in names] == [True, True, False]
+    config.check_patterns(names)
+    with pytest.raises(ValueError, match=r"'\*\.down_proj' matches no layer"):
+        config.check_patterns(names[:1])
+    assert recipes.none().keeps_float(names[2])
