@@ -100,7 +100,8 @@ class Compensator:
             )
         )
         parameters = layer_parameters(block, index, self._float, jnp.float32)
-        return with_parameters(abstract, {name.split(".", 2)[2]: value for name, value in parameters.items()} | done)
+        own = {name.split(".", 2)[2]: value for name, value in parameters.items()}
+        return with_parameters(abstract, {**own, **done})
 
     def _moments(
         self, exact: DecoderLayer, seen: DecoderLayer, tap: str, hidden: Hidden, quantized_hidden: Hidden

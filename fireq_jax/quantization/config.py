@@ -148,7 +148,9 @@ class QuantizationConfig:
         if not 0 < self.kv_clip <= 1:
             raise ValueError(f"kv_clip is {self.kv_clip}; expected more than 0 and at most 1")
         if self.measures_inputs and self.weight_format != "int4":
-            raise ValueError(f"scale_search and error_compensation need weight_format 'int4', not {self.weight_format!r}")
+            raise ValueError(
+                f"scale_search and error_compensation need weight_format 'int4', not {self.weight_format!r}"
+            )
         if self.weight_format == "fp8" and self.activation_format != "fp8":
             raise ValueError("weight_format 'fp8' needs activation_format 'fp8'")
         if self.weight_format == "none" and self.activation_format != "none":

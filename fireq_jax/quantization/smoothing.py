@@ -80,9 +80,7 @@ def smooth_block(
     if smoothing.qkv_input:
         result = balance_norm(result, "input_layernorm.weight", QKV, lambda w: balance(w, "qkv_input"))
     if smoothing.gate_up_input:
-        result = balance_norm(
-            result, "post_attention_layernorm.weight", GATE_UP, lambda w: balance(w, "gate_up_input")
-        )
+        result = balance_norm(result, "post_attention_layernorm.weight", GATE_UP, lambda w: balance(w, "gate_up_input"))
     if smoothing.value_output:
         result = balance_value_output(result, config, lambda w: balance(w, "o_input"))
     if smoothing.value_rotation:
@@ -126,6 +124,7 @@ def _moments(keys: KeyStatistics) -> KeyMoments:
     if keys.moments is None:
         raise ValueError("this smoothing needs the moments of the keys; calibrate first")
     return keys.moments
+
 
 def column_scale(
     weight: Float[Array, "*rows K"],
