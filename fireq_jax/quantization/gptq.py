@@ -11,6 +11,7 @@ carries their errors to all others. Nothing is unrolled, so a weight of any size
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -109,6 +110,7 @@ def compensated_target(
     return weight + jax.scipy.linalg.cho_solve(factor, (weight @ (cross - hessian)).T).T
 
 
+@functools.partial(jax.jit, static_argnames=("group_size", "scale_dtype", "rounding", "search", "damping"))
 def compensate(
     weight: Float[Array, "N K"],
     hessian: Float[Array, "K K"],
@@ -139,8 +141,9 @@ def compensate(
     normal = weight / channel_scale[:, None]
     codes, scales = _gptq(normal, hessian, group_size, scale_dtype, rounding, search)
     values = formats.decode_weight(codes, scales)
-    for _ in range(passes):
-        codes, values = _descend(normal, codes, values, scales, hessian, rounding)
+    codes, values = jax.lax.fori_loop(
+        0, passes, lambda _, state: _descend(normal, *state, scales, hessian, rounding), (codes, values)
+    )
     if not search:
         return WeightCodes(codes, scales, channel_scale)
     weighted = values @ hessian

@@ -9,7 +9,7 @@ exponents, the key offset and the rotation of values are beyond it.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -19,7 +19,6 @@ from fireq_jax.models.config import ModelConfig
 from fireq_jax.quantization.config import ColumnStatistic, SmoothingConfig
 
 Block = Mapping[str, Array]
-ColumnScale = Callable[[Float[Array, "*rows K"]], Float[Array, " K"]]
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
@@ -70,23 +69,20 @@ def smooth_block(
     if smoothing.activation_exponent and inputs is None:
         raise ValueError("activation_exponent needs statistics of the inputs; calibrate first")
 
-    def balance(weight: Float[Array, "*rows K"], name: str) -> Float[Array, " K"]:
-        read = None if inputs is None else inputs[name]
-        if read is not None and name == "o_input":
-            read = _by_kv_head(read, config).mean(axis=(0, 2)).reshape(-1)
-        return column_scale(weight, smoothing.column_statistic, read, smoothing.activation_exponent)
+    def options(name: str) -> tuple[ColumnStatistic, Float[Array, " K"] | None, float]:
+        return smoothing.column_statistic, None if inputs is None else inputs[name], smoothing.activation_exponent
 
     result = dict(block)
     if smoothing.qkv_input:
-        result = balance_norm(result, "input_layernorm.weight", QKV, lambda w: balance(w, "qkv_input"))
+        result = balance_norm(result, "input_layernorm.weight", QKV, *options("qkv_input"))
     if smoothing.gate_up_input:
-        result = balance_norm(result, "post_attention_layernorm.weight", GATE_UP, lambda w: balance(w, "gate_up_input"))
+        result = balance_norm(result, "post_attention_layernorm.weight", GATE_UP, *options("gate_up_input"))
     if smoothing.value_output:
-        result = balance_value_output(result, config, lambda w: balance(w, "o_input"))
+        result = balance_value_output(result, config, *options("o_input"))
     if smoothing.value_rotation:
         result = rotate_values(result, config)
     if smoothing.up_down:
-        result = balance_up_down(result, lambda w: balance(w, "down_input"))
+        result = balance_up_down(result, *options("down_input"))
     return smooth_keys(result, keys, config, smoothing) if smoothing.measures_keys else result
 
 
@@ -151,25 +147,41 @@ def column_scale(
     return jnp.where(used, jnp.exp(logs - center), 1.0)
 
 
-def balance_norm(block: Block, norm: str, linears: tuple[str, ...], column_scale: ColumnScale) -> dict[str, Array]:
+def balance_norm(
+    block: Block,
+    norm: str,
+    linears: tuple[str, ...],
+    statistic: ColumnStatistic,
+    inputs: Float[Array, " K"] | None = None,
+    exponent: float = 0.0,
+) -> dict[str, Array]:
     """Balance the columns of ``linears``, which share an input, against the RMSNorm gain before them."""
     result = dict(block)
-    scale = column_scale(jnp.concatenate([block[f"{name}.weight"] for name in linears]))
+    weights = jnp.concatenate([block[f"{name}.weight"] for name in linears])
+    scale = column_scale(weights, statistic, inputs, exponent)
     result[norm] = block[norm] / scale
     for name in linears:
         result[f"{name}.weight"] = block[f"{name}.weight"] * scale
     return result
 
 
-def balance_value_output(block: Block, config: ModelConfig, column_scale: ColumnScale) -> dict[str, Array]:
+def balance_value_output(
+    block: Block,
+    config: ModelConfig,
+    statistic: ColumnStatistic,
+    inputs: Float[Array, " K"] | None = None,
+    exponent: float = 0.0,
+) -> dict[str, Array]:
     """Lambda1: balance o_proj's columns against v_proj's rows.
 
     All query heads of a kv head share its values, hence one factor for each kv head and channel.
     """
     heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
     output = block["self_attn.o_proj.weight"]
-    shared = _by_kv_head(output, config)
-    scale = column_scale(jnp.swapaxes(shared, 1, 2).reshape(-1, kv_heads * head_dim))
+    shared = jnp.swapaxes(_by_kv_head(output, config), 1, 2).reshape(-1, kv_heads * head_dim)
+    if inputs is not None:
+        inputs = jnp.mean(_by_kv_head(inputs, config), axis=(0, 2)).reshape(-1)
+    scale = column_scale(shared, statistic, inputs, exponent)
     spread = jnp.repeat(scale.reshape(kv_heads, head_dim), heads // kv_heads, axis=0).reshape(-1)
     return {
         **block,
@@ -183,9 +195,11 @@ def _by_kv_head(columns: Float[Array, "*rows K"], config: ModelConfig) -> Float[
     return columns.reshape(-1, config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim)
 
 
-def balance_up_down(block: Block, column_scale: ColumnScale) -> dict[str, Array]:
+def balance_up_down(
+    block: Block, statistic: ColumnStatistic, inputs: Float[Array, " K"] | None = None, exponent: float = 0.0
+) -> dict[str, Array]:
     """Lambda3: balance down_proj's columns against up_proj's rows."""
-    scale = column_scale(block["mlp.down_proj.weight"])
+    scale = column_scale(block["mlp.down_proj.weight"], statistic, inputs, exponent)
     return {
         **block,
         "mlp.down_proj.weight": block["mlp.down_proj.weight"] * scale,
