@@ -66,7 +66,7 @@ def rows() -> dict[str, QuantizationConfig]:
         "plus - value rotation": replace(plus, smoothing=replace(smoothing, value_rotation=False)),
         "plus - KV clip": replace(plus, kv_clip=1.0),
         "plus + activation exponent 0.25": replace(plus, smoothing=replace(smoothing, activation_exponent=0.25)),
-        "plus + quantized stream": replace(plus, calibration_stream="quantized"),
+        "plus - quantized stream": replace(plus, calibration_stream="float"),
         "plus + KV groups of 64": replace(plus, kv_group_size=64),
         "plus + bf16 scales": replace(plus, scale_dtype="bf16"),
     }

@@ -27,7 +27,7 @@ from pallas_kernels.quantized_tensor import QuantizedTensor
 # Ridges, as fractions of the mean diagonal: of H in GPTQ, and of H when a weight is re-fitted to
 # other inputs, where calibration noise could otherwise move the weight itself.
 GPTQ_DAMPING = 0.01
-TARGET_DAMPING = 0.1
+TARGET_DAMPING = 0.02
 
 
 class InputMoments(NamedTuple):

@@ -17,6 +17,7 @@ def fireq_plus() -> QuantizationConfig:
         rounding="table",
         scale_search=True,
         error_compensation=True,
+        calibration_stream="quantized",
         kv_clip=0.93,
         smoothing=SmoothingConfig(
             pair_statistic="rms", query_exponent=0.25, post_rope_channels=0, key_offset=True, value_rotation=True
