@@ -99,7 +99,7 @@ def convert(
     started = time.perf_counter()
     source = HuggingFaceCheckpoint(options.model)
     config, quantization = source.config, options.quantization
-    quantization.check_patterns(linear_names(config))
+    quantization.check_fits(linear_names(config), config.head_dim)
     if tokens is None and needs_calibration(quantization):
         raise ValueError(f"recipe {options.recipe!r} measures keys on text; give calibration text")
     if tokens is not None:

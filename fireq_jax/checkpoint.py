@@ -148,9 +148,17 @@ def restore_part(folder: Path, part: str, expected: Mapping[str, Parameter]) -> 
     }
     with ocp.StandardCheckpointer() as checkpointer:
         try:
+            stored = {name: array.dtype for name, array in checkpointer.metadata(path).item_metadata.items()}
             loaded = checkpointer.restore(path, abstract)
         except Exception as error:  # Orbax raises bare Exception for an unreadable array
             raise ValueError(f"{path} does not hold the arrays that {MANIFEST} describes: {error}") from error
+    for name, leaf in abstract.items():
+        # Orbax casts silently; only a change of precision of what is not quantized is meant.
+        if stored[name] != leaf.dtype and not {stored[name], leaf.dtype} <= {
+            jnp.dtype("bfloat16"),
+            jnp.dtype("float32"),
+        }:
+            raise ValueError(f"{path} holds {name} as {stored[name]}; {MANIFEST} says {leaf.dtype}")
     return {
         name: dataclasses.replace(value, **{field: loaded[f"{name}.{field}"] for field in _arrays(value)})
         if not isinstance(value, jax.ShapeDtypeStruct | jax.Array)

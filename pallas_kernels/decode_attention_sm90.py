@@ -87,8 +87,19 @@ def default_config(head_dim: int, block_rows: int) -> Config:
 def unsupported(
     query: ScaledArray, key: ScaledArray, value: ScaledArray, page_table: Array | None = None
 ) -> str | None:
-    """Why the attention kernels cannot run these operands, or None."""
-    head_dim, slots = query.values.shape[-1], key.values.shape[2]
+    """Why the kernel cannot run these operands, or None."""
+    slots = key.values.shape[2]
+    if page_table is not None and slots % PAGE_MULTIPLE:
+        return f"a page has {slots} slots, not a multiple of {PAGE_MULTIPLE}"
+    # TMA wants rows of a multiple of 16 bytes; the scales are rows of bf16.
+    if slots % 8:
+        return f"the cache has {slots} slots, not a multiple of 8"
+    return unsupported_formats(query, key, value)
+
+
+def unsupported_formats(query: ScaledArray, key: ScaledArray, value: ScaledArray) -> str | None:
+    """Why the attention kernels cannot run these formats, or None."""
+    head_dim = query.values.shape[-1]
     if query.values.dtype != formats.E4M3 or query.scale is None:
         return f"the query is {query.values.dtype}, not E4M3 with scales"
     if key.values.dtype != jnp.uint8 or value.values.dtype != jnp.uint8:
@@ -98,11 +109,6 @@ def unsupported(
             return f"the {name} scales are not one bf16 number a token and head"
     if head_dim not in HEAD_DIMS:
         return f"head_dim is {head_dim}, not one of {HEAD_DIMS}"
-    if page_table is not None and slots % PAGE_MULTIPLE:
-        return f"a page has {slots} slots, not a multiple of {PAGE_MULTIPLE}"
-    # TMA wants rows of a multiple of 16 bytes; the scales are rows of bf16.
-    if slots % 8:
-        return f"the cache has {slots} slots, not a multiple of 8"
     return None
 
 

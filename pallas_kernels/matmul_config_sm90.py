@@ -13,7 +13,7 @@ from pallas_kernels import layouts
 Values = Literal["e4m3", "bf16"]
 NUM_SMS = 132
 SMEM_BYTES = 227 * 1024
-TOKENS_PER_STORE = 64
+STORE_BUFFERS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +30,7 @@ class Config:
         split_k: CTAs of a cluster that share a tile, each with a part of K; the first adds up.
         band: tiles of tokens that are visited before the next output channels; bounds the part of
             x that must stay in the L2 cache.
-        buffers: parts of 64 tokens of y, for each warpgroup, that may be on their way out.
-        ahead: steps by which reading weights and building tables runs ahead of WGMMA.
-        skew: nanoseconds by which the second warpgroup starts late, so that one writes its tile
-            while the other has the tensor cores.
+        store_m: tokens of y that a warpgroup writes at a time; its buffers take room from the ring.
         promote: steps after which the tensor cores' sum moves into a float32 sum (their own
             accumulator has fewer bits); 0: never.
     """
@@ -45,16 +42,16 @@ class Config:
     multicast: int = 1
     split_k: int = 1
     band: int = 16
-    buffers: int = 2
-    ahead: int = 1
-    skew: int = 0
+    store_m: int = 64
     promote: int = 0
 
     def __post_init__(self) -> None:
         if self.tile_m % 8 or not 8 <= self.tile_m <= 256:
             raise ValueError(f"tile_m is {self.tile_m}; expected a multiple of 8 from 8 to 256")
-        if self.tile_m > TOKENS_PER_STORE and self.tile_m % TOKENS_PER_STORE:
-            raise ValueError(f"tile_m is {self.tile_m}; above {TOKENS_PER_STORE} it must be a multiple of it")
+        if self.store_m % 8 or not 8 <= self.store_m <= 64:
+            raise ValueError(f"store_m is {self.store_m}; expected a multiple of 8 from 8 to 64")
+        if self.tile_m > self.store_m and self.tile_m % self.store_m:
+            raise ValueError(f"tile_m is {self.tile_m}; expected a multiple of store_m, {self.store_m}")
         if self.warpgroups not in (2, 4):
             raise ValueError(f"warpgroups is {self.warpgroups}; expected 2 or 4")
         if self.warpgroups == 4 and self.tile_m > 64:
@@ -69,8 +66,8 @@ class Config:
             raise ValueError(f"k_tiles is {self.k_tiles}; expected 1, 2 or 4, and 1 with promotion")
         if (self.split_k - 1) * self.tile_m > 16 * self.stages * self.k_tiles:
             raise ValueError(f"{self}: the partial sums do not fit into the ring")
-        if self.promote < 0 or (self.promote and self.tile_m > 128):
-            raise ValueError(f"{self}: promotion needs a second sum in registers; tile_m may be at most 128")
+        if self.promote < 0 or (self.promote and self.tile_m > 192):
+            raise ValueError(f"{self}: promotion needs a second sum in registers; tile_m may be at most 192")
 
     @property
     def tile_n(self) -> int:
@@ -78,20 +75,49 @@ class Config:
         return layouts.TILE_N * self.warpgroups
 
 
-def smem_bytes(config: Config, values: Values, groups: int = 1, scale_bytes: int = 1) -> int:
-    """Shared memory that a CTA needs, with what the allocator may add.
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Shapes and types of one call, all static.
 
-    Args:
-        config: the configuration.
-        values: type of x.
+    Attributes:
+        m: tokens.
+        n: output channels, a multiple of 64.
+        k: inputs, a multiple of 128.
+        n_out: columns of y.
         groups: groups in 128 inputs (1 or 2).
-        scale_bytes: bytes of a group scale.
+        values: type of x.
+        scale_in_table: group scales are E4M3 and part of the dequantized weights; else they are
+            bf16 and multiply each group's float32 sum.
+        silu_mul: gate and up channels alternate in blocks of 8; y is SiLU(gate) * up.
     """
+
+    m: int
+    n: int
+    k: int
+    n_out: int
+    groups: int
+    values: Values
+    scale_in_table: bool
+    silu_mul: bool
+
+    @property
+    def halves(self) -> int:
+        """WGMMA calls for a tile: 2 if its rows of x are 256 bytes or it has two scales outside the table."""
+        return 2 if self.values == "bf16" or (self.groups == 2 and not self.scale_in_table) else 1
+
+    @property
+    def rows_out(self) -> int:
+        """Columns of y that a warpgroup's 64 channels become."""
+        return layouts.TILE_N // 2 if self.silu_mul else layouts.TILE_N
+
+
+def smem_bytes(config: Config, values: Values) -> int:
+    """Shared memory that a CTA needs for x in ``values``, with what the allocator may add."""
     x_row = layouts.TILE_K * (1 if values == "e4m3" else 2)
-    tile = config.tile_m * x_row + config.tile_n * (layouts.TILE_K // 2 + groups * scale_bytes)
-    store = config.buffers * min(config.tile_m, TOKENS_PER_STORE) * layouts.TILE_N * 2
+    tile = config.tile_m * x_row + config.tile_n * layouts.TILE_K // 2
+    store = STORE_BUFFERS * min(config.store_m, config.tile_m) * layouts.TILE_N * 2
     tokens = 1024 if config.tile_m > 128 else 512
-    return config.stages * config.k_tiles * tile + config.warpgroups * (store + tokens) + 4096
+    return config.stages * config.k_tiles * tile + config.warpgroups * (store + tokens) + 3072
 
 
 def choose(m: int, n: int, k: int, values: Values, scale_in_table: bool, groups: int) -> Config:
@@ -107,8 +133,9 @@ def choose(m: int, n: int, k: int, values: Values, scale_in_table: bool, groups:
     """
     if values == "e4m3" and scale_in_table and groups == 1:
         by_tokens = _tuned(_device_kind()).get(f"{n}x{k}", {})
-        buckets = sorted(bucket for bucket in by_tokens if bucket >= m)
-        if buckets:
+        # The largest bucket serves every larger number of tokens.
+        buckets = [bucket for bucket in by_tokens if bucket >= m] or list(by_tokens)[-1:]
+        if buckets and (m <= 64) == (buckets[0] <= 64):
             return by_tokens[buckets[0]]
     return heuristic(m, n, k, values, scale_in_table, groups)
 
@@ -116,26 +143,38 @@ def choose(m: int, n: int, k: int, values: Values, scale_in_table: bool, groups:
 def heuristic(m: int, n: int, k: int, values: Values, scale_in_table: bool, groups: int) -> Config:
     """A sound configuration for a shape that nobody has tuned."""
     if m > 64:
-        # A second sum in registers, or two-byte operands, halve the tile.
-        halvings = (not scale_in_table) + (not scale_in_table and (groups == 2 or values == "bf16"))
-        tile_m = min(256, 128 if m <= 128 else 256) >> halvings if values == "e4m3" else 128 >> halvings
-        config = Config(tile_m=tile_m, stages=4, multicast=2)
-        return dataclasses.replace(config, stages=_stages(config, values, groups))
+        tile_m = 128 if m <= 128 or values == "bf16" else 256
+        if not scale_in_table:
+            # A second sum takes as many registers as the first, and wider weights or two scales more.
+            tile_m = 64 if values == "bf16" or groups == 2 else 128
+        return _with_stages(Config(tile_m, multicast=2), values, 8)
     tile_m = next(size for size in (8, 16, 32, 64) if m <= size)
-    k_tiles = 2 if tile_m <= 32 and values == "e4m3" and scale_in_table else 1
-    tiles = -(-n // (2 * layouts.TILE_N))
-    # Enough CTAs for every SM to have two: one streams while the other starts or ends.
-    split_k = max(1, min(8, 2 * NUM_SMS // tiles, k // (layouts.TILE_K * k_tiles * 4)))
-    config = Config(tile_m=tile_m, k_tiles=k_tiles, split_k=split_k, stages=max(4, -(-tile_m * 7 // 16)))
-    return dataclasses.replace(config, stages=min(config.stages, _stages(config, values, groups)))
+    k_tiles = (4 if tile_m <= 16 and values == "e4m3" else 2) if scale_in_table else 1
+    config = _with_stages(Config(tile_m, k_tiles=k_tiles, store_m=min(tile_m, 16)), values, 8 // k_tiles)
+    return dataclasses.replace(config, split_k=most_splits(config, n, k, values))
 
 
-def _stages(config: Config, values: Values, groups: int) -> int:
-    """The most stages that fit into shared memory, with scales of two bytes."""
+def most_splits(config: Config, n: int, k: int, values: Values) -> int:
+    """The most parts of K for few tokens: as many CTAs as run at once, two steps each, sums that fit the ring."""
+    ctas = -(-n // config.tile_n)
+    # With more tokens, or four warpgroups, the registers are for one CTA an SM.
+    two = config.warpgroups == 2 and config.tile_m <= 16 and 2 * smem_bytes(config, values) <= SMEM_BYTES
+    return max(
+        1,
+        min(
+            8,
+            (2 if two else 1) * NUM_SMS // ctas,
+            k // (layouts.TILE_K * config.k_tiles * 2),
+            1 + 16 * config.stages * config.k_tiles // config.tile_m,
+        ),
+    )
+
+
+def _with_stages(config: Config, values: Values, most: int) -> Config:
     stages = 2
-    while stages < 8 and smem_bytes(dataclasses.replace(config, stages=stages + 1), values, groups, 2) <= SMEM_BYTES:
+    while stages < most and smem_bytes(dataclasses.replace(config, stages=stages + 1), values) <= SMEM_BYTES:
         stages += 1
-    return stages
+    return dataclasses.replace(config, stages=stages)
 
 
 def _device_kind() -> str:
@@ -145,10 +184,13 @@ def _device_kind() -> str:
 
 @functools.cache
 def _tuned(device_kind: str) -> dict[str, dict[int, Config]]:
-    """Tuned configurations of a device kind: {"NxK": {largest number of tokens: Config}}."""
+    """Tuned configurations of a device kind: {"NxK": {number of tokens up to which it is used: Config}}."""
     name = device_kind.lower().replace(" ", "_") + ".json"
     file = importlib.resources.files("pallas_kernels") / "tuned" / name
     if not device_kind or not file.is_file():
         return {}
     shapes: dict[str, dict[str, dict[str, Any]]] = json.loads(file.read_text())["matmul"]
-    return {shape: {int(m): Config(**c) for m, c in by_tokens.items()} for shape, by_tokens in shapes.items()}
+    return {
+        shape: {int(m): Config(**by_tokens[m]) for m in sorted(by_tokens, key=int)}
+        for shape, by_tokens in shapes.items()
+    }

@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import attention_registers_sm90 as registers
 from pallas_kernels import formats
-from pallas_kernels.decode_attention_sm90 import unsupported as unsupported_operands
+from pallas_kernels.decode_attention_sm90 import unsupported_formats
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.prefill_attention_device import BLOCK_Q, kernel
 
@@ -76,7 +76,7 @@ def unsupported(
         return f"out_dtype is {jnp.dtype(out_dtype)}, not bfloat16"
     if scale <= 0:
         return f"scale is {scale}, not positive"
-    return unsupported_operands(query, key, value)
+    return unsupported_formats(query, key, value)
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "causal", "window", "out_dtype", "config"))
@@ -96,8 +96,8 @@ def prefill_attention_sm90(
     """Attention of [B, T, heads, H] queries over an INT4 cache; arguments as ``prefill_attention``."""
     head_dim = query.values.shape[-1]
     config = config or default_config(head_dim)
-    operands = _prepare(query, key, value, kv_lengths, scale, config)
-    out = _launch(
+    operands = prepare(query, key, value, kv_lengths, scale, config)
+    out = launch(
         *operands,
         query_start.astype(jnp.int32),
         kv_lengths.astype(jnp.int32),
@@ -109,7 +109,7 @@ def prefill_attention_sm90(
     return out[:, : query.values.shape[1]]
 
 
-def _prepare(
+def prepare(
     query: ScaledArray,
     key: ScaledArray,
     value: ScaledArray,
@@ -119,7 +119,7 @@ def _prepare(
 ) -> tuple[Array, Array, Array, Array, Array]:
     """The kernel's operands: Q, its rows' factors, K, V^T and their columns' numbers.
 
-    Shapes: [B, T8, heads, H], [B, heads, T'], [B, kv_heads, S, H], [B, kv_heads, H, S'] and
+    Shapes: [B, T8, heads, H], [B, heads, T'], [B, kv_heads, S', H], [B, kv_heads, H, S'] and
     [B, kv_heads, 3, S']; T8 is T rounded up to 8, T' and S' are whole blocks. The columns'
     numbers are the key's scale, the logarithm of the value's, and one over it.
     """
@@ -139,24 +139,26 @@ def _prepare(
     columns = jnp.stack([k_scale, jnp.log2(v_scale), 1.0 / v_scale], axis=2)
     columns = jnp.pad(columns, ((0, 0), (0, 0), (0, 0), (0, padding)))
 
-    values = registers.values_to_e4m3(jnp.pad(value.values, ((0, 0), (0, 0), (0, padding), (0, 0))))
-    return queries, to_scores, registers.keys_to_e4m3(key.values), values, registers.permute_tokens(columns)
+    k, v = (jnp.pad(x.values, ((0, 0), (0, 0), (0, padding), (0, 0))) for x in (key, value))
+    keys, values = registers.keys_to_e4m3(k), registers.values_to_e4m3(v)
+    return queries, to_scores, keys, values, registers.permute_tokens(columns)
 
 
-def _launch(
-    q,
-    to_scores,
-    k,
-    v,
-    columns,
-    query_start,
-    kv_lengths,
+def launch(
+    q: Float[Array, "B T8 heads H"],
+    to_scores: Float[Array, "B heads rows"],
+    k: Float[Array, "B kv_heads columns H"],
+    v: Float[Array, "B kv_heads H columns"],
+    columns: Float[Array, "B kv_heads 3 columns"],
+    query_start: Int[Array, " B"],
+    kv_lengths: Int[Array, " B"],
     *,
     causal: bool,
     window: int | None,
     out_dtype: jax.typing.DTypeLike,
     config: Config,
-) -> Float[Array, "B T heads H"]:
+) -> Float[Array, "B T8 heads H"]:
+    """The kernel itself, on the operands of :func:`prepare`."""
     batch, length, heads, head_dim = q.shape
     rows, block_kv, stages = BLOCK_Q * config.warpgroups, config.block_kv, config.stages
     ring = functools.partial(plgpu.Barrier, num_barriers=stages)

@@ -88,6 +88,11 @@ class QuantizedTensor:
         scale = jax.random.uniform(scale_key, (padded_k // group_size, padded_n), minval=8, maxval=32)
         # Uniform codes have standard deviation 4.2, the scales a mean of 20.
         channel = jnp.full((padded_n,), std / 84, jnp.float32)
+        if (padded_n, padded_k) != shape:
+            codes = layouts.pack_weight(layouts.unpack_weight(codes, n, k))
+            group = jnp.arange(padded_k // group_size)[:, None] * group_size
+            scale = jnp.where((group < k) & (jnp.arange(padded_n) < n), scale, 1.0)
+            channel = jnp.where(jnp.arange(padded_n) < n, channel, 1.0)
         return cls(codes, formats.round_group_scale(scale, scale_dtype), channel, shape, format)
 
     def codes(self) -> formats.WeightCodes:
@@ -128,13 +133,13 @@ def quantize(
     """
     if format not in get_args(WeightFormat):
         raise ValueError(f"weight format is {format!r}; expected one of {get_args(WeightFormat)}")
+    n, k = weight.shape
     if format == "fp8":
         rows = formats.quantize_fp8(weight)
         assert rows.scale is not None
-        return QuantizedTensor(rows.values, None, rows.scale[:, 0], weight.shape, format)
+        return QuantizedTensor(rows.values, None, rows.scale[:, 0], (n, k), format)
     if group_size not in (64, 128):
         raise ValueError(f"group_size is {group_size}; expected 64 or 128")
-    n, k = weight.shape
     padded = jnp.pad(weight, ((0, 0), (0, layouts.padded_shape(n, k)[1] - k)))
     codes = formats.quantize_weight(
         padded, group_size=group_size, scale_dtype=scale_dtype, channel_scale=channel_scale, rounding=rounding

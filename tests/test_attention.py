@@ -54,9 +54,8 @@ START, LENGTHS = np.int32([0, 2, 4]), np.int32([5, 4, 9])
 
 
 def run(attention, q, k, v, start=START, lengths=LENGTHS, **options):
-    return np.asarray(
-        attention(q, k, v, query_start=start, kv_lengths=lengths, scale=SCALE, out_dtype=jnp.float32, **options)
-    )
+    options |= {"query_start": start, "kv_lengths": lengths, "scale": SCALE}
+    return np.asarray(attention(q, k, v, out_dtype=jnp.float32, implementation="xla", **options))
 
 
 @pytest.mark.parametrize("causal", [True, False])

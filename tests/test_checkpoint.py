@@ -184,6 +184,12 @@ def test_arrays_that_the_manifest_does_not_describe_are_refused(copy, change):
         LlamaForCausalLM.from_pretrained(copy)
 
 
+def test_another_scale_type_than_the_stored_one_is_refused_not_cast(copy):
+    edit(copy, lambda f: f["quantization"].update(scale_dtype="bf16"))
+    with pytest.raises(ValueError, match=r"group_scale as float8_e4m3fn; fireq\.json says bfloat16"):
+        LlamaForCausalLM.from_pretrained(copy)
+
+
 def test_a_part_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
     """A crash while a part is written leaves no folder of its name; saving again replaces a part."""
     values = {"norm.weight": jnp.arange(4.0)}

@@ -86,7 +86,7 @@ def test_interleaved_weight_gives_silu_of_gate_times_up():
     """11 gate rows fill up to 16; the added outputs are exactly 0."""
     gate, up, x = normal(6, (11, 64)), normal(7, (11, 64)), normal(8, (5, 64))
     weight = quantize(layouts.interleave_gate_up(gate, up), scale_dtype="bf16")
-    y = matmul(x, weight, activation="silu_mul", out_dtype=jnp.float32)
+    y = matmul(x, weight, activation="silu_mul", out_dtype=jnp.float32, implementation="xla")
     gate, up = (np.asarray(quantize(w, scale_dtype="bf16").dequantize(), np.float64) for w in (gate, up))
     g = x @ gate.T
     np.testing.assert_allclose(y[:, :11], g / (1 + np.exp(-g)) * (x @ up.T), rtol=1e-4, atol=1e-4)
@@ -97,7 +97,7 @@ def test_result_has_the_wished_dtype_and_nan_shows():
     weight = quantize(normal(9, (16, 128)))
     x = normal(10, (2, 128))
     x[0, 5] = np.nan
-    y = matmul(quantize_fp8(x), weight)
+    y = matmul(quantize_fp8(x), weight, implementation="xla")
     assert y.dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.isnan(np.asarray(y)), [[True] * 16, [False] * 16])
 
@@ -105,7 +105,7 @@ def test_result_has_the_wished_dtype_and_nan_shows():
 def test_a_single_row():
     weight = QuantizedTensor.random(jax.random.key(0), (70, 200))
     x = normal(11, (200,))
-    y = matmul(x, weight)
+    y = matmul(x, weight, implementation="xla")
     assert y.shape == (70,)
     np.testing.assert_allclose(y.astype(jnp.float32), expected(x, weight), rtol=2**-8, atol=1e-6)
 

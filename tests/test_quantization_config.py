@@ -86,7 +86,17 @@ def test_keep_float_patterns():
     config = QuantizationConfig(keep_float=("layers.0.*", "*.down_proj"))
     names = ["layers.0.self_attn.qkv_proj", "layers.1.mlp.down_proj", "layers.10.mlp.gate_up_proj"]
     assert [config.keeps_float(name) for name in names] == [True, True, False]
-    config.check_patterns(names)
+    config.check_fits(names, head_dim=64)
     with pytest.raises(ValueError, match=r"'\*\.down_proj' matches no layer"):
-        config.check_patterns(names[:1])
+        config.check_fits(names[:1], head_dim=64)
     assert recipes.none().keeps_float(names[2])
+
+
+@pytest.mark.parametrize(
+    ("change", "quoted"),
+    [({"kv_group_size": 48}, "kv_group_size is 48"), ({"smoothing": SmoothingConfig(post_rope_channels=65)}, "is 65")],
+)
+def test_sizes_that_do_not_fit_the_heads_are_refused_before_work_starts(change, quoted):
+    config = dataclasses.replace(recipes.fireq(), **change)
+    with pytest.raises(ValueError, match=quoted):
+        config.check_fits([], head_dim=64)

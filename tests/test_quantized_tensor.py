@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import formats
+from pallas_kernels import formats, layouts
 from pallas_kernels.quantized_tensor import QuantizedTensor
 from pallas_kernels.quantized_tensor import quantize as quantize_eagerly
 
@@ -116,3 +116,12 @@ def test_from_codes_refuses_other_groups():
 def test_fp8_has_no_codes():
     with pytest.raises(ValueError, match="'fp8'"):
         quantize(weight((8, 16)), format="fp8").codes()
+
+
+def test_random_padding_contributes_nothing():
+    tensor = QuantizedTensor.random(jax.random.key(0), (70, 200))
+    codes = layouts.unpack_weight(tensor.values, *layouts.padded_shape(70, 200))
+    assert jnp.any(codes[:70, :200] != 0)
+    assert not jnp.any(codes.at[:70, :200].set(0))
+    assert jnp.all(tensor.channel_scale[70:] == 1)
+    assert jnp.all(tensor.group_scale[:, 70:] == 1)

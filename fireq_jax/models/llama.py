@@ -93,7 +93,7 @@ class LlamaForCausalLM(nnx.Module):
         """A model with random weights, made directly in their storage format."""
         rngs = nnx.Rngs(0) if rngs is None else rngs
         quantization = recipes.none() if quantization is None else quantization
-        quantization.check_patterns(linear_names(config))
+        quantization.check_fits(linear_names(config), config.head_dim)
         self.config, self.quantization, self.dtype = config, quantization, jnp.dtype(dtype)
         shape = (config.vocab_size, config.hidden_size)
         self.embed_tokens = nnx.Param((jax.random.normal(rngs.params(), shape) * 0.02).astype(dtype))

@@ -165,12 +165,17 @@ class QuantizationConfig:
         """Whether the linear layer ``name`` stays unquantized."""
         return self.weight_format == "none" or any(fnmatch.fnmatchcase(name, p) for p in self.keep_float)
 
-    def check_patterns(self, names: Iterable[str]) -> None:
-        """Raise ValueError if a ``keep_float`` pattern matches none of the linear layers."""
-        names = list(names)
+    def check_fits(self, linear_names: Iterable[str], head_dim: int) -> None:
+        """Raise ValueError unless the config can be applied to a model with these linear layers and head_dim."""
+        names = list(linear_names)
         for pattern in self.keep_float:
             if not fnmatch.filter(names, pattern):
                 raise ValueError(f"keep_float pattern {pattern!r} matches no layer; layers are {names[:4]} ...")
+        if self.kv_group_size is not None and head_dim % self.kv_group_size:
+            raise ValueError(f"kv_group_size is {self.kv_group_size}; expected a divisor of head_dim {head_dim}")
+        if self.smoothing is not None and self.smoothing.post_rope_channels > head_dim:
+            channels = self.smoothing.post_rope_channels
+            raise ValueError(f"post_rope_channels is {channels}; expected at most head_dim {head_dim}")
 
     def with_kv_format(self, kv_format: formats.KVFormat) -> Self:
         """The same with another cache format; queries are FP8 exactly if keys and values are stored so or smaller."""

@@ -1,0 +1,375 @@
+"""The computing warpgroups of the Hopper matmul: main loop, sum over split K, epilogue."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import jax_compat, layouts
+from pallas_kernels import matmul_epilogue_sm90 as outputs
+from pallas_kernels import matmul_sync_sm90 as sync
+from pallas_kernels import matmul_weights_sm90 as weights
+from pallas_kernels.matmul_config_sm90 import STORE_BUFFERS, Config, Problem
+
+# Steps an iteration of the overlapped main loop. More hide more: at an iteration's end nothing is in flight.
+UNROLL = 4
+
+
+class Operands(NamedTuple):
+    """Arrays in GMEM."""
+
+    x: Any  # [M, K / columns, columns]; columns are one swizzled row of SMEM
+    words: Any  # int32 [N / 64, K / 128, 4, 256]
+    group_scale: Any  # uint8 (the bits of E4M3) or bf16 [G, N]
+    channel_scale: Any  # float32 [N]
+    x_scale: Any | None  # float32 [M]
+    bias: Any | None  # [N or less]
+    residual: Any | None  # bf16 [M, n_out]
+    y: Any  # bf16 [M, n_out]
+
+
+class Scratch(NamedTuple):
+    """Memory and barriers of a CTA."""
+
+    x: Any  # (rows for TMA, tiles for WGMMA), one memory: [stages, k_tiles * halves, tile_m, columns]
+    words: Any  # int32 [stages, warpgroups, k_tiles, 4, 256]
+    y: Any  # bf16 [warpgroups, STORE_BUFFERS, tokens, rows_out]
+    tokens: Any  # float32 [warpgroups, token_slots]
+    full: Any  # [stages], TMA arrives
+    free: Any  # raw mbarriers [stages, 2]; see ``matmul_sync_sm90``
+    residual_full: Any | None  # [warpgroups * STORE_BUFFERS]
+
+
+class Epilogue(NamedTuple):
+    """What a warpgroup needs to finish its part of a tile."""
+
+    token: jax.Array
+    column: jax.Array
+    channel_scale: jax.Array
+    bias: jax.Array | None
+    token_scale: jax.Array | None
+
+
+class Tile(NamedTuple):
+    """Where a tile begins, and the channels of the one after it."""
+
+    token: jax.Array
+    channel: jax.Array
+    next_channel: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Consumer:
+    """One computing warpgroup: 64 output channels of each of its CTA's tiles.
+
+    Attributes:
+        steps: steps of ``config.k_tiles`` tiles of 128 inputs for each tile of y.
+        first_k_tile: where this CTA's part of K begins.
+        wg: index of the warpgroup.
+        peer: index of the CTA in its cluster.
+    """
+
+    problem: Problem
+    config: Config
+    operands: Operands
+    scratch: Scratch
+    steps: int
+    first_k_tile: jax.Array | int
+    wg: jax.Array
+    peer: jax.Array
+
+    def run(self, tiles: Callable[[Callable[[Tile, Any], Any], Callable[[Tile], Any]], Any]) -> None:
+        """All tiles; ``tiles(visit, begin)`` folds ``visit`` over them, from ``begin(first tile)``."""
+
+        def visit(tile: Tile, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+            slot, scales = carry
+            epilogue = self._begin_epilogue(tile)
+            if self.config.promote:
+                acc, slot, scales = self._promoted(tile, slot, scales)
+            elif self.config.k_tiles == 1:
+                acc, slot, scales = self._overlapped(tile, slot, scales)
+            else:
+                acc, slot, scales = self._batched(tile, slot, scales)
+            self._combine(acc, epilogue)
+            return slot, scales
+
+        def begin(first: Tile) -> tuple[jax.Array, Any]:
+            return jnp.int32(0), tuple(self._read_scales(first, jnp.int32(i)) for i in range(self._depth))
+
+        tiles(visit, begin)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    # --- main loop ------------------------------------------------------------------------------------
+
+    def _rows(self, channel: jax.Array) -> jax.Array:
+        return channel + self.wg * layouts.TILE_N
+
+    @property
+    def _unit(self) -> int:
+        """Tiles whose scales are read together."""
+        return self.config.promote or (UNROLL if self.config.k_tiles == 1 else self.config.k_tiles)
+
+    @property
+    def _units(self) -> int:
+        """Units of a tile; the last may be a part of one."""
+        return -(-self.steps * self.config.k_tiles // self._unit)
+
+    @property
+    def _depth(self) -> int:
+        """Units by which reading scales runs ahead: four steps with promotion, else eight tiles or an iteration."""
+        tiles = 4 if self.config.promote or self.config.k_tiles == 1 else 8
+        return min(self._units, -(-tiles // self._unit))
+
+    @property
+    def _table_sets(self) -> int:
+        return -(-self._unit * self.problem.groups // 4)
+
+    def _read_scales(self, tile: Tile, unit: jax.Array) -> tuple[jax.Array, ...]:
+        """Start to read the scales of a unit, or of the next tile's if ``unit`` is beyond the end."""
+        beyond = unit >= self._units
+        rows = self._rows(jnp.where(beyond, tile.next_channel, tile.channel))
+        unit = jnp.where(beyond, unit - self._units, unit)
+        scales, group = self.operands.group_scale, (self.first_k_tile + unit * self._unit) * self.problem.groups
+        if self.problem.scale_in_table:
+            return tuple(weights.load_four_scales(scales, group + 4 * i, rows) for i in range(self._table_sets))
+        return tuple(outputs.load_group_scale(scales, group + i, rows) for i in range(self.problem.groups))
+
+    def _next_scales(self, scales: tuple[Any, ...], tile: Tile, unit: jax.Array | int) -> tuple[Any, ...]:
+        """The queue of scales without its head, which is ``unit``'s, and with a new end."""
+        return (*scales[1:], self._read_scales(tile, jnp.asarray(unit + self._depth, jnp.int32)))
+
+    def _tables(self, scales: tuple[jax.Array, ...]) -> list[list[tuple[jax.Array, int]]] | None:
+        """[tile of the unit][group]: where to find its table; None if the scales stay out of it."""
+        if not self.problem.scale_in_table:
+            return None
+        sets = [weights.build_tables(four) for four in scales]
+        groups = self.problem.groups
+        return [[(sets[g // 4], g % 4) for g in range(t * groups, (t + 1) * groups)] for t in range(self._unit)]
+
+    def _fetch(self, slot: jax.Array) -> jax.Array:
+        """Await a step's operands and read its (first) packed tile."""
+        plgpu.barrier_wait(self.scratch.full.at[slot])
+        return weights.load_words(self.scratch.words.at[slot, self.wg, 0])
+
+    def _multiply(
+        self, words: jax.Array, tables: Any, slot: jax.Array, acc_ref: Any, tile: int = 0, half: int | None = None
+    ) -> None:
+        """Dequantize a tile (or half of it), issue its WGMMAs and await nothing."""
+        _, x_tiles = self.scratch.x
+        halves = self.problem.halves
+        columns = layouts.TILE_K // halves
+        for i in range(halves) if half is None else (half,):
+            weight = weights.operand(words, tables, self.problem.values, slice(i * columns, (i + 1) * columns))
+            plgpu.wgmma(acc_ref, weight, jax_compat.transpose_ref(x_tiles.at[slot, tile * halves + i]))
+
+    def _release(self, slot: jax.Array) -> None:
+        sync.arrive(self.scratch.free, slot, cluster_size=self.config.multicast)
+
+    def _following(self, slot: jax.Array) -> jax.Array:
+        return jnp.where(slot == self.config.stages - 1, 0, slot + 1)
+
+    def _accumulate(self, body: Callable[[Any], Any]) -> Any:
+        """``body`` with a new accumulator."""
+        return pl.run_scoped(body, plgpu.WGMMAAccumulatorRef((layouts.TILE_N, self.config.tile_m), jnp.float32))
+
+    def _pipelined(
+        self, words: jax.Array, tables: Any, slot: jax.Array, count: int, acc_ref: Any, *, last: bool, half: Any = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """``count`` steps, each dequantized while the tensor cores have the one before it.
+
+        Takes the first step's words and slot and returns the next one's, and the slot of the last
+        step, which is in flight: for the caller to await and release.
+        """
+        previous = slot
+        for i in range(count):
+            self._multiply(words, tables and tables[i], slot, acc_ref, half=half)
+            if i > 0:
+                plgpu.wgmma_wait(self.problem.halves)
+                self._release(previous)
+            previous, slot = slot, self._following(slot)
+            if not last or i < count - 1:
+                words = self._fetch(slot)
+        return words, slot, previous
+
+    def _overlapped(self, tile: Tile, slot: jax.Array, scales: Any) -> tuple[jax.Array, jax.Array, Any]:
+        """(sum over all steps, next slot, first scales of the next tile)."""
+        iterations, rest = divmod(self.steps - 1, UNROLL)
+
+        def body(acc_ref: Any) -> tuple[jax.Array, jax.Array, Any]:
+            def iteration(i: jax.Array, carry: Any) -> Any:
+                words, slot, scales = carry
+                tables = self._tables(scales[0])
+                scales = self._next_scales(scales, tile, i)
+                words, following, used = self._pipelined(words, tables, slot, UNROLL, acc_ref, last=False)
+                # The compiler serializes WGMMAs that are in flight at a loop's end, so none is.
+                plgpu.wgmma_wait(0)
+                self._release(used)
+                return words, following, scales
+
+            carry = self._fetch(slot), slot, scales
+            words, current, left = lax.fori_loop(0, iterations, iteration, carry)
+            tables = self._tables(left[0])
+            next_scales = self._next_scales(left, tile, iterations)
+            _, following, used = self._pipelined(words, tables, current, rest + 1, acc_ref, last=True)
+            acc = acc_ref[...]
+            self._release(used)
+            return acc, following, next_scales
+
+        return self._accumulate(body)
+
+    def _batched(self, tile: Tile, slot: jax.Array, scales: Any) -> tuple[jax.Array, jax.Array, Any]:
+        """As ``_overlapped`` with several tiles a step: fewer waits, for few tokens."""
+        k_tiles = self.config.k_tiles
+
+        def body(acc_ref: Any) -> tuple[jax.Array, jax.Array, Any]:
+            def step(i: jax.Array, carry: Any) -> Any:
+                slot, scales = carry
+                tables = self._tables(scales[0])
+                scales = self._next_scales(scales, tile, i)
+                plgpu.barrier_wait(self.scratch.full.at[slot])
+                for t in range(k_tiles):
+                    words = weights.load_words(self.scratch.words.at[slot, self.wg, t])
+                    self._multiply(words, tables and tables[t], slot, acc_ref, tile=t)
+                    if t > 0:
+                        plgpu.wgmma_wait(self.problem.halves)
+                plgpu.wgmma_wait(0)
+                self._release(slot)
+                return self._following(slot), scales
+
+            following, next_scales = lax.fori_loop(0, self.steps, step, (slot, scales))
+            return acc_ref[...], following, next_scales
+
+        return self._accumulate(body)
+
+    def _promoted(self, tile: Tile, slot: jax.Array, scales: Any) -> tuple[jax.Array, jax.Array, Any]:
+        """As ``_overlapped``, but a float32 sum of the (scaled) sums of ``config.promote`` steps."""
+        count = self.config.promote
+        by_half = self.problem.groups == 2 and not self.problem.scale_in_table
+        blocks = (self.steps - 1) // count
+
+        def block(carry: Any, count: int, i: jax.Array | int, *, last: bool = False) -> Any:
+            words, slot, scales, total = carry
+            tables = self._tables(scales[0])
+            factors = [None] if tables else list(scales[0])
+            next_scales = self._next_scales(scales, tile, i)
+
+            def first_half(acc_ref: Any) -> jax.Array:
+                self._multiply(words, None, slot, acc_ref, half=0)
+                return outputs.add_to_sum(total, acc_ref[...], factors[0])
+
+            def body(acc_ref: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+                half = 1 if by_half else None
+                after, following, used = self._pipelined(words, tables, slot, count, acc_ref, last=last, half=half)
+                acc = acc_ref[...]
+                self._release(used)
+                return after, following, outputs.add_to_sum(total, acc, factors[-1])
+
+            if by_half:
+                total = self._accumulate(first_half)
+            words, slot, total = self._accumulate(body)
+            return words, slot, next_scales, total
+
+        carry = self._fetch(slot), slot, scales, outputs.zero_sum(self.config.tile_m)
+        carry = lax.fori_loop(0, blocks, lambda i, carry: block(carry, count, i), carry)
+        _, slot, scales, total = block(carry, self.steps - blocks * count, blocks, last=True)
+        return outputs.sum_to_accumulator(total), slot, scales
+
+    # --- epilogue -------------------------------------------------------------------------------------
+
+    @property
+    def _stores(self) -> int:
+        return self.config.tile_m // self.scratch.y.shape[2]
+
+    def _part_of(self, array: Any, epilogue: Epilogue, i: int) -> Any:
+        """The i-th part (y or residual) of this warpgroup's tile in GMEM."""
+        tokens = self.scratch.y.shape[2]
+        rows, columns = pl.ds(epilogue.token + i * tokens, tokens), pl.ds(epilogue.column, self.problem.rows_out)
+        return array.at[rows, columns]
+
+    def _fetch_residual(self, epilogue: Epilogue, i: int) -> None:
+        assert self.scratch.residual_full is not None
+        buffer = i % STORE_BUFFERS
+        plgpu.copy_gmem_to_smem(
+            self._part_of(self.operands.residual, epilogue, i),
+            self.scratch.y.at[self.wg, buffer],
+            self.scratch.residual_full.at[STORE_BUFFERS * self.wg + buffer],
+        )
+
+    def _begin_epilogue(self, tile: Tile) -> Epilogue:
+        """Start to read what the epilogue will need."""
+        operands, rows = self.operands, self._rows(tile.channel)
+        column = rows // 2 if self.problem.silu_mul else rows
+        epilogue = Epilogue(
+            tile.token,
+            pl.multiple_of(column, self.problem.rows_out),
+            outputs.load_rows(operands.channel_scale, rows),
+            None if operands.bias is None else outputs.load_rows(operands.bias, rows),
+            None if operands.x_scale is None else outputs.load_tokens(operands.x_scale, tile.token, self.config.tile_m),
+        )
+        if operands.residual is not None:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            for i in range(min(STORE_BUFFERS, self._stores)):
+                self._fetch_residual(epilogue, i)
+        return epilogue
+
+    def _combine(self, acc: jax.Array, epilogue: Epilogue) -> None:
+        """Add up the cluster's parts of K, if it has parts, and finish."""
+        config = self.config
+        if config.split_k == 1:
+            self._finish(acc, epilogue)
+            return
+        # The ring is the mailbox, so first every warpgroup of the cluster must be done with it.
+        sync.cluster_barrier()
+        size = layouts.TILE_N * config.tile_m
+        ring = self.scratch.words.reshape(config.stages * config.warpgroups * config.k_tiles * 1024)
+
+        def mailbox(sender: jax.Array | int) -> Any:
+            return ring.at[pl.ds(((sender - 1) * config.warpgroups + self.wg) * size, size)]
+
+        @pl.when(self.peer > 0)
+        def _() -> None:
+            sync.send_partial(acc, mailbox(self.peer))
+
+        sync.cluster_barrier()
+
+        @pl.when(self.peer == 0)
+        def _() -> None:
+            total = acc
+            for sender in range(1, config.split_k):
+                total = sync.add_partial(total, mailbox(sender))
+            self._finish(total, epilogue)
+
+    def _finish(self, acc: jax.Array, epilogue: Epilogue) -> None:
+        """Scale, activate, add, and send to GMEM, part by part."""
+        scratch = self.scratch
+        has_residual = self.operands.residual is not None
+        if epilogue.token_scale is not None:
+            scratch.tokens[self.wg] = epilogue.token_scale
+        tokens = scratch.y.shape[2]
+        for i in range(self._stores):
+            buffer, part = i % STORE_BUFFERS, slice(i * tokens, (i + 1) * tokens)
+            if has_residual:
+                assert scratch.residual_full is not None
+                plgpu.barrier_wait(scratch.residual_full.at[STORE_BUFFERS * self.wg + buffer])
+            # The first wait is also the barrier after which the tokens' scales are there for all.
+            if i == 0 or (i >= STORE_BUFFERS and not has_residual):
+                plgpu.wait_smem_to_gmem(min(i, STORE_BUFFERS - 1), wait_read_only=True)
+            outputs.store_outputs(
+                acc[:, part] if self._stores > 1 else acc,
+                epilogue.channel_scale,
+                epilogue.bias,
+                None if epilogue.token_scale is None else scratch.tokens.at[self.wg, part],
+                scratch.y.at[self.wg, buffer],
+                silu_mul=self.problem.silu_mul,
+                add_residual=has_residual,
+            )
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(scratch.y.at[self.wg, buffer], self._part_of(self.operands.y, epilogue, i))
+            if has_residual and i + STORE_BUFFERS < self._stores:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                self._fetch_residual(epilogue, i + STORE_BUFFERS)

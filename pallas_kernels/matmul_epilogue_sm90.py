@@ -1,0 +1,287 @@
+"""What becomes of the Hopper matmul's accumulators: scales, promotion to a second sum, activation, stores."""
+
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, math, vector
+
+from pallas_kernels import layouts
+from pallas_kernels.matmul_device_sm90 import (
+    ROWS,
+    SCALAR,
+    WARPGROUP,
+    asm,
+    clamped_index,
+    const,
+    element,
+    fragment_position,
+    i32,
+    inlined,
+    load,
+    load_float,
+    row_values,
+    shared_address,
+    thread,
+)
+
+
+def load_rows(ref: Any, start: jax.Array) -> jax.Array:
+    """float32 [64]: ref[start : start + 64] of a vector in GMEM, as each thread needs it for its rows.
+
+    Past its end the last element is read, for rows that are never stored.
+    """
+
+    @inlined(
+        arg_types=(plgpu.RefType(), SCALAR),
+        return_type=plgpu.ShapeDtypeStruct((64,), jnp.float32, layout=ROWS),
+    )
+    def inline(_: Any, source: ir.Value, first: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+        (size,) = ir.MemRefType(source.type).shape
+        row, _lane, _warp = fragment_position()
+        return row_values(
+            lambda r: load_float(
+                source,
+                arith.minsi(arith.addi(first.registers.item(), arith.addi(row, const(8 * r))), const(size - 1)),
+            )
+        )
+
+    return inline(ref, start)
+
+
+def load_group_scale(ref: Any, group: jax.Array, row: jax.Array) -> jax.Array:
+    """float32 [64]: the scales of 64 rows from ``row`` on in a group; ref bf16 [G, N] in GMEM."""
+
+    @inlined(
+        arg_types=(plgpu.RefType(), SCALAR, SCALAR),
+        return_type=plgpu.ShapeDtypeStruct((64,), jnp.float32, layout=ROWS),
+    )
+    def inline(_: Any, scales: ir.Value, group: mgpu.FragmentedArray, start: mgpu.FragmentedArray) -> Any:
+        position, _lane, _warp = fragment_position()
+        row = arith.addi(start.registers.item(), position)
+        return row_values(
+            lambda r: load_float(scales, clamped_index(scales, group.registers.item(), arith.addi(row, const(8 * r))))
+        )
+
+    return inline(ref, group, row)
+
+
+def token_slots(tile_m: int) -> int:
+    """Length of the vector in which a warpgroup holds the scales of ``tile_m`` tokens."""
+    return WARPGROUP if tile_m <= WARPGROUP else 2 * WARPGROUP
+
+
+def load_tokens(ref: Any, start: jax.Array, tile_m: int) -> jax.Array:
+    """float32 [token_slots(tile_m)] from ref[start:] in GMEM, spread over the warpgroup's threads."""
+    slots = token_slots(tile_m)
+    layout = plgpu.Layout.WG_STRIDED((slots,), vec_size=1)
+
+    @inlined(
+        arg_types=(plgpu.RefType(), SCALAR),
+        return_type=plgpu.ShapeDtypeStruct((slots,), jnp.float32, layout=layout),
+    )
+    def inline(_: Any, source: ir.Value, first: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+        (size,) = ir.MemRefType(source.type).shape
+        one = ir.VectorType.get((1,), ir.F32Type.get())
+        registers = []
+        for i in range(slots // WARPGROUP):
+            index = arith.addi(first.registers.item(), arith.addi(thread(), const(WARPGROUP * i)))
+            value = load_float(source, arith.minsi(index, const(size - 1)))
+            registers.append(vector.broadcast(one, value))
+        return mgpu.FragmentedArray(_registers=np.array(registers, object), _layout=layout.to_mgpu(), _is_signed=None)
+
+    return inline(ref, start)
+
+
+# The float32 sum next to WGMMA's accumulator is kept as raw scalars: as an array of accumulator
+# layout it would be pairs, for which the compiler wants aligned registers and spills.
+
+
+def _sum_layout(tile_m: int) -> Any:
+    return plgpu.Layout.WG_STRIDED((layouts.TILE_N * tile_m,), vec_size=1)
+
+
+def zero_sum(tile_m: int) -> jax.Array:
+    """A raw float32 sum for a 64 x tile_m tile."""
+    return plgpu.layout_cast(jnp.zeros((layouts.TILE_N * tile_m,), jnp.float32), _sum_layout(tile_m))
+
+
+def add_to_sum(total: jax.Array, acc: jax.Array, scale: jax.Array | None) -> jax.Array:
+    """total + acc * scale (float32 [64], one a row; None: 1)."""
+    layout = _sum_layout(acc.shape[1])
+    arrays = [(total, layout), (acc, plgpu.Layout.WGMMA)]
+    arrays += [] if scale is None else [(scale, ROWS)]
+    args, types = zip(*arrays, strict=True)
+
+    @inlined(arg_types=types, return_type=plgpu.ShapeDtypeStruct(total.shape, jnp.float32, layout=layout))
+    def inline(_: Any, total: mgpu.FragmentedArray, acc: mgpu.FragmentedArray, *scales: Any) -> Any:
+        f32 = ir.F32Type.get()
+        factors = [element(v, 0) for v in scales[0].registers.flat] if scales else None
+        one = ir.VectorType.get((1,), f32)
+        summed = []
+        for i, old in enumerate(total.registers):
+            pair, column = divmod(i, 2)
+            value = element(acc.registers.flat[pair], column)
+            if factors is None:
+                value = arith.addf(element(old, 0), value)
+            else:
+                value = math.fma(value, factors[pair % 2], element(old, 0))
+            summed.append(vector.broadcast(one, value))
+        return mgpu.FragmentedArray(_registers=np.array(summed, object), _layout=layout.to_mgpu(), _is_signed=None)
+
+    return inline(*args)
+
+
+def sum_to_accumulator(total: jax.Array) -> jax.Array:
+    """A raw sum as float32 [64, tile_m] in the accumulator's layout."""
+    tile_m = total.shape[0] // layouts.TILE_N
+
+    @inlined(
+        arg_types=(_sum_layout(tile_m),),
+        return_type=plgpu.ShapeDtypeStruct((layouts.TILE_N, tile_m), jnp.float32, layout=plgpu.Layout.WGMMA),
+    )
+    def inline(_: Any, total: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+        layout = plgpu.Layout.WGMMA.to_mgpu()
+        pair = ir.VectorType.get((2,), ir.F32Type.get())
+        values = [element(v, 0) for v in total.registers]
+        pairs = [vector.from_elements(pair, values[i : i + 2]) for i in range(0, len(values), 2)]
+        return mgpu.FragmentedArray(
+            _registers=np.array(pairs, object).reshape(layout.registers_shape((layouts.TILE_N, tile_m))),
+            _layout=layout,
+            _is_signed=None,
+        )
+
+    return inline(total)
+
+
+def _silu(x: ir.Value) -> ir.Value:
+    """x / (1 + exp(-x)); exp2 and the reciprocal are PTX's approximations (2 ulp of float32)."""
+    f32 = ir.F32Type.get()
+    (result,) = asm(
+        [f32],
+        [x],
+        """{
+        .reg .f32 e;
+        mul.f32 e, $1, 0fBFB8AA3B;
+        ex2.approx.ftz.f32 e, e;
+        add.f32 e, e, 0f3F800000;
+        rcp.approx.ftz.f32 e, e;
+        mul.f32 $0, $1, e;
+        }""",
+        "=f,f",
+        volatile=False,
+    )
+    return result
+
+
+def store_outputs(
+    acc: jax.Array,
+    channel_scale: jax.Array,
+    bias: jax.Array | None,
+    token_scale_ref: Any | None,
+    out_ref: Any,
+    *,
+    silu_mul: bool,
+    add_residual: bool,
+) -> None:
+    """Finish a 64 x tokens accumulator and write it, transposed, to SMEM.
+
+    Args:
+        acc: float32 [64, tokens].
+        channel_scale: float32 [64], multiplied; bias: float32 [64], added.
+        token_scale_ref: float32 [tokens] in SMEM, multiplied before the bias.
+        out_ref: bf16 [tokens, 64] (or [tokens, 32] for ``silu_mul``) in SMEM, swizzled over a row.
+        silu_mul: rows n and n + 8 of each 16 are a gate and its up.
+        add_residual: ``out_ref`` holds the residual; add it in float32.
+    """
+    tokens = acc.shape[1]
+    rows = out_ref.shape[1]
+    swizzle = 2 * rows
+    transforms = (plgpu.SwizzleTransform(swizzle),)
+    arrays = [(acc, plgpu.Layout.WGMMA), (channel_scale, ROWS)]
+    arrays += [] if bias is None else [(bias, ROWS)]
+    refs = [(out_ref, plgpu.RefType(transforms))]
+    refs += [] if token_scale_ref is None else [(token_scale_ref, plgpu.RefType())]
+    args, types = zip(*arrays, *refs, strict=True)
+
+    @inlined(arg_types=types)
+    def inline(_: Any, acc: mgpu.FragmentedArray, channel: mgpu.FragmentedArray, *rest: Any) -> None:
+        f32 = ir.F32Type.get()
+        bias_rows = rest[0] if bias is not None else None
+        out, *tokens_in = rest[1:] if bias is not None else rest
+        _row, lane4, warp = fragment_position()
+        lane = arith.andi(thread(), const(31))
+        values = acc.registers.reshape(tokens // 8, 2)
+        pair = ir.VectorType.get((2,), f32)
+        scales = [element(v, 0) for v in channel.registers.flat]
+        biases = None if bias_rows is None else [element(v, 0) for v in bias_rows.registers.flat]
+
+        def finished(j: int) -> list[list[ir.Value]]:
+            """[r][two tokens] after scales, bias and activation; one r for silu_mul."""
+            by_token = None
+            if tokens_in:
+                by_token = load(tokens_in[0], arith.addi(lane4, const(4 * j)), pair, pair)
+            result = []
+            for r in range(2):
+                row_values = []
+                for i in range(2):
+                    value = arith.mulf(element(values[j, r], i), scales[r])
+                    if by_token is not None:
+                        value = arith.mulf(value, element(by_token, i))
+                    if biases is not None:
+                        value = arith.addf(value, biases[r])
+                    row_values.append(value)
+                result.append(row_values)
+            if silu_mul:
+                return [[arith.mulf(_silu(g), u) for g, u in zip(*result, strict=True)]]
+            return result
+
+        blocks = [(j, block) for j in range(tokens // 8) for block in range(1 if silu_mul else 2)]
+        width = min(4, len(blocks))
+        per_j = 1 if silu_mul else 2
+        # Lane l gives the address of row l % 8 of matrix l // 8. Adding 8 tokens leaves the bits
+        # that the swizzle reads alone, so one address with constant offsets serves them all.
+        matrix = arith.shrui(lane, const(3))
+        token = arith.addi(arith.andi(lane, const(7)), arith.shli(arith.divui(matrix, const(per_j)), const(3)))
+        chunk = arith.addi(arith.muli(warp, const(per_j)), arith.remui(matrix, const(per_j)))
+        offset = arith.addi(arith.muli(token, const(swizzle)), arith.shli(chunk, const(4)))
+        flip = arith.andi(arith.shrui(offset, const(7)), const(swizzle // 16 - 1))
+        address = arith.addi(shared_address(out), arith.xori(offset, arith.shli(flip, const(4))))
+        suffix = f"sync.aligned.m8n8.x{width}.trans.shared.b16"
+        for start in range(0, len(blocks), width):
+            group = blocks[start : start + width]
+            byte = group[0][0] * 8 * swizzle
+            added: list[ir.Value | None] = [None] * width
+            if add_residual:
+                outputs = ", ".join(f"${i}" for i in range(width))
+                added = list(
+                    asm(
+                        [i32()] * width,
+                        [address],
+                        f"ldmatrix.{suffix} {{{outputs}}}, [${width} + {byte}];",
+                        ",".join(["=r"] * width + ["r"]),
+                        volatile=True,
+                    )
+                )
+            done = {j: finished(j) for j, _ in group}
+            packed = []
+            for (j, block), residual in zip(group, added, strict=True):
+                low, high = done[j][block]
+                if residual is not None:
+                    bits = arith.shli(residual, const(16)), arith.andi(residual, const(0xFFFF0000))
+                    low, high = (arith.addf(v, arith.bitcast(f32, b)) for v, b in zip((low, high), bits, strict=True))
+                packed += asm([i32()], [high, low], "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", volatile=False)
+            inputs = ", ".join(f"${i + 1}" for i in range(width))
+            asm(
+                [],
+                [address, *packed],
+                f"stmatrix.{suffix} [$0 + {byte}], {{{inputs}}};",
+                ",".join(["r"] * (width + 1)),
+                volatile=True,
+            )
+
+    inline(*args)

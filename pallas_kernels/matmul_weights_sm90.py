@@ -1,0 +1,224 @@
+"""From packed INT4 codes and group scales to WGMMA's A operand, in registers.
+
+Four nibbles of a packed word select from the eight FP8 magnitudes of their group with one ``prmt``,
+and one ``lop3`` puts their signs on; see ``layouts`` for the packing. FireQ (arXiv 2505.20839).
+"""
+
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+from pallas_kernels import formats, layouts
+from pallas_kernels.matmul_config_sm90 import Values
+from pallas_kernels.matmul_device_sm90 import (
+    SCALAR,
+    WARPGROUP,
+    asm,
+    clamped_index,
+    const,
+    fragment_position,
+    i32,
+    inlined,
+    load,
+    raw_array,
+    thread,
+)
+
+_UNIT_TABLE = 0x44403800, 0x4E4C4A48
+
+
+def _table(sigma: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """fp8(i * sigma) for i = 0..3 and 4..7, one a byte, from an E4M3 sigma (in 32 bits).
+
+    The products are exact in float16 (7 significant bits, 2^-9 to 448), so each is rounded once.
+    """
+    low, high = asm(
+        [i32(), i32()],
+        [sigma],
+        """{
+        .reg .b16 s, c23, c45, c67, low;
+        .reg .b32 twice, f, i, p;
+        mul.lo.u32 twice, $2, 257;
+        cvt.u16.u32 s, twice;
+        cvt.rn.f16x2.e4m3x2 f, s;
+        mov.b32 i, 0x42004000;
+        mul.rn.f16x2 p, f, i;
+        cvt.rn.satfinite.e4m3x2.f16x2 c23, p;
+        mov.b32 i, 0x45004400;
+        mul.rn.f16x2 p, f, i;
+        cvt.rn.satfinite.e4m3x2.f16x2 c45, p;
+        mov.b32 i, 0x47004600;
+        mul.rn.f16x2 p, f, i;
+        cvt.rn.satfinite.e4m3x2.f16x2 c67, p;
+        shl.b16 low, s, 8;
+        mov.b32 $0, {low, c23};
+        mov.b32 $1, {c45, c67};
+        }""",
+        "=r,=r,r",
+        volatile=False,
+    )
+    return low, high
+
+
+def _look_up(word: ir.Value, table: tuple[ir.Value, ir.Value]) -> list[ir.Value]:
+    """The four E4M3 values of each half of a packed word (see ``layouts``)."""
+    select = arith.andi(word, const(0x77777777))
+    values = []
+    for selector, signs in ((select, word), (arith.shrui(select, const(16)), arith.shli(word, const(4)))):
+        code = "prmt.b32 $0, $1, $2, $3;"
+        (magnitude,) = asm([i32()], [*table, selector], code, "=r,r,r,r", volatile=False)
+        values.append(arith.ori(magnitude, arith.andi(signs, const(0x80808080))))
+    return values
+
+
+def _to_bf16(word: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Four E4M3 bytes as two pairs of bf16.
+
+    A byte's exponent and mantissa, moved to where bf16 has them, are 2^-120 of its value (E4M3's
+    subnormals become bf16's), so one exact product finishes the conversion.
+    """
+    pairs = []
+    for selector in (0x1404, 0x3424):
+        (spread,) = asm([i32()], [word, const(0)], f"prmt.b32 $0, $1, $2, {selector};", "=r,r,r", volatile=False)
+        magnitude = arith.andi(arith.shrui(spread, const(4)), const(0x07F007F0))
+        bits = arith.ori(magnitude, arith.andi(spread, const(0x80008000)))
+        (pair,) = asm([i32()], [bits, const(0x7B807B80)], "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", volatile=False)
+        pairs.append(pair)
+    return pairs[0], pairs[1]
+
+
+def load_words(words_ref: Any) -> jax.Array:
+    """A packed 64 x 128 tile, int32 [4, 256] in SMEM in fragment order, as int32 [1024]: eight a thread."""
+    layout = plgpu.Layout.WG_STRIDED((8 * WARPGROUP,), vec_size=1)
+
+    @inlined(
+        arg_types=(plgpu.RefType(),),
+        return_type=plgpu.ShapeDtypeStruct((8 * WARPGROUP,), jnp.int32, layout=layout),
+    )
+    def inline(_: Any, words: ir.Value) -> mgpu.FragmentedArray:
+        quad = ir.VectorType.get((4,), i32())
+        loads = [load(words, arith.addi(thread(), const(WARPGROUP * i)), quad, quad) for i in range(2)]
+        return raw_array([llvm.extractelement(loads[i], const(j)) for i in range(2) for j in range(4)], layout)
+
+    return inline(words_ref)
+
+
+_TWO = plgpu.Layout.WG_STRIDED((2 * WARPGROUP,), vec_size=1)
+_FOUR = plgpu.Layout.WG_STRIDED((4 * WARPGROUP,), vec_size=1)
+
+
+def load_four_scales(ref: Any, group: jax.Array, row: jax.Array) -> jax.Array:
+    """E4M3 scales of 64 rows from ``row`` on in four groups from ``group`` on; ref [G, N] (as uint8) in GMEM.
+
+    The four threads that hold the same rows read one group each. Past the end the last is read.
+
+    Returns:
+        int32 [256], for ``build_tables``.
+    """
+
+    @inlined(
+        arg_types=(plgpu.RefType(), SCALAR, SCALAR),
+        return_type=plgpu.ShapeDtypeStruct((2 * WARPGROUP,), jnp.int32, layout=_TWO),
+    )
+    def inline(_: Any, scales: ir.Value, first: mgpu.FragmentedArray, start: mgpu.FragmentedArray) -> Any:
+        i8 = ir.IntegerType.get_signless(8)
+        position, lane4, _warp = fragment_position()
+        group = arith.addi(first.registers.item(), lane4)
+        row = arith.addi(start.registers.item(), position)
+        indices = [clamped_index(scales, group, arith.addi(row, const(8 * r))) for r in range(2)]
+        return raw_array([arith.extui(i32(), load(scales, index, i8, i8)) for index in indices], _TWO)
+
+    return inline(ref, group, row)
+
+
+def build_tables(scales: jax.Array) -> jax.Array:
+    """Tables of ``load_four_scales``'s groups, one in each of four threads, int32 [512], for ``operand``."""
+
+    @inlined(
+        arg_types=(_TWO,),
+        return_type=plgpu.ShapeDtypeStruct((4 * WARPGROUP,), jnp.int32, layout=_FOUR),
+    )
+    def inline(_: Any, scales: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+        sigmas = [llvm.extractelement(v, const(0)) for v in scales.registers]
+        return raw_array([word for sigma in sigmas for word in _table(sigma)], _FOUR)
+
+    return inline(scales)
+
+
+def _from_lane(tables: mgpu.FragmentedArray, lane4: int) -> list[tuple[ir.Value, ir.Value]]:
+    """[r]: the tables that the ``lane4``-th thread of each four has built."""
+    code = f"shfl.sync.idx.b32 $0, $1, {lane4}, 0x1c1f, 0xffffffff;"
+    words = [llvm.extractelement(v, const(0)) for v in tables.registers]
+    words = [asm([i32()], [word], code, "=r,r", volatile=True)[0] for word in words]
+    return [(words[0], words[1]), (words[2], words[3])]
+
+
+def operand(words: jax.Array, tables: list[tuple[jax.Array, int]] | None, values: Values, part: slice) -> jax.Array:
+    """Columns ``part`` (0:64, 64:128 or both) of a packed tile as WGMMA's A: [64, columns].
+
+    Args:
+        words: from ``load_words``.
+        tables: for each group of the tile's 128 inputs, (``build_tables(...)``, which of the four);
+            None: codes as they are.
+        values: type of the result. For "bf16" the columns of each 16 are in the order of
+            ``interleave_columns``.
+        part: columns.
+    """
+    layout = plgpu.Layout.WGMMA_8BIT if values == "e4m3" else plgpu.Layout.WGMMA
+    dtype = formats.E4M3 if values == "e4m3" else jnp.bfloat16
+    shape = layouts.TILE_N, part.stop - part.start
+    arrays = [] if tables is None else [array for array, _ in tables]
+
+    @inlined(
+        arg_types=(plgpu.Layout.WG_STRIDED(words.shape, vec_size=1), *([_FOUR] * len(arrays))),
+        return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=layout),
+    )
+    def inline(_: Any, words: mgpu.FragmentedArray, *built: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+        packed = [llvm.extractelement(v, const(0)) for v in words.registers]
+        halves = [i for i in range(2) if part.start <= 64 * i < part.stop]
+        if tables is None:
+            unit = const(_UNIT_TABLE[0]), const(_UNIT_TABLE[1])
+            by_half = {i: [unit, unit] for i in halves}
+        else:
+            # With one group, both halves of the columns have it.
+            groups = [i % len(tables) for i in halves]
+            found = {g: _from_lane(built[g], tables[g][1]) for g in dict.fromkeys(groups)}
+            by_half = {i: found[g] for i, g in zip(halves, groups, strict=True)}
+        vector_type = ir.VectorType.get((4 if values == "e4m3" else 2,), utils.dtype_to_ir_type(jnp.dtype(dtype)))
+        one_word = ir.VectorType.get((1,), i32())
+        registers = []
+        for i in halves:
+            for j in range(2):
+                rows = [_look_up(packed[4 * i + 2 * j + r], by_half[i][r]) for r in range(2)]
+                for half in range(2):
+                    if values == "e4m3":
+                        registers += [row[half] for row in rows]
+                    else:
+                        pairs = [_to_bf16(row[half]) for row in rows]
+                        registers += [pair[p] for p in range(2) for pair in pairs]
+        fragment = layout.to_mgpu()
+        typed = [vector.bitcast(vector_type, vector.broadcast(one_word, word)) for word in registers]
+        return mgpu.FragmentedArray(
+            _registers=np.array(typed, object).reshape(fragment.registers_shape(shape)),
+            _layout=fragment,
+            _is_signed=None,
+        )
+
+    return inline(words, *arrays)
+
+
+def interleave_columns(x: jax.Array) -> jax.Array:
+    """x [M, K] with its columns in the order in which ``operand(values="bf16")`` has them.
+
+    A thread owns four consecutive inputs of each 16; PTX's 16-bit A fragment wants two at 2t and
+    two at 2t + 8. Both operands may share any order of K, so x moves instead of the weights.
+    """
+    blocks = x.reshape(*x.shape[:-1], -1, 4, 2, 2)
+    return jnp.swapaxes(blocks, -3, -2).reshape(x.shape)

@@ -1,0 +1,334 @@
+"""The Hopper attention kernels: their numbers on a GPU, their lowering for CUDA and their host code anywhere."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import attention_registers_sm90 as registers
+from pallas_kernels import decode_attention_sm90 as decode
+from pallas_kernels import formats
+from pallas_kernels import prefill_attention_sm90 as prefill
+from pallas_kernels.decode_attention import decode_attention, gather_pages
+from pallas_kernels.formats import ScaledArray
+from pallas_kernels.prefill_attention import attention_reference, prefill_attention
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Shapes and options of one attention; ``starts`` None is decoding: the queries are the last tokens."""
+
+    length: int = 1
+    heads: int = 8
+    kv_heads: int = 2
+    head_dim: int = 128
+    slots: int = 512
+    lengths: tuple[int, ...] = (512, 100)
+    starts: tuple[int, ...] | None = None
+    causal: bool = True
+    window: int | None = None
+    page: int | None = None
+    outliers: bool = False
+    config: decode.Config | prefill.Config | None = None
+
+    @property
+    def batch(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def scale(self) -> float:
+        # Outliers would leave one key all the weight.
+        return self.head_dim**-0.5 * (0.02 if self.outliers else 1.0)
+
+
+DECODE = {
+    "one token": Case(heads=4, kv_heads=1, slots=128, lengths=(1,)),
+    "lengths around a tile": Case(slots=1024, lengths=(127, 128, 129, 255, 256, 257, 1024)),
+    "an empty sequence": Case(lengths=(0, 300)),
+    "outliers": Case(lengths=(512, 129), outliers=True),
+    "slots not a multiple of the tile": Case(length=4, slots=1000, lengths=(1000, 5)),
+    "16 queries": Case(length=16, heads=32, kv_heads=8, slots=1024, lengths=(1024, 600)),
+    "more query heads than a row block": Case(length=3, heads=48, kv_heads=2, lengths=(512, 3)),
+    "head_dim 64": Case(heads=8, kv_heads=8, head_dim=64, lengths=(512, 77)),
+    "head_dim 256": Case(length=2, heads=16, kv_heads=2, head_dim=256, lengths=(512, 300), outliers=True),
+    "window": Case(slots=4096, lengths=(4096, 200), window=300),
+    "window, five queries": Case(length=5, slots=4096, lengths=(4096, 200), window=100),
+    "pages": Case(slots=1024, lengths=(1024, 257), page=256),
+    "pages and a window": Case(length=4, slots=1024, lengths=(1023, 255), page=512, window=77),
+    "split over blocks": Case(heads=4, kv_heads=1, slots=65536, lengths=(65536,)),
+    "four warpgroups": Case(lengths=(512, 129), config=decode.Config(128, 3, 4)),
+    "one warpgroup": Case(lengths=(512, 129), config=decode.Config(128, 2, 1)),
+}
+PREFILL = {
+    "one block": Case(128, 4, 1, slots=128, lengths=(128,), starts=(0,)),
+    "ragged": Case(512, lengths=(512, 511), starts=(0, 0)),
+    "chunk into a cache": Case(300, slots=1000, lengths=(1000, 129), starts=(700, 1), outliers=True),
+    "a prompt of any length": Case(77, slots=77, lengths=(77, 30), starts=(0, 0)),
+    "one query": Case(1, lengths=(512, 1), starts=(511, 0)),
+    "not causal": Case(256, slots=640, lengths=(640, 1, 0), starts=(0, 0, 0), causal=False),
+    "window": Case(512, slots=1024, lengths=(1024, 500), starts=(512, 0), window=100),
+    "one kv head a query head": Case(256, 4, 4, slots=256, lengths=(256,), starts=(0,)),
+    "head_dim 64": Case(512, 8, 8, 64, lengths=(512,), starts=(0,)),
+    "head_dim 256": Case(300, 4, 1, 256, lengths=(500,), starts=(200,)),
+    "pipeline 1": Case(512, lengths=(512, 511), starts=(0, 0), config=prefill.Config(pipeline=1)),
+    "three stages": Case(512, lengths=(512, 511), starts=(0, 0), config=prefill.Config(stages=3)),
+}
+
+
+def cases(table: dict[str, Case]):
+    return pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in table.items()])
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@cases(DECODE)
+def test_decode_kernel_is_as_near_to_float32_as_the_reference(case):
+    query, key, value, start, lengths = operands(case)
+    cache, table = (key, value), None
+    if case.page is not None:
+        *cache, table = pages(key, value, case.page)
+    out = decode.decode_attention_sm90(
+        query, *cache, query_start=start, kv_lengths=lengths, scale=case.scale, window=case.window, page_table=table,
+        config=case.config,
+    )  # fmt: skip
+    assert_near(out, query, key, value, start, lengths, case)
+
+
+@pytest.mark.gpu
+@cases(PREFILL)
+def test_prefill_kernel_is_as_near_to_float32_as_the_reference(case):
+    query, key, value, start, lengths = operands(case)
+    out = prefill.prefill_attention_sm90(
+        query, key, value, query_start=start, kv_lengths=lengths, scale=case.scale, causal=case.causal,
+        window=case.window, config=case.config,
+    )  # fmt: skip
+    assert_near(out, query, key, value, start, lengths, case)
+
+
+@pytest.mark.gpu
+def test_auto_runs_the_kernels():
+    case = Case(length=128, lengths=(512,))
+    query, key, value, start, lengths = operands(case)
+    options = {"query_start": start, "kv_lengths": lengths, "scale": case.scale}
+    for op in (decode_attention, prefill_attention):
+        automatic, named = (op(query, key, value, **options, implementation=name) for name in ("auto", "mosaic_gpu"))
+        np.testing.assert_array_equal(np.asarray(automatic, np.float32), np.asarray(named, np.float32))
+
+
+def assert_near(out, query, key, value, start, lengths, case: Case):
+    """Each sequence's error against float32 attention over the same cache is about the reference's or less."""
+    options = {
+        "query_start": start, "kv_lengths": lengths, "scale": case.scale, "causal": case.causal, "window": case.window,
+        "out_dtype": jnp.float32,
+    }  # fmt: skip
+    with jax.default_matmul_precision("highest"):
+        exact = attention_reference(ScaledArray(formats.dequantize(query), None), key, value, **options)
+        reference = attention_reference(query, key, value, **options)
+    norm = functools.partial(np.linalg.norm, axis=-1)
+    exact, reference, out = (np.asarray(x, np.float32).reshape(case.batch, -1) for x in (exact, reference, out))
+    allowed = 1.25 * norm(reference - exact) + 3e-3 * norm(exact)
+    assert (norm(out - exact) <= allowed).all(), (norm(out - exact), norm(reference - exact), norm(exact))
+
+
+def operands(case: Case):
+    """Fresh random operands; the slots that hold no token have NaN scales."""
+    keys = jax.random.split(jax.random.key(hash(case) % 2**31), 4)
+    kv_shape = (case.batch, case.kv_heads, case.slots, case.head_dim)
+    query = formats.quantize_fp8(rows(keys[0], (case.batch, case.length, case.heads, case.head_dim), case.outliers))
+    lengths = jnp.asarray(case.lengths, jnp.int32)
+    start = jnp.maximum(lengths - case.length, 0) if case.starts is None else jnp.asarray(case.starts, jnp.int32)
+    empty = (jnp.arange(case.slots) >= lengths[:, None])[:, None, :, None]
+    cache = [formats.quantize_kv(rows(key, kv_shape, case.outliers), "int4") for key in keys[1:3]]
+    cache = [ScaledArray(x.values, jnp.where(empty, jnp.nan, x.scale)) for x in cache]
+    return query, *cache, start, lengths
+
+
+def rows(key: jax.Array, shape: tuple[int, ...], outliers: bool) -> jax.Array:
+    """Gaussian; with outliers a few channels are 20 times as large and tokens differ by powers of e."""
+    x = jax.random.normal(key, shape)
+    if outliers:
+        channels, tokens = jax.random.split(jax.random.fold_in(key, 1))
+        x *= 1 + 19 * jax.random.bernoulli(channels, 0.03, shape[-1:])
+        x *= jnp.exp(jax.random.normal(tokens, (*shape[:-1], 1)))
+    return x
+
+
+def pages(key: ScaledArray, value: ScaledArray, size: int):
+    """The cache in shuffled pages, and the page table."""
+    batch, kv_heads, slots = key.values.shape[:3]
+    count = batch * slots // size
+    order = np.random.default_rng(0).permutation(count)
+
+    def split(x: jax.Array) -> jax.Array:
+        x = x.reshape(batch, kv_heads, slots // size, size, x.shape[-1]).swapaxes(1, 2)
+        return x.reshape(count, kv_heads, size, x.shape[-1])[order]
+
+    table = jnp.asarray(np.argsort(order).reshape(batch, slots // size), jnp.int32)
+    return jax.tree.map(split, key), jax.tree.map(split, value), table
+
+
+# --- lowering for CUDA, on any machine ------------------------------------------------------------
+
+
+@cases(DECODE)
+def test_decode_kernel_lowers_for_cuda(case):
+    query, key, value, lengths = abstract_operands(case)
+    table = None
+    if case.page is not None:
+        table = jax.ShapeDtypeStruct((case.batch, case.slots // case.page), jnp.int32)
+        pages_shape = (case.batch * case.slots // case.page, case.kv_heads, case.page)
+        key = value = abstract_cache(pages_shape, case.head_dim)
+
+    @jax.jit
+    def run(query, key, value, start, lengths, table):
+        return decode.decode_attention_sm90(
+            query, key, value, query_start=start, kv_lengths=lengths, scale=case.scale, window=case.window,
+            page_table=table, config=case.config,
+        )  # fmt: skip
+
+    exported = jax.export.export(run, platforms=["cuda"])(query, key, value, lengths, lengths, table)
+    assert exported.out_avals[0].shape == query.values.shape
+
+
+@cases(PREFILL)
+def test_prefill_kernel_lowers_for_cuda(case):
+    query, key, value, lengths = abstract_operands(case)
+
+    @jax.jit
+    def run(query, key, value, start, lengths):
+        return prefill.prefill_attention_sm90(
+            query, key, value, query_start=start, kv_lengths=lengths, scale=case.scale, causal=case.causal,
+            window=case.window, config=case.config,
+        )  # fmt: skip
+
+    exported = jax.export.export(run, platforms=["cuda"])(query, key, value, lengths, lengths)
+    assert exported.out_avals[0].shape == query.values.shape
+
+
+def abstract_operands(case: Case):
+    shape = (case.batch, case.length, case.heads, case.head_dim)
+    query = ScaledArray(
+        jax.ShapeDtypeStruct(shape, formats.E4M3), jax.ShapeDtypeStruct((*shape[:-1], 1), jnp.float32)
+    )  # fmt: skip
+    cache = abstract_cache((case.batch, case.kv_heads, case.slots), case.head_dim)
+    return query, cache, cache, jax.ShapeDtypeStruct((case.batch,), jnp.int32)
+
+
+def abstract_cache(shape: tuple[int, ...], head_dim: int) -> ScaledArray:
+    return ScaledArray(
+        jax.ShapeDtypeStruct((*shape, head_dim // 2), jnp.uint8), jax.ShapeDtypeStruct((*shape, 1), jnp.bfloat16)
+    )
+
+
+# --- host code ------------------------------------------------------------------------------------
+
+
+def test_prepared_values_are_the_codes_transposed():
+    codes = np.random.default_rng(0).integers(-7, 8, (1, 2, 32, 64)).astype(np.int8)
+    packed = formats.pack_int4(jnp.asarray(codes))
+    values = np.asarray(registers.values_to_e4m3(packed), np.float32) / registers.CODE_UNIT
+    keys = np.asarray(registers.keys_to_e4m3(packed), np.float32) / registers.CODE_UNIT
+    np.testing.assert_array_equal(keys, codes)
+    np.testing.assert_array_equal(values, np.asarray(registers.permute_tokens(jnp.asarray(codes.swapaxes(2, 3)))))
+
+
+@pytest.mark.parametrize("length", [77, 128])
+def test_prepared_operands_give_attention(length):
+    """The kernel's arithmetic in float32 on its prepared operands: their units, orders and padding fit."""
+    case = Case(length, slots=length, lengths=(length, 30), starts=(0, 0))
+    query, key, value, start, kv_lengths = operands(case)
+    q, to_scores, k, v, columns = prefill.prepare(query, key, value, kv_lengths, case.scale, prefill.Config())
+    assert k.shape[2] == v.shape[3] == columns.shape[3] == 128
+    order = registers.permute_tokens(jnp.arange(128))
+    k_scale, log_v_scale, inverse_v_scale = jnp.moveaxis(columns[..., jnp.argsort(order)], 2, 0)
+    group = case.heads // case.kv_heads
+    grouped = q[:, :length].astype(jnp.float32).reshape(case.batch, length, case.kv_heads, group, case.head_dim)
+    scores = jnp.einsum("btkgh,bksh->bkgts", grouped, k.astype(jnp.float32)) * k_scale[:, :, None, None]
+    rows = to_scores[..., :length].reshape(case.batch, case.kv_heads, group, length, 1)
+    scores = scores * rows + log_v_scale[:, :, None, None]
+    slot = jnp.arange(128)
+    visible = (slot <= jnp.arange(length)[:, None]) & (slot < kv_lengths[:, None, None])
+    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+    p = jnp.exp2(scores - jnp.max(scores, axis=-1, keepdims=True))
+    total = jnp.sum(p * inverse_v_scale[:, :, None, None], axis=-1)
+    out = jnp.einsum("bkgts,bkhs->bkgth", p[..., order], v.astype(jnp.float32)) / registers.CODE_UNIT / total[..., None]
+    out = jnp.moveaxis(out, 3, 1).reshape(case.batch, length, case.heads, case.head_dim)
+    expected = attention_reference(
+        ScaledArray(formats.dequantize(query), None), key, value, query_start=start, kv_lengths=kv_lengths,
+        scale=case.scale, out_dtype=jnp.float32,
+    )  # fmt: skip
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "slots"), [(8, 65536), (128, 4096), (512, 16384), (160, 4096), (1, 128), (3, 1)])
+def test_splits_occupy_the_device(rows, slots):
+    config = decode.Config()
+    splits = config.splits(rows, slots)
+    most = max(1, -(-slots // (config.block_kv * config.warpgroups)))
+    assert 1 <= splits <= most
+    waves = -(-rows * splits // config.multiprocessors)
+    assert splits == most or rows * splits >= 0.9 * waves * config.multiprocessors
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        functools.partial(decode.Config, block_kv=64),
+        functools.partial(decode.Config, stages=1),
+        functools.partial(decode.Config, warpgroups=5),
+        functools.partial(decode.Config, multiprocessors=0),
+        functools.partial(prefill.Config, block_kv=96),
+        functools.partial(prefill.Config, warpgroups=0),
+        functools.partial(prefill.Config, stages=1),
+        functools.partial(prefill.Config, pipeline=3),
+    ],
+)
+def test_configs_quote_what_is_wrong(make):
+    (name, value), *_ = make.keywords.items()
+    with pytest.raises(ValueError, match=f"{name} is {value}"):
+        make()
+
+
+def test_unsupported_operands_have_a_reason():
+    query, key, value, *_ = operands(Case())
+    assert decode.unsupported(query, key, value) is None
+    assert prefill.unsupported(query, key, value, 0.1, jnp.bfloat16) is None
+    table = jnp.zeros((1, 1), jnp.int32)
+    short = ScaledArray(key.values[:, :, :4], key.scale)
+    assert "4 slots" in str(decode.unsupported(query, short, value))
+    assert prefill.unsupported(query, short, value, 0.1, jnp.bfloat16) is None
+    assert "page" in str(decode.unsupported(query, ScaledArray(key.values[:, :, :128], key.scale), value, table))
+    assert "E4M3" in str(decode.unsupported(ScaledArray(formats.dequantize(query), None), key, value))
+    fp8 = formats.quantize_kv(formats.dequantize(key), "fp8")
+    assert "INT4" in str(decode.unsupported(query, fp8, fp8))
+    grouped = formats.quantize_kv(formats.dequantize(key), "int4", group_size=64)
+    assert "scales" in str(decode.unsupported(query, grouped, grouped))
+    assert "scale is -1" in str(prefill.unsupported(query, key, value, -1.0, jnp.bfloat16))
+    assert "float32" in str(prefill.unsupported(query, key, value, 0.1, jnp.float32))
+
+
+@pytest.mark.parametrize("op", [decode_attention, prefill_attention])
+def test_a_named_kernel_never_falls_back(op):
+    query, key, value, start, lengths = operands(Case())
+    plain = ScaledArray(formats.dequantize(query), None)
+    with pytest.raises(NotImplementedError, match="not E4M3"):
+        op(plain, key, value, query_start=start, kv_lengths=lengths, scale=0.1, implementation="mosaic_gpu")
+
+
+def test_paged_reference_is_the_consecutive_one():
+    case = Case(slots=512, lengths=(512, 257))
+    query, key, value, start, lengths = operands(case)
+    options = {"query_start": start, "kv_lengths": lengths, "scale": case.scale, "implementation": "xla"}
+    *paged, table = pages(key, value, 256)
+    gathered = gather_pages(*paged, table)
+    np.testing.assert_array_equal(gathered[0].values, key.values)
+    np.testing.assert_array_equal(
+        np.asarray(decode_attention(query, *paged, page_table=table, **options), np.float32),
+        np.asarray(decode_attention(query, key, value, **options), np.float32),
+    )
