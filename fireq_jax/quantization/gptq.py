@@ -141,9 +141,12 @@ def compensate(
     normal = weight / channel_scale[:, None]
     codes, scales = _gptq(normal, hessian, group_size, scale_dtype, rounding, search)
     values = formats.decode_weight(codes, scales)
-    codes, values = jax.lax.fori_loop(
-        0, passes, lambda _, state: _descend(normal, *state, scales, hessian, rounding), (codes, values)
-    )
+
+    def descend(_: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        codes, values = state
+        return _descend(normal, codes, values, scales, hessian, rounding)
+
+    codes, values = jax.lax.fori_loop(0, passes, descend, (codes, values))
     if not search:
         return WeightCodes(codes, scales, channel_scale)
     weighted = values @ hessian
