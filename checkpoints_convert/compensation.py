@@ -149,11 +149,15 @@ def _moments_step(
 
     x = inputs(exact_graph, exact_state, hidden)
     if not paired:
-        return InputMoments(x.T @ x / len(x))
+        return InputMoments(_second_moment(x, x))
     y = inputs(seen_graph, seen_state, quantized_hidden)
     if rounds:
         y = formats.dequantize(formats.quantize_fp8(y))
-    return InputMoments(y.T @ y / len(y), x.T @ y / len(y))
+    return InputMoments(_second_moment(y, y), _second_moment(x, y))
+
+
+def _second_moment(x: Float[Array, "tokens K"], y: Float[Array, "tokens K"]) -> Float[Array, "K K"]:
+    return jnp.matmul(x.T, y, precision="highest") / len(x)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -129,6 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             measured = measure(args.model, config, samples, reference)
             done[str(seed)] = dataclasses.asdict(measured)
+            report["configs"][name] = config.to_dict()
             (args.output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
             print(
                 f"{name} (seed {seed}): perplexity {measured.perplexity:.4f}, loss {measured.loss:.2%}, "
@@ -210,7 +211,7 @@ def measure(
 def load_report(path: Path, settings: dict[str, str]) -> dict[str, Any]:
     """An earlier report of the same settings, or an empty one."""
     if not path.is_file():
-        return {"settings": settings, "rows": {}}
+        return {"settings": settings, "rows": {}, "configs": {}}
     report = json.loads(path.read_text(encoding="utf-8"))
     if report["settings"] != settings:
         raise SystemExit(f"{path} was measured with {report['settings']}; give another --output")

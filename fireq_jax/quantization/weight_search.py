@@ -13,7 +13,8 @@ from jaxtyping import Array, Float
 from pallas_kernels import formats
 from pallas_kernels.formats import WeightCodes
 
-# Group scales tried, as fractions of absmax / 7 (1 among them, so that none is worse). E4M3's neighbours are 6 to 12% apart.
+# Group scales tried, as fractions of absmax / 7; 1 is among them, so that none is worse. Neighbours
+# in E4M3 are 6 to 12% apart.
 CLIP_RATIOS = (1.1, 1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.65, 0.6)
 # Channel scales tried: where in an octave the group scales lie decides which mantissas they get.
 CHANNEL_STEPS = 8
