@@ -36,40 +36,56 @@ TINY = Path(__file__).parent / "tiny_llama"
 
 
 def rows() -> dict[str, QuantizationConfig]:
-    """Name -> config of every row: recipes, then ``fireq_plus`` without or with one piece."""
-    replace, plus, fireq = dataclasses.replace, recipes.fireq_plus(), recipes.fireq()
+    """Name -> config of every row: recipes, their halves, and the halves of ``fireq_plus`` without one piece."""
+    replace, plus = dataclasses.replace, recipes.fireq_plus()
     smoothing = plus.smoothing
     assert smoothing is not None
-    float_kv = {"kv_format": "none", "query_format": "none"}
-    float_weights = {
-        "weight_format": "none",
-        "activation_format": "none",
-        "scale_search": False,
-        "error_compensation": False,
+    weights, cache = weights_only(plus), cache_only(plus)
+    result = {}
+    for name in ("rtn", "fireq", "fireq_plus"):
+        recipe = recipes.by_name(name)
+        result |= {
+            name: recipe,
+            f"{name}, float KV": weights_only(recipe),
+            f"{name}, float weights": cache_only(recipe),
+        }
+    pieces = {
+        "error compensation": {"error_compensation": False},
+        "scale search": {"scale_search": False},
+        "table rounding": {"rounding": "nearest"},
+        "quantized stream": {"calibration_stream": "float"},
+        "smoothing": {"smoothing": None},
     }
-    return {
-        "rtn": recipes.rtn(),
-        "fireq": fireq,
-        "fireq_plus": plus,
-        "rtn, float KV": replace(recipes.rtn(), **float_kv),
-        "fireq, float KV": replace(fireq, **float_kv),
-        "fireq_plus, float KV": replace(plus, **float_kv),
-        "rtn, float weights": replace(recipes.rtn(), **float_weights),
-        "fireq, float weights": replace(fireq, **float_weights),
-        "fireq_plus, float weights": replace(plus, **float_weights),
-        "plus - error compensation": replace(plus, error_compensation=False),
-        "plus - scale search": replace(plus, scale_search=False),
-        "plus - table rounding": replace(plus, rounding="nearest"),
-        "plus - key offset": replace(plus, smoothing=replace(smoothing, key_offset=False)),
-        "plus - query exponent": replace(plus, smoothing=replace(smoothing, query_exponent=0.0)),
-        "plus - rms (max) of key pairs": replace(plus, smoothing=replace(smoothing, pair_statistic="max")),
-        "plus - value rotation": replace(plus, smoothing=replace(smoothing, value_rotation=False)),
-        "plus - KV clip": replace(plus, kv_clip=1.0),
-        "plus + activation exponent 0.25": replace(plus, smoothing=replace(smoothing, activation_exponent=0.25)),
-        "plus - quantized stream": replace(plus, calibration_stream="float"),
-        "plus + KV groups of 64": replace(plus, kv_group_size=64),
-        "plus + bf16 scales": replace(plus, scale_dtype="bf16"),
+    result |= {f"plus, float KV - {piece}": replace(weights, **change) for piece, change in pieces.items()}
+    result["plus, float KV + activation exponent 0.25"] = replace(
+        weights, smoothing=replace(smoothing, activation_exponent=0.25)
+    )
+    result["plus, float KV + bf16 scales"] = replace(weights, scale_dtype="bf16")
+    pieces = {
+        "key offset": {"key_offset": False},
+        "query exponent": {"query_exponent": 0.0},
+        "rms of key pairs": {"pair_statistic": "max"},
+        "N altogether": {"pre_rope": False},
+        "value rotation": {"value_rotation": False},
     }
+    for piece, change in pieces.items():
+        result[f"plus, float weights - {piece}"] = replace(cache, smoothing=replace(smoothing, **change))
+    result["plus, float weights - KV clip"] = replace(cache, kv_clip=1.0)
+    result["plus, float weights + KV groups of 64"] = replace(cache, kv_group_size=64)
+    result["plus, float weights, FP8 KV"] = replace(cache, kv_format="fp8")
+    return result
+
+
+def weights_only(config: QuantizationConfig) -> QuantizationConfig:
+    """The config with float queries, keys and values."""
+    return dataclasses.replace(config, kv_format="none", query_format="none")
+
+
+def cache_only(config: QuantizationConfig) -> QuantizationConfig:
+    """The config with float weights and activations."""
+    return dataclasses.replace(
+        config, weight_format="none", activation_format="none", scale_search=False, error_compensation=False
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             measured = measure(args.model, config, samples, reference)
             done[str(seed)] = dataclasses.asdict(measured)
-            report["configs"][name] = config.to_dict()
+            report.setdefault("configs", {})[name] = config.to_dict()
             (args.output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
             print(
                 f"{name} (seed {seed}): perplexity {measured.perplexity:.4f}, loss {measured.loss:.2%}, "
@@ -211,7 +227,7 @@ def measure(
 def load_report(path: Path, settings: dict[str, str]) -> dict[str, Any]:
     """An earlier report of the same settings, or an empty one."""
     if not path.is_file():
-        return {"settings": settings, "rows": {}, "configs": {}}
+        return {"settings": settings, "rows": {}}
     report = json.loads(path.read_text(encoding="utf-8"))
     if report["settings"] != settings:
         raise SystemExit(f"{path} was measured with {report['settings']}; give another --output")
