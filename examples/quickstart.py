@@ -1,6 +1,6 @@
 """The whole way on the embedded model: convert, quantize, evaluate, generate. CPU, no network, minutes.
 
-    python examples/quickstart.py [--output FOLDER]
+python examples/quickstart.py [--output FOLDER]
 """
 
 import argparse

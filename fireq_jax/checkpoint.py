@@ -14,59 +14,74 @@ import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from flax import nnx
 from jaxtyping import Array
 
 from fireq_jax.huggingface import HuggingFaceCheckpoint
 from fireq_jax.models.config import ModelConfig
-from fireq_jax.models.llama import LlamaForCausalLM
-from fireq_jax.models.parameters import Parameter, global_parameters, layer_parameters, parameters_of, with_parameters
+from fireq_jax.models.parameters import Parameter, global_parameters, layer_parameters
 from fireq_jax.quantization import recipes
 from fireq_jax.quantization.config import QuantizationConfig
-from pallas_kernels import formats
-from pallas_kernels.dispatch import Implementation
 
-ModelT = TypeVar("ModelT", bound=LlamaForCausalLM)
 MANIFEST = "fireq.json"
 FORMAT_VERSION = 1
 _RESTORE_THREADS = 8
 
 
-def load_model(
-    cls: type[ModelT],
-    folder: Path,
-    *,
-    dtype: jax.typing.DTypeLike,
-    kv_format: formats.KVFormat | None,
-    implementation: Implementation,
-) -> ModelT:
-    """``LlamaForCausalLM.from_pretrained``; see there."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; expected a Hugging Face checkpoint or a converted model")
-    checkpoint = None
-    if (folder / MANIFEST).is_file():
-        config, quantization = read_manifest(folder)
-    elif (folder / "params").exists():
-        raise ValueError(f"{folder} is an unfinished conversion (no {MANIFEST}); run fireq-convert --resume on it")
-    else:
-        checkpoint = HuggingFaceCheckpoint(folder)
-        config, quantization = checkpoint.config, recipes.none()
-    if kv_format is not None:
-        quantization = quantization.with_kv_format(kv_format)
-    model = nnx.eval_shape(lambda: cls(config, quantization, dtype=dtype, implementation=implementation))
-    if checkpoint is None:
-        return with_parameters(model, _restore_all(folder, parameters_of(model)))
-    parameters: dict[str, Parameter] = {}
-    for index in range(config.num_layers):
-        block = {name: jnp.asarray(array) for name, array in checkpoint.block(index).items()}
-        parameters |= layer_parameters(block, index, recipes.none(), dtype)
-    arrays = {name: checkpoint.global_tensor(name) for name in checkpoint.global_names()}
-    return with_parameters(model, parameters | global_parameters(arrays, dtype))
+@dataclasses.dataclass(frozen=True)
+class StoredModel:
+    """A model folder of either kind, before its arrays are read.
+
+    Attributes:
+        folder: where it is.
+        config: the architecture.
+        quantization: how it is quantized; ``recipes.none()`` for Hugging Face's.
+        source: the Hugging Face checkpoint; None for a converted folder.
+    """
+
+    folder: Path
+    config: ModelConfig
+    quantization: QuantizationConfig
+    source: HuggingFaceCheckpoint | None
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """Recognise a folder.
+
+        Raises:
+            ValueError: if it is neither kind, incomplete, or its tensors do not fit its config.
+        """
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is not a folder; expected a Hugging Face checkpoint or a converted model")
+        if (folder / MANIFEST).is_file():
+            return cls(folder, *read_manifest(folder), None)
+        if (folder / "params").exists():
+            raise ValueError(f"{folder} is an unfinished conversion (no {MANIFEST}); run fireq-convert --resume on it")
+        source = HuggingFaceCheckpoint(folder)
+        return cls(folder, source.config, recipes.none(), source)
+
+    def read(self, expected: Mapping[str, Parameter], dtype: jax.typing.DTypeLike) -> dict[str, Parameter]:
+        """All parameters by name.
+
+        Args:
+            expected: the abstract parameters of the model that they are for.
+            dtype: of embeddings, head and unquantized weights.
+
+        Raises:
+            ValueError: if the stored arrays are others than ``expected``'s.
+        """
+        if self.source is None:
+            return _restore_all(self.folder, expected)
+        parameters: dict[str, Parameter] = {}
+        for index in range(self.config.num_layers):
+            block = {name: jnp.asarray(array) for name, array in self.source.block(index).items()}
+            parameters |= layer_parameters(block, index, self.quantization, dtype)
+        arrays = {name: self.source.global_tensor(name) for name in self.source.global_names()}
+        return parameters | global_parameters(arrays, dtype)
 
 
 def read_manifest(folder: Path) -> tuple[ModelConfig, QuantizationConfig]:
@@ -116,12 +131,13 @@ def part_of(name: str) -> str:
     return ".".join(name.split(".")[:2]) if name.startswith("layers.") else name.split(".")[0]
 
 
-def save_model(folder: Path, model: LlamaForCausalLM) -> None:
+def save_model(
+    folder: Path, config: ModelConfig, quantization: QuantizationConfig, parameters: Mapping[str, Parameter]
+) -> None:
     """Write a model to ``folder`` (without a tokenizer), part by part, manifest last."""
-    parameters = parameters_of(model)
     for part in dict.fromkeys(map(part_of, parameters)):
         save_part(folder, part, {name: value for name, value in parameters.items() if part_of(name) == part})
-    write_manifest(folder, model.config, model.quantization)
+    write_manifest(folder, config, quantization)
 
 
 def _restore_all(folder: Path, expected: Mapping[str, Parameter]) -> dict[str, Parameter]:

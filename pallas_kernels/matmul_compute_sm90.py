@@ -38,8 +38,9 @@ class Scratch(NamedTuple):
 
     x: Any  # (rows for TMA, tiles for WGMMA), one memory: [stages, k_tiles * halves, tile_m, columns]
     words: Any  # int32 [stages, warpgroups, k_tiles, 4, 256]
+    scales: Any | None  # [stages, k_tiles * groups, tile_n]
     y: Any  # bf16 [warpgroups, STORE_BUFFERS, tokens, rows_out]
-    tokens: Any  # float32 [warpgroups, token_slots]
+    tokens: Any  # float32, as int32 [warpgroups, token_slots]
     full: Any  # [stages], TMA arrives
     free: Any  # raw mbarriers [stages, 2]; see ``matmul_sync_sm90``
     residual_full: Any | None  # [warpgroups * STORE_BUFFERS]
@@ -94,14 +95,11 @@ class Consumer:
             elif self.config.k_tiles == 1:
                 acc, slot, scales = self._overlapped(tile, slot, scales)
             else:
-                acc, slot, scales = self._batched(tile, slot, scales)
+                acc, slot = self._batched(slot)
             self._combine(acc, epilogue)
             return slot, scales
 
-        def begin(first: Tile) -> tuple[jax.Array, Any]:
-            return jnp.int32(0), tuple(self._read_scales(first, jnp.int32(i)) for i in range(self._depth))
-
-        tiles(visit, begin)
+        tiles(visit, lambda first: (jnp.int32(0), self._load_scales(first.channel, 0)))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     # --- main loop ------------------------------------------------------------------------------------
@@ -111,43 +109,41 @@ class Consumer:
 
     @property
     def _unit(self) -> int:
-        """Tiles whose scales are read together."""
+        """Tiles whose tables are built together."""
         return self.config.promote or (UNROLL if self.config.k_tiles == 1 else self.config.k_tiles)
-
-    @property
-    def _units(self) -> int:
-        """Units of a tile; the last may be a part of one."""
-        return -(-self.steps * self.config.k_tiles // self._unit)
-
-    @property
-    def _depth(self) -> int:
-        """Units by which reading scales runs ahead: four steps with promotion, else eight tiles or an iteration."""
-        tiles = 4 if self.config.promote or self.config.k_tiles == 1 else 8
-        return min(self._units, -(-tiles // self._unit))
 
     @property
     def _table_sets(self) -> int:
         return -(-self._unit * self.problem.groups // 4)
 
-    def _read_scales(self, tile: Tile, unit: jax.Array) -> tuple[jax.Array, ...]:
-        """Start to read the scales of a unit, or of the next tile's if ``unit`` is beyond the end."""
-        beyond = unit >= self._units
-        rows = self._rows(jnp.where(beyond, tile.next_channel, tile.channel))
-        unit = jnp.where(beyond, unit - self._units, unit)
-        scales, group = self.operands.group_scale, (self.first_k_tile + unit * self._unit) * self.problem.groups
-        if self.problem.scale_in_table:
-            return tuple(weights.load_four_scales(scales, group + 4 * i, rows) for i in range(self._table_sets))
-        return tuple(outputs.load_group_scale(scales, group + i, rows) for i in range(self.problem.groups))
+    def _load_scales(self, channel: jax.Array, k_tile: jax.Array | int) -> tuple[jax.Array, ...]:
+        """Start to load a unit's scales from GMEM; () if they come through the ring.
 
-    def _next_scales(self, scales: tuple[Any, ...], tile: Tile, unit: jax.Array | int) -> tuple[Any, ...]:
-        """The queue of scales without its head, which is ``unit``'s, and with a new end."""
-        return (*scales[1:], self._read_scales(tile, jnp.asarray(unit + self._depth, jnp.int32)))
+        They are wanted a unit later. Nothing may be done to them until then, not even a move to
+        another register, or everything waits for them.
+        """
+        if self.scratch.scales is not None:
+            return ()
+        group, rows = (self.first_k_tile + k_tile) * self.problem.groups, self._rows(channel)
+        scales = self.operands.group_scale
+        return tuple(
+            weights.load_four_scales(scales, jnp.asarray(group + 4 * i, jnp.int32), rows)
+            for i in range(self._table_sets)
+        )
 
-    def _tables(self, scales: tuple[jax.Array, ...]) -> list[list[tuple[jax.Array, int]]] | None:
-        """[tile of the unit][group]: where to find its table; None if the scales stay out of it."""
-        if not self.problem.scale_in_table:
+    def _ring_scales(self, slot: jax.Array, first: int, count: int = 1) -> Any:
+        """Scales of ``count`` groups of a step for this warpgroup's channels."""
+        assert self.scratch.scales is not None
+        return self.scratch.scales.at[slot, pl.ds(first, count), pl.ds(self.wg * layouts.TILE_N, layouts.TILE_N)]
+
+    def _build(self, scales: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """The table sets of a unit's scales."""
+        return tuple(weights.build_tables(four) for four in scales)
+
+    def _tables(self, sets: tuple[jax.Array, ...]) -> list[list[tuple[jax.Array, int]]] | None:
+        """[tile of the unit][group]: where in the sets to find its table."""
+        if not sets:
             return None
-        sets = [weights.build_tables(four) for four in scales]
         groups = self.problem.groups
         return [[(sets[g // 4], g % 4) for g in range(t * groups, (t + 1) * groups)] for t in range(self._unit)]
 
@@ -177,13 +173,12 @@ class Consumer:
         """``body`` with a new accumulator."""
         return pl.run_scoped(body, plgpu.WGMMAAccumulatorRef((layouts.TILE_N, self.config.tile_m), jnp.float32))
 
-    def _pipelined(
-        self, words: jax.Array, tables: Any, slot: jax.Array, count: int, acc_ref: Any, *, last: bool, half: Any = None
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """``count`` steps, each dequantized while the tensor cores have the one before it.
+    def _issue(
+        self, words: jax.Array, tables: Any, slot: jax.Array, count: int, acc_ref: Any, half: int | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """``count`` steps from ``words`` on, each dequantized while the tensor cores have the one before it.
 
-        Takes the first step's words and slot and returns the next one's, and the slot of the last
-        step, which is in flight: for the caller to await and release.
+        Returns the next slot, and the last step's, which is in flight: for the caller to await and release.
         """
         previous = slot
         for i in range(count):
@@ -192,9 +187,9 @@ class Consumer:
                 plgpu.wgmma_wait(self.problem.halves)
                 self._release(previous)
             previous, slot = slot, self._following(slot)
-            if not last or i < count - 1:
+            if i < count - 1:
                 words = self._fetch(slot)
-        return words, slot, previous
+        return slot, previous
 
     def _overlapped(self, tile: Tile, slot: jax.Array, scales: Any) -> tuple[jax.Array, jax.Array, Any]:
         """(sum over all steps, next slot, first scales of the next tile)."""
@@ -202,36 +197,38 @@ class Consumer:
 
         def body(acc_ref: Any) -> tuple[jax.Array, jax.Array, Any]:
             def iteration(i: jax.Array, carry: Any) -> Any:
-                words, slot, scales = carry
-                tables = self._tables(scales[0])
-                scales = self._next_scales(scales, tile, i)
-                words, following, used = self._pipelined(words, tables, slot, UNROLL, acc_ref, last=False)
-                # The compiler serializes WGMMAs that are in flight at a loop's end, so none is.
+                words, slot, sets = carry
+                scales = self._load_scales(tile.channel, (i + 1) * UNROLL)
+                following, used = self._issue(words, self._tables(sets), slot, UNROLL, acc_ref)
+                # What the next iteration begins with is made while this one's last step is in
+                # flight. The compiler serializes WGMMAs in flight at a loop's end, so none is.
+                sets = self._build(scales)
+                words = self._fetch(following)
                 plgpu.wgmma_wait(0)
                 self._release(used)
-                return words, following, scales
+                return words, following, sets
 
-            carry = self._fetch(slot), slot, scales
-            words, current, left = lax.fori_loop(0, iterations, iteration, carry)
-            tables = self._tables(left[0])
-            next_scales = self._next_scales(left, tile, iterations)
-            _, following, used = self._pipelined(words, tables, current, rest + 1, acc_ref, last=True)
+            first = self._fetch(slot), slot, self._build(scales)
+            words, current, sets = lax.fori_loop(0, iterations, iteration, first)
+            next_scales = self._load_scales(tile.next_channel, 0)
+            following, used = self._issue(words, self._tables(sets), current, rest + 1, acc_ref)
             acc = acc_ref[...]
             self._release(used)
             return acc, following, next_scales
 
         return self._accumulate(body)
 
-    def _batched(self, tile: Tile, slot: jax.Array, scales: Any) -> tuple[jax.Array, jax.Array, Any]:
+    def _batched(self, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
         """As ``_overlapped`` with several tiles a step: fewer waits, for few tokens."""
-        k_tiles = self.config.k_tiles
+        k_tiles, groups = self.config.k_tiles, self.config.k_tiles * self.problem.groups
 
-        def body(acc_ref: Any) -> tuple[jax.Array, jax.Array, Any]:
-            def step(i: jax.Array, carry: Any) -> Any:
-                slot, scales = carry
-                tables = self._tables(scales[0])
-                scales = self._next_scales(scales, tile, i)
+        def body(acc_ref: Any) -> tuple[jax.Array, jax.Array]:
+            def step(_: Any, slot: jax.Array) -> jax.Array:
                 plgpu.barrier_wait(self.scratch.full.at[slot])
+                tables = None
+                if self.problem.scale_in_table:
+                    parts = [self._ring_scales(slot, g, min(4, groups)) for g in range(0, groups, 4)]
+                    tables = self._tables(self._build(tuple(weights.read_four_scales(part) for part in parts)))
                 for t in range(k_tiles):
                     words = weights.load_words(self.scratch.words.at[slot, self.wg, t])
                     self._multiply(words, tables and tables[t], slot, acc_ref, tile=t)
@@ -239,10 +236,10 @@ class Consumer:
                         plgpu.wgmma_wait(self.problem.halves)
                 plgpu.wgmma_wait(0)
                 self._release(slot)
-                return self._following(slot), scales
+                return self._following(slot)
 
-            following, next_scales = lax.fori_loop(0, self.steps, step, (slot, scales))
-            return acc_ref[...], following, next_scales
+            following = lax.fori_loop(0, self.steps, step, slot)
+            return acc_ref[...], following
 
         return self._accumulate(body)
 
@@ -252,22 +249,27 @@ class Consumer:
         by_half = self.problem.groups == 2 and not self.problem.scale_in_table
         blocks = (self.steps - 1) // count
 
-        def block(carry: Any, count: int, i: jax.Array | int, *, last: bool = False) -> Any:
+        def factor(slot: jax.Array, half: int) -> jax.Array | None:
+            if self.problem.scale_in_table:
+                return None
+            return outputs.read_group_scale(self._ring_scales(slot, half).at[0])
+
+        def block(carry: Any, count: int, next_scales: Any, *, last: bool = False) -> Any:
             words, slot, scales, total = carry
-            tables = self._tables(scales[0])
-            factors = [None] if tables else list(scales[0])
-            next_scales = self._next_scales(scales, tile, i)
+            tables = self._tables(self._build(scales))
 
             def first_half(acc_ref: Any) -> jax.Array:
                 self._multiply(words, None, slot, acc_ref, half=0)
-                return outputs.add_to_sum(total, acc_ref[...], factors[0])
+                scale = factor(slot, 0)
+                return outputs.add_to_sum(total, acc_ref[...], scale)
 
             def body(acc_ref: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-                half = 1 if by_half else None
-                after, following, used = self._pipelined(words, tables, slot, count, acc_ref, last=last, half=half)
+                following, used = self._issue(words, tables, slot, count, acc_ref, half=1 if by_half else None)
+                scale = factor(used, int(by_half))
+                after = words if last else self._fetch(following)
                 acc = acc_ref[...]
                 self._release(used)
-                return after, following, outputs.add_to_sum(total, acc, factors[-1])
+                return after, following, outputs.add_to_sum(total, acc, scale)
 
             if by_half:
                 total = self._accumulate(first_half)
@@ -275,8 +277,11 @@ class Consumer:
             return words, slot, next_scales, total
 
         carry = self._fetch(slot), slot, scales, outputs.zero_sum(self.config.tile_m)
-        carry = lax.fori_loop(0, blocks, lambda i, carry: block(carry, count, i), carry)
-        _, slot, scales, total = block(carry, self.steps - blocks * count, blocks, last=True)
+        carry = lax.fori_loop(
+            0, blocks, lambda i, carry: block(carry, count, self._load_scales(tile.channel, (i + 1) * count)), carry
+        )
+        next_scales = self._load_scales(tile.next_channel, 0)
+        _, slot, scales, total = block(carry, self.steps - blocks * count, next_scales, last=True)
         return outputs.sum_to_accumulator(total), slot, scales
 
     # --- epilogue -------------------------------------------------------------------------------------
@@ -346,8 +351,8 @@ class Consumer:
 
     def _finish(self, acc: jax.Array, epilogue: Epilogue) -> None:
         """Scale, activate, add, and send to GMEM, part by part."""
-        scratch = self.scratch
-        has_residual = self.operands.residual is not None
+        scratch, operands = self.scratch, self.operands
+        has_residual = operands.residual is not None
         if epilogue.token_scale is not None:
             scratch.tokens[self.wg] = epilogue.token_scale
         tokens = scratch.y.shape[2]
@@ -363,13 +368,14 @@ class Consumer:
                 acc[:, part] if self._stores > 1 else acc,
                 epilogue.channel_scale,
                 epilogue.bias,
+                0 if operands.bias is None else 8 * operands.bias.dtype.itemsize,
                 None if epilogue.token_scale is None else scratch.tokens.at[self.wg, part],
                 scratch.y.at[self.wg, buffer],
                 silu_mul=self.problem.silu_mul,
                 add_residual=has_residual,
             )
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(scratch.y.at[self.wg, buffer], self._part_of(self.operands.y, epilogue, i))
+            plgpu.copy_smem_to_gmem(scratch.y.at[self.wg, buffer], self._part_of(operands.y, epilogue, i))
             if has_residual and i + STORE_BUFFERS < self._stores:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 self._fetch_residual(epilogue, i + STORE_BUFFERS)

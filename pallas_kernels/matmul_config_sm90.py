@@ -105,6 +105,10 @@ class Problem:
         """WGMMA calls for a tile: 2 if its rows of x are 256 bytes or it has two scales outside the table."""
         return 2 if self.values == "bf16" or (self.groups == 2 and not self.scale_in_table) else 1
 
+    def scales_in_ring(self, config: Config) -> bool:
+        """Whether group scales come with the weights through TMA; else they are read far ahead."""
+        return config.k_tiles > 1 or not self.scale_in_table
+
     @property
     def rows_out(self) -> int:
         """Columns of y that a warpgroup's 64 channels become."""
@@ -114,10 +118,11 @@ class Problem:
 def smem_bytes(config: Config, values: Values) -> int:
     """Shared memory that a CTA needs for x in ``values``, with what the allocator may add."""
     x_row = layouts.TILE_K * (1 if values == "e4m3" else 2)
-    tile = config.tile_m * x_row + config.tile_n * layouts.TILE_K // 2
+    # At most four bytes of scales for each 128 inputs of a channel.
+    tile = config.tile_m * x_row + config.tile_n * (layouts.TILE_K // 2 + 4)
     store = STORE_BUFFERS * min(config.store_m, config.tile_m) * layouts.TILE_N * 2
     tokens = 1024 if config.tile_m > 128 else 512
-    return config.stages * config.k_tiles * tile + config.warpgroups * (store + tokens) + 3072
+    return config.stages * config.k_tiles * tile + config.warpgroups * (store + tokens) + 2048
 
 
 def choose(m: int, n: int, k: int, values: Values, scale_in_table: bool, groups: int) -> Config:
@@ -131,7 +136,8 @@ def choose(m: int, n: int, k: int, values: Values, scale_in_table: bool, groups:
         scale_in_table: whether group scales are E4M3 (else each group has its own float32 sum).
         groups: groups in 128 inputs (1 or 2).
     """
-    if values == "e4m3" and scale_in_table and groups == 1:
+    # Between 65 and 128 tokens the tile is half that of the next bucket.
+    if values == "e4m3" and scale_in_table and groups == 1 and not 64 < m <= 128:
         by_tokens = _tuned(_device_kind()).get(f"{n}x{k}", {})
         # The largest bucket serves every larger number of tokens.
         buckets = [bucket for bucket in by_tokens if bucket >= m] or list(by_tokens)[-1:]
@@ -149,6 +155,9 @@ def heuristic(m: int, n: int, k: int, values: Values, scale_in_table: bool, grou
             tile_m = 64 if values == "bf16" or groups == 2 else 128
         return _with_stages(Config(tile_m, multicast=2), values, 8)
     tile_m = next(size for size in (8, 16, 32, 64) if m <= size)
+    if scale_in_table and values == "e4m3" and n > NUM_SMS * 2 * layouts.TILE_N:
+        # Every SM has a tile without splitting K: make it a large one.
+        return Config(tile_m, warpgroups=4, k_tiles=2, stages=3, store_m=min(tile_m, 16))
     k_tiles = (4 if tile_m <= 16 and values == "e4m3" else 2) if scale_in_table else 1
     config = _with_stages(Config(tile_m, k_tiles=k_tiles, store_m=min(tile_m, 16)), values, 8 // k_tiles)
     return dataclasses.replace(config, split_k=most_splits(config, n, k, values))

@@ -64,15 +64,22 @@ def load(ref: ir.Value, index: ir.Value, element: ir.Type, load: ir.Type) -> ir.
     return llvm.load(load, utils.getelementptr(utils.memref_ptr(ref), [index], element))
 
 
-def load_float(ref: ir.Value, index: ir.Value) -> ir.Value:
-    """ref[index] in float32; float32 or bfloat16, in GMEM or SMEM."""
-    f32 = ir.F32Type.get()
+def load_word(ref: ir.Value, index: ir.Value) -> ir.Value:
+    """ref[index] from GMEM (1, 2 or 4 bytes), zero-extended to 32 bits by the load itself.
+
+    Nothing is done to the word here, so that nothing waits for it: a value that is read ahead must
+    not be converted, or even extended, before it is used.
+    """
     element = ir.MemRefType(ref.type).element_type
-    if element == f32:
-        return load(ref, index, f32, f32)
-    i16 = ir.IntegerType.get_signless(16)
-    bits = arith.extui(i32(), load(ref, index, i16, i16))
-    return arith.bitcast(f32, arith.shli(bits, const(16)))
+    bits = utils.bitwidth(element)
+    pointer = utils.getelementptr(utils.memref_ptr(ref), [index], ir.IntegerType.get_signless(bits))
+    address = llvm.ptrtoint(ir.IntegerType.get_signless(64), pointer)
+    return asm([i32()], [address], f"ld.global.nc.b{bits} $0, [$1];", "=r,l", volatile=True)[0]
+
+
+def to_float(word: ir.Value, bits: int) -> ir.Value:
+    """float32 of a word that holds a float32 or (16 bits) a bfloat16."""
+    return arith.bitcast(ir.F32Type.get(), word if bits == 32 else arith.shli(word, const(16)))
 
 
 def element(vec: ir.Value, i: int) -> ir.Value:
@@ -90,16 +97,11 @@ def clamped_index(ref: ir.Value, i: ir.Value, j: ir.Value) -> ir.Value:
     return arith.addi(arith.muli(i, const(columns)), j)
 
 
-def raw_array(words: list[ir.Value], layout: Any) -> mgpu.FragmentedArray:
+def raw_array(words: list[ir.Value], layout: Any, shape: tuple[int, ...] | None = None) -> mgpu.FragmentedArray:
+    """32-bit words as an int32 array of ``layout`` (and ``shape``, where the layout does not have one)."""
+    fragments = layout.to_mgpu()
     one_word = ir.VectorType.get((1,), i32())
     registers = np.array([vector.broadcast(one_word, word) for word in words], object)
-    return mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=True)
-
-
-def row_values(load: Callable[[int], ir.Value]) -> mgpu.FragmentedArray:
-    layout = ROWS.to_mgpu()
-    one = ir.VectorType.get((1,), ir.F32Type.get())
-    registers = np.array([vector.broadcast(one, load(r)) for r in range(2)], object)
-    return mgpu.FragmentedArray(
-        _registers=registers.reshape(layout.registers_shape((64,))), _layout=layout, _is_signed=None
-    )
+    if shape is not None:
+        registers = registers.reshape(fragments.registers_shape(shape))
+    return mgpu.FragmentedArray(_registers=registers, _layout=fragments, _is_signed=True)

@@ -16,58 +16,48 @@ from pallas_kernels.matmul_device_sm90 import (
     SCALAR,
     WARPGROUP,
     asm,
-    clamped_index,
     const,
     element,
     fragment_position,
     i32,
     inlined,
     load,
-    load_float,
-    row_values,
+    load_word,
+    raw_array,
     shared_address,
     thread,
+    to_float,
 )
 
 
 def load_rows(ref: Any, start: jax.Array) -> jax.Array:
-    """float32 [64]: ref[start : start + 64] of a vector in GMEM, as each thread needs it for its rows.
+    """ref[start : start + 64] of a vector in GMEM, as each thread needs it for its rows; raw int32 [64].
 
     Past its end the last element is read, for rows that are never stored.
     """
 
-    @inlined(
-        arg_types=(plgpu.RefType(), SCALAR),
-        return_type=plgpu.ShapeDtypeStruct((64,), jnp.float32, layout=ROWS),
-    )
+    @inlined(arg_types=(plgpu.RefType(), SCALAR), return_type=plgpu.ShapeDtypeStruct((64,), jnp.int32, layout=ROWS))
     def inline(_: Any, source: ir.Value, first: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
         (size,) = ir.MemRefType(source.type).shape
         row, _lane, _warp = fragment_position()
-        return row_values(
-            lambda r: load_float(
-                source,
-                arith.minsi(arith.addi(first.registers.item(), arith.addi(row, const(8 * r))), const(size - 1)),
-            )
-        )
+        row = arith.addi(first.registers.item(), row)
+        indices = [arith.minsi(arith.addi(row, const(8 * r)), const(size - 1)) for r in range(2)]
+        return raw_array([load_word(source, index) for index in indices], ROWS, (64,))
 
     return inline(ref, start)
 
 
-def load_group_scale(ref: Any, group: jax.Array, row: jax.Array) -> jax.Array:
-    """float32 [64]: the scales of 64 rows from ``row`` on in a group; ref bf16 [G, N] in GMEM."""
+def read_group_scale(ref: Any) -> jax.Array:
+    """The scales of a warpgroup's rows in a group, ref bf16 [64] in SMEM; raw int32 [64]."""
 
-    @inlined(
-        arg_types=(plgpu.RefType(), SCALAR, SCALAR),
-        return_type=plgpu.ShapeDtypeStruct((64,), jnp.float32, layout=ROWS),
-    )
-    def inline(_: Any, scales: ir.Value, group: mgpu.FragmentedArray, start: mgpu.FragmentedArray) -> Any:
-        position, _lane, _warp = fragment_position()
-        row = arith.addi(start.registers.item(), position)
-        return row_values(
-            lambda r: load_float(scales, clamped_index(scales, group.registers.item(), arith.addi(row, const(8 * r))))
-        )
+    @inlined(arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((64,), jnp.int32, layout=ROWS))
+    def inline(_: Any, scales: ir.Value) -> mgpu.FragmentedArray:
+        i16 = ir.IntegerType.get_signless(16)
+        row, _lane, _warp = fragment_position()
+        words = [load(scales, arith.addi(row, const(8 * r)), i16, i16) for r in range(2)]
+        return raw_array([arith.extui(i32(), word) for word in words], ROWS, (64,))
 
-    return inline(ref, group, row)
+    return inline(ref)
 
 
 def token_slots(tile_m: int) -> int:
@@ -76,23 +66,19 @@ def token_slots(tile_m: int) -> int:
 
 
 def load_tokens(ref: Any, start: jax.Array, tile_m: int) -> jax.Array:
-    """float32 [token_slots(tile_m)] from ref[start:] in GMEM, spread over the warpgroup's threads."""
+    """ref[start:], float32 in GMEM, over the warpgroup's threads; raw int32 [token_slots(tile_m)]."""
     slots = token_slots(tile_m)
     layout = plgpu.Layout.WG_STRIDED((slots,), vec_size=1)
 
     @inlined(
         arg_types=(plgpu.RefType(), SCALAR),
-        return_type=plgpu.ShapeDtypeStruct((slots,), jnp.float32, layout=layout),
+        return_type=plgpu.ShapeDtypeStruct((slots,), jnp.int32, layout=layout),
     )
     def inline(_: Any, source: ir.Value, first: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
         (size,) = ir.MemRefType(source.type).shape
-        one = ir.VectorType.get((1,), ir.F32Type.get())
-        registers = []
-        for i in range(slots // WARPGROUP):
-            index = arith.addi(first.registers.item(), arith.addi(thread(), const(WARPGROUP * i)))
-            value = load_float(source, arith.minsi(index, const(size - 1)))
-            registers.append(vector.broadcast(one, value))
-        return mgpu.FragmentedArray(_registers=np.array(registers, object), _layout=layout.to_mgpu(), _is_signed=None)
+        position = arith.addi(first.registers.item(), thread())
+        indices = [arith.addi(position, const(WARPGROUP * i)) for i in range(slots // WARPGROUP)]
+        return raw_array([load_word(source, arith.minsi(index, const(size - 1))) for index in indices], layout)
 
     return inline(ref, start)
 
@@ -111,7 +97,7 @@ def zero_sum(tile_m: int) -> jax.Array:
 
 
 def add_to_sum(total: jax.Array, acc: jax.Array, scale: jax.Array | None) -> jax.Array:
-    """total + acc * scale (float32 [64], one a row; None: 1)."""
+    """total + acc * scale (from ``read_group_scale``, one a row; None: 1)."""
     layout = _sum_layout(acc.shape[1])
     arrays = [(total, layout), (acc, plgpu.Layout.WGMMA)]
     arrays += [] if scale is None else [(scale, ROWS)]
@@ -120,7 +106,7 @@ def add_to_sum(total: jax.Array, acc: jax.Array, scale: jax.Array | None) -> jax
     @inlined(arg_types=types, return_type=plgpu.ShapeDtypeStruct(total.shape, jnp.float32, layout=layout))
     def inline(_: Any, total: mgpu.FragmentedArray, acc: mgpu.FragmentedArray, *scales: Any) -> Any:
         f32 = ir.F32Type.get()
-        factors = [element(v, 0) for v in scales[0].registers.flat] if scales else None
+        factors = [to_float(element(v, 0), 16) for v in scales[0].registers.flat] if scales else None
         one = ir.VectorType.get((1,), f32)
         summed = []
         for i, old in enumerate(total.registers):
@@ -182,6 +168,7 @@ def store_outputs(
     acc: jax.Array,
     channel_scale: jax.Array,
     bias: jax.Array | None,
+    bias_bits: int,
     token_scale_ref: Any | None,
     out_ref: Any,
     *,
@@ -192,8 +179,9 @@ def store_outputs(
 
     Args:
         acc: float32 [64, tokens].
-        channel_scale: float32 [64], multiplied; bias: float32 [64], added.
-        token_scale_ref: float32 [tokens] in SMEM, multiplied before the bias.
+        channel_scale: from ``load_rows`` of a float32 vector, multiplied.
+        bias: from ``load_rows`` of a vector of ``bias_bits`` (16 or 32) a number, added.
+        token_scale_ref: float32 (as int32) [tokens] in SMEM, multiplied before the bias.
         out_ref: bf16 [tokens, 64] (or [tokens, 32] for ``silu_mul``) in SMEM, swizzled over a row.
         silu_mul: rows n and n + 8 of each 16 are a gate and its up.
         add_residual: ``out_ref`` holds the residual; add it in float32.
@@ -217,8 +205,8 @@ def store_outputs(
         lane = arith.andi(thread(), const(31))
         values = acc.registers.reshape(tokens // 8, 2)
         pair = ir.VectorType.get((2,), f32)
-        scales = [element(v, 0) for v in channel.registers.flat]
-        biases = None if bias_rows is None else [element(v, 0) for v in bias_rows.registers.flat]
+        scales = [to_float(element(v, 0), 32) for v in channel.registers.flat]
+        biases = None if bias_rows is None else [to_float(element(v, 0), bias_bits) for v in bias_rows.registers.flat]
 
         def finished(j: int) -> list[list[ir.Value]]:
             """[r][two tokens] after scales, bias and activation; one r for silu_mul."""

@@ -105,6 +105,9 @@ def _kernel(problem: Problem, config: Config, present: tuple[str, ...]) -> Any:
     x_shape = config.stages, config.k_tiles * problem.halves, config.tile_m, x_columns
     swizzle = plgpu.SwizzleTransform(x_columns * jnp.dtype(x_dtype).itemsize)
     y_shape = config.warpgroups, STORE_BUFFERS, min(config.store_m, config.tile_m), problem.rows_out
+    scale_shape = config.stages, config.k_tiles * problem.groups, config.tile_n
+    scale_dtype = jnp.uint8 if problem.scale_in_table else jnp.bfloat16
+    in_ring = problem.scales_in_ring(config)
     has_residual = "residual" in present
     scratch = Scratch(
         # One memory, two descriptions: TMA has rows, any number of them; WGMMA wants tiles of eight.
@@ -114,8 +117,9 @@ def _kernel(problem: Problem, config: Config, present: tuple[str, ...]) -> Any:
         ),
         words=plgpu.SMEM((config.stages, config.warpgroups, config.k_tiles, 4, 256), jnp.int32),
         y=plgpu.SMEM(y_shape, jnp.bfloat16, transforms=(plgpu.SwizzleTransform(2 * problem.rows_out),)),
-        tokens=plgpu.SMEM((config.warpgroups, outputs.token_slots(config.tile_m)), jnp.float32),
-        full=plgpu.Barrier(num_barriers=config.stages, num_arrivals=2),
+        tokens=plgpu.SMEM((config.warpgroups, outputs.token_slots(config.tile_m)), jnp.int32),
+        scales=plgpu.SMEM(scale_shape, scale_dtype) if in_ring else None,
+        full=plgpu.Barrier(num_barriers=config.stages, num_arrivals=2 + in_ring),
         free=plgpu.SMEM((config.stages, 2), jnp.int32),
         residual_full=plgpu.Barrier(num_barriers=STORE_BUFFERS * config.warpgroups) if has_residual else None,
     )
@@ -123,8 +127,8 @@ def _kernel(problem: Problem, config: Config, present: tuple[str, ...]) -> Any:
     def body(*refs: Any, **scratch_refs: Any) -> None:
         named = dict(zip((*present, "y"), refs, strict=True))
         operands = Operands(**{name: named.get(name) for name in Operands._fields})
-        scratch_refs.setdefault("residual_full", None)
-        _cta(problem, config, operands, Scratch(**scratch_refs), tiles, clusters)
+        scratch = Scratch(**{name: scratch_refs.get(name) for name in Scratch._fields})
+        _cta(problem, config, operands, scratch, tiles, clusters)
 
     return plgpu.kernel(
         body,
@@ -221,6 +225,13 @@ def _feed(
                 scratch.words.at[slot],
                 scratch.full.at[slot],
             )
+            if scratch.scales is not None:
+                groups = k_tiles * problem.groups
+                plgpu.copy_gmem_to_smem(
+                    operands.group_scale.at[pl.ds(k_tile * problem.groups, groups), pl.ds(tile.channel, config.tile_n)],
+                    scratch.scales.at[slot],
+                    scratch.full.at[slot],
+                )
             return advance(slot, parity)
 
         return lax.fori_loop(0, steps, step, carry)

@@ -27,6 +27,7 @@ from pallas_kernels.matmul_device_sm90 import (
     i32,
     inlined,
     load,
+    load_word,
     raw_array,
     thread,
 )
@@ -128,14 +129,32 @@ def load_four_scales(ref: Any, group: jax.Array, row: jax.Array) -> jax.Array:
         return_type=plgpu.ShapeDtypeStruct((2 * WARPGROUP,), jnp.int32, layout=_TWO),
     )
     def inline(_: Any, scales: ir.Value, first: mgpu.FragmentedArray, start: mgpu.FragmentedArray) -> Any:
-        i8 = ir.IntegerType.get_signless(8)
         position, lane4, _warp = fragment_position()
         group = arith.addi(first.registers.item(), lane4)
         row = arith.addi(start.registers.item(), position)
         indices = [clamped_index(scales, group, arith.addi(row, const(8 * r))) for r in range(2)]
-        return raw_array([arith.extui(i32(), load(scales, index, i8, i8)) for index in indices], _TWO)
+        return raw_array([load_word(scales, index) for index in indices], _TWO)
 
     return inline(ref, group, row)
+
+
+def read_four_scales(ref: Any) -> jax.Array:
+    """As ``load_four_scales``, of at most four groups; ref E4M3 [groups, 64] (as uint8) in SMEM."""
+
+    @inlined(
+        arg_types=(plgpu.RefType(),),
+        return_type=plgpu.ShapeDtypeStruct((2 * WARPGROUP,), jnp.int32, layout=_TWO),
+    )
+    def inline(_: Any, scales: ir.Value) -> mgpu.FragmentedArray:
+        i8 = ir.IntegerType.get_signless(8)
+        groups, _rows = ir.MemRefType(scales.type).shape
+        strides, _ = ir.MemRefType(scales.type).get_strides_and_offset()
+        row, lane4, _warp = fragment_position()
+        index = arith.addi(row, arith.muli(arith.minsi(lane4, const(groups - 1)), const(strides[0])))
+        words = [load(scales, arith.addi(index, const(8 * r)), i8, i8) for r in range(2)]
+        return raw_array([arith.extui(i32(), word) for word in words], _TWO)
+
+    return inline(ref)
 
 
 def build_tables(scales: jax.Array) -> jax.Array:

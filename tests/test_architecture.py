@@ -16,23 +16,16 @@ def tree_of(path):
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def imported_modules(path, *, at_import_time=False):
-    """Absolute names of imported modules; those inside functions count unless ``at_import_time``."""
+def imported_modules(path):
+    """Absolute names of imported modules, those inside functions too."""
     names = set()
-
-    def visit(node):
-        if at_import_time and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            return
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: relative import"
             members = {f"{node.module}.{alias.name}" for alias in node.names}
             names.update(members & set(MODULES) or {node.module})
-        for child in ast.iter_child_nodes(node):
-            visit(child)
-
-    visit(tree_of(path))
     return names
 
 
@@ -47,11 +40,8 @@ def test_imports_go_down_only(floor):
 
 
 def test_no_import_cycles():
-    """Modules can be imported one after the other, each after those it names."""
-    graph = {
-        name: {found for found in imported_modules(path, at_import_time=True) if found in MODULES and found != name}
-        for name, path in MODULES.items()
-    }
+    """Modules can be read one after the other, each after those it names, even those inside functions."""
+    graph = {name: imported_modules(path) & set(MODULES) - {name} for name, path in MODULES.items()}
     done: set[str] = set()
     while ready := {name for name, needs in graph.items() if name not in done and needs <= done}:
         done |= ready

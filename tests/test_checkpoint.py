@@ -27,7 +27,7 @@ def save(folder, quantization, dtype=jnp.bfloat16):
     for layer in model.layers:
         if layer.self_attn.post_rope_scale is not None:
             layer.self_attn.post_rope_scale.set_value(jnp.linspace(0.5, 2, 48).reshape(4, 12))
-    checkpoint.save_model(folder, model)
+    model.save(folder)
     return model
 
 

@@ -13,7 +13,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fireq_jax import LlamaForCausalLM, ModelConfig, generate
-from fireq_jax.checkpoint import save_model
 from fireq_jax.generation.command import main, pieces, sampling_options
 from fireq_jax.tokenizer import load_tokenizer
 
@@ -42,7 +41,7 @@ def folder(tmp_path_factory):
     sizes = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_layers": 1}
     model = LlamaForCausalLM(ModelConfig(**sizes, num_heads=2, num_kv_heads=1, head_dim=16), dtype=jnp.float32)
     model.lm_head.set_value(model.lm_head.get_value() * 20)
-    save_model(folder, model)
+    model.save(folder)
     BYTES.save_pretrained(folder)
     return folder
 

@@ -1,4 +1,8 @@
-"""The Hopper matmul: configurations, lowering for CUDA on any machine, results on a GPU."""
+"""The Hopper matmul: configurations, lowering for CUDA on any machine, results on a GPU.
+
+Pallas' GPU interpret mode cannot run this kernel: its weights become WGMMA's register operand in
+inlined PTX, for which a stand-in would be another kernel.
+"""
 
 import dataclasses
 import itertools
@@ -171,7 +175,10 @@ def test_tuned_configs_fit_and_serve_their_shapes(monkeypatch):
         for m, config in by_tokens.items():
             assert smem_bytes(config, "e4m3") <= SMEM_BYTES
             assert choose(m, n, k, "e4m3", True, 1) == config
-        assert choose(1 << 20, n, k, "e4m3", True, 1) == list(by_tokens.values())[-1]
+        largest = max(by_tokens)
+        expected = by_tokens[largest] if largest > 64 else heuristic(1 << 20, n, k, "e4m3", True, 1)
+        assert choose(1 << 20, n, k, "e4m3", True, 1) == expected
+        assert choose(100, n, k, "e4m3", True, 1) == heuristic(100, n, k, "e4m3", True, 1)
         assert choose(4096, n, k, "bf16", True, 1) == heuristic(4096, n, k, "bf16", True, 1)
 
 
@@ -254,7 +261,7 @@ def test_leading_dimensions_are_rows():
 @pytest.mark.parametrize("sign", [1, -1])
 def test_extreme_scales_and_codes(config, sigma, sign):
     n, k, m = 128, 512, 16
-    codes = jnp.full((n, k), 7 * sign, jnp.int8).at[:, ::3].set(jnp.arange(n)[:, None] % 8 * sign)
+    codes = jnp.full((n, k), 7 * sign, jnp.int8).at[:, ::3].set((jnp.arange(n)[:, None] % 8 * sign).astype(jnp.int8))
     scale = jnp.full((n, k // 128), sigma, formats.E4M3)
     weight = QuantizedTensor.from_codes(formats.WeightCodes(codes, scale, jnp.ones(n)))
     x, _, _ = _operands(m, n, k)

@@ -28,7 +28,7 @@ _dot = jax.jit(lambda x, w: lax.dot_general(x, w, (((1,), (1,)), ((), ())), pref
 
 
 def read_bandwidth() -> float:
-    """Bytes a second that a sum over 4 GiB reads."""
+    """Bytes a second that a reduction of 4 GiB reads."""
     array = jnp.ones((1 << 30,), jnp.float32)
     return array.nbytes / device_time(jax.jit(jnp.max), [(array,)]) * 1e6
 

@@ -5,11 +5,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax._src.lib import mosaic_gpu
 
 
 def kernel_times(run: Callable[[], Any]) -> list[tuple[str, float]]:
     """(name, microseconds) of each kernel that ``run`` starts, in order."""
+    from jax._src.lib import mosaic_gpu  # Only there with JAX's CUDA plugin.
+
     library: Any = mosaic_gpu
     cupti = library._mosaic_gpu_ext
     cupti._cupti_init()

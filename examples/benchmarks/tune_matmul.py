@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from timing import device_time
 
 from pallas_kernels import formats, matmul_sm90
@@ -66,11 +67,15 @@ def tune(m: int, n: int, k: int) -> Config:
     x = formats.quantize_fp8(jax.random.normal(keys[0], (m, k)))
     usable = [config for config in candidates(m, n, k) if smem_bytes(config, "e4m3") <= SMEM_BYTES]
 
-    def build(config: Config) -> None:
-        jax.block_until_ready(_matmul(x, weights[0], n=n, config=config))
+    def build(config: Config) -> jax.Array:
+        return jax.block_until_ready(_matmul(x, weights[0], n=n, config=config)).astype(jnp.float32)
 
     with ThreadPoolExecutor(12) as pool:
-        list(pool.map(build, usable))
+        results = list(pool.map(build, usable))
+    for config, y in zip(usable, results, strict=True):
+        difference = jnp.linalg.norm(y - results[0]) / jnp.linalg.norm(results[0])
+        if not difference < 5e-3:  # Sums in another order differ by roundings to bf16 only.
+            raise RuntimeError(f"{n}x{k}, {m} tokens: {config} differs from {usable[0]} by {difference:.1e}")
     arguments = [(x, weight) for weight in weights]
     # Kernels under some tens of microseconds vary from burst to burst: the better of two counts.
     rounds = 2 if m <= 64 else 1

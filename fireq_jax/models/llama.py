@@ -16,6 +16,7 @@ from fireq_jax.models.attention import Attention
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.kv_cache import KVCache, LayerCache
 from fireq_jax.models.layers import MLP, RMSNorm, Tap, matmul_float, no_tap
+from fireq_jax.models.parameters import parameters_of, with_parameters
 from fireq_jax.models.rope import rope_tables
 from fireq_jax.quantization import recipes
 from fireq_jax.quantization.config import QuantizationConfig
@@ -127,9 +128,19 @@ class LlamaForCausalLM(nnx.Module):
         Raises:
             ValueError: if the folder is neither, is incomplete, or its tensors do not fit.
         """
-        from fireq_jax.checkpoint import load_model
+        # Orbax takes a second to import, which a model made from scratch need not pay.
+        from fireq_jax.checkpoint import StoredModel
 
-        return load_model(cls, Path(folder), dtype=dtype, kv_format=kv_format, implementation=implementation)
+        stored = StoredModel.open(Path(folder))
+        quantization = stored.quantization if kv_format is None else stored.quantization.with_kv_format(kv_format)
+        model = nnx.eval_shape(lambda: cls(stored.config, quantization, dtype=dtype, implementation=implementation))
+        return with_parameters(model, stored.read(parameters_of(model), dtype))
+
+    def save(self, folder: str | Path) -> None:
+        """Write the model, without a tokenizer, to a folder that :meth:`from_pretrained` reads."""
+        from fireq_jax.checkpoint import save_model
+
+        save_model(Path(folder), self.config, self.quantization, parameters_of(self))
 
     @property
     def nbytes(self) -> int:
