@@ -5,7 +5,8 @@ is compiled once and reused for every block.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from fireq_jax.models.config import ModelConfig
+from fireq_jax.models.layers import Tap, no_tap
 from fireq_jax.models.llama import DecoderLayer
 from fireq_jax.models.parameters import Block, fuse_block, with_parameters
 from fireq_jax.models.rope import rope_tables
 from fireq_jax.quantization import recipes
-from fireq_jax.quantization.smoothing import KeyStatistics
+from fireq_jax.quantization.smoothing import KeyMoments, KeyStatistics
 
 LINEAR_INPUTS = ("qkv_input", "o_input", "gate_up_input", "down_input")
 
@@ -70,14 +72,28 @@ class Calibrator:
             hidden: the block's input, float32.
         """
         graph, state = nnx.split(with_parameters(self._layer, fuse_block(block)))
-        size = max(size for size in range(1, self.batch_size + 1) if len(hidden) % size == 0)
         output = np.empty_like(hidden)
         batches: list[BlockStatistics] = []
-        for begin in range(0, len(hidden), size):
-            result, statistics = block_step(graph, self.config, state, jnp.asarray(hidden[begin : begin + size]))
-            output[begin : begin + size] = np.asarray(result)
+        for part in batches_of(len(hidden), self.batch_size):
+            result, statistics = block_step(graph, self.config, state, jnp.asarray(hidden[part]))
+            output[part] = np.asarray(result)
             batches.append(statistics)
         return output, _combine(batches)
+
+
+def batches_of(samples: int, batch_size: int) -> list[slice]:
+    """Samples cut into equal batches, the largest of at most ``batch_size`` that divide them."""
+    size = max(size for size in range(1, batch_size + 1) if samples % size == 0)
+    return [slice(begin, begin + size) for begin in range(0, samples, size)]
+
+
+def run_layer(layer: DecoderLayer, config: ModelConfig, hidden: Float[Array, "B T D"], tap: Tap = no_tap) -> Array:
+    """A decoder layer's output for whole sequences that start at position 0."""
+    batch, length, _ = hidden.shape
+    start, lengths = jnp.zeros((batch,), jnp.int32), jnp.full((batch,), length, jnp.int32)
+    rope = rope_tables(config, jnp.broadcast_to(jnp.arange(length), (batch, length)), lengths)
+    output, _ = layer(hidden, rope, start=start, lengths=lengths, tap=tap)
+    return output
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -85,16 +101,18 @@ def block_step(
     graph: nnx.GraphDef[DecoderLayer], config: ModelConfig, state: nnx.State, hidden: Float[Array, "B T D"]
 ) -> tuple[Float[Array, "B T D"], BlockStatistics]:
     """One batch through one block."""
-    batch, length, _ = hidden.shape
-    start, lengths = jnp.zeros((batch,), jnp.int32), jnp.full((batch,), length, jnp.int32)
-    rope = rope_tables(config, jnp.broadcast_to(jnp.arange(length), (batch, length)), lengths)
     seen: dict[str, Array] = {}
-    output, _ = nnx.merge(graph, state)(hidden, rope, start=start, lengths=lengths, tap=seen.__setitem__)
+    output = run_layer(nnx.merge(graph, state), config, hidden, seen.__setitem__)
     inputs = {name: _channel_statistics(seen[name]) for name in LINEAR_INPUTS}
     first, second = jnp.split(seen["key_before_rope"], 2, axis=-1)
     pair_max = jnp.max(jnp.hypot(first, second), axis=(0, 1))
     channel_max = jnp.max(jnp.abs(seen["key_after_rope"]), axis=(0, 1))
-    return output, BlockStatistics(inputs, KeyStatistics(pair_max, channel_max))
+    key, query = seen["key_after_rope"], seen["query_after_rope"]
+    grouped = query.reshape(-1, config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim)
+    moments = KeyMoments(
+        jnp.mean(key, axis=(0, 1)), jnp.mean(jnp.square(key), axis=(0, 1)), jnp.mean(jnp.square(grouped), axis=(0, 2))
+    )
+    return output, BlockStatistics(inputs, KeyStatistics(pair_max, channel_max, moments))
 
 
 def _channel_statistics(x: Float[Array, "B T K"]) -> ChannelStatistics:
@@ -111,5 +129,10 @@ def _combine(batches: list[BlockStatistics]) -> BlockStatistics:
         )
         for name in LINEAR_INPUTS
     }
-    keys = jax.tree.map(lambda *leaves: jnp.max(jnp.stack(leaves), axis=0), *[batch.keys for batch in batches])
+
+    def reduce(function: Callable[..., Array], values: list[Any]) -> Any:
+        return jax.tree.map(lambda *leaves: function(jnp.stack(leaves), axis=0), *values)
+
+    largest = reduce(jnp.max, [batch.keys._replace(moments=None) for batch in batches])
+    keys = largest._replace(moments=reduce(jnp.mean, [batch.keys.moments for batch in batches]))
     return BlockStatistics(inputs, keys)

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 from tqdm.auto import tqdm
 
 from checkpoints_convert.calibrate import BlockStatistics, Calibrator
+from checkpoints_convert.compensation import Compensator
 from fireq_jax import checkpoint
 from fireq_jax.huggingface import HuggingFaceCheckpoint, block_shapes
 from fireq_jax.models.llama import linear_names
@@ -73,7 +74,7 @@ class ConversionOptions:
 def needs_calibration(quantization: QuantizationConfig) -> bool:
     """Whether a config measures anything on text."""
     smoothing = quantization.smoothing
-    return smoothing is not None and (smoothing.pre_rope or smoothing.post_rope_channels > 0)
+    return quantization.measures_inputs or (smoothing is not None and smoothing.measures_text)
 
 
 def convert(
@@ -114,6 +115,7 @@ def convert(
     checkpoint.write_json(work / "options.json", fingerprint)
     _convert_globals(source, options, tokens, work)
     calibrator = Calibrator(config, options.batch_size)
+    compensator = Compensator(config, quantization, options.batch_size) if quantization.measures_inputs else None
     first = _blocks_done(options.output, config.num_layers)
     for index in tqdm(
         range(first, config.num_layers),
@@ -123,7 +125,7 @@ def convert(
         unit="block",
         disable=not progress,
     ):
-        _convert_block(source, options, index, calibrator if tokens is not None else None, work)
+        _convert_block(source, options, index, calibrator if tokens is not None else None, compensator, work)
     return _finish(source, options, tokens, work, time.perf_counter() - started)
 
 
@@ -142,7 +144,12 @@ def _convert_globals(
 
 
 def _convert_block(
-    source: HuggingFaceCheckpoint, options: ConversionOptions, index: int, calibrator: Calibrator | None, work: Path
+    source: HuggingFaceCheckpoint,
+    options: ConversionOptions,
+    index: int,
+    calibrator: Calibrator | None,
+    compensator: Compensator | None,
+    work: Path,
 ) -> None:
     started = time.perf_counter()
     config, quantization = source.config, options.quantization
@@ -157,11 +164,17 @@ def _convert_block(
         del output, hidden
     if quantization.smoothing is not None:
         keys = None if statistics is None else statistics.keys
-        smoothed = smooth_block(block, keys, config, quantization.smoothing)
+        inputs = None
+        if statistics is not None:
+            inputs = {name: channels.mean_abs for name, channels in statistics.inputs.items()}
+        smoothed = smooth_block(block, keys, config, quantization.smoothing, inputs)
         _save_arrays(work / f"smoothing.{index}.npz", smoothing_effect(block, smoothed, keys, quantization.smoothing))
         block = smoothed
         del smoothed
-    parameters = layer_parameters(block, index, quantization, options.dtype)
+    if compensator is None:
+        parameters = layer_parameters(block, index, quantization, options.dtype)
+    else:
+        parameters = _compensate_block(compensator, block, index, options.dtype, work)
     report = {
         "weight_error": _weight_errors(block, index, parameters),
         "bytes": formats.nbytes(parameters),
@@ -169,7 +182,21 @@ def _convert_block(
     }
     checkpoint.write_json(work / f"block.{index}.json", report)
     checkpoint.save_part(options.output, f"layers.{index}", parameters)
-    _hidden_path(work, index).unlink(missing_ok=True)
+    for path in (_hidden_path(work, index), _quantized_hidden_path(work, index)):
+        path.unlink(missing_ok=True)
+
+
+def _compensate_block(
+    compensator: Compensator, block: Mapping[str, Array], index: int, dtype: str, work: Path
+) -> dict[str, Parameter]:
+    hidden = np.load(_hidden_path(work, index), mmap_mode="r")
+    quantized_hidden = hidden
+    if compensator.follows_quantized and index > 0:
+        quantized_hidden = np.load(_quantized_hidden_path(work, index), mmap_mode="r")
+    parameters, output = compensator.quantize(block, index, hidden, quantized_hidden, dtype)
+    if output is not None:
+        _save_array(_quantized_hidden_path(work, index + 1), output)
+    return parameters
 
 
 def _weight_errors(block: Mapping[str, Array], index: int, parameters: Mapping[str, Parameter]) -> dict[str, float]:
@@ -309,6 +336,11 @@ def _blocks_done(output: Path, blocks: int) -> int:
 def _hidden_path(work: Path, index: int) -> Path:
     """Hidden states that enter block ``index``."""
     return work / f"hidden.{index}.npy"
+
+
+def _quantized_hidden_path(work: Path, index: int) -> Path:
+    """Hidden states that enter block ``index`` of the quantized model."""
+    return work / f"quantized_hidden.{index}.npy"
 
 
 def _save_array(path: Path, array: np.ndarray) -> None:

@@ -18,7 +18,9 @@ def parser() -> argparse.ArgumentParser:
     parse = argparse.ArgumentParser(prog="fireq-convert", description=__doc__)
     parse.add_argument("--model", required=True, help="Hugging Face folder, or a model id to download")
     parse.add_argument("--output", required=True, type=Path, help="folder to write")
-    parse.add_argument("--recipe", default="fireq", help=f"one of {', '.join(recipes.RECIPES)} (default: fireq)")
+    parse.add_argument(
+        "--recipe", default="fireq_plus", help=f"one of {', '.join(recipes.RECIPES)} (default: fireq_plus)"
+    )
     parse.add_argument("--calibration", help="text file, .jsonl, .parquet, a folder of them, or a dataset name")
     parse.add_argument("--calibration-samples", type=int, default=128, help="token windows (default: 128)")
     parse.add_argument("--sequence-length", type=int, default=1024, help="tokens of a window (default: 1024)")

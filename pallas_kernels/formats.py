@@ -264,13 +264,17 @@ def from_sign_magnitude(nibbles: UInt8[Array, "..."]) -> Int[Array, "..."]:
     return jnp.where(nibbles & 8, -magnitude, magnitude)
 
 
-def quantize_kv(x: Float[Array, "*rows H"], kv_format: KVFormat, group_size: int | None = None) -> ScaledArray:
+def quantize_kv(
+    x: Float[Array, "*rows H"], kv_format: KVFormat, group_size: int | None = None, clip: float = 1.0
+) -> ScaledArray:
     """Keys or values in cache format, one scale for each row (token and head) and group.
 
     Args:
         x: [..., H]; H is head_dim.
         kv_format: "int4" (bf16 scales), "fp8" (float32 scales) or "none" (kept as they are).
         group_size: channels that share a scale; None means all of H.
+        clip: INT4 scales are ``clip * absmax / 7``. Below 1 the largest elements lose up to
+            ``1 - clip`` of themselves and all others gain resolution.
 
     Raises:
         ValueError: for an unknown format or a group size that does not divide H.
@@ -288,7 +292,7 @@ def quantize_kv(x: Float[Array, "*rows H"], kv_format: KVFormat, group_size: int
     if kv_format == "fp8":
         scale = absmax_scale(absmax, E4M3_MAX)
         return ScaledArray(to_e4m3(grouped / scale[..., None]).reshape(x.shape), scale)
-    scale = round_group_scale(absmax_scale(absmax, INT4_MAX), "bf16")
+    scale = round_group_scale(absmax_scale(clip * absmax, INT4_MAX), "bf16")
     codes = round_to_int4(grouped / scale.astype(jnp.float32)[..., None])
     return ScaledArray(pack_int4(codes.reshape(x.shape)), scale)
 

@@ -54,6 +54,8 @@ class Attention(nnx.Module):
         self.o_proj = linear(f"{name}.o_proj", heads * head_dim, config.hidden_size)
         scaled = quantization.smoothing is not None and quantization.smoothing.post_rope_channels > 0
         self.post_rope_scale = nnx.Param(jnp.ones((kv_heads, head_dim), jnp.float32)) if scaled else None
+        centered = quantization.smoothing is not None and quantization.smoothing.key_offset
+        self.key_offset = nnx.Param(jnp.zeros((kv_heads, head_dim), jnp.float32)) if centered else None
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.quantization = quantization
         self.implementation: Implementation = implementation
@@ -89,7 +91,9 @@ class Attention(nnx.Module):
         query, key, value = self._project(x, rope, tap)
         quantization = self.quantization
         stored_key, stored_value = (
-            formats.quantize_kv(jnp.swapaxes(rows, 1, 2), quantization.kv_format, quantization.kv_group_size)
+            formats.quantize_kv(
+                jnp.swapaxes(rows, 1, 2), quantization.kv_format, quantization.kv_group_size, quantization.kv_clip
+            )
             for rows in (key, value)
         )
         scaled_query = formats.quantize_fp8(query) if quantization.query_format == "fp8" else ScaledArray(query, None)
@@ -122,6 +126,7 @@ class Attention(nnx.Module):
         packed = self.qkv_proj(x).reshape(*x.shape[:2], heads + 2 * kv_heads, self.head_dim)
         query, key, value = jnp.split(packed, [heads, heads + kv_heads], axis=2)
         tap("key_before_rope", key)
+        tap("value", value)
         query, key = apply_rope(query, *rope), apply_rope(key, *rope)
         tap("key_after_rope", key)
         tap("query_after_rope", query)
@@ -129,4 +134,6 @@ class Attention(nnx.Module):
             scale = self.post_rope_scale.get_value()
             key = (key * scale).astype(key.dtype)
             query = (query / jnp.repeat(scale, heads // kv_heads, axis=0)).astype(query.dtype)
+        if self.key_offset is not None:
+            key = (key - self.key_offset.get_value()).astype(key.dtype)
         return query, key, value

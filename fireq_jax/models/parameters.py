@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from fireq_jax.quantization.config import QuantizationConfig
+from fireq_jax.quantization.gptq import InputMoments, quantize_measured
 from pallas_kernels import layouts
 from pallas_kernels.quantized_tensor import QuantizedTensor, quantize
 
@@ -54,9 +55,9 @@ def layer_parameters(
             parameters[f"{linear}.weight"] = quantize_linear(array, quantization)
         else:
             parameters[f"layers.{index}.{name}"] = array.astype(jnp.float32 if "norm" in name else dtype)
-    if "self_attn.post_rope_scale" in block:
-        scale = block["self_attn.post_rope_scale"].astype(jnp.float32)
-        parameters[f"layers.{index}.self_attn.post_rope_scale"] = scale
+    for name in ("self_attn.post_rope_scale", "self_attn.key_offset"):
+        if name in block:
+            parameters[f"layers.{index}.{name}"] = block[name].astype(jnp.float32)
     return parameters
 
 
@@ -66,10 +67,19 @@ def global_parameters(arrays: Mapping[str, ArrayLike], dtype: jax.typing.DTypeLi
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def quantize_linear(weight: Array, quantization: QuantizationConfig) -> QuantizedTensor:
-    """Quantize one [N, K] matrix as the config says (jitted: a weight's temporaries fuse away)."""
+def quantize_linear(
+    weight: Array, quantization: QuantizationConfig, inputs: InputMoments | None = None
+) -> QuantizedTensor:
+    """Quantize one [N, K] matrix as the config says (jitted: a weight's temporaries fuse away).
+
+    ``inputs`` are second moments of the layer's inputs, for a config that ``measures_inputs``.
+    """
     if quantization.weight_format == "none":
         raise ValueError("weight_format is 'none'; expected 'int4' or 'fp8'")
+    if quantization.measures_inputs:
+        if inputs is None:
+            raise ValueError("scale_search and error_compensation need the moments of the layer's inputs; calibrate")
+        return quantize_measured(weight, inputs, quantization)
     return quantize(
         weight,
         format=quantization.weight_format,

@@ -9,7 +9,9 @@ from pallas_kernels import formats
 
 WeightFormat = Literal["int4", "fp8", "none"]
 ActivationFormat = Literal["fp8", "none"]
+CalibrationStream = Literal["float", "quantized"]
 ColumnStatistic = Literal["mean", "max"]
+PairStatistic = Literal["max", "rms"]
 
 
 def _check_choice(name: str, value: object, choices: tuple[Any, ...]) -> None:
@@ -38,6 +40,15 @@ class SmoothingConfig:
         post_rope_channels: S: this many outlier channels a kv head (with their pair partners)
             are scaled after RoPE, online; those pairs keep N = 1. 0 turns S off.
         beta: largest magnitude of such a channel after S.
+        activation_exponent: balance columns by their inputs as well: a factor is
+            inputs**exponent / weights**(1 - exponent). 0 looks at the weights alone.
+        pair_statistic: what N looks at: the "max" norm of each rotary pair of the keys, or its
+            "rms", as deviation from ``key_offset`` where that is on.
+        query_exponent: let N favour the pairs that queries read most:
+            queries**exponent / keys**(1 - exponent). 0 flattens the keys whatever reads them.
+        key_offset: store keys minus their mean after RoPE, by channel. Scores of a query then all
+            change by the same number, which softmax ignores.
+        value_rotation: Hadamard-rotate each head's values, folded into v_proj and o_proj.
     """
 
     qkv_input: bool = True
@@ -49,14 +60,33 @@ class SmoothingConfig:
     alpha: float = 8.0
     post_rope_channels: int = 4
     beta: float = 8.0
+    activation_exponent: float = 0.0
+    pair_statistic: PairStatistic = "max"
+    query_exponent: float = 0.0
+    key_offset: bool = False
+    value_rotation: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("column_statistic", self.column_statistic, get_args(ColumnStatistic))
+        _check_choice("pair_statistic", self.pair_statistic, get_args(PairStatistic))
+        for name in ("activation_exponent", "query_exponent"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 to 1")
         for name in ("alpha", "beta"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
         if self.post_rope_channels < 0:
             raise ValueError(f"post_rope_channels is {self.post_rope_channels}; expected 0 or more")
+
+    @property
+    def measures_keys(self) -> bool:
+        """Whether it needs statistics of the keys."""
+        return self.pre_rope or self.post_rope_channels > 0 or self.key_offset
+
+    @property
+    def measures_text(self) -> bool:
+        """Whether it needs any statistics of calibration text."""
+        return self.measures_keys or self.activation_exponent > 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +101,16 @@ class QuantizationConfig:
         channel_scale: float32 scale above the group scales: one for each output channel, or
             FireQ's one power of two for the tensor.
         rounding: INT4 codes by plain rounding or by the kernel's own table.
+        scale_search: group and channel scales of INT4 weights by search for the least error on
+            calibration text, instead of from the largest weight.
+        error_compensation: INT4 codes that keep a layer's output on calibration text, instead of
+            each weight (GPTQ, then coordinate descent).
+        calibration_stream: what scale_search and error_compensation calibrate on: the float
+            model's activations, or the quantized model's, whose distance to the float model's
+            each layer then makes up for as well.
         kv_format: keys and values in the cache, "int4", "fp8" or "none".
         kv_group_size: channels that share a key or value scale; None means head_dim.
+        kv_clip: INT4 scales of keys and values are kv_clip * absmax / 7.
         query_format: "fp8" per token and head, or "none".
         smoothing: rescaling before rounding, or None.
         keep_float: patterns (``fnmatch``) of linear layers left unquantized, such as
@@ -85,8 +123,12 @@ class QuantizationConfig:
     scale_dtype: formats.ScaleDtype = "e4m3"
     channel_scale: formats.ChannelScale = "per_channel"
     rounding: formats.Rounding = "nearest"
+    scale_search: bool = False
+    error_compensation: bool = False
+    calibration_stream: CalibrationStream = "float"
     kv_format: formats.KVFormat = "int4"
     kv_group_size: int | None = None
+    kv_clip: float = 1.0
     query_format: ActivationFormat = "fp8"
     smoothing: SmoothingConfig | None = None
     keep_float: tuple[str, ...] = ()
@@ -98,14 +140,26 @@ class QuantizationConfig:
         _check_choice("scale_dtype", self.scale_dtype, get_args(formats.ScaleDtype))
         _check_choice("channel_scale", self.channel_scale, get_args(formats.ChannelScale))
         _check_choice("rounding", self.rounding, get_args(formats.Rounding))
+        _check_choice("calibration_stream", self.calibration_stream, get_args(CalibrationStream))
         _check_choice("kv_format", self.kv_format, get_args(formats.KVFormat))
         _check_choice("query_format", self.query_format, get_args(ActivationFormat))
         if self.kv_group_size is not None and self.kv_group_size < 1:
             raise ValueError(f"kv_group_size is {self.kv_group_size}; expected a positive number or None")
+        if not 0 < self.kv_clip <= 1:
+            raise ValueError(f"kv_clip is {self.kv_clip}; expected more than 0 and at most 1")
+        if self.measures_inputs and self.weight_format != "int4":
+            raise ValueError(
+                f"scale_search and error_compensation need weight_format 'int4', not {self.weight_format!r}"
+            )
         if self.weight_format == "fp8" and self.activation_format != "fp8":
             raise ValueError("weight_format 'fp8' needs activation_format 'fp8'")
         if self.weight_format == "none" and self.activation_format != "none":
             raise ValueError(f"activation_format {self.activation_format!r} needs quantized weights, not 'none'")
+
+    @property
+    def measures_inputs(self) -> bool:
+        """Whether rounding a weight needs the second moments of its inputs."""
+        return self.scale_search or self.error_compensation
 
     def keeps_float(self, name: str) -> bool:
         """Whether the linear layer ``name`` stays unquantized."""

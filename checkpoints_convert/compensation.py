@@ -1,0 +1,167 @@
+"""Quantize a block's linear layers in the order in which data walks through them.
+
+Each layer is rounded with the second moments of its own inputs. With ``calibration_stream``
+"quantized" these inputs come out of the layers already quantized, blocks before included, while
+the float model runs beside it and says what should come out.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from checkpoints_convert.calibrate import LINEAR_INPUTS, batches_of, run_layer
+from fireq_jax.models.config import ModelConfig
+from fireq_jax.models.llama import DecoderLayer
+from fireq_jax.models.parameters import Block, Parameter, fuse_block, layer_parameters, quantize_linear, with_parameters
+from fireq_jax.quantization.config import QuantizationConfig
+from fireq_jax.quantization.gptq import InputMoments
+from pallas_kernels import formats
+
+# Which linear layer reads which of calibrate.LINEAR_INPUTS, in order.
+LINEARS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+Hidden = Float[np.ndarray, "samples T D"]
+
+
+class Compensator:
+    """Quantizes blocks by the moments of their inputs.
+
+    Args:
+        config: the architecture.
+        quantization: a config that ``measures_inputs``.
+        batch_size: sequences a step, at most.
+    """
+
+    def __init__(self, config: ModelConfig, quantization: QuantizationConfig, batch_size: int) -> None:
+        self.config, self.quantization, self.batch_size = config, quantization, batch_size
+        self.follows_quantized = quantization.calibration_stream == "quantized"
+        self._float = dataclasses.replace(
+            quantization,
+            weight_format="none",
+            activation_format="none",
+            kv_format="none",
+            query_format="none",
+            scale_search=False,
+            error_compensation=False,
+        )
+
+    def quantize(
+        self, block: Block, index: int, hidden: Hidden, quantized_hidden: Hidden, dtype: jax.typing.DTypeLike
+    ) -> tuple[dict[str, Parameter], Hidden | None]:
+        """Parameters of layer ``index``, and what it makes of ``quantized_hidden``.
+
+        Args:
+            block: smoothed float32 weights by Hugging Face name.
+            index: of the block.
+            hidden: the block's input in the float model.
+            quantized_hidden: its input in the quantized model; ``hidden`` itself if calibration
+                does not follow the quantized model.
+            dtype: of what stays unquantized.
+
+        Returns:
+            Parameters by full name; the block's output in the quantized model, None if
+            calibration does not follow it.
+        """
+        exact = self._layer(index, block, {}, self._float)
+        fused = fuse_block(block)
+        done: dict[str, Parameter] = {}
+        for linear, tap in zip(LINEARS, LINEAR_INPUTS, strict=True):
+            if self.quantization.keeps_float(f"layers.{index}.{linear}"):
+                continue
+            seen = self._layer(index, block, done, self.quantization) if self.follows_quantized else exact
+            moments = self._moments(exact, seen, tap, hidden, quantized_hidden)
+            done[f"{linear}.weight"] = quantize_linear(fused[f"{linear}.weight"], self.quantization, moments)
+        parameters = layer_parameters(block, index, self._float, dtype)
+        parameters |= {f"layers.{index}.{name}": value for name, value in done.items()}
+        if not self.follows_quantized:
+            return parameters, None
+        layer = self._layer(index, block, done, self.quantization)
+        graph, state = nnx.split(layer)
+        output = np.empty_like(quantized_hidden)
+        for part in batches_of(len(output), self.batch_size):
+            output[part] = np.asarray(_output(graph, self.config, state, jnp.asarray(quantized_hidden[part])))
+        return parameters, output
+
+    def _layer(
+        self, index: int, block: Block, done: Mapping[str, Parameter], quantization: QuantizationConfig
+    ) -> DecoderLayer:
+        """The block with the linear layers of ``done`` quantized and float32 otherwise."""
+        left = tuple(f"layers.0.{linear}" for linear in LINEARS if f"{linear}.weight" not in done)
+        staged = dataclasses.replace(quantization, keep_float=left)
+        # Always "layers.0": the name is part of what jit compiles for.
+        abstract = nnx.eval_shape(
+            lambda: DecoderLayer(
+                "layers.0", self.config, staged, dtype=jnp.float32, implementation="xla", rngs=nnx.Rngs(0)
+            )
+        )
+        parameters = layer_parameters(block, index, self._float, jnp.float32)
+        own = {name.split(".", 2)[2]: value for name, value in parameters.items()}
+        return with_parameters(abstract, {**own, **done})
+
+    def _moments(
+        self, exact: DecoderLayer, seen: DecoderLayer, tap: str, hidden: Hidden, quantized_hidden: Hidden
+    ) -> InputMoments:
+        exact_graph, exact_state = nnx.split(exact)
+        seen_graph, seen_state = nnx.split(seen)
+        rounds = self.quantization.activation_format == "fp8"
+        total: InputMoments | None = None
+        parts = batches_of(len(hidden), self.batch_size)
+        for part in parts:
+            moments = _moments_step(
+                exact_graph,
+                seen_graph,
+                self.config,
+                tap,
+                self.follows_quantized,
+                rounds,
+                exact_state,
+                seen_state,
+                jnp.asarray(hidden[part]),
+                jnp.asarray(quantized_hidden[part]),
+            )
+            total = moments if total is None else jax.tree.map(jnp.add, total, moments)
+        assert total is not None
+        return jax.tree.map(lambda x: x / len(parts), total)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+def _moments_step(
+    exact_graph: nnx.GraphDef[DecoderLayer],
+    seen_graph: nnx.GraphDef[DecoderLayer],
+    config: ModelConfig,
+    tap: str,
+    paired: bool,
+    rounds: bool,
+    exact_state: nnx.State,
+    seen_state: nnx.State,
+    hidden: Float[Array, "B T D"],
+    quantized_hidden: Float[Array, "B T D"],
+) -> InputMoments:
+    def inputs(graph: nnx.GraphDef[DecoderLayer], state: nnx.State, x: Array) -> Float[Array, "BT K"]:
+        taps: dict[str, Array] = {}
+        run_layer(nnx.merge(graph, state), config, x, taps.__setitem__)
+        return taps[tap].reshape(-1, taps[tap].shape[-1]).astype(jnp.float32)
+
+    x = inputs(exact_graph, exact_state, hidden)
+    if not paired:
+        return InputMoments(_second_moment(x, x))
+    y = inputs(seen_graph, seen_state, quantized_hidden)
+    if rounds:
+        y = formats.dequantize(formats.quantize_fp8(y))
+    return InputMoments(_second_moment(y, y), _second_moment(x, y))
+
+
+def _second_moment(x: Float[Array, "tokens K"], y: Float[Array, "tokens K"]) -> Float[Array, "K K"]:
+    return jnp.matmul(x.T, y, precision="highest") / len(x)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _output(
+    graph: nnx.GraphDef[DecoderLayer], config: ModelConfig, state: nnx.State, hidden: Float[Array, "B T D"]
+) -> Float[Array, "B T D"]:
+    return run_layer(nnx.merge(graph, state), config, hidden)

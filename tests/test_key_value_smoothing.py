@@ -1,0 +1,197 @@
+"""Keys and values before INT4: the float model's attention is unchanged, the quantized one closer."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from checkpoints_convert.calibrate import run_layer
+from fireq_jax import ModelConfig, QuantizationConfig
+from fireq_jax.models.llama import DecoderLayer
+from fireq_jax.models.parameters import layer_parameters, with_parameters
+from fireq_jax.quantization import SmoothingConfig
+from fireq_jax.quantization.smoothing import (
+    KeyMoments,
+    KeyStatistics,
+    column_scale,
+    hadamard,
+    key_scales,
+    pair_norm,
+    rotate_values,
+    smooth_block,
+)
+from pallas_kernels import formats
+
+CONFIG = ModelConfig(
+    vocab_size=16, hidden_size=32, intermediate_size=64, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=16
+)
+NOTHING = SmoothingConfig(
+    qkv_input=False, value_output=False, gate_up_input=False, up_down=False, pre_rope=False, post_rope_channels=0
+)
+HIDDEN = jax.random.normal(jax.random.key(0), (2, 24, 32))
+
+
+def block_of() -> dict[str, jax.Array]:
+    """A block whose keys have a large mean (a bias that slow rotations keep) and uneven pairs."""
+    keys = iter(jax.random.split(jax.random.key(1), 20))
+
+    def linear(rows: int, columns: int) -> jax.Array:
+        return jax.random.normal(next(keys), (rows, columns)) / np.sqrt(columns)
+
+    block = {
+        "input_layernorm.weight": jnp.ones(32),
+        "post_attention_layernorm.weight": jnp.ones(32),
+        "self_attn.q_proj.weight": linear(64, 32),
+        "self_attn.k_proj.weight": linear(32, 32) * jnp.exp(jax.random.normal(next(keys), (32, 1))),
+        "self_attn.v_proj.weight": linear(32, 32).at[3].multiply(8.0),
+        "self_attn.o_proj.weight": linear(32, 64),
+        "mlp.gate_proj.weight": linear(64, 32),
+        "mlp.up_proj.weight": linear(64, 32),
+        "mlp.down_proj.weight": linear(32, 64),
+    }
+    sizes = {"q": 64, "k": 32, "v": 32, "o": 32}
+    for part, size in sizes.items():
+        block[f"self_attn.{part}_proj.bias"] = jnp.zeros(size)
+    # The slowest pairs: channels 7 and 15 of each head turn by 0.003 radians a token.
+    return {**block, "self_attn.k_proj.bias": jnp.zeros(32).at[jnp.array([6, 7, 14, 15, 22, 23, 30, 31])].set(6.0)}
+
+
+ATTENTION_CONFIG = dataclasses.replace(CONFIG, attention_bias=True)
+
+
+def layer_of(block: dict[str, jax.Array], quantization: QuantizationConfig) -> DecoderLayer:
+    abstract = nnx.eval_shape(
+        lambda: DecoderLayer(
+            "layers.0", ATTENTION_CONFIG, quantization, dtype=jnp.float32, implementation="xla", rngs=nnx.Rngs(0)
+        )
+    )
+    parameters = layer_parameters(block, 0, quantization, jnp.float32)
+    return with_parameters(abstract, {name.removeprefix("layers.0."): value for name, value in parameters.items()})
+
+
+def run(block: dict[str, jax.Array], smoothing: SmoothingConfig | None, kv_format: formats.KVFormat, clip: float = 1.0):
+    """Output and taps of the block with float weights."""
+    taps: dict[str, jax.Array] = {}
+    quantization = QuantizationConfig(
+        weight_format="none",
+        activation_format="none",
+        query_format="none",
+        kv_format=kv_format,
+        kv_clip=clip,
+        smoothing=smoothing,
+    )
+    output = run_layer(layer_of(block, quantization), ATTENTION_CONFIG, HIDDEN, taps.__setitem__)
+    return output, taps
+
+
+def statistics_of(block: dict[str, jax.Array]) -> KeyStatistics:
+    _, taps = run(block, None, "none")
+    key, query = taps["key_after_rope"], taps["query_after_rope"].reshape(-1, 2, 2, 16)
+    moments = KeyMoments(key.mean(axis=(0, 1)), jnp.square(key).mean(axis=(0, 1)), jnp.square(query).mean(axis=(0, 2)))
+    return KeyStatistics(
+        pair_norm(jnp.square(taps["key_before_rope"])).max(axis=(0, 1)), jnp.abs(key).max(axis=(0, 1)), moments
+    )
+
+
+PIECES = {
+    "offset": {"key_offset": True},
+    "balanced": {"pre_rope": True, "pair_statistic": "rms", "query_exponent": 0.25},
+    "balanced, offset": {"pre_rope": True, "pair_statistic": "rms", "query_exponent": 0.25, "key_offset": True},
+    "offset after S": {"post_rope_channels": 3, "key_offset": True},
+    "rotation": {"value_rotation": True},
+}
+
+
+@pytest.mark.parametrize("piece", PIECES.values(), ids=PIECES)
+def test_float_attention_is_unchanged_and_int4_attention_is_closer(piece: dict[str, object]) -> None:
+    block, smoothing = block_of(), SmoothingConfig(**{**dataclasses.asdict(NOTHING), **piece})
+    smoothed = smooth_block(block, statistics_of(block), ATTENTION_CONFIG, smoothing)
+    exact, _ = run(block, None, "none")
+    same, _ = run(smoothed, smoothing, "none")
+    np.testing.assert_allclose(same, exact, atol=2e-4)
+    plain, _ = run(block, None, "int4")
+    better, _ = run(smoothed, smoothing, "int4")
+    assert jnp.linalg.norm(better - exact) < 0.95 * jnp.linalg.norm(plain - exact)
+
+
+def test_offset_is_the_mean_of_the_keys_that_are_stored() -> None:
+    block = block_of()
+    smoothing = dataclasses.replace(NOTHING, key_offset=True, post_rope_channels=3, pre_rope=True)
+    statistics = statistics_of(block)
+    smoothed = smooth_block(block, statistics, ATTENTION_CONFIG, smoothing)
+    _, taps = run(smoothed, smoothing, "none")
+    stored = taps["key_after_rope"] * smoothed["self_attn.post_rope_scale"] - smoothed["self_attn.key_offset"]
+    np.testing.assert_allclose(stored.mean(axis=(0, 1)), 0, atol=1e-4)
+
+
+def test_balanced_keys_do_not_depend_on_how_pairs_were_scaled_before() -> None:
+    """What makes a model with injected key outliers quantize as the plain one."""
+    statistics = statistics_of(block_of())
+    smoothing = dataclasses.replace(NOTHING, pre_rope=True, pair_statistic="rms", query_exponent=0.25)
+    assert statistics.moments is not None
+    factor = jnp.exp(jax.random.normal(jax.random.key(5), (2, 8)))
+    both = jnp.tile(factor, (1, 2))
+    moments = KeyMoments(
+        statistics.moments.mean * both,
+        statistics.moments.square * both**2,
+        statistics.moments.query_square / both**2,
+    )
+    outliers = KeyStatistics(statistics.pair_max * factor, statistics.channel_max * both, moments)
+    plain, _ = key_scales(statistics, smoothing)
+    scaled, _ = key_scales(outliers, smoothing)
+    ratio = np.asarray(scaled * both / plain)
+    np.testing.assert_allclose(ratio, np.broadcast_to(ratio[:, :1], ratio.shape), rtol=1e-4)
+
+
+def test_moments_are_asked_for() -> None:
+    statistics = statistics_of(block_of())._replace(moments=None)
+    with pytest.raises(ValueError, match="moments"):
+        smooth_block(block_of(), statistics, ATTENTION_CONFIG, dataclasses.replace(NOTHING, key_offset=True))
+    with pytest.raises(ValueError, match="statistics of the inputs"):
+        smooth_block(
+            block_of(), None, ATTENTION_CONFIG, dataclasses.replace(NOTHING, up_down=True, activation_exponent=0.5)
+        )
+
+
+@pytest.mark.parametrize("size", [1, 12, 64, 96])
+def test_hadamard_is_orthogonal(size: int) -> None:
+    matrix = hadamard(size)
+    np.testing.assert_allclose(matrix @ matrix.T, np.eye(size), atol=1e-6)
+    assert len(np.unique(np.abs(np.asarray(matrix)).round(6))) <= 2  # 0 and one magnitude
+
+
+def test_rotation_spreads_an_outlier_over_its_head() -> None:
+    rotated = rotate_values(block_of(), ATTENTION_CONFIG)
+    norms = jnp.linalg.norm(rotated["self_attn.v_proj.weight"], axis=1).reshape(2, 16)
+    before = jnp.linalg.norm(block_of()["self_attn.v_proj.weight"], axis=1).reshape(2, 16)
+    assert before.max() / before.min() > 5
+    assert norms[0].max() / norms[0].min() < 2
+
+
+def test_activation_exponent_balances_inputs_and_weights() -> None:
+    weight = jax.random.normal(jax.random.key(2), (8, 6))
+    inputs = jnp.exp(jax.random.normal(jax.random.key(3), (6,))).at[4].set(0)
+    factor = jnp.exp(jax.random.normal(jax.random.key(4), (6,)))
+    scale = column_scale(weight, "mean", inputs, 0.5)
+    moved = column_scale(weight / factor, "mean", inputs * factor, 0.5)
+    assert float(scale[4]) == float(moved[4]) == 1.0
+    used = np.array([0, 1, 2, 3, 5])
+    ratio = np.asarray(moved / scale / factor)[used]
+    np.testing.assert_allclose(ratio, ratio[0], rtol=1e-5)
+    np.testing.assert_allclose(column_scale(weight, "mean", inputs, 0.0), column_scale(weight, "mean"), rtol=1e-6)
+
+
+def test_clip_shrinks_the_scale_and_only_that() -> None:
+    rows = jax.random.normal(jax.random.key(6), (64, 128))
+    plain, clipped = (formats.quantize_kv(rows, "int4", clip=clip) for clip in (1.0, 0.93))
+    assert plain.scale is not None
+    assert clipped.scale is not None
+    ratio = np.asarray(clipped.scale.astype(jnp.float32) / plain.scale.astype(jnp.float32))
+    np.testing.assert_allclose(ratio, 0.93, rtol=0.01)
+    errors = [float(jnp.linalg.norm(formats.dequantize(x) - rows)) for x in (plain, clipped)]
+    assert errors[1] < errors[0]
+    fp8 = [formats.quantize_kv(rows, "fp8", clip=clip).scale for clip in (1.0, 0.93)]
+    np.testing.assert_array_equal(fp8[0], fp8[1])
