@@ -29,6 +29,8 @@ class Attention(nnx.Module):
     Attributes:
         post_rope_scale: float32 [kv_heads, H], FireQ's S: rotated keys are multiplied and queries
             divided by it. None without post-RoPE scaling.
+        key_offset: float32 [kv_heads, H], subtracted from the scaled keys before they are stored:
+            it moves all scores of a query alike, which softmax ignores. None without it.
     """
 
     def __init__(
