@@ -41,18 +41,18 @@ def main() -> None:
 
     tokenizer = load_tokenizer(SOURCE)
     calibration = calibration_batches(SOURCE / "calibration.txt", tokenizer, samples=16, sequence_length=WINDOW)
-    folders = {"bf16": SOURCE} | {name: converted(name, args.output, calibration) for name in ("rtn", "fireq")}
+    folders = {"bf16": SOURCE} | {name: converted(name, args.output, calibration) for name in ("rtn", "fireq", "fireq_plus")}
     text = load_tokens(SOURCE / "evaluation.txt", tokenizer)
     prompt = tokenizer(PROMPT, return_tensors="np")["input_ids"]
 
     print(f"\nJAX {jax.__version__} on {jax.devices()[0].device_kind}; perplexity over windows of {WINDOW} tokens")
-    print(f"{'model':8} {'perplexity':>10} {'loss':>7} {'size':>8}")
+    print(f"{'model':10} {'perplexity':>10} {'loss':>7} {'size':>8}")
     continuations, reference = {}, None
     for name, folder in folders.items():
         model = LlamaForCausalLM.from_pretrained(folder, dtype=jnp.bfloat16)
         value = perplexity(model, text, window=WINDOW, progress=False).perplexity
         reference = reference or value
-        print(f"{name:8} {value:10.3f} {value / reference - 1:7.1%} {model.nbytes / 1e6:5.1f} MB", flush=True)
+        print(f"{name:10} {value:10.3f} {value / reference - 1:7.1%} {model.nbytes / 1e6:5.1f} MB", flush=True)
         output = generate(model, prompt, max_new_tokens=48)
         new = output.sequences[0, prompt.shape[1] :][: int(output.lengths[0])]
         continuations[name] = tokenizer.decode(np.asarray(new))
