@@ -1,5 +1,6 @@
 """The model against transformers, against itself in other paths, and quantized against dequantized."""
 
+import dataclasses
 import functools
 import importlib.util
 
@@ -30,10 +31,15 @@ def build(fields, quantization=None, dtype=jnp.float32):
     for index in range(config.num_layers):
         prefix = f"layers.{index}."
         block = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-        if quantization.smoothing is not None:
-            scales = np.random.default_rng(index).uniform(0.5, 2, (config.num_kv_heads, config.head_dim))
-            block["self_attn.post_rope_scale"] = jnp.asarray(scales)
-        filled |= parameters.layer_parameters(block, index, quantization, dtype)
+        smoothing, random = quantization.smoothing, np.random.default_rng(index)
+        by_channel = random.uniform(0.5, 2, (config.num_kv_heads, config.head_dim))
+        if smoothing is not None and smoothing.post_rope_channels:
+            block["self_attn.post_rope_scale"] = jnp.asarray(by_channel)
+        if smoothing is not None and smoothing.key_offset:
+            block["self_attn.key_offset"] = jnp.asarray(by_channel)
+        # How codes were chosen does not show in the model; choosing them by text is tested elsewhere.
+        unmeasured = dataclasses.replace(quantization, scale_search=False, error_compensation=False)
+        filled |= parameters.layer_parameters(block, index, unmeasured, dtype)
     names = {"embed_tokens.weight": "embed_tokens", "norm.weight": "norm.weight", "lm_head.weight": "lm_head"}
     rest = {ours: tensors[theirs] for theirs, ours in names.items() if theirs in tensors}
     model = nnx.eval_shape(lambda: LlamaForCausalLM(config, quantization, dtype=dtype))

@@ -41,7 +41,8 @@ def test_no_group_is_worse_than_under_its_absmax_scale(
     plain = formats.round_group_scale(formats.finite_absmax(scaled) / 7, scale_dtype)
     assert scale.dtype == plain.dtype
     np.testing.assert_allclose(error, error_under(scale), rtol=1e-5)
-    assert np.all(np.asarray(error) <= np.asarray(error_under(plain)))
+    # Both are sums of 128 float32 terms, in orders of their own.
+    assert np.all(np.asarray(error) <= np.asarray(error_under(plain)) * (1 + 1e-5))
     assert float(jnp.sum(error)) < 0.8 * float(jnp.sum(error_under(plain)))
 
 
