@@ -19,6 +19,7 @@ from fireq_jax.text_data import load_tokens
 from fireq_jax.tokenizer import load_tokenizer
 
 SOURCE = Path(__file__).parent / "tiny_llama"
+RECIPES = ("rtn", "fireq", "fireq_plus")
 WINDOW = 512
 PROMPT = "The scale of a group"
 
@@ -41,7 +42,7 @@ def main() -> None:
 
     tokenizer = load_tokenizer(SOURCE)
     calibration = calibration_batches(SOURCE / "calibration.txt", tokenizer, samples=16, sequence_length=WINDOW)
-    folders = {"bf16": SOURCE} | {name: converted(name, args.output, calibration) for name in ("rtn", "fireq", "fireq_plus")}
+    folders = {"bf16": SOURCE} | {name: converted(name, args.output, calibration) for name in RECIPES}
     text = load_tokens(SOURCE / "evaluation.txt", tokenizer)
     prompt = tokenizer(PROMPT, return_tensors="np")["input_ids"]
 
