@@ -128,7 +128,6 @@ class Attention(nnx.Module):
         packed = self.qkv_proj(x).reshape(*x.shape[:2], heads + 2 * kv_heads, self.head_dim)
         query, key, value = jnp.split(packed, [heads, heads + kv_heads], axis=2)
         tap("key_before_rope", key)
-        tap("value", value)
         query, key = apply_rope(query, *rope), apply_rope(key, *rope)
         tap("key_after_rope", key)
         tap("query_after_rope", query)
