@@ -1,0 +1,290 @@
+"""Rows to FP8 on Hopper: the kernels behind ``row_quantize``.
+
+A thread block takes one row. It loads the row once, 8 elements (16 bytes) a thread and step, and
+holds it in registers; warps reduce by shuffles, the block through shared memory; then the row is
+divided by its scale, cast and stored, 8 bytes a thread and step. Many rows are one or two
+warpgroups each, so that several blocks share a multiprocessor and one's loads hide another's
+reduction; few rows are as many warpgroups as they have elements for, because each is a latency.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, gpu, llvm
+from jaxtyping import Array, Float
+
+from pallas_kernels import formats
+from pallas_kernels.formats import ScaledArray
+from pallas_kernels.matmul_device_sm90 import SCALAR, WARPGROUP, asm, const, i32, inlined, shared_address
+
+CHUNK = 8  # elements of a load
+MAX_WARPGROUPS = 8
+MAX_CHUNKS = 8  # a thread holds at most, as 64 float32 registers
+MAX_WIDTH = CHUNK * WARPGROUP * MAX_WARPGROUPS * MAX_CHUNKS
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the kernel cuts a row.
+
+    Attributes:
+        warpgroups: that share a row, 1 to 8.
+    """
+
+    warpgroups: int
+
+    def __post_init__(self):
+        if not 1 <= self.warpgroups <= MAX_WARPGROUPS:
+            raise ValueError(f"warpgroups is {self.warpgroups}; expected 1 to {MAX_WARPGROUPS}")
+
+
+def default_config(rows: int, width: int, multiprocessors: int = 132) -> Config:
+    """As many warpgroups as a row fills if every row can have its multiprocessor, else as few as hold it."""
+    chunks = -(-width // CHUNK)
+    each = 1 if rows <= 2 * multiprocessors else MAX_CHUNKS
+    return Config(min(MAX_WARPGROUPS, -(-chunks // (WARPGROUP * each))))
+
+
+def unsupported(x: Array) -> str | None:
+    """Why the kernel cannot run these rows, or None."""
+    if x.dtype != jnp.bfloat16:
+        return f"x has dtype {x.dtype}, not bfloat16"
+    if x.size == 0:
+        return "x is empty"
+    if x.shape[-1] % CHUNK or x.shape[-1] > MAX_WIDTH:
+        return f"rows have {x.shape[-1]} elements, not a multiple of {CHUNK} up to {MAX_WIDTH}"
+    return None
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def quantize_rows_sm90(x: Float[Array, "*rows D"], *, config: Config | None = None) -> ScaledArray:
+    """bf16 rows in FP8; see ``row_quantize.quantize_rows``."""
+    return _launch(x, None, 0.0, config)
+
+
+@functools.partial(jax.jit, static_argnames=("eps", "config"))
+def rms_norm_quantize_sm90(
+    x: Float[Array, "*rows D"], weight: Float[Array, " D"], *, eps: float, config: Config | None = None
+) -> ScaledArray:
+    """Normalized bf16 rows in FP8; see ``row_quantize.rms_norm_quantize``."""
+    return _launch(x, weight, eps, config)
+
+
+def _launch(x: Array, weight: Array | None, eps: float, config: Config | None) -> ScaledArray:
+    width = x.shape[-1]
+    flat = x.reshape(-1, width)
+    rows = flat.shape[0]
+    config = config or default_config(rows, width)
+    if config.warpgroups * WARPGROUP * CHUNK * MAX_CHUNKS < width:
+        raise ValueError(f"config is {config}; expected more warpgroups for rows of {width} elements")
+    values, scale = plgpu.kernel(
+        functools.partial(_kernel, warpgroups=config.warpgroups, eps=eps),
+        out_type=(jax.ShapeDtypeStruct(flat.shape, formats.E4M3), jax.ShapeDtypeStruct((rows,), jnp.float32)),
+        grid=(rows,),
+        grid_names=("row",),
+        num_threads=config.warpgroups,
+        thread_name="warpgroup",
+        scratch_types={"partials_smem": plgpu.SMEM((2 * 4 * config.warpgroups,), jnp.float32)},
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+    )(flat, *(() if weight is None else (weight,)))
+    return ScaledArray(values.reshape(x.shape), scale.reshape(*x.shape[:-1], 1))
+
+
+# --- device code ------------------------------------------------------------------------------------
+
+
+def _kernel(x_gmem, *refs, partials_smem, warpgroups: int, eps: float):
+    *weight_gmem, values_gmem, scale_gmem = refs
+    arguments = (x_gmem, *weight_gmem, values_gmem, scale_gmem, partials_smem)
+
+    @inlined(arg_types=(*(plgpu.RefType() for _ in arguments), SCALAR))
+    def inline(_: Any, x: ir.Value, *rest: Any) -> None:
+        *weight, values, scale, partials, row = rest
+        row = row.registers.item()
+        _quantize_row(x, weight[0] if weight else None, values, scale, partials, row, warpgroups, eps)
+
+    inline(*arguments, lax.axis_index("row"))
+
+
+def _quantize_row(
+    x: ir.Value,
+    weight: ir.Value | None,
+    values: ir.Value,
+    scale: ir.Value,
+    partials: ir.Value,
+    row: ir.Value,
+    warpgroups: int,
+    eps: float,
+) -> None:
+    """Row ``row`` of x [rows, D] to values [rows, D] and scale [rows]."""
+    (_, width), threads = ir.MemRefType(x.type).shape, WARPGROUP * warpgroups
+    thread, chunks = utils.thread_idx(), width // CHUNK
+    steps = -(-chunks // threads)
+    index = [arith.addi(thread, const(step * threads)) for step in range(steps)]
+    # Threads beyond the row's end do the last chunk once more; only the sum must not count it.
+    inside = arith.cmpi(arith.CmpIPredicate.ult, index[-1], const(chunks)) if chunks % threads else None
+    if inside is not None:
+        index[-1] = arith.minui(index[-1], const(chunks - 1))
+
+    source = _address(x, row, 2 * width)
+    loaded = [_load(_offset(source, i, 2 * CHUNK), i32()) for i in index]
+    factors: list[list[ir.Value]] = []
+    if weight is not None:
+        start = _address(weight)
+        places = [_offset(start, i, 4 * CHUNK) for i in index]
+        factors = [_load(place, _f32()) + _load(place, _f32(), 16) for place in places]
+
+    held, largest, total = [], _number(0.0), _number(0.0)
+    for step, words in enumerate(loaded):
+        elements = [element for word in words for element in _unpack(word)]
+        if weight is not None:
+            squares = _tree(arith.addf, [arith.mulf(e, e) for e in elements])
+            if inside is not None and step == steps - 1:
+                squares = arith.select(inside, squares, _number(0.0))
+            total = arith.addf(total, squares)
+            elements = [arith.mulf(e, f) for e, f in zip(elements, factors[step], strict=True)]
+        held.append(elements)
+        largest = _larger(largest, _tree(_larger, [_finite_magnitude(e) for e in elements]))
+
+    largest, total = _over_block(largest, total if weight is not None else None, partials, warpgroups)
+    # The rules of formats.absmax_scale. NaN never was the larger of two.
+    row_scale = arith.mulf(largest, _number(1 / formats.E4M3_MAX))
+    normal = arith.cmpf(arith.CmpFPredicate.OGE, row_scale, _number(float(jnp.finfo(jnp.float32).tiny)))
+    row_scale = arith.select(normal, row_scale, _number(1.0))
+    (inverse,) = asm([_f32()], [row_scale], "rcp.rn.f32 $0, $1;", "=f,f", volatile=False)
+
+    target = _address(values, row, width)
+    for i, elements in zip(index, held, strict=True):
+        quotients = [_divide(e, row_scale, inverse) for e in elements]
+        codes = [_to_e4m3(quotients[j : j + 4]) for j in range(0, CHUNK, 4)]
+        asm([], [_offset(target, i, CHUNK), *codes], "st.global.v2.b32 [$0], {$1, $2};", "l,r,r", volatile=True)
+
+    with utils.when(arith.cmpi(arith.CmpIPredicate.eq, thread, const(0))):
+        if total is not None:
+            row_scale = arith.mulf(row_scale, _inverse_rms(total, width, eps))
+        asm([], [_address(scale, row, 4), row_scale], "st.global.f32 [$0], $1;", "l,f", volatile=True)
+
+
+def _over_block(
+    largest: ir.Value, total: ir.Value | None, partials: ir.Value, warpgroups: int
+) -> tuple[ir.Value, ir.Value | None]:
+    """The maximum of ``largest`` (not negative) and the sum of ``total`` over the block's threads."""
+    warps, thread = 4 * warpgroups, utils.thread_idx()
+    # Floats that are not negative order as their bits do.
+    bits = asm([i32()], [largest], "redux.sync.max.u32 $0, $1, 0xffffffff;", "=r,f", volatile=True)
+    found = [arith.bitcast(_f32(), bits[0])]
+    if total is not None:
+        for distance in (16, 8, 4, 2, 1):
+            total = arith.addf(total, utils.shfl_bfly(total, distance))
+        found.append(total)
+    shared = shared_address(partials)
+    with utils.when(arith.cmpi(arith.CmpIPredicate.eq, arith.andi(thread, const(31)), const(0))):
+        place = arith.addi(shared, arith.muli(arith.shrui(thread, const(5)), const(4)))
+        for i, number in enumerate(found):
+            asm([], [place, number], f"st.shared.f32 [$0 + {4 * warps * i}], $1;", "r,f", volatile=True)
+    gpu.barrier()
+    results: list[ir.Value] = []
+    for i, combine in zip(range(len(found)), (_larger, arith.addf), strict=False):
+        numbers = []
+        for warp in range(0, warps, 4):
+            code = f"ld.shared.v4.f32 {{$0, $1, $2, $3}}, [$4 + {4 * (warps * i + warp)}];"
+            numbers += asm([_f32()] * 4, [shared], code, "=f,=f,=f,=f,r", volatile=True)
+        results.append(_tree(combine, numbers))
+    return results[0], results[1] if total is not None else None
+
+
+def _inverse_rms(total: ir.Value, width: int, eps: float) -> ir.Value:
+    """1 / sqrt(total / width + eps), within 2 ulp; NaN if ``total`` is not finite."""
+    mean_square = arith.mulf(total, _number(1 / width))
+    (inverse,) = asm(
+        [_f32()], [arith.addf(mean_square, _number(eps))], "rsqrt.approx.f32 $0, $1;", "=f,f", volatile=False
+    )
+    return _fma(mean_square, _number(0.0), inverse)
+
+
+def _divide(x: ir.Value, scale: ir.Value, inverse: ir.Value) -> ir.Value:
+    """x / scale correctly rounded, as the reference divides, with ``inverse`` = 1 / scale so rounded.
+
+    One Newton step from x * inverse (Markstein, 1990). Inf would make the remainder NaN.
+    """
+    quotient = arith.mulf(x, inverse)
+    remainder = _fma(arith.negf(quotient), scale, x)
+    remainder = _larger(remainder, _number(-float(jnp.finfo(jnp.float32).max)))
+    return _fma(remainder, inverse, quotient)
+
+
+def _finite_magnitude(x: ir.Value) -> ir.Value:
+    """|x|, or NaN where x is not finite: :func:`_larger` passes over it."""
+    (result,) = asm([_f32()], [_fma(x, _number(0.0), x)], "abs.f32 $0, $1;", "=f,f", volatile=False)
+    return result
+
+
+def _larger(x: ir.Value, y: ir.Value) -> ir.Value:
+    """The larger number; a NaN loses against any."""
+    return arith.maxnumf(x, y)
+
+
+def _fma(x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
+    (result,) = asm([_f32()], [x, y, z], "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", volatile=False)
+    return result
+
+
+def _tree(combine: Any, numbers: list[ir.Value]) -> ir.Value:
+    while len(numbers) > 1:
+        numbers = [combine(*numbers[i : i + 2]) for i in range(0, len(numbers), 2)]
+    return numbers[0]
+
+
+def _unpack(word: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The two bf16 numbers of a word as float32, the low one first."""
+    halves = arith.shli(word, const(16)), arith.andi(word, const(0xFFFF0000))
+    return arith.bitcast(_f32(), halves[0]), arith.bitcast(_f32(), halves[1])
+
+
+def _to_e4m3(elements: list[ir.Value]) -> ir.Value:
+    """Four float32 -> one word of E4M3, the first in the lowest byte."""
+    # A conversion puts its first operand in the upper byte.
+    code = """{
+        .reg .b16 low, high;
+        cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+        cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+        mov.b32 $0, {low, high};
+    }"""
+    return asm([i32()], elements, code, "=r,f,f,f,f", volatile=False)[0]
+
+
+def _load(address: ir.Value, element: ir.Type, offset: int = 0) -> list[ir.Value]:
+    """16 bytes of read-only global memory as four numbers."""
+    kind, register = ("f32", "=f") if element == _f32() else ("b32", "=r")
+    code = f"ld.global.nc.v4.{kind} {{$0, $1, $2, $3}}, [$4 + {offset}];"
+    return asm([element] * 4, [address], code, f"{register},{register},{register},{register},l", volatile=True)
+
+
+def _address(ref: ir.Value, row: ir.Value | None = None, row_bytes: int = 0) -> ir.Value:
+    """Where row ``row`` of ``ref`` begins in global memory; 64 bits, which a large array needs."""
+    start = llvm.ptrtoint(_i64(), utils.memref_ptr(ref))
+    return start if row is None else _offset(start, row, row_bytes)
+
+
+def _offset(start: ir.Value, index: ir.Value, size: int) -> ir.Value:
+    wide = arith.muli(arith.extui(_i64(), index), arith.constant(_i64(), ir.IntegerAttr.get(_i64(), size)))
+    return arith.addi(start, wide)
+
+
+def _number(value: float) -> ir.Value:
+    return arith.constant(_f32(), ir.FloatAttr.get(_f32(), value))
+
+
+def _f32() -> ir.Type:
+    return ir.F32Type.get()
+
+
+def _i64() -> ir.Type:
+    return ir.IntegerType.get_signless(64)
