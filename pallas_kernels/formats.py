@@ -11,9 +11,11 @@ INT4
     Integers -7..7 (sign and magnitude; -8 does not exist), so that negation is exact and a
     group's fifteen values are its eight magnitudes with a sign.
 Scales
-    ``scale = absmax / limit`` over the finite entries of the row or group. A row without a
-    finite non-zero entry gets scale 1, so that its codes are zeros (or saturated, or NaN) and
-    nothing is ever divided by zero.
+    ``scale = absmax / limit`` over the finite entries of the row or group, as a product with the
+    float32 reciprocal of ``limit``: so XLA compiles a division by a constant, and so every kernel
+    must compute it for the same codes. A row without a finite non-zero entry gets scale 1, so
+    that its codes are zeros (or saturated, or NaN) and nothing is ever divided by zero; so does
+    one whose scale would be subnormal, which some devices flush to zero.
 
 Sources: FireQ (arXiv 2505.20839), sections on INT4 x FP8 weights and RoPE-aware KV quantization;
 OCP 8-bit floating point specification (E4M3).
@@ -60,9 +62,9 @@ def finite_absmax(x: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]
 
 
 def absmax_scale(absmax: Float[Array, "..."], limit: float) -> Float[Array, "..."]:
-    """Scale that maps ``absmax`` to ``limit``; 1 where ``absmax`` is 0 or the quotient vanishes."""
-    scale = absmax.astype(jnp.float32) / limit
-    return jnp.where(scale > 0, scale, 1.0)
+    """Scale that maps ``absmax`` to ``limit``; 1 where that would be 0 or subnormal."""
+    scale = absmax.astype(jnp.float32) * (1 / limit)
+    return jnp.where(scale >= jnp.finfo(jnp.float32).tiny, scale, 1.0)
 
 
 def round_to_e4m3(x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, llvm
+from jaxlib.mlir.dialects import arith, gpu, llvm, math
 from jaxtyping import Array, Float
 
 from pallas_kernels import formats
@@ -141,20 +141,20 @@ def _quantize_row(
         places = [_offset(start, i, 4 * CHUNK) for i in index]
         factors = [_load(place, _f32()) + _load(place, _f32(), 16) for place in places]
 
-    held, largest, total = [], _number(0.0), _number(0.0)
-    for step, words in enumerate(loaded):
-        elements = [element for word in words for element in _unpack(word)]
-        if weight is not None:
-            squares = _tree(arith.addf, [arith.mulf(e, e) for e in elements])
-            if inside is not None and step == steps - 1:
-                squares = arith.select(inside, squares, _number(0.0))
-            total = arith.addf(total, squares)
-            elements = [arith.mulf(e, f) for e, f in zip(elements, factors[step], strict=True)]
-        held.append(elements)
-        largest = _larger(largest, _tree(_larger, [_finite_magnitude(e) for e in elements]))
+    held = [[element for word in words for element in _unpack(word)] for words in loaded]
+    total = None
+    if weight is None:
+        largest = _finite_absmax([word for words in loaded for word in words])
+    else:
+        squares = [_sum_of_squares(elements) for elements in held]
+        if inside is not None:
+            squares[-1] = arith.select(inside, squares[-1], _number(0.0))
+        total = _tree(arith.addf, squares)
+        held = [[arith.mulf(e, f) for e, f in zip(*pair, strict=True)] for pair in zip(held, factors, strict=True)]
+        largest = _tree(_larger, [math.absf(element) for elements in held for element in elements])
+    largest, total = _over_block(largest, total, partials, warpgroups)
 
-    largest, total = _over_block(largest, total if weight is not None else None, partials, warpgroups)
-    # The rules of formats.absmax_scale. NaN never was the larger of two.
+    # The rules of formats.absmax_scale.
     row_scale = arith.mulf(largest, _number(1 / formats.E4M3_MAX))
     normal = arith.cmpf(arith.CmpFPredicate.OGE, row_scale, _number(float(jnp.finfo(jnp.float32).tiny)))
     row_scale = arith.select(normal, row_scale, _number(1.0))
@@ -162,7 +162,8 @@ def _quantize_row(
 
     target = _address(values, row, width)
     for i, elements in zip(index, held, strict=True):
-        quotients = [_divide(e, row_scale, inverse) for e in elements]
+        # A normalized row with Inf has a scale of NaN, whatever its values.
+        quotients = [_divide(e, row_scale, inverse, keep_infinite=weight is None) for e in elements]
         codes = [_to_e4m3(quotients[j : j + 4]) for j in range(0, CHUNK, 4)]
         asm([], [_offset(target, i, CHUNK), *codes], "st.global.v2.b32 [$0], {$1, $2};", "l,r,r", volatile=True)
 
@@ -190,7 +191,7 @@ def _over_block(
         for i, number in enumerate(found):
             asm([], [place, number], f"st.shared.f32 [$0 + {4 * warps * i}], $1;", "r,f", volatile=True)
     gpu.barrier()
-    results: list[ir.Value] = []
+    results = []
     for i, combine in zip(range(len(found)), (_larger, arith.addf), strict=False):
         numbers = []
         for warp in range(0, warps, 4):
@@ -200,46 +201,60 @@ def _over_block(
     return results[0], results[1] if total is not None else None
 
 
+def _finite_absmax(words: list[ir.Value]) -> ir.Value:
+    """Largest finite magnitude among pairs of bf16, two at a time; 0 where there is none."""
+    # x * 0 + x is NaN unless x is finite, and a maximum passes over NaN.
+    code = """{
+        .reg .b32 zero, finite;
+        mov.b32 zero, 0;
+        fma.rn.bf16x2 finite, $2, zero, $2;
+        abs.bf16x2 finite, finite;
+        max.bf16x2 $0, $1, finite;
+    }"""
+    largest = const(0)
+    for word in words:
+        (largest,) = asm([i32()], [largest, word], code, "=r,r,r", volatile=False)
+    return _larger(*_unpack(largest))
+
+
+def _sum_of_squares(elements: list[ir.Value]) -> ir.Value:
+    total = arith.mulf(elements[0], elements[0])
+    for element in elements[1:]:
+        total = math.fma(element, element, total)
+    return total
+
+
 def _inverse_rms(total: ir.Value, width: int, eps: float) -> ir.Value:
     """1 / sqrt(total / width + eps), within 2 ulp; NaN if ``total`` is not finite."""
     mean_square = arith.mulf(total, _number(1 / width))
     (inverse,) = asm(
         [_f32()], [arith.addf(mean_square, _number(eps))], "rsqrt.approx.f32 $0, $1;", "=f,f", volatile=False
     )
-    return _fma(mean_square, _number(0.0), inverse)
+    return math.fma(mean_square, _number(0.0), inverse)
 
 
-def _divide(x: ir.Value, scale: ir.Value, inverse: ir.Value) -> ir.Value:
+def _divide(x: ir.Value, scale: ir.Value, inverse: ir.Value, *, keep_infinite: bool) -> ir.Value:
     """x / scale correctly rounded, as the reference divides, with ``inverse`` = 1 / scale so rounded.
 
-    One Newton step from x * inverse (Markstein, 1990). Inf would make the remainder NaN.
+    One Newton step from x * inverse (Markstein, 1990); -0 becomes 0.
     """
     quotient = arith.mulf(x, inverse)
-    remainder = _fma(arith.negf(quotient), scale, x)
-    remainder = _larger(remainder, _number(-float(jnp.finfo(jnp.float32).max)))
-    return _fma(remainder, inverse, quotient)
-
-
-def _finite_magnitude(x: ir.Value) -> ir.Value:
-    """|x|, or NaN where x is not finite: :func:`_larger` passes over it."""
-    (result,) = asm([_f32()], [_fma(x, _number(0.0), x)], "abs.f32 $0, $1;", "=f,f", volatile=False)
-    return result
+    remainder = math.fma(arith.negf(quotient), scale, x)
+    if keep_infinite:  # Inf's remainder is NaN.
+        remainder = _larger(remainder, _number(-float(jnp.finfo(jnp.float32).max)))
+    return math.fma(remainder, inverse, quotient)
 
 
 def _larger(x: ir.Value, y: ir.Value) -> ir.Value:
-    """The larger number; a NaN loses against any."""
+    """The larger number; NaN loses against any."""
     return arith.maxnumf(x, y)
 
 
-def _fma(x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
-    (result,) = asm([_f32()], [x, y, z], "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", volatile=False)
-    return result
-
-
 def _tree(combine: Any, numbers: list[ir.Value]) -> ir.Value:
-    while len(numbers) > 1:
-        numbers = [combine(*numbers[i : i + 2]) for i in range(0, len(numbers), 2)]
-    return numbers[0]
+    if len(numbers) == 1:
+        return numbers[0]
+    middle = len(numbers) // 2
+    return combine(_tree(combine, numbers[:middle]), _tree(combine, numbers[middle:]))
 
 
 def _unpack(word: ir.Value) -> tuple[ir.Value, ir.Value]:
