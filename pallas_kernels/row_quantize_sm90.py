@@ -151,10 +151,11 @@ def _quantize_row(
             squares[-1] = arith.select(inside, squares[-1], _number(0.0))
         total = _tree(arith.addf, squares)
         held = [[arith.mulf(e, f) for e, f in zip(*pair, strict=True)] for pair in zip(held, factors, strict=True)]
+        # Inf may count: the scale of a row with Inf is NaN, whatever its values.
         largest = _tree(_larger, [math.absf(element) for elements in held for element in elements])
     largest, total = _over_block(largest, total, partials, warpgroups)
 
-    # The rules of formats.absmax_scale.
+    # The rules of formats: absmax_scale, reciprocals.
     row_scale = arith.mulf(largest, _number(1 / formats.E4M3_MAX))
     normal = arith.cmpf(arith.CmpFPredicate.OGE, row_scale, _number(float(jnp.finfo(jnp.float32).tiny)))
     row_scale = arith.select(normal, row_scale, _number(1.0))
@@ -162,9 +163,8 @@ def _quantize_row(
 
     target = _address(values, row, width)
     for i, elements in zip(index, held, strict=True):
-        # A normalized row with Inf has a scale of NaN, whatever its values.
-        quotients = [_divide(e, row_scale, inverse, keep_infinite=weight is None) for e in elements]
-        codes = [_to_e4m3(quotients[j : j + 4]) for j in range(0, CHUNK, 4)]
+        scaled = [arith.mulf(e, inverse) for e in elements]
+        codes = [_to_e4m3(scaled[j : j + 4]) for j in range(0, CHUNK, 4)]
         asm([], [_offset(target, i, CHUNK), *codes], "st.global.v2.b32 [$0], {$1, $2};", "l,r,r", volatile=True)
 
     with utils.when(arith.cmpi(arith.CmpIPredicate.eq, thread, const(0))):
@@ -231,18 +231,6 @@ def _inverse_rms(total: ir.Value, width: int, eps: float) -> ir.Value:
         [_f32()], [arith.addf(mean_square, _number(eps))], "rsqrt.approx.f32 $0, $1;", "=f,f", volatile=False
     )
     return math.fma(mean_square, _number(0.0), inverse)
-
-
-def _divide(x: ir.Value, scale: ir.Value, inverse: ir.Value, *, keep_infinite: bool) -> ir.Value:
-    """x / scale correctly rounded, as the reference divides, with ``inverse`` = 1 / scale so rounded.
-
-    One Newton step from x * inverse (Markstein, 1990); -0 becomes 0.
-    """
-    quotient = arith.mulf(x, inverse)
-    remainder = math.fma(arith.negf(quotient), scale, x)
-    if keep_infinite:  # Inf's remainder is NaN.
-        remainder = _larger(remainder, _number(-float(jnp.finfo(jnp.float32).max)))
-    return math.fma(remainder, inverse, quotient)
 
 
 def _larger(x: ir.Value, y: ir.Value) -> ir.Value:

@@ -48,7 +48,7 @@ def weight_of(width: int) -> jax.Array:
 
 
 def on_cpu(function, *arguments):
-    """The reference's IEEE arithmetic: XLA's division on a GPU is off by up to 2 ulp."""
+    """The reference with exact reciprocals: XLA's on a GPU may be an ulp off."""
     with jax.default_device(jax.devices("cpu")[0]):
         return jax.jit(function)(*(jnp.asarray(np.asarray(x)) for x in arguments))
 
