@@ -4,6 +4,7 @@ Inside, every batch is right-padded: sequence b's tokens come first in its row a
 says how many there are. ``__call__`` accepts any 0/1 mask and brings it to that form.
 """
 
+import functools
 from pathlib import Path
 from typing import Literal, Self
 
@@ -215,7 +216,8 @@ class LlamaForCausalLM(nnx.Module):
         entries: list[LayerCache | None] = []
         for i, layer in enumerate(self.layers):
             entry = None if cache is None else cache.layers[i]
-            x, entry = layer(x, rope, start=start, lengths=lengths, cache=entry, capacity=capacity)
+            graph, state = nnx.split(layer)
+            x, entry = _run_layer(graph, state, x, rope, start, lengths, entry, capacity)
             entries.append(entry)
         if positions == "last":
             x = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
@@ -228,6 +230,22 @@ class LlamaForCausalLM(nnx.Module):
         """float32 logits of hidden states that left the last layer."""
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         return matmul_float(self.norm(x), head.get_value())
+
+
+# Layers of one structure are traced and lowered once: inside a jitted model they call one function.
+@functools.partial(jax.jit, static_argnames=("graph", "capacity"))
+def _run_layer(
+    graph: nnx.GraphDef[DecoderLayer],
+    state: nnx.State,
+    x: Float[Array, "B T D"],
+    rope: tuple[Float[Array, "B T half"], Float[Array, "B T half"]],
+    start: Int[Array, " B"],
+    lengths: Int[Array, " B"],
+    cache: LayerCache | None,
+    capacity: int | None,
+) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+    layer = nnx.merge(graph, state)
+    return layer(x, rope, start=start, lengths=lengths, cache=cache, capacity=capacity)
 
 
 def right_pad(
