@@ -61,24 +61,6 @@ def run(attention, q, k, v, start=START, lengths=LENGTHS, **options):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [None, 1, 3])
-@pytest.mark.gpu
-def test_whole_prompts_in_bf16_take_cudnn():
-    batch, length, heads, kv_heads, head_dim = 2, 96, 4, 2, 64
-    lengths = jnp.asarray([96, 41])
-    q = normal(0, (batch, length, heads, head_dim))
-    k, v = (normal(seed, (batch, kv_heads, length, head_dim)) for seed in (1, 2))
-    rows = [ScaledArray(jnp.asarray(x, jnp.bfloat16), None) for x in (q, k, v)]
-    options = {"query_start": None, "kv_lengths": lengths, "scale": head_dim**-0.5}
-    assert "cudnn" in prefill.lower(*rows, **options).as_text()
-    out, expected = (
-        np.asarray(prefill(*rows, implementation=implementation, **options), np.float32)
-        for implementation in ("auto", "xla")
-    )
-    valid = np.arange(length) < np.asarray(lengths)[:, None]
-    # Both round P and the result to bf16, 2^-9 of numbers below 1.
-    np.testing.assert_allclose(out[valid], expected[valid], atol=0.01)
-
-
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_masks_groups_and_chunks(kv_heads, window, causal):
     """Ragged lengths; chunks that start at 0, 2 and 4; MQA, GQA and MHA."""
@@ -202,3 +184,21 @@ def test_errors_quote_the_offending_value(attention, changes, quoted):
     lengths = {name: jnp.zeros(shapes[name], jnp.int32) for name in ("query_start", "kv_lengths")}
     with pytest.raises(ValueError, match=quoted):
         functools.partial(attention, scale=1.0)(*rows, **lengths, **options)
+
+
+@pytest.mark.gpu
+def test_whole_prompts_in_bf16_take_cudnn():
+    batch, length, heads, kv_heads, head_dim = 2, 96, 4, 2, 64
+    lengths = jnp.asarray([96, 41])
+    q = normal(0, (batch, length, heads, head_dim))
+    k, v = (normal(seed, (batch, kv_heads, length, head_dim)) for seed in (1, 2))
+    rows = [ScaledArray(jnp.asarray(x, jnp.bfloat16), None) for x in (q, k, v)]
+    options = {"query_start": None, "kv_lengths": lengths, "scale": head_dim**-0.5}
+    assert "cudnn" in prefill.lower(*rows, **options).as_text()
+    out, expected = (
+        np.asarray(prefill(*rows, implementation=implementation, **options), np.float32)
+        for implementation in ("auto", "xla")
+    )
+    valid = np.arange(length) < np.asarray(lengths)[:, None]
+    # Both round P and the result to bf16, 2^-9 of numbers below 1.
+    np.testing.assert_allclose(out[valid], expected[valid], atol=0.01)
