@@ -106,17 +106,14 @@ class Attention(nnx.Module):
             new_cache = LayerCache(stored_key, stored_value)
         elif capacity is not None:
             new_cache = LayerCache(kv_cache.fill(stored_key, capacity), kv_cache.fill(stored_value, capacity))
-        few = cache is not None and x.shape[1] <= DECODE_QUERIES
-        attention = (decode_attention if few else prefill_attention)(
-            scaled_query,
-            stored_key,
-            stored_value,
-            query_start=start,
+        attend = functools.partial(
+            decode_attention if cache is not None and x.shape[1] <= DECODE_QUERIES else prefill_attention,
             kv_lengths=start + lengths,
             scale=self.head_dim**-0.5,
             out_dtype=x.dtype,
             implementation=self.implementation,
         )
+        attention = attend(scaled_query, stored_key, stored_value, query_start=start if cache is not None else None)
         merged = attention.reshape(*x.shape[:2], self.heads * self.head_dim)
         tap("o_input", merged)
         return self.o_proj(merged, residual=residual), new_cache

@@ -31,7 +31,6 @@ class Linear(nnx.Module):
     """y = x W^T + bias, W [N, K] a plain array or a :class:`QuantizedTensor`.
 
     Attributes:
-        name: full name, matched by ``QuantizationConfig.keep_float``.
         weight: [N, K] in ``dtype``, or quantized.
         bias: [N] in ``dtype``, or None.
     """
@@ -60,7 +59,6 @@ class Linear(nnx.Module):
                 group_size=quantization.group_size,
                 scale_dtype=quantization.scale_dtype,
             )
-        self.name = name
         self.weight = nnx.Param(weight)
         self.bias = nnx.Param(jnp.zeros((out_features,), dtype)) if bias else None
         self.fp8_activations = quantization.activation_format == "fp8"
