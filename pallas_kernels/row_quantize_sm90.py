@@ -2,13 +2,14 @@
 
 A thread block takes one row. It loads the row once, 8 elements (16 bytes) a thread and step, and
 holds it in registers; warps reduce by shuffles, the block through shared memory; then the row is
-divided by its scale, cast and stored, 8 bytes a thread and step. Many rows are one or two
+multiplied by its scale's reciprocal, cast and stored, 8 bytes a thread and step. Many rows are one or two
 warpgroups each, so that several blocks share a multiprocessor and one's loads hide another's
 reduction; few rows are as many warpgroups as they have elements for, because each is a latency.
 """
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -48,7 +49,7 @@ class Config:
 def default_config(rows: int, width: int, multiprocessors: int = 132) -> Config:
     """As many warpgroups as a row fills if every row can have its multiprocessor, else as few as hold it."""
     chunks = -(-width // CHUNK)
-    each = 1 if rows <= 2 * multiprocessors else MAX_CHUNKS
+    each = 4 if rows <= 2 * multiprocessors else MAX_CHUNKS
     return Config(min(MAX_WARPGROUPS, -(-chunks // (WARPGROUP * each))))
 
 
@@ -251,7 +252,7 @@ def _unpack(word: ir.Value) -> tuple[ir.Value, ir.Value]:
     return arith.bitcast(_f32(), halves[0]), arith.bitcast(_f32(), halves[1])
 
 
-def _to_e4m3(elements: list[ir.Value]) -> ir.Value:
+def _to_e4m3(elements: Sequence[ir.Value]) -> ir.Value:
     """Four float32 -> one word of E4M3, the first in the lowest byte."""
     # A conversion puts its first operand in the upper byte.
     code = """{
@@ -260,7 +261,7 @@ def _to_e4m3(elements: list[ir.Value]) -> ir.Value:
         cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
         mov.b32 $0, {low, high};
     }"""
-    return asm([i32()], elements, code, "=r,f,f,f,f", volatile=False)[0]
+    return asm([i32()], list(elements), code, "=r,f,f,f,f", volatile=False)[0]
 
 
 def _load(address: ir.Value, element: ir.Type, offset: int = 0) -> list[ir.Value]:

@@ -64,7 +64,7 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B T D"],
+        x: ScaledArray | Float[Array, "B T D"],
         residual: Float[Array, "B T D"],
         rope: tuple[Float[Array, "B T half"], Float[Array, "B T half"]],
         *,
@@ -77,8 +77,9 @@ class Attention(nnx.Module):
         """Attention of a chunk, plus ``residual``.
 
         Args:
-            x: normalized hidden states; sequence b has ``lengths[b]`` valid tokens, first in its row.
-            residual: added to the output.
+            x: normalized hidden states (``RMSNorm.input_of`` qkv_proj); sequence b has ``lengths[b]``
+                valid tokens, first in its row.
+            residual: added to the output, in the model's dtype.
             rope: cos and sin of the tokens' positions.
             start: position of each sequence's first token in ``x``.
             lengths: valid tokens of each sequence in ``x``.
@@ -89,7 +90,6 @@ class Attention(nnx.Module):
         Returns:
             [B, T, D], and the new cache if ``cache`` or ``capacity`` was given.
         """
-        tap("qkv_input", x)
         query, key, value = self._project(x, rope, tap)
         quantization = self.quantization
         stored_key, stored_value = (
@@ -107,22 +107,23 @@ class Attention(nnx.Module):
         elif capacity is not None:
             new_cache = LayerCache(kv_cache.fill(stored_key, capacity), kv_cache.fill(stored_value, capacity))
         attend = functools.partial(
-            decode_attention if cache is not None and x.shape[1] <= DECODE_QUERIES else prefill_attention,
+            decode_attention if cache is not None and residual.shape[1] <= DECODE_QUERIES else prefill_attention,
             kv_lengths=start + lengths,
             scale=self.head_dim**-0.5,
-            out_dtype=x.dtype,
+            out_dtype=residual.dtype,
             implementation=self.implementation,
         )
         attention = attend(scaled_query, stored_key, stored_value, query_start=start if cache is not None else None)
-        merged = attention.reshape(*x.shape[:2], self.heads * self.head_dim)
+        merged = attention.reshape(*residual.shape[:2], self.heads * self.head_dim)
         tap("o_input", merged)
         return self.o_proj(merged, residual=residual), new_cache
 
     def _project(
-        self, x: Float[Array, "B T D"], rope: tuple[Array, Array], tap: Tap
+        self, x: ScaledArray | Float[Array, "B T D"], rope: tuple[Array, Array], tap: Tap
     ) -> tuple[Float[Array, "B T heads H"], Float[Array, "B T kv_heads H"], Float[Array, "B T kv_heads H"]]:
         heads, kv_heads = self.heads, self.kv_heads
-        packed = self.qkv_proj(x).reshape(*x.shape[:2], heads + 2 * kv_heads, self.head_dim)
+        packed = self.qkv_proj(x)
+        packed = packed.reshape(*packed.shape[:2], heads + 2 * kv_heads, self.head_dim)
         query, key, value = jnp.split(packed, [heads, heads + kv_heads], axis=2)
         tap("key_before_rope", key)
         query, key = apply_rope(query, *rope), apply_rope(key, *rope)

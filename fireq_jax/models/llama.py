@@ -42,11 +42,11 @@ class DecoderLayer(nnx.Module):
         implementation: Implementation,
         rngs: nnx.Rngs,
     ) -> None:
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, implementation)
         self.self_attn = Attention(
             f"{name}.self_attn", config, quantization, dtype=dtype, implementation=implementation, rngs=rngs
         )
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, implementation)
         self.mlp = MLP(
             f"{name}.mlp",
             config.hidden_size,
@@ -70,10 +70,12 @@ class DecoderLayer(nnx.Module):
         tap: Tap = no_tap,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """One block; arguments as in :class:`~fireq_jax.models.attention.Attention`."""
+        normalized = self.input_layernorm.input_of(self.self_attn.qkv_proj, x, tap, "qkv_input")
         x, new_cache = self.self_attn(
-            self.input_layernorm(x), x, rope, start=start, lengths=lengths, cache=cache, capacity=capacity, tap=tap
+            normalized, x, rope, start=start, lengths=lengths, cache=cache, capacity=capacity, tap=tap
         )
-        return self.mlp(self.post_attention_layernorm(x), x, tap), new_cache
+        normalized = self.post_attention_layernorm.input_of(self.mlp.gate_up_proj, x, tap, "gate_up_input")
+        return self.mlp(normalized, x, tap), new_cache
 
 
 class LlamaForCausalLM(nnx.Module):
@@ -107,7 +109,7 @@ class LlamaForCausalLM(nnx.Module):
                 for i in range(config.num_layers)
             ]
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, implementation)
         head = None
         if quantization.lm_head_format == "fp8":
             head = QuantizedTensor.random(rngs.params(), shape, format="fp8")
@@ -235,11 +237,10 @@ class LlamaForCausalLM(nnx.Module):
     def logits(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """float32 logits of hidden states that left the last layer."""
         head = (self.embed_tokens if self.lm_head is None else self.lm_head).get_value()
-        x = self.norm(x)
         if isinstance(head, QuantizedTensor):
             # XLA multiplies FP8 by FP8 at full speed.
-            return matmul(formats.quantize_fp8(x), head, out_dtype=jnp.float32, implementation="xla")
-        return matmul_float(x, head)
+            return matmul(self.norm.quantized(x), head, out_dtype=jnp.float32, implementation="xla")
+        return matmul_float(self.norm(x), head)
 
 
 # Layers of one structure are traced and lowered once: inside a jitted model they call one function.
