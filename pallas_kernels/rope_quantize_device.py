@@ -1,6 +1,7 @@
 """Device code of ``rope_quantize_sm90``, which describes it and launches it: one warp's work.
 
-Nothing is rounded here by a rule of its own: scales, E4M3 and INT4 follow ``formats``.
+Nothing is rounded here by a rule of its own: scales, E4M3 and INT4 follow ``formats``. The sign of
+a zero is not kept.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from pallas_kernels import formats
 from pallas_kernels.matmul_device_sm90 import SCALAR, asm, const, i32, inlined
 
 PAIRS = 8  # (i, i + H/2) that a lane holds: 16 bytes of bf16 of each half
+_Emit = Callable[[], Sequence[ir.Value]]
 CACHE = ("key", "key_scale", "value", "value_scale")
 
 

@@ -61,8 +61,8 @@ CASES = {
     "S and offset, all groups in a warp": Case(4, scaled=True, centered=True, lengths=(4, 3), config=sm90.Config(99)),
     "three groups a warp": Case(7, heads=32, kv_heads=8, lengths=(7, 6), config=sm90.Config(3)),
     "prompts": Case(700, slots=720, starts=(0, 0, 30), lengths=(700, 12, 699), clip=0.93),
-    "exact": Case(64, slots=64, starts=(0, 0), lengths=(64, 64), quarter_turns=True),
-    "exact, S, offset": Case(
+    "quarter turns": Case(64, slots=64, starts=(0, 0), lengths=(64, 64), quarter_turns=True),
+    "quarter turns, S, offset": Case(
         64, slots=64, starts=(0, 0), lengths=(64, 64), scaled=True, centered=True, quarter_turns=True
     ),
 }  # fmt: skip
@@ -89,10 +89,8 @@ def run(function: Any, packed: Any, cos: Any, sin: Any, key: Any, value: Any, st
 
 
 def arrays(tree: Any) -> list[np.ndarray]:
-    """Leaves as numbers; E4M3 and codes as their bytes, so that NaN and -0 count."""
-    leaves = jax.tree.leaves(tree)
-    bytes_of = [jax.lax.bitcast_convert_type(x, jnp.uint8) if x.dtype == formats.E4M3 else x for x in leaves]
-    return [np.asarray(x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x) for x in bytes_of]
+    """Leaves as numpy arrays: codes as they are, all else as float32."""
+    return [np.asarray(x if x.dtype == jnp.uint8 else x.astype(jnp.float32)) for x in jax.tree.leaves(tree)]
 
 
 # --- the reference --------------------------------------------------------------------------------
@@ -123,6 +121,7 @@ def test_reference_is_the_composition_of_formats(kv_format, group, quantize_quer
         cache, (key, value), (turned[:, :, 8:10] * scale - offset, rows[:, :, 10:]), strict=True
     ):
         stored = formats.quantize_kv(jnp.asarray(new).swapaxes(1, 2), kv_format, group, 0.93)
+        stored = jax.tree.map(lambda x, like: x.astype(like.dtype), stored, old)
         for after, before, added in zip(*map(arrays, (entry, old, stored)), strict=True):
             expected = before.copy()
             expected[0, :, 0:4] = added[0]
@@ -211,7 +210,7 @@ def test_a_named_kernel_never_falls_back():
         run(rope_quantize, *operands(Case(), "fp8"), implementation="mosaic_gpu")
 
 
-@pytest.mark.parametrize(("tokens", "groups"), [(1, 1), (256, 1), (1024, 5), (16384, 12)])
+@pytest.mark.parametrize(("tokens", "groups"), [(1, 1), (256, 1), (1024, 4), (16384, 12)])
 def test_a_warp_takes_more_groups_where_there_are_many_tokens(tokens, groups):
     assert sm90.default_config(tokens, 12).groups == groups
 
@@ -225,26 +224,24 @@ def test_configs_quote_what_is_wrong(make):
 # --- the kernel on a GPU ------------------------------------------------------------------------------
 
 
-def compare(case: Case, inputs: Any) -> None:
-    """Kernel and compiled reference on the same cache.
+def compare(case: Case, inputs: Any) -> Any:
+    """Kernel and compiled reference on the same cache; the kernel's results.
 
-    Equal bit for bit where no step rounds. Else the two may fuse other multiplications into sums:
-    a float32 ulp, which takes a few elements over a rounding boundary (a code, a step of E4M3) and
-    a few maxima to the next scale.
+    XLA fuses other multiplications into sums and multiplies by the scale's reciprocal where the
+    kernel divides: a few float32 ulps, which take a few elements over a rounding boundary (a code,
+    a step of E4M3) and a few maxima to the next scale.
     """
     reference = jax.jit(functools.partial(run, rope_quantize_reference, **case.options))(*inputs)
     kernel = jax.jit(functools.partial(run, sm90.rope_quantize_sm90, config=case.config, **case.options))(*inputs)
     for ours, expected in zip(*map(arrays, (kernel, reference)), strict=True):
-        if case.quarter_turns:
-            np.testing.assert_array_equal(ours, expected)
-        else:
-            same = ours == expected if ours.dtype == np.uint8 else np.isclose(ours, expected, rtol=1e-6, equal_nan=True)
-            assert np.sum(~same) <= max(3, 2e-3 * same.size)
+        same = ours == expected if ours.dtype == np.uint8 else np.isclose(ours, expected, 1e-6, 0, equal_nan=True)
+        assert np.sum(~same) <= max(3, 1e-3 * same.size), (np.sum(~same), ours[~same][:9], expected[~same][:9])
     for ours, expected in zip(kernel, reference, strict=True):
-        ours, expected = np.asarray(formats.dequantize(ours)), np.asarray(formats.dequantize(expected))
-        finite = np.isfinite(expected)
+        ours, expected = (np.asarray(formats.dequantize(x), np.float64) for x in (ours, expected))
         np.testing.assert_array_equal(np.isnan(ours), np.isnan(expected))
+        finite = np.isfinite(expected)
         assert np.linalg.norm((ours - expected)[finite]) <= 4e-3 * np.linalg.norm(expected[finite])
+    return kernel
 
 
 @pytest.mark.gpu
@@ -254,7 +251,30 @@ def test_kernel_equals_reference(case):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["a chunk", "exact", "exact, S, offset"])
+@pytest.mark.parametrize("name", ["quarter turns", "quarter turns, S, offset"])
+def test_without_rounding_before_it_every_code_is_the_exact_quotients(name):
+    """Rows that are exact in float32: E4M3 of the IEEE quotient, INT4 of the real one, ties to even."""
+    case = CASES[name]
+    inputs = operands(case)
+    query, *cache = compare(case, inputs)
+    rows = np.asarray(inputs[0], np.float32).reshape(case.batch, case.length, -1, case.head_dim)
+    odd = np.concatenate([-rows[:, 1::2, :, 64:], rows[:, 1::2, :, :64]], axis=-1)
+    rotated = rows.copy()
+    rotated[:, 1::2] = odd
+    keys, values = rotated[:, :, case.heads : -case.kv_heads], rows[:, :, -case.kv_heads :]
+    rotated = rotated[:, :, : case.heads]
+    if case.scaled:
+        scale, offset = (np.asarray(case.options[option]) for option in ("post_rope_scale", "key_offset"))
+        keys, rotated = keys * scale - offset, rotated / np.repeat(scale, case.heads // case.kv_heads, axis=0)
+    exact_query = formats.to_e4m3(jnp.asarray(rotated / np.asarray(query.scale)))
+    np.testing.assert_array_equal(query.values.astype(jnp.float32), exact_query.astype(jnp.float32))
+    for entry, exact in zip(cache, (keys, values), strict=True):
+        quotient = exact.swapaxes(1, 2).astype(np.float64) / np.asarray(entry.scale, np.float64)
+        np.testing.assert_array_equal(formats.unpack_int4(entry.values), np.clip(np.rint(quotient), -7, 7))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["a chunk", "quarter turns", "quarter turns, S, offset"])
 def test_broken_rows_follow_the_rules_of_formats(name):
     """Rows of zeros, NaN, infinities, tiny and huge numbers; NaN in the slots and scales that are not written."""
     case = CASES[name]

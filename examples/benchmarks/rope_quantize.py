@@ -24,14 +24,6 @@ HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 COPY_BYTES_PER_US = 4.28e6
 # batch, tokens of each sequence, slots
 SHAPES = ((1, 1, 8192), (16, 1, 8192), (64, 1, 8192), (256, 1, 8192), (1, 1024, 1152), (16, 1024, 1152))
-    (1, 1, 8192),
-    (16, 1, 8192),
-    (64, 1, 8192),
-    (256, 1, 8192),
-    (1, 1024, 1152),
-    (16, 1024, 1152),
-    (4, 4096, 4224),
-)
 
 
 def random_cache(key: jax.Array, batch: int, slots: int) -> ScaledArray:
