@@ -8,7 +8,8 @@ import pytest
 from checkpoints_convert.calibrate import Calibrator
 from fireq_jax import ModelConfig
 from fireq_jax.huggingface import block_shapes
-from fireq_jax.models.rope import apply_rope, rope_tables
+from fireq_jax.models.rope import rope_tables
+from pallas_kernels.rope_quantize import apply_rope
 
 CONFIG = ModelConfig(
     vocab_size=32, hidden_size=48, intermediate_size=80, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8,

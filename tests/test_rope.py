@@ -12,7 +12,8 @@ from tiny_llama import CASES, config_of
 
 from fireq_jax import ModelConfig
 from fireq_jax.models.config import RopeConfig
-from fireq_jax.models.rope import apply_rope, rope_tables
+from fireq_jax.models.rope import rope_tables
+from pallas_kernels.rope_quantize import apply_rope
 
 
 def read(case="gqa", **changes):

@@ -7,17 +7,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from fireq_jax.models import kv_cache
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.kv_cache import LayerCache
 from fireq_jax.models.layers import Linear, Tap, no_tap
-from fireq_jax.models.rope import apply_rope
 from fireq_jax.quantization.config import QuantizationConfig
-from pallas_kernels import formats
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.prefill_attention import prefill_attention
+from pallas_kernels.rope_quantize import apply_rope, rope_quantize, split_heads
 
 # Chunks of at most this many queries go to the decode kernel.
 DECODE_QUERIES = 16
@@ -90,49 +88,48 @@ class Attention(nnx.Module):
         Returns:
             [B, T, D], and the new cache if ``cache`` or ``capacity`` was given.
         """
-        query, key, value = self._project(x, rope, tap)
-        quantization = self.quantization
-        stored_key, stored_value = (
-            formats.quantize_kv(
-                jnp.swapaxes(rows, 1, 2), quantization.kv_format, quantization.kv_group_size, quantization.kv_clip
-            )
-            for rows in (key, value)
+        packed = self.qkv_proj(x)
+        self._show(packed, rope, tap)
+        batch, length = residual.shape[:2]
+        entry = cache
+        if entry is None:
+            slots = length if capacity is None else capacity
+            if length > slots:
+                raise ValueError(f"the prompt has {length} tokens; the cache holds {slots}")
+            entry = LayerCache.create(self.quantization, (batch, self.kv_heads, slots, self.head_dim), residual.dtype)
+        query, *rows = rope_quantize(
+            packed,
+            *rope,
+            *entry,
+            start=start,
+            lengths=lengths,
+            post_rope_scale=None if self.post_rope_scale is None else self.post_rope_scale.get_value(),
+            key_offset=None if self.key_offset is None else self.key_offset.get_value(),
+            kv_clip=self.quantization.kv_clip,
+            quantize_query=self.quantization.query_format == "fp8",
+            implementation=self.implementation,
         )
-        scaled_query = formats.quantize_fp8(query) if quantization.query_format == "fp8" else ScaledArray(query, None)
-        new_cache = None
-        if cache is not None:
-            stored_key = kv_cache.append(cache.key, stored_key, start, lengths)
-            stored_value = kv_cache.append(cache.value, stored_value, start, lengths)
-            new_cache = LayerCache(stored_key, stored_value)
-        elif capacity is not None:
-            new_cache = LayerCache(kv_cache.fill(stored_key, capacity), kv_cache.fill(stored_value, capacity))
+        new_cache = None if cache is None and capacity is None else LayerCache(*rows)
+        if cache is None:
+            # The first chunk sees itself alone; the rest of the cache is empty.
+            rows = jax.tree.map(lambda x: x[:, :, :length], rows)
         attend = functools.partial(
-            decode_attention if cache is not None and residual.shape[1] <= DECODE_QUERIES else prefill_attention,
+            decode_attention if cache is not None and length <= DECODE_QUERIES else prefill_attention,
             kv_lengths=start + lengths,
             scale=self.head_dim**-0.5,
             out_dtype=residual.dtype,
             implementation=self.implementation,
         )
-        attention = attend(scaled_query, stored_key, stored_value, query_start=start if cache is not None else None)
+        attention = attend(query, *rows, query_start=None if cache is None else start)
         merged = attention.reshape(*residual.shape[:2], self.heads * self.head_dim)
         tap("o_input", merged)
         return self.o_proj(merged, residual=residual), new_cache
 
-    def _project(
-        self, x: ScaledArray | Float[Array, "B T D"], rope: tuple[Array, Array], tap: Tap
-    ) -> tuple[Float[Array, "B T heads H"], Float[Array, "B T kv_heads H"], Float[Array, "B T kv_heads H"]]:
-        heads, kv_heads = self.heads, self.kv_heads
-        packed = self.qkv_proj(x)
-        packed = packed.reshape(*packed.shape[:2], heads + 2 * kv_heads, self.head_dim)
-        query, key, value = jnp.split(packed, [heads, heads + kv_heads], axis=2)
+    def _show(self, packed: Float[Array, "B T packed"], rope: tuple[Array, Array], tap: Tap) -> None:
+        """What calibration measures on the way; nothing is computed for a tap that nobody reads."""
+        if tap is no_tap:
+            return
+        query, key, _ = split_heads(packed, self.kv_heads, rope[0])
         tap("key_before_rope", key)
-        query, key = apply_rope(query, *rope), apply_rope(key, *rope)
-        tap("key_after_rope", key)
-        tap("query_after_rope", query)
-        if self.post_rope_scale is not None:
-            scale = self.post_rope_scale.get_value()
-            key = (key * scale).astype(key.dtype)
-            query = (query / jnp.repeat(scale, heads // kv_heads, axis=0)).astype(query.dtype)
-        if self.key_offset is not None:
-            key = (key - self.key_offset.get_value()).astype(key.dtype)
-        return query, key, value
+        tap("key_after_rope", apply_rope(key, *rope))
+        tap("query_after_rope", apply_rope(query, *rope))

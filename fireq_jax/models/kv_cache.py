@@ -23,6 +23,21 @@ class LayerCache(NamedTuple):
     key: ScaledArray
     value: ScaledArray
 
+    @classmethod
+    def create(
+        cls,
+        quantization: QuantizationConfig,
+        shape: tuple[int, int, int, int],
+        dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    ) -> Self:
+        """An empty cache of ``shape`` [B, kv_heads, S, H]; ``dtype`` is that of rows that are not quantized."""
+        stored = jax.eval_shape(
+            lambda x: formats.quantize_kv(x, quantization.kv_format, quantization.kv_group_size),
+            jax.ShapeDtypeStruct(shape, dtype),
+        )
+        key, value = (jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stored) for _ in range(2))
+        return cls(key, value)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -54,31 +69,6 @@ class KVCache:
         """An empty cache for ``batch`` sequences of up to ``capacity`` tokens."""
         if capacity < 1:
             raise ValueError(f"cache capacity is {capacity}; expected a positive number of tokens")
-        rows = jax.ShapeDtypeStruct((batch, config.num_kv_heads, capacity, config.head_dim), dtype)
-        stored = jax.eval_shape(
-            lambda x: formats.quantize_kv(x, quantization.kv_format, quantization.kv_group_size), rows
-        )
-
-        def empty() -> ScaledArray:
-            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), stored)
-
-        layers = tuple(LayerCache(empty(), empty()) for _ in range(config.num_layers))
+        shape = (batch, config.num_kv_heads, capacity, config.head_dim)
+        layers = tuple(LayerCache.create(quantization, shape, dtype) for _ in range(config.num_layers))
         return cls(layers, jnp.zeros((batch,), jnp.int32))
-
-
-def fill(rows: ScaledArray, capacity: int) -> ScaledArray:
-    """A cache entry whose first T slots are ``rows`` [B, kv_heads, T, ...]; the rest is empty."""
-    length = rows.values.shape[2]
-    if length > capacity:
-        raise ValueError(f"the prompt has {length} tokens; the cache holds {capacity}")
-    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, capacity - length), (0, 0))), rows)
-
-
-def append(entry: ScaledArray, rows: ScaledArray, start: Int[Array, " B"], lengths: Int[Array, " B"]) -> ScaledArray:
-    """Write the first ``lengths[b]`` of ``rows`` [B, kv_heads, T, ...] at slots ``start[b]`` onwards."""
-    batch, kv_heads, length = rows.values.shape[:3]
-    capacity = entry.values.shape[2]
-    offset = jnp.arange(length)
-    slots = jnp.where(offset < lengths[:, None], start[:, None] + offset, capacity)
-    index = (jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[:, None], slots[:, None, :])
-    return jax.tree.map(lambda old, new: old.at[index].set(new, mode="drop"), entry, rows)

@@ -1,4 +1,6 @@
-"""Rotary position embedding with transformers' context extensions.
+"""cos and sin of rotary position embedding, with transformers' context extensions.
+
+``pallas_kernels.rope_quantize`` rotates.
 
 RoPE: arXiv 2104.09864. Position interpolation ("linear"): arXiv 2306.15595. YaRN: arXiv
 2309.00071. "dynamic" is NTK-aware scaling; "llama3" is Llama 3.1's band-wise interpolation.
@@ -25,15 +27,6 @@ def rope_tables(
     angles = positions[..., None].astype(jnp.float32) * (frequencies if frequencies.ndim == 1 else frequencies[:, None])
     factor = _attention_factor(rope) if rope.rope_type == "yarn" else 1.0
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
-
-
-def apply_rope(
-    x: Float[Array, "B T heads H"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
-) -> Float[Array, "B T heads H"]:
-    """Rotate the pairs (i, i + H/2) of each head."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 def _frequencies(config: ModelConfig, sequence_lengths: Int[Array, " B"]) -> Float[Array, "... half"]:

@@ -1,0 +1,173 @@
+"""From the output of the qkv matmul to attention's operands: split, RoPE, key scaling, quantize, append.
+
+Everything between the packed input and the stored codes is float32; nothing is rounded on the way.
+FireQ (arXiv 2505.20839), RoPE-aware quantization; RoPE: arXiv 2104.09864.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import dispatch, formats
+from pallas_kernels import rope_quantize_sm90 as sm90
+from pallas_kernels.formats import ScaledArray
+
+
+def rope_quantize(
+    packed: Float[Array, "B T packed"],
+    cos: Float[Array, "B T half"],
+    sin: Float[Array, "B T half"],
+    key: ScaledArray,
+    value: ScaledArray,
+    *,
+    start: Int[Array, " B"],
+    lengths: Int[Array, " B"],
+    post_rope_scale: Float[Array, "kv_heads H"] | None = None,
+    key_offset: Float[Array, "kv_heads H"] | None = None,
+    kv_clip: float = 1.0,
+    quantize_query: bool = True,
+    implementation: dispatch.Implementation = "auto",
+) -> tuple[ScaledArray, ScaledArray, ScaledArray]:
+    """The queries of a chunk, and the cache with the chunk's keys and values in it.
+
+    Args:
+        packed: the heads of q, k and v side by side, (heads + 2 kv_heads) * H columns.
+        cos, sin: float32, of each token's position.
+        key, value: the layer's cache [B, kv_heads, S, ...] in any of the cache formats; the new
+            rows are quantized to the format it has. Donate it, and it is updated in place.
+        start: slot of each sequence's first token.
+        lengths: tokens of each sequence; later ones in ``packed`` are not stored, nor are those
+            whose slot is not in the cache. All other slots keep what they hold.
+        post_rope_scale: float32, FireQ's S: rotated keys are multiplied by it and the queries that
+            read them by 1 / S.
+        key_offset: float32, subtracted from the scaled keys.
+        kv_clip: see :func:`~pallas_kernels.formats.quantize_kv`.
+        quantize_query: to E4M3 with a float32 scale per token and head; else the dtype of ``packed``.
+        implementation: see ``dispatch``.
+
+    Returns:
+        The query [B, T, heads, H], and the new key and value cache.
+
+    Raises:
+        ValueError: if shapes do not fit together or ``kv_clip`` is not positive.
+        NotImplementedError: if ``implementation`` names a kernel that cannot run this.
+    """
+    _validate(packed, cos, sin, key, value, start, lengths, post_rope_scale, key_offset, kv_clip)
+    unsupported = sm90.unsupported(packed, cos, key, value, quantize_query)
+    if dispatch.resolve("rope_quantize", implementation, unsupported) == "mosaic_gpu":
+        return sm90.rope_quantize_sm90(
+            packed, cos, sin, key, value, start=start, lengths=lengths, post_rope_scale=post_rope_scale,
+            key_offset=key_offset, kv_clip=kv_clip,
+        )  # fmt: skip
+    return rope_quantize_reference(
+        packed, cos, sin, key, value, start=start, lengths=lengths, post_rope_scale=post_rope_scale,
+        key_offset=key_offset, kv_clip=kv_clip, quantize_query=quantize_query,
+    )  # fmt: skip
+
+
+def rope_quantize_reference(
+    packed: Float[Array, "B T packed"],
+    cos: Float[Array, "B T half"],
+    sin: Float[Array, "B T half"],
+    key: ScaledArray,
+    value: ScaledArray,
+    *,
+    start: Int[Array, " B"],
+    lengths: Int[Array, " B"],
+    post_rope_scale: Float[Array, "kv_heads H"] | None = None,
+    key_offset: Float[Array, "kv_heads H"] | None = None,
+    kv_clip: float = 1.0,
+    quantize_query: bool = True,
+) -> tuple[ScaledArray, ScaledArray, ScaledArray]:
+    """The op in ``jax.numpy``: the kernel's oracle and the path of the other formats."""
+    queries, keys, values = (x.astype(jnp.float32) for x in split_heads(packed, key.values.shape[1], cos))
+    queries, keys = apply_rope(queries, cos, sin), apply_rope(keys, cos, sin)
+    if post_rope_scale is not None:
+        keys *= post_rope_scale
+        queries *= jnp.repeat(1 / post_rope_scale, queries.shape[2] // keys.shape[2], axis=0)
+    if key_offset is not None:
+        keys -= key_offset
+    query = formats.quantize_fp8(queries) if quantize_query else ScaledArray(queries.astype(packed.dtype), None)
+    key, value = (
+        _append(entry, _quantize_as(entry, jnp.swapaxes(rows, 1, 2), kv_clip), start, lengths)
+        for entry, rows in ((key, keys), (value, values))
+    )
+    return query, key, value
+
+
+def split_heads(packed: Float[Array, "B T packed"], kv_heads: int, cos: Float[Array, "B T half"]) -> list[Array]:
+    """[B, T, heads, H] queries, [B, T, kv_heads, H] keys and values."""
+    rows = packed.reshape(*packed.shape[:2], -1, 2 * cos.shape[-1])
+    heads = rows.shape[2] - 2 * kv_heads
+    return jnp.split(rows, [heads, heads + kv_heads], axis=2)
+
+
+def apply_rope(
+    x: Float[Array, "B T heads H"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
+) -> Float[Array, "B T heads H"]:
+    """Rotate the pairs (i, i + H/2) of each head."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def _quantize_as(entry: ScaledArray, rows: Float[Array, "*rows H"], clip: float) -> ScaledArray:
+    """``rows`` in the format of a cache entry."""
+    if entry.scale is None:
+        return ScaledArray(rows.astype(entry.values.dtype), None)
+    kv_format: formats.KVFormat = "int4" if entry.values.dtype == jnp.uint8 else "fp8"
+    return formats.quantize_kv(rows, kv_format, rows.shape[-1] // entry.scale.shape[-1], clip)
+
+
+def _append(entry: ScaledArray, rows: ScaledArray, start: Int[Array, " B"], lengths: Int[Array, " B"]) -> ScaledArray:
+    """Write the first ``lengths[b]`` of ``rows`` [B, kv_heads, T, ...] at slots ``start[b]`` onwards."""
+    batch, kv_heads, length = rows.values.shape[:3]
+    capacity = entry.values.shape[2]
+    offset = jnp.arange(length)
+    slots = jnp.where(offset < lengths[:, None], start[:, None] + offset, capacity)
+    index = (jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[:, None], slots[:, None, :])
+    return jax.tree.map(lambda old, new: old.at[index].set(new, mode="drop"), entry, rows)
+
+
+def _validate(
+    packed: Array,
+    cos: Array,
+    sin: Array,
+    key: ScaledArray,
+    value: ScaledArray,
+    start: Array,
+    lengths: Array,
+    post_rope_scale: Array | None,
+    key_offset: Array | None,
+    kv_clip: float,
+) -> None:
+    """Raise ValueError unless the operands fit together."""
+    if packed.ndim != 3:
+        raise ValueError(f"packed has shape {packed.shape}; expected [B, T, (heads + 2 kv_heads) * H]")
+    batch, length, columns = packed.shape
+    if cos.shape != sin.shape or cos.shape[:2] != (batch, length) or cos.ndim != 3:
+        raise ValueError(f"cos has shape {cos.shape} and sin {sin.shape}; expected ({batch}, {length}, H / 2)")
+    head_dim = 2 * cos.shape[-1]
+    stored = head_dim // 2 if key.values.dtype == jnp.uint8 else head_dim
+    if key.values.ndim != 4 or key.values.shape[0] != batch or key.values.shape[3] != stored:
+        raise ValueError(
+            f"key has shape {key.values.shape} ({key.values.dtype}); expected [{batch}, kv_heads, S, {stored}]"
+        )
+    key_form, value_form = (jax.tree.map(lambda x: (x.shape, str(x.dtype)), entry) for entry in (key, value))
+    if key_form != value_form:
+        raise ValueError(f"key is {key_form} and value {value_form}; expected the same")
+    if key.scale is not None and (key.scale.shape[:3] != key.values.shape[:3] or head_dim % key.scale.shape[-1]):
+        raise ValueError(f"key scale has shape {key.scale.shape}; expected {(*key.values.shape[:3], 'groups')}")
+    kv_heads = key.values.shape[1]
+    heads = columns // head_dim - 2 * kv_heads
+    if columns % head_dim or heads < 1 or heads % kv_heads:
+        expected = f"(n + 2) * {kv_heads * head_dim} for {kv_heads} kv heads of {head_dim}"
+        raise ValueError(f"packed has {columns} columns; expected {expected}")
+    for name, array in (("start", start), ("lengths", lengths)):
+        if array.shape != (batch,):
+            raise ValueError(f"{name} has shape {array.shape}; expected {(batch,)}")
+    for name, array in (("post_rope_scale", post_rope_scale), ("key_offset", key_offset)):
+        if array is not None and array.shape != (kv_heads, head_dim):
+            raise ValueError(f"{name} has shape {array.shape}; expected {(kv_heads, head_dim)}")
+    if kv_clip <= 0:
+        raise ValueError(f"kv_clip is {kv_clip}; expected a positive number")

@@ -1,0 +1,125 @@
+"""RoPE, quantization and append on Hopper: the kernel behind ``rope_quantize``.
+
+A lane holds eight pairs (i, i + H/2) of a row (one head of one token): 16 bytes of each half, so
+that RoPE and the packing of two codes into a byte need no other lane, and only the row's largest
+magnitude is shuffled. A warp takes 512 / H heads of a token at a time: a group. It keeps the
+token's cos and sin in registers, goes through its groups and loads one ahead.
+
+The caches are refs that the kernel writes into: where their buffers are donated nothing is copied.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import formats
+from pallas_kernels import rope_quantize_device as device
+from pallas_kernels.formats import ScaledArray
+
+HEAD_DIMS = (64, 128, 256)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the work is cut.
+
+    Attributes:
+        groups: groups of heads that a warp goes through, at most.
+        warpgroups: warpgroups of a thread block.
+    """
+
+    groups: int
+    warpgroups: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}; expected a positive number")
+
+
+def default_config(tokens: int, groups: int) -> Config:
+    """All of a token's ``groups`` in one warp where that leaves 16 warps for each of 132 multiprocessors."""
+    most = min(groups, max(1, tokens * groups // (132 * 16)))
+    return Config(-(-groups // -(-groups // most)))  # the same for all warps of a token
+
+
+def unsupported(packed: Array, cos: Array, key: ScaledArray, value: ScaledArray, quantize_query: bool) -> str | None:
+    """Why the kernel cannot run these operands, or None."""
+    if packed.dtype != jnp.bfloat16:
+        return f"packed is {packed.dtype}, not bfloat16"
+    if cos.dtype != jnp.float32:
+        return f"cos is {cos.dtype}, not float32"
+    if 2 * cos.shape[-1] not in HEAD_DIMS:
+        return f"head_dim is {2 * cos.shape[-1]}, not one of {HEAD_DIMS}"
+    if not quantize_query:
+        return "the query is not quantized"
+    for name, entry in (("key", key), ("value", value)):
+        if entry.values.dtype != jnp.uint8:
+            return f"the {name} cache is {entry.values.dtype}, not INT4 (uint8)"
+        if entry.scale is None or entry.scale.dtype != jnp.bfloat16 or entry.scale.shape[-1] != 1:
+            return f"the {name} scales are not one bf16 number a token and head"
+    return None
+
+
+@functools.partial(jax.jit, static_argnames=("kv_clip", "config"))
+def rope_quantize_sm90(
+    packed: Float[Array, "B T packed"],
+    cos: Float[Array, "B T half"],
+    sin: Float[Array, "B T half"],
+    key: ScaledArray,
+    value: ScaledArray,
+    *,
+    start: Int[Array, " B"],
+    lengths: Int[Array, " B"],
+    post_rope_scale: Float[Array, "kv_heads H"] | None = None,
+    key_offset: Float[Array, "kv_heads H"] | None = None,
+    kv_clip: float = 1.0,
+    config: Config | None = None,
+) -> tuple[ScaledArray, ScaledArray, ScaledArray]:
+    """Queries and the new caches; arguments as :func:`~pallas_kernels.rope_quantize.rope_quantize`."""
+    batch, length, columns = packed.shape
+    head_dim = 2 * cos.shape[-1]
+    _, kv_heads, capacity, _ = key.values.shape
+    problem = device.Problem(
+        batch=batch,
+        length=length,
+        heads=columns // head_dim - 2 * kv_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        capacity=capacity,
+        kv_clip=kv_clip,
+    )
+    config = config or default_config(problem.tokens, problem.groups)
+    parts = -(-problem.groups // config.groups)
+    blocks = -(-problem.tokens * parts // (4 * config.warpgroups))
+    optional = {"post_rope_scale": post_rope_scale, "key_offset": key_offset}
+    optional = {name: x.astype(jnp.float32) for name, x in optional.items() if x is not None}
+    names = ("packed", "cos", "sin", "start", "lengths", *optional, *device.CACHE, "query", "query_scale")
+
+    def kernel(*refs):
+        block = lax.axis_index("block")
+        device.run(dict(zip(names, refs, strict=True)), block, problem, config.groups, 4 * config.warpgroups)
+
+    caches = [jax.new_ref(x) for x in (key.values, key.scale, value.values, value.scale)]
+    # Not plgpu.kernel, through which JAX 0.10 passes no refs.
+    launch: Any = pl.kernel(
+        kernel,
+        out_type=(
+            jax.ShapeDtypeStruct((batch, length, problem.heads, head_dim), formats.E4M3),
+            jax.ShapeDtypeStruct((batch, length, problem.heads, 1), jnp.float32),
+        ),
+        mesh=plgpu.Mesh(grid=(blocks,), grid_names=("block",), num_threads=config.warpgroups, thread_name="warpgroup"),
+        name="rope_quantize",
+    )
+    query, query_scale = launch(
+        packed, cos, sin, start.astype(jnp.int32), lengths.astype(jnp.int32), *optional.values(), *caches
+    )
+    key_values, key_scale, value_values, value_scale = (jax.freeze(ref) for ref in caches)
+    return ScaledArray(query, query_scale), ScaledArray(key_values, key_scale), ScaledArray(value_values, value_scale)

@@ -1,0 +1,301 @@
+"""From the qkv matmul's output to queries and cache: the reference, and the Hopper kernel against it."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import formats
+from pallas_kernels import rope_quantize_sm90 as sm90
+from pallas_kernels.formats import ScaledArray
+from pallas_kernels.rope_quantize import rope_quantize, rope_quantize_reference
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Shapes and options; ``quarter_turns``: cos and sin are 0 and 1, so that no rotation rounds."""
+
+    length: int = 1
+    heads: int = 8
+    kv_heads: int = 2
+    head_dim: int = 128
+    slots: int = 40
+    starts: tuple[int, ...] = (0, 17)
+    lengths: tuple[int, ...] = (1, 1)
+    scaled: bool = False
+    centered: bool = False
+    clip: float = 1.0
+    quarter_turns: bool = False
+    config: sm90.Config | None = None
+
+    @property
+    def batch(self) -> int:
+        return len(self.starts)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        names = {"post_rope_scale": self.scaled, "key_offset": self.centered}
+        scales, random = (self.kv_heads, self.head_dim), np.random.default_rng(7)
+        # Powers of two for S where nothing is to be rounded.
+        made = {"post_rope_scale": 2.0 ** random.integers(-3, 4, scales), "key_offset": random.integers(-2, 3, scales)}
+        if not self.quarter_turns:
+            made = {"post_rope_scale": random.uniform(0.1, 3, scales), "key_offset": random.standard_normal(scales)}
+        wanted = {name: jnp.asarray(made[name], jnp.float32) for name, given in names.items() if given}
+        return {**wanted, "kv_clip": self.clip}
+
+
+CASES = {
+    "decode, Llama 3 8B": Case(heads=32, kv_heads=8, starts=(0, 39, 5), lengths=(1, 1, 1)),
+    "one sequence": Case(heads=4, kv_heads=1, starts=(3,), lengths=(1,)),
+    "idle and full sequences": Case(starts=(4, 40, 39, 100), lengths=(0, 1, 1, 1)),
+    "a chunk": Case(length=9, starts=(0, 20, 36, 39), lengths=(9, 5, 9, 0)),
+    "head_dim 64, odd heads": Case(5, heads=9, kv_heads=3, head_dim=64, starts=(0, 1), lengths=(5, 4)),
+    "head_dim 256": Case(3, heads=6, kv_heads=3, head_dim=256, starts=(0, 1), lengths=(3, 2)),
+    "S": Case(4, scaled=True, lengths=(4, 3)),
+    "offset, clip": Case(4, centered=True, clip=0.93, lengths=(4, 3)),
+    "S and offset, all groups in a warp": Case(4, scaled=True, centered=True, lengths=(4, 3), config=sm90.Config(99)),
+    "three groups a warp": Case(7, heads=32, kv_heads=8, lengths=(7, 6), config=sm90.Config(3)),
+    "prompts": Case(700, slots=720, starts=(0, 0, 30), lengths=(700, 12, 699), clip=0.93),
+    "quarter turns": Case(64, slots=64, starts=(0, 0), lengths=(64, 64), quarter_turns=True),
+    "quarter turns, S, offset": Case(
+        64, slots=64, starts=(0, 0), lengths=(64, 64), scaled=True, centered=True, quarter_turns=True
+    ),
+}  # fmt: skip
+cases = functools.partial(pytest.mark.parametrize, "case", ids=CASES)
+
+
+def operands(case: Case, kv_format: formats.KVFormat = "int4", group: int | None = None, dtype: Any = jnp.bfloat16):
+    """packed, cos, sin, a cache full of other numbers, start and lengths."""
+    keys = jax.random.split(jax.random.key(hash(case) % 2**31), 5)
+    columns = (case.heads + 2 * case.kv_heads) * case.head_dim
+    packed = jax.random.normal(keys[0], (case.batch, case.length, columns)).astype(dtype)
+    angles = jax.random.uniform(keys[1], (case.batch, case.length, case.head_dim // 2), maxval=100.0)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if case.quarter_turns:
+        turned = jnp.arange(case.length)[:, None] % 2 > 0
+        cos, sin = (jnp.broadcast_to(x, angles.shape).astype(jnp.float32) for x in (~turned, turned))
+    shape = (case.batch, case.kv_heads, case.slots, case.head_dim)
+    cache = [formats.quantize_kv(jax.random.normal(key, shape, dtype), kv_format, group) for key in keys[2:4]]
+    return packed, cos, sin, *cache, jnp.asarray(case.starts, jnp.int32), jnp.asarray(case.lengths, jnp.int32)
+
+
+def run(function: Any, packed: Any, cos: Any, sin: Any, key: Any, value: Any, start: Any, lengths: Any, **options: Any):
+    return function(packed, cos, sin, key, value, start=start, lengths=lengths, **options)
+
+
+def arrays(tree: Any) -> list[np.ndarray]:
+    """Leaves as numpy arrays: codes as they are, all else as float32."""
+    return [np.asarray(x if x.dtype == jnp.uint8 else x.astype(jnp.float32)) for x in jax.tree.leaves(tree)]
+
+
+# --- the reference --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantize_query", [True, False])
+@pytest.mark.parametrize(("kv_format", "group"), [("int4", None), ("int4", 32), ("fp8", None), ("none", None)])
+def test_reference_is_the_composition_of_formats(kv_format, group, quantize_query):
+    """Rows of a numpy rotation, quantized by ``formats`` and written slot by slot; all other slots stay."""
+    case = Case(4, starts=(0, 38, 7), lengths=(4, 4, 0), scaled=True, centered=True, clip=0.93)
+    packed, cos, sin, key, value, start, lengths = operands(case, kv_format, group)
+    query, *cache = run(
+        rope_quantize, packed, cos, sin, key, value, start, lengths, quantize_query=quantize_query,
+        implementation="xla", **case.options,
+    )  # fmt: skip
+
+    rows = np.asarray(packed, np.float32).reshape(3, 4, 12, 128)
+    turned = (rows[..., :64] + 1j * rows[..., 64:]) * (np.asarray(cos) + 1j * np.asarray(sin))[:, :, None]
+    turned = np.concatenate([turned.real, turned.imag], axis=-1).astype(np.float32)
+    scale, offset = (np.asarray(case.options[name]) for name in ("post_rope_scale", "key_offset"))
+    expected_query = jnp.asarray(turned[:, :, :8] / np.repeat(scale, 4, axis=0))
+    if quantize_query:
+        expected_query = formats.dequantize(formats.quantize_fp8(expected_query))
+    # A float32 rounding may move an element over a rounding boundary: a step of E4M3 or bf16.
+    np.testing.assert_allclose(formats.dequantize(query), expected_query, rtol=0.07, atol=1e-3)
+
+    for entry, old, new in zip(
+        cache, (key, value), (turned[:, :, 8:10] * scale - offset, rows[:, :, 10:]), strict=True
+    ):
+        stored = formats.quantize_kv(jnp.asarray(new).swapaxes(1, 2), kv_format, group, 0.93)
+        stored = jax.tree.map(lambda x, like: x.astype(like.dtype), stored, old)
+        for after, before, added in zip(*map(arrays, (entry, old, stored)), strict=True):
+            expected = before.copy()
+            expected[0, :, 0:4] = added[0]
+            expected[1, :, 38:40] = added[1, :, :2]
+            assert np.mean(~np.isclose(after, expected, rtol=1e-6, atol=1e-6)) < 1e-3
+            untouched = np.ones((3, 40), bool)
+            untouched[0, :4] = untouched[1, 38:] = False
+            for b in range(3):
+                np.testing.assert_array_equal(after[b][:, untouched[b]], before[b][:, untouched[b]])
+
+
+def test_nothing_is_rounded_between_the_steps():
+    """bf16 input, plain float32 cache: rotated, scaled and shifted in float32."""
+    case = Case(scaled=True, centered=True)
+    packed, cos, sin, *_, start, lengths = operands(case)
+    empty = ScaledArray(jnp.zeros((2, 2, 40, 128)), None)
+    options = {**case.options, "implementation": "xla", "quantize_query": False}
+    fine, coarse = (
+        run(rope_quantize, x, cos, sin, empty, empty, start, lengths, **options)[1].values
+        for x in (packed.astype(jnp.float32), packed)
+    )
+    np.testing.assert_array_equal(fine, coarse)
+    assert jnp.any(fine != fine.astype(jnp.bfloat16).astype(jnp.float32))
+
+
+@pytest.mark.parametrize(
+    ("changes", "quoted"),
+    [
+        ({"packed": (2, 1536)}, r"\(2, 1536\)"),
+        ({"packed": (2, 1, 1000)}, r"1000 columns; expected \(n \+ 2\) \* 256"),
+        ({"packed": (2, 1, 512)}, "512 columns"),
+        ({"packed": (2, 1, 7 * 128)}, "896 columns"),
+        ({"cos": (2, 1, 32)}, r"cos has shape \(2, 1, 32\)"),
+        ({"key": (3, 2, 40, 64)}, r"key has shape \(3, 2, 40, 64\)"),
+        ({"key": (2, 2, 40, 128)}, r"\(2, 2, 40, 128\).*\[2, kv_heads, S, 64\]"),
+        ({"value": (2, 2, 39, 64)}, r"\(2, 2, 39, 64\)"),
+        ({"start": (3,)}, r"start has shape \(3,\); expected \(2,\)"),
+        ({"lengths": (2, 1)}, r"lengths has shape \(2, 1\)"),
+        ({"post_rope_scale": (2, 64)}, r"post_rope_scale has shape \(2, 64\)"),
+        ({"key_offset": (8, 128)}, r"key_offset has shape \(8, 128\)"),
+        ({"kv_clip": 0.0}, r"kv_clip is 0\.0"),
+        ({"implementation": "cuda"}, "'cuda'"),
+    ],
+)  # fmt: skip
+def test_errors_quote_the_offending_value(changes, quoted):
+    shapes = {"packed": (2, 1, 12 * 128), "cos": (2, 1, 64), "sin": (2, 1, 64), "start": (2,), "lengths": (2,)}
+    shapes |= {"key": (2, 2, 40, 64), "value": (2, 2, 40, 64)}
+    arguments = {}
+    for name, shape in (shapes | {name: x for name, x in changes.items() if isinstance(x, tuple)}).items():
+        if name in ("key", "value"):
+            arguments[name] = ScaledArray(jnp.zeros(shape, jnp.uint8), jnp.ones((*shape[:3], 1), jnp.bfloat16))
+        else:
+            arguments[name] = jnp.zeros(shape, jnp.bfloat16 if name == "packed" else jnp.float32)
+    arguments |= {name: x for name, x in changes.items() if not isinstance(x, tuple)}
+    with pytest.raises(ValueError, match=quoted):
+        rope_quantize(**arguments)
+
+
+# --- the kernel without a GPU -------------------------------------------------------------------------
+
+
+@cases(CASES.values())
+def test_kernel_lowers_for_cuda_and_writes_into_the_caches_it_is_given(case):
+    abstract = jax.eval_shape(lambda: operands(case))
+    function = functools.partial(run, sm90.rope_quantize_sm90, config=case.config, **case.options)
+    module = jax.export.export(jax.jit(function, donate_argnums=(3, 4)), platforms=["cuda"])(*abstract).mlir_module()
+    assert module.count("stablehlo.custom_call @mosaic_gpu") == 1
+    # Codes and scales of keys and values: the kernel's results lie in its operands, and these in the arguments.
+    assert module.count("#stablehlo.output_operand_alias") == 4
+    assert module.count("tf.aliasing_output") == 4
+
+
+def test_unsupported_operands_have_a_reason():
+    packed, cos, _, key, value, *_ = operands(Case())
+    assert sm90.unsupported(packed, cos, key, value, True) is None
+    assert "float32" in str(sm90.unsupported(packed.astype(jnp.float32), cos, key, value, True))
+    assert "head_dim is 96" in str(sm90.unsupported(packed, cos[..., :48], key, value, True))
+    assert "query" in str(sm90.unsupported(packed, cos, key, value, False))
+    for kv_format, group, reason in (("fp8", None, "INT4"), ("none", None, "INT4"), ("int4", 64, "scales")):
+        _, _, _, key, value, *_ = operands(Case(), kv_format, group)
+        assert reason in str(sm90.unsupported(packed, cos, key, value, True))
+
+
+def test_a_named_kernel_never_falls_back():
+    with pytest.raises(NotImplementedError, match="not INT4"):
+        run(rope_quantize, *operands(Case(), "fp8"), implementation="mosaic_gpu")
+
+
+@pytest.mark.parametrize(("tokens", "groups"), [(1, 1), (256, 1), (1024, 4), (16384, 12)])
+def test_a_warp_takes_more_groups_where_there_are_many_tokens(tokens, groups):
+    assert sm90.default_config(tokens, 12).groups == groups
+
+
+@pytest.mark.parametrize("make", [functools.partial(sm90.Config, 0), functools.partial(sm90.Config, 1, warpgroups=0)])
+def test_configs_quote_what_is_wrong(make):
+    with pytest.raises(ValueError, match="is 0; expected a positive number"):
+        make()
+
+
+# --- the kernel on a GPU ------------------------------------------------------------------------------
+
+
+def compare(case: Case, inputs: Any) -> Any:
+    """Kernel and compiled reference on the same cache; the kernel's results.
+
+    XLA fuses other multiplications into sums and multiplies by the scale's reciprocal where the
+    kernel divides: a few float32 ulps, which take a few elements over a rounding boundary (a code,
+    a step of E4M3) and a few maxima to the next scale.
+    """
+    reference = jax.jit(functools.partial(run, rope_quantize_reference, **case.options))(*inputs)
+    kernel = jax.jit(functools.partial(run, sm90.rope_quantize_sm90, config=case.config, **case.options))(*inputs)
+    for ours, expected in zip(*map(arrays, (kernel, reference)), strict=True):
+        same = ours == expected if ours.dtype == np.uint8 else np.isclose(ours, expected, 1e-6, 0, equal_nan=True)
+        assert np.sum(~same) <= max(3, 1e-3 * same.size), (np.sum(~same), ours[~same][:9], expected[~same][:9])
+    for ours, expected in zip(kernel, reference, strict=True):
+        ours, expected = (np.asarray(formats.dequantize(x), np.float64) for x in (ours, expected))
+        np.testing.assert_array_equal(np.isnan(ours), np.isnan(expected))
+        finite = np.isfinite(expected)
+        assert np.linalg.norm((ours - expected)[finite]) <= 4e-3 * np.linalg.norm(expected[finite])
+    return kernel
+
+
+@pytest.mark.gpu
+@cases(CASES.values())
+def test_kernel_equals_reference(case):
+    compare(case, operands(case))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["quarter turns", "quarter turns, S, offset"])
+def test_without_rounding_before_it_every_code_is_the_exact_quotients(name):
+    """Rows that are exact in float32: E4M3 of the IEEE quotient, INT4 of the real one, ties to even."""
+    case = CASES[name]
+    inputs = operands(case)
+    query, *cache = compare(case, inputs)
+    rows = np.asarray(inputs[0], np.float32).reshape(case.batch, case.length, -1, case.head_dim)
+    odd = np.concatenate([-rows[:, 1::2, :, 64:], rows[:, 1::2, :, :64]], axis=-1)
+    rotated = rows.copy()
+    rotated[:, 1::2] = odd
+    keys, values = rotated[:, :, case.heads : -case.kv_heads], rows[:, :, -case.kv_heads :]
+    rotated = rotated[:, :, : case.heads]
+    if case.scaled:
+        scale, offset = (np.asarray(case.options[option]) for option in ("post_rope_scale", "key_offset"))
+        keys, rotated = keys * scale - offset, rotated / np.repeat(scale, case.heads // case.kv_heads, axis=0)
+    exact_query = formats.to_e4m3(jnp.asarray(rotated / np.asarray(query.scale)))
+    np.testing.assert_array_equal(query.values.astype(jnp.float32), exact_query.astype(jnp.float32))
+    for entry, exact in zip(cache, (keys, values), strict=True):
+        quotient = exact.swapaxes(1, 2).astype(np.float64) / np.asarray(entry.scale, np.float64)
+        np.testing.assert_array_equal(formats.unpack_int4(entry.values), np.clip(np.rint(quotient), -7, 7))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["a chunk", "quarter turns", "quarter turns, S, offset"])
+def test_broken_rows_follow_the_rules_of_formats(name):
+    """Rows of zeros, NaN, infinities, tiny and huge numbers; NaN in the slots and scales that are not written."""
+    case = CASES[name]
+    packed, cos, sin, key, value, start, lengths = operands(case)
+    random = np.random.default_rng(3)
+    rows = np.asarray(packed, np.float32).reshape(case.batch, case.length, -1, case.head_dim)
+    kinds = random.integers(0, 7, rows.shape[:3])
+    rows[kinds == 0] = 0
+    rows[kinds == 1] *= 1e-30
+    rows[kinds == 2] *= 1e30
+    for kind, number in ((3, np.nan), (4, np.inf), (5, -np.inf)):
+        rows[np.where((kinds == kind)[..., None], random.random(rows.shape) < 0.02, False)] = number
+    packed = jnp.asarray(rows.reshape(packed.shape), jnp.bfloat16)
+    key, value = (ScaledArray(x.values, jnp.full_like(x.scale, jnp.nan)) for x in (key, value))
+    compare(case, (packed, cos, sin, key, value, start, lengths))
+
+
+@pytest.mark.gpu
+def test_a_donated_cache_is_updated_where_it_lies():
+    packed, cos, sin, key, value, start, lengths = operands(CASES["decode, Llama 3 8B"])
+    before = [x.unsafe_buffer_pointer() for x in jax.tree.leaves((key, value))]
+    step = jax.jit(functools.partial(run, rope_quantize, implementation="mosaic_gpu"), donate_argnums=(3, 4))
+    _, *cache = step(packed, cos, sin, key, value, start, lengths)
+    assert [x.unsafe_buffer_pointer() for x in jax.tree.leaves(cache)] == before
