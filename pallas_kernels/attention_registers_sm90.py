@@ -33,27 +33,6 @@ CODE_UNIT = 2.0**-9
 TOKEN_BLOCK = 128
 
 
-def keys_to_e4m3(packed: UInt8[Array, "*rows half"]) -> Float[Array, "*rows H"]:
-    """INT4 codes in cache form -> E4M3 values of ``CODE_UNIT`` times the codes, exactly."""
-    low = (packed & 0x07) | ((packed & 0x08) << 4)
-    high = ((packed >> 4) & 0x07) | (packed & 0x80)
-    return jax.lax.bitcast_convert_type(jnp.concatenate([low, high], axis=-1), formats.E4M3)
-
-
-def values_to_e4m3(packed: UInt8[Array, "B heads S half"]) -> Float[Array, "B heads H S"]:
-    """The same values head_dim-major, tokens (a multiple of 16) in :func:`permute_tokens`' order.
-
-    Written so that XLA transposes bytes through shared memory and unpacks them in a second pass;
-    as one transposition of codes it is a loop that reads single bytes at the rows' stride.
-    """
-    batch, heads, slots, half = packed.shape
-    packed = jnp.broadcast_to(packed.swapaxes(2, 3)[:, :, None], (batch, heads, 2, half, slots))
-    high = jax.lax.broadcasted_iota(jnp.uint8, packed.shape, 2) == 1
-    nibbles = jnp.where(high, packed >> 4, packed)
-    codes = permute_tokens((nibbles & 0x07) | ((nibbles & 0x08) << 4))
-    return jax.lax.bitcast_convert_type(codes.reshape(batch, heads, 2 * half, slots), formats.E4M3)
-
-
 def permute_channels(q: Array) -> Array:
     """Channels of [..., H] in the order in which :func:`load_keys` presents a key's."""
     *rows, head_dim = q.shape
@@ -134,46 +113,6 @@ def store_probabilities(_: mgpu.LaunchContext, p: mgpu.FragmentedArray, p_smem: 
             word = _to_e4m3_word([_element(registers[block, m, tile, h], j) for m in range(2) for h in range(2)])
             position = arith.addi(offset, _i32((tile * blocks + block) * 8 * 128))
             llvm.store(word, utils.getelementptr(base, [position], i8), alignment=4)
-
-
-def probabilities_to_operand(_: mgpu.LaunchContext, p: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
-    """P [rows, tokens] float32 (WGMMA layout) -> E4M3 A operand, each thread keeping what it holds.
-
-    Of every 16 columns a thread holds 2 q + e and 8 + 2 q + e (e 0, 1); they become columns
-    4 q ... 4 q + 3 of the operand: :func:`permute_tokens` gives V's tokens that order.
-    """
-    rows, tokens = p.shape
-    registers = p.registers.reshape(rows // 64, tokens // 16, 2, 2)
-    tiles = np.empty((rows // 64, tokens // 16, 2), dtype=object)
-    for m, column, h in np.ndindex(tiles.shape):
-        pairs = registers[m, column, :, h]
-        tiles[m, column, h] = _to_e4m3_word([_element(pairs[i], e) for i in range(2) for e in range(2)])
-    return _fragments(tiles, (rows, tokens))
-
-
-def load_columns(_: mgpu.LaunchContext, numbers: ir.Value) -> mgpu.FragmentedArray:
-    """float32 [tokens] in shared memory, in :func:`permute_tokens`' order, -> one for each column of P."""
-    (tokens,) = ir.MemRefType(numbers.type).shape
-    base = utils.memref_ptr(numbers)
-    offset = arith.muli(_thread()[2], _i32(16))
-    f32 = ir.F32Type.get()
-    registers = np.empty((tokens // 8,), dtype=object)
-    for block in range(tokens // 16):
-        words = _load_words(base, arith.addi(offset, _i32(64 * block)), 4)
-        values = [utils.bitcast(word, f32) for word in words]
-        for i in range(2):
-            registers[2 * block + i] = vector.from_elements(ir.VectorType.get((2,), f32), values[2 * i : 2 * i + 2])
-    layout = mgpu.WGMMA_COL_LAYOUT
-    return mgpu.FragmentedArray(
-        _registers=registers.reshape(layout.registers_shape((tokens,))), _layout=layout, _is_signed=None
-    )
-
-
-def permute_tokens(v: Array) -> Array:
-    """Tokens of [..., S] (S a multiple of 16) in the order of :func:`probabilities_to_operand`."""
-    tokens = v.shape[-1]
-    v = v.reshape(*v.shape[:-1], tokens // 16, 2, 4, 2)  # [i, q, e]
-    return jnp.stack([v[..., 0, :, :], v[..., 1, :, :]], axis=-2).reshape(*v.shape[:-4], tokens)
 
 
 def _tokens(packed: ir.Value, head_dim: int) -> int:
