@@ -227,9 +227,7 @@ class _Tiles:
         """One of the numbers for each key, over the rows of a tile."""
         ref = self.columns.at[stage, which]
         result = plgpu.ShapeDtypeStruct(ref.shape, jnp.float32, layout=_COLUMN)
-        return lax.broadcast_in_dim(
-            _inline(registers.load_columns, (plgpu.RefType(),), result)(ref), self.shape, (1,)
-        )
+        return lax.broadcast_in_dim(_inline(registers.load_columns, (plgpu.RefType(),), result)(ref), self.shape, (1,))
 
     def start_products(self, out, p, tile):
         """Begin out + P V for each part of V; the result holds nothing before :meth:`finish_products`."""
@@ -268,6 +266,9 @@ class _Tiles:
         """Until the other warpgroup has started its products."""
         if self.take_turns:
             _inline(registers.wait_for_turn, (_SCALAR,))(self.warpgroup)
+
+    def give_first_turn(self) -> None:
+        pl.when(self.warpgroup == 1)(self.end_turn)
 
     def end_turn(self) -> None:
         if self.take_turns:
@@ -328,10 +329,9 @@ def _attend(tiles: _Tiles, begin, full_end, end, settle_every: int, highest):
 
         return p, peak, settled_peak, tiles.finish_products(tiles.start_products(out, p, tile), tile)
 
+    tiles.give_first_turn()
     lowest = plgpu.layout_cast(jnp.full((BLOCK_Q,), _LOWEST, jnp.float32), _ROW)
-    zeros = [
-        plgpu.layout_cast(jnp.zeros((BLOCK_Q, rows), jnp.float32), _MATRIX) for _, rows in tiles.parts
-    ]
+    zeros = [plgpu.layout_cast(jnp.zeros((BLOCK_Q, rows), jnp.float32), _MATRIX) for _, rows in tiles.parts]
     p = plgpu.layout_cast(jnp.zeros(tiles.shape, formats.E4M3), plgpu.Layout.WGMMA_8BIT)
     carry = (p, lowest, lowest, tuple(zeros))
     carry = lax.fori_loop(begin, jnp.minimum(begin + 1, end), first, carry)

@@ -19,10 +19,10 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, scf, vector
 from jaxtyping import Array
 
-from pallas_kernels import formats
 from pallas_kernels.attention_registers_sm90 import (
     _codes_to_e4m3,
     _element,
+    _f32,
     _fragments,
     _i32,
     _load_words,
@@ -221,9 +221,7 @@ def load_rows(
         value = llvm.load(f32, utils.getelementptr(utils.memref_ptr(scales), [index], f32))
         registers.append(vector.broadcast(one, value))
     shape = layout.registers_shape((64,))
-    return mgpu.FragmentedArray(
-        _registers=np.array(registers, object).reshape(shape), _layout=layout, _is_signed=None
-    )
+    return mgpu.FragmentedArray(_registers=np.array(registers, object).reshape(shape), _layout=layout, _is_signed=None)
 
 
 # --- preparation of the cache ---------------------------------------------------------------------
@@ -449,9 +447,7 @@ def _logarithm_and_reciprocal(mantissa: ir.Value) -> tuple[ir.Value, ir.Value]:
         or.b16 a, a, b;
         mov.b32 $1, {a, c};
     }"""
-    logarithm, code = _asm(
-        [ir.F32Type.get(), _type_i32()], [mantissa, _f32(TOTAL_UNIT)], assembly, "=&f,=r,f,f"
-    )
+    logarithm, code = _asm([ir.F32Type.get(), _type_i32()], [mantissa, _f32(TOTAL_UNIT)], assembly, "=&f,=r,f,f")
     return logarithm, code
 
 
@@ -469,8 +465,3 @@ def _asm(results: list[ir.Type], args: list[ir.Value], code: str, constraints: s
 
 def _type_i32() -> ir.Type:
     return ir.IntegerType.get_signless(32)
-
-
-def _f32(value: float) -> ir.Value:
-    f32 = ir.F32Type.get()
-    return arith.constant(f32, ir.FloatAttr.get(f32, value))
