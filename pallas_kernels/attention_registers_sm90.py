@@ -38,10 +38,10 @@ def store_queries(
     *,
     group: int,
 ) -> None:
-    """Rows ``first_row`` ... of E4M3 queries [T, heads, H] to shared memory, their channels in :func:`load_keys`' order.
+    """Rows of E4M3 queries [T, heads, H] to shared memory, channels in :func:`load_keys`' order.
 
-    Row r is the query of token r // group and head ``first_head`` + r % group; past the last token
-    it is 0. ``q_smem`` is tiled (8, 128) with 128-byte swizzle, or (8, 64) with 64-byte swizzle.
+    Row r, from ``first_row`` on, is the query of token r // group and head ``first_head`` + r % group;
+    past the last token it is 0. ``q_smem`` is tiled (8, 128) with 128-byte swizzle, or (8, 64) with 64-byte swizzle.
     """
     length, heads, head_dim = ir.MemRefType(queries.type).shape
     *_, width = ir.MemRefType(q_smem.type).shape

@@ -187,8 +187,6 @@ class _Tiles:
         return [self.sum.at[pl.ds(BLOCK_Q * first, BLOCK_Q * rows)] for first, rows in self.parts]
 
     def wait_for_keys(self, tile) -> None:
-        # Before the accumulator is made: between its zeros and the product a branch would make
-        # the compiler write them out.
         plgpu.barrier_wait(self.k_full.at[self.stage(tile)])
 
     def start_scores(self, acc, tile) -> None:
@@ -289,6 +287,9 @@ class _Tiles:
 def _attend(tiles: _Tiles, begin, full_end, end, settle_every: int, highest):
     """P.V of a tile runs under the softmax of the next one. Returns the output."""
 
+    def wait_for_keys(tile):
+        pl.when(tile < end)(lambda: tiles.wait_for_keys(tile))
+
     def first(tile, carry):
         _, peak, *rest = carry
 
@@ -296,9 +297,10 @@ def _attend(tiles: _Tiles, begin, full_end, end, settle_every: int, highest):
             tiles.start_scores(acc, tile)
             return tiles.finish_scores(acc, tile, products_left=0)
 
-        tiles.wait_for_keys(tile)
+        wait_for_keys(tile)
         scores = pl.run_scoped(scores_of, plgpu.WGMMAAccumulatorRef(tiles.shape))
         p, peak, _ = tiles.softmax(scores, tile, peak, masked=True)
+        wait_for_keys(tile + 1)
         return tiles.operand(p), peak, *rest
 
     def step(tile, carry, *, masked: bool):
@@ -311,11 +313,12 @@ def _attend(tiles: _Tiles, begin, full_end, end, settle_every: int, highest):
             tiles.end_turn()
             scores = tiles.finish_scores(acc, tile + 1, products_left=len(running))
             next_p, new_peak, decay = tiles.softmax(scores, tile + 1, peak, masked=masked)
+            # A branch: without one, the compiler waits for the products before the softmax.
+            wait_for_keys(tile + 2)
             done = tiles.finish_products(running, tile)
             # Only now: until here the tensor cores read the registers of p.
             return tiles.operand(next_p), new_peak, decay, done
 
-        tiles.wait_for_keys(tile + 1)
         tiles.wait_for_turn()
         next_p, new_peak, decay, out = pl.run_scoped(ahead, plgpu.WGMMAAccumulatorRef(tiles.shape))
         out = tiles.rescale(out, decay)

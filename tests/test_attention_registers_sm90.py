@@ -178,7 +178,8 @@ class Machine:
             "vector": named(from_elements=lambda of, elements: list(elements)),
             "utils": named(
                 memref_ptr=lambda ref: (ref, np.zeros(WARPGROUP, np.int64)), getelementptr=self.pointer,
-                prmt=self.prmt, thread_idx=lambda: thread.astype(np.uint32), bitwidth=lambda x: 8 * np.dtype(x).itemsize,
+                prmt=self.prmt, thread_idx=lambda: thread.astype(np.uint32),
+                bitwidth=lambda x: 8 * np.dtype(x).itemsize,
                 bitcast=lambda word, to: word.view(to),
             ),
             "ir": named(
