@@ -83,8 +83,8 @@ class DecodeConfig:
     def __post_init__(self) -> None:
         if self.tile_m % 8 or not 8 <= self.tile_m <= MOST_DECODED:
             raise ValueError(f"tile_m is {self.tile_m}; expected a multiple of 8 from 8 to {MOST_DECODED}")
-        if not 1 <= self.warpgroups <= 4 or self.k_warpgroups < 1 or self.warpgroups % self.k_warpgroups:
-            raise ValueError(f"{self}: expected 1 to 4 warpgroups, a multiple of k_warpgroups")
+        if not 1 <= self.warpgroups <= 8 or self.k_warpgroups < 1 or self.warpgroups % self.k_warpgroups:
+            raise ValueError(f"{self}: expected 1 to 8 warpgroups, a multiple of k_warpgroups")
         if not 1 <= self.split_k <= 16:
             raise ValueError(f"split_k is {self.split_k}; expected 1 to 16")
         if not 2 <= self.stages <= 32 or self.depth < 1:
@@ -138,11 +138,11 @@ class Problem:
 
 def smem_bytes(config: Config | DecodeConfig, k: int, values: Values) -> int:
     """Shared memory that a CTA needs for k inputs of x in ``values``, with what the allocator may add."""
+    # At most four bytes of scales for each 128 inputs of a channel.
     x_tile = config.tile_m * layouts.TILE_K * (1 if values == "e4m3" else 2)
     if isinstance(config, DecodeConfig):
         store = config.columns * _store_bytes(16, config.tile_m) if config.split_k == 1 else 0
         weights = config.warpgroups * word_slots(config, k) * 4096
-        # At most four bytes of scales for each 128 inputs of a channel.
         chunk = CHUNK * (x_tile + config.columns * layouts.TILE_N * 4)
         return weights + config.k_warpgroups * decode_stages(config, k) * chunk + store + 2048
     stage = x_tile + TILE_N * (layouts.TILE_K // 2 + 4)
@@ -208,21 +208,31 @@ def _tile_m(m: int, n: int) -> int:
 
 def _decode_heuristic(tile_m: int, n: int, k: int, values: Values) -> DecodeConfig:
     tiles_n = -(-n // layouts.TILE_N)
-    # With more tokens, warpgroups with K of their own would load too much of x.
-    k_warpgroups = 4 if tiles_n <= NUM_SMS and tile_m <= 16 else 2 if tiles_n <= 2 * NUM_SMS and tile_m <= 32 else 1
-    ctas = -(-tiles_n * k_warpgroups // 4)
-    split_k = max(1, min(8, NUM_SMS // ctas, k // (layouts.TILE_K * k_warpgroups * CHUNK)))
-    config = DecodeConfig(tile_m, k_warpgroups=k_warpgroups, split_k=split_k, depth=4)
-    config = _largest(config, "stages", 3, k, values)
-    config = _largest(config, "depth", 10, k, values)
-    return _largest(config, "stages", 8, k, values)
+    if tiles_n > 2 * NUM_SMS:
+        return fill(DecodeConfig(tile_m), k, values, 1)
+    # Two CTAs an SM; parts of K of at least a chunk.
+    k_warpgroups = 2 if tiles_n <= NUM_SMS and k <= 8192 and (values == "e4m3" or tile_m <= 32) else 1
+    ctas = -(-tiles_n * k_warpgroups // 2)
+    split_k = max(1, min(8, 2 * NUM_SMS // ctas, k // (layouts.TILE_K * k_warpgroups * CHUNK)))
+    return fill(DecodeConfig(tile_m, 2, k_warpgroups, split_k), k, values, 2)
 
 
-def _largest(config: Any, field: str, most: int, k: int, values: Values) -> Any:
-    """``config`` with the largest ``field`` up to ``most`` whose shared memory suffices."""
+def fill(config: DecodeConfig, k: int, values: Values, ctas_per_sm: int) -> DecodeConfig:
+    """``config`` with as much in flight as is of use and fits into an SM so many times, or at least once."""
+    config = dataclasses.replace(config, depth=1, stages=2)
+    bound = SMEM_BYTES // ctas_per_sm
+    if smem_bytes(dataclasses.replace(config, depth=3), k, values) > bound:
+        bound = SMEM_BYTES
+    for field, most in (("depth", 3), ("stages", 3), ("depth", 6), ("stages", 4), ("depth", 8)):
+        config = _largest(config, field, min(most, config.k_tiles(k)), k, values, bound)
+    return config
+
+
+def _largest(config: Any, field: str, most: int, k: int, values: Values, bound: int = SMEM_BYTES) -> Any:
+    """``config`` with the largest ``field`` up to ``most`` whose shared memory stays within ``bound``."""
     while getattr(config, field) < most:
         larger = dataclasses.replace(config, **{field: getattr(config, field) + 1})
-        if smem_bytes(larger, k, values) > SMEM_BYTES:
+        if smem_bytes(larger, k, values) > bound:
             break
         config = larger
     return config

@@ -3,7 +3,8 @@
 Each warpgroup computes 64 output channels over its part of K and needs no other until its sum is
 done. A thread's share of a packed tile is 32 bytes that no other thread wants, so it copies them
 itself (cp.async, ``depth`` tiles ahead) and no barrier, producer or descriptor stands between the
-start of the kernel and the first read. x and the group scales come in chunks through TMA.
+start of the kernel and the first read. x comes in chunks through TMA, and so do group scales that
+are no part of the weights' tables; those that are, each thread reads, a chunk ahead.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ class Scratch(NamedTuple):
 
     x: Any  # (rows for TMA, tiles for WGMMA), one memory: [k_warpgroups * stages, CHUNK * halves, tile_m, columns]
     words: Any  # int32 [warpgroups, depth * 1024]
-    scales: Any  # [k_warpgroups * stages, CHUNK * groups, channels]
+    scales: Any | None  # bf16 [k_warpgroups * stages, CHUNK * groups, channels]
     full: Any  # [k_warpgroups * stages], TMA arrives
     free: Any | None  # raw mbarriers [k_warpgroups * stages, 2]; None if nothing is loaded twice
     y: Any | None  # bf16 [columns, STORE_BUFFERS, tokens, rows_out]; None with split K
@@ -55,11 +56,10 @@ def kernel(problem: Problem, config: DecodeConfig, present: tuple[str, ...]) -> 
             plgpu.SMEM(x_shape, x_dtype, transforms=(plgpu.TilingTransform((8, x_columns)), swizzle)),
         ),
         words=plgpu.SMEM((config.warpgroups, word_slots(config, problem.k) * 1024), jnp.int32),
-        scales=plgpu.SMEM(
-            (stages, CHUNK * problem.groups, columns * layouts.TILE_N),
-            jnp.uint8 if problem.scale_in_table else jnp.bfloat16,
-        ),
-        full=plgpu.Barrier(num_barriers=stages, num_arrivals=2),
+        scales=None
+        if problem.scale_in_table
+        else plgpu.SMEM((stages, CHUNK * problem.groups, columns * layouts.TILE_N), jnp.bfloat16),
+        full=plgpu.Barrier(num_barriers=stages, num_arrivals=1 if problem.scale_in_table else 2),
         free=plgpu.SMEM((stages, 2), jnp.int32) if config.k_tiles(problem.k) > CHUNK * config.stages else None,
         y=plgpu.SMEM(y_shape, jnp.bfloat16, transforms=(plgpu.SwizzleTransform(2 * problem.rows_out),))
         if whole
@@ -141,13 +141,15 @@ class _Warpgroup:
     def run(self) -> None:
         """All of it."""
         scratch, config, problem = self.scratch, self.config, self.problem
+        # What comes in no time, or in few bytes, first: it would queue behind the weights.
+        self._feeder(lambda: [self._feed(jnp.int32(i), jnp.int32(i)) for i in range(self._stages)])
+        scales = self._load_scales(jnp.int32(0))
         for i in range(min(config.depth, self._steps)):
             self._copy_words(jnp.int32(i), jnp.int32(i))
         if scratch.free is not None:
             sync.init_barriers(scratch.free, 4 * config.columns, cluster=False)
-        self._feeder(lambda: [self._feed(jnp.int32(i), jnp.int32(i)) for i in range(self._stages)])
         if config.split_k > 1:
-            total = self._combine(self._sum())
+            total = self._combine(self._sum(scales))
             self._finisher(lambda: outputs.store_partial(total, self.operands.y, self.part, self._n_tile))
             return
         output = Output(
@@ -155,7 +157,7 @@ class _Warpgroup:
         )
         epilogue = output.begin(jnp.int32(0), self._channel)
         self._finisher(lambda: output.begin_residual(epilogue))
-        total = self._combine(self._sum())
+        total = self._combine(self._sum(scales))
 
         def finish() -> None:
             output.finish(outputs.sum_to_accumulator(total), epilogue)
@@ -192,7 +194,7 @@ class _Warpgroup:
         return self.k_wg * self._stages + slot
 
     def _feed(self, chunk: jax.Array, slot: jax.Array) -> None:
-        """Start to load a chunk of x and of the group scales; past the end of K they are zeros."""
+        """Start to load a chunk of x; past the end of K it is zeros."""
         problem, at = self.problem, self._slot(slot)
         k_tile = self._first + chunk * CHUNK
         x_rows, _ = self.scratch.x
@@ -201,35 +203,46 @@ class _Warpgroup:
             jax_compat.transpose_ref(x_rows.at[at], (1, 0, 2)),
             self.scratch.full.at[at],
         )
-        channels = self.config.columns * layouts.TILE_N
-        plgpu.copy_gmem_to_smem(
-            self.operands.group_scale.at[
-                pl.ds(k_tile * problem.groups, CHUNK * problem.groups), pl.ds(self.tile * channels, channels)
-            ],
-            self.scratch.scales.at[at],
-            self.scratch.full.at[at],
+        if self.scratch.scales is not None:
+            channels = self.config.columns * layouts.TILE_N
+            plgpu.copy_gmem_to_smem(
+                self.operands.group_scale.at[
+                    pl.ds(k_tile * problem.groups, CHUNK * problem.groups), pl.ds(self.tile * channels, channels)
+                ],
+                self.scratch.scales.at[at],
+                self.scratch.full.at[at],
+            )
+
+    def _load_scales(self, chunk: jax.Array) -> tuple[jax.Array, ...]:
+        """Start to read a chunk's scales, for ``weights.build_tables``; () if they come through the ring."""
+        if self.scratch.scales is not None:
+            return ()
+        group = (self._first + chunk * CHUNK) * self.problem.groups
+        return tuple(
+            weights.load_four_scales(self.operands.group_scale, group + 4 * i, self._channel)
+            for i in range(self.problem.groups)
         )
 
     # --- sums -----------------------------------------------------------------------------------------
 
-    def _sum(self) -> jax.Array:
+    def _sum(self, scales: tuple[jax.Array, ...]) -> jax.Array:
         """The (scaled) sum over this warpgroup's part of K, raw float32."""
         chunks, rest = divmod(self._steps, CHUNK)
-        carry = jnp.int32(0), jnp.int32(0), jnp.int32(0), outputs.zero_sum(self.config.tile_m)
+        carry = jnp.int32(0), jnp.int32(0), jnp.int32(0), scales, outputs.zero_sum(self.config.tile_m)
         carry = lax.fori_loop(0, chunks, lambda i, carry: self._chunk(i, carry, CHUNK), carry)
         if rest:
             carry = self._chunk(jnp.int32(chunks), carry, rest)
         return carry[-1]
 
     def _chunk(self, i: jax.Array, carry: Any, count: int) -> Any:
-        """``count`` steps: (slot of x, parity of the slots freed before it, slot of the weights, sum)."""
-        slot, parity, word_slot, total = carry
+        """``count`` steps: (slot of x, parity of slots freed before it, slot of the weights, scales, sum)."""
+        slot, parity, word_slot, scales, total = carry
         config, problem = self.config, self.problem
         at = self._slot(slot)
         plgpu.barrier_wait(self.scratch.full.at[at])
         if self.scratch.free is not None:
             parity = self._refill(i, slot, parity)
-        scales = self.scratch.scales.at[at, :, pl.ds(self.column * layouts.TILE_N, layouts.TILE_N)]
+        next_scales = self._load_scales(i + 1)
         depth = min(config.depth, self._steps)
         word_slots = [word_slot]
         for _ in range(count):
@@ -249,13 +262,10 @@ class _Warpgroup:
             )
 
         if problem.scale_in_table:
+            sets = tuple(weights.build_tables(four) for four in scales)
+            tables = weights.tables_by_tile(sets, CHUNK, problem.groups)
 
-            def body(acc_ref: Any) -> jax.Array:
-                groups = CHUNK * problem.groups
-                sets = [weights.read_four_scales(scales.at[pl.ds(g, 4)]) for g in range(0, groups, 4)]
-                tables = weights.tables_by_tile(
-                    tuple(weights.build_tables(four) for four in sets), CHUNK, problem.groups
-                )
+            def all_tiles(acc_ref: Any) -> jax.Array:
                 for t in range(count):
                     multiply(take(t), tables[t], t, acc_ref)
                     refill(t)
@@ -263,22 +273,24 @@ class _Warpgroup:
                         plgpu.wgmma_wait(problem.halves)
                 return acc_ref[...]
 
-            total = outputs.add_to_sum(total, self._accumulate(body), None)
+            total = outputs.add_to_sum(total, self._accumulate(all_tiles), None)
         else:
+            assert self.scratch.scales is not None
+            rows = self.scratch.scales.at[at, :, pl.ds(self.column * layouts.TILE_N, layouts.TILE_N)]
             for t in range(count):
                 words = take(t)
                 for half in (0, 1) if problem.groups == 2 else (None,):
 
-                    def body(acc_ref: Any, words: Any = words, t: int = t, half: int | None = half) -> jax.Array:
+                    def one_group(acc_ref: Any, words: Any = words, t: int = t, half: int | None = half) -> jax.Array:
                         multiply(words, None, t, acc_ref, half)
                         return acc_ref[...]
 
-                    scale = outputs.read_group_scale(scales.at[t * problem.groups + (half or 0)])
-                    total = outputs.add_to_sum(total, self._accumulate(body), scale)
+                    scale = outputs.read_group_scale(rows.at[t * problem.groups + (half or 0)])
+                    total = outputs.add_to_sum(total, self._accumulate(one_group), scale)
                 refill(t)
         if self.scratch.free is not None:
             sync.arrive(self.scratch.free, at, cluster_size=1)
-        return jnp.where(slot == self._stages - 1, 0, slot + 1), parity, word_slots[-1], total
+        return jnp.where(slot == self._stages - 1, 0, slot + 1), parity, word_slots[-1], next_scales, total
 
     def _accumulate(self, body: Any) -> jax.Array:
         return pl.run_scoped(body, plgpu.WGMMAAccumulatorRef((layouts.TILE_N, self.config.tile_m), jnp.float32))

@@ -27,7 +27,7 @@ class Operands(NamedTuple):
 class Epilogue(NamedTuple):
     """What a warpgroup needs to finish its part of a tile."""
 
-    token: jax.Array | int
+    token: jax.Array
     column: jax.Array
     channel_scale: jax.Array
     bias: jax.Array | None
@@ -73,7 +73,7 @@ class Output:
             self.residual_full.at[STORE_BUFFERS * self.wg + buffer],
         )
 
-    def begin(self, token: jax.Array | int, channel: jax.Array) -> Epilogue:
+    def begin(self, token: jax.Array, channel: jax.Array) -> Epilogue:
         """Start to read what ``finish`` will need for 64 channels of the tile that begins here."""
         operands = self.operands
         column = channel // 2 if self.problem.silu_mul else channel

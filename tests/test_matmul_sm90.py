@@ -69,6 +69,7 @@ CASES: dict[str, tuple[int, int, int, dict, Config]] = {
         DecodeConfig(16, k_warpgroups=2, depth=2),
     ),
     "k-warpgroups-64": (61, 512, 2048, {}, DecodeConfig(64, k_warpgroups=4, depth=2)),
+    "k-warpgroups-8": (16, 512, 4096, {"residual": True}, DecodeConfig(16, 8, 8, depth=4)),
     "split-7": (16, 512, 14336, {}, DecodeConfig(16, k_warpgroups=2, split_k=7)),
     "split-uneven": (5, 512, 11008, {}, DecodeConfig(8, k_warpgroups=4, split_k=2, depth=16)),
     "split-past-the-end": (5, 100, 640, {}, DecodeConfig(8, k_warpgroups=4, split_k=4)),
@@ -171,7 +172,7 @@ def test_a_config_that_cannot_work_is_refused(fields, message):
     [
         ({"tile_m": 72}, "tile_m is 72"),
         ({"tile_m": 20}, "tile_m is 20"),
-        ({"tile_m": 8, "warpgroups": 5}, "1 to 4 warpgroups"),
+        ({"tile_m": 8, "warpgroups": 9}, "1 to 8 warpgroups"),
         ({"tile_m": 8, "k_warpgroups": 3}, "a multiple of k_warpgroups"),
         ({"tile_m": 8, "split_k": 17}, "split_k is 17"),
         ({"tile_m": 8, "stages": 1}, "2 to 32 stages"),
