@@ -2,9 +2,9 @@
 
 A thread block takes one row. It loads the row once, 8 elements (16 bytes) a thread and step, and
 holds it in registers; warps reduce by shuffles, the block through shared memory; then the row is
-multiplied by its scale's reciprocal, cast and stored, 8 bytes a thread and step. Many rows are one or two
-warpgroups each, so that several blocks share a multiprocessor and one's loads hide another's
-reduction; few rows are as many warpgroups as they have elements for, because each is a latency.
+multiplied by its scale's reciprocal, cast and stored, 8 bytes a thread and step. A row has as few
+warpgroups as its registers fit in: many rows want several blocks on a multiprocessor, so that one's
+loads hide another's reduction, and one row wants few partial results to wait for.
 """
 
 import dataclasses
@@ -46,11 +46,9 @@ class Config:
             raise ValueError(f"warpgroups is {self.warpgroups}; expected 1 to {MAX_WARPGROUPS}")
 
 
-def default_config(rows: int, width: int, multiprocessors: int = 132) -> Config:
-    """As many warpgroups as a row fills if every row can have its multiprocessor, else as few as hold it."""
-    chunks = -(-width // CHUNK)
-    each = 4 if rows <= 2 * multiprocessors else MAX_CHUNKS
-    return Config(min(MAX_WARPGROUPS, -(-chunks // (WARPGROUP * each))))
+def default_config(width: int) -> Config:
+    """The fewest warpgroups that hold a row of ``width`` elements."""
+    return Config(-(-width // (CHUNK * WARPGROUP * MAX_CHUNKS)))
 
 
 def unsupported(x: Array) -> str | None:
@@ -82,7 +80,7 @@ def _launch(x: Array, weight: Array | None, eps: float, config: Config | None) -
     width = x.shape[-1]
     flat = x.reshape(-1, width)
     rows = flat.shape[0]
-    config = config or default_config(rows, width)
+    config = config or default_config(width)
     if config.warpgroups * WARPGROUP * CHUNK * MAX_CHUNKS < width:
         raise ValueError(f"config is {config}; expected more warpgroups for rows of {width} elements")
     values, scale = plgpu.kernel(

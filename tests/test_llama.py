@@ -15,6 +15,7 @@ from tiny_llama import CASES, config_of, tokens_of, weights_of
 from fireq_jax import LlamaForCausalLM, ModelConfig, QuantizationConfig, recipes
 from fireq_jax.models import parameters
 from fireq_jax.models.llama import linear_names
+from pallas_kernels import formats
 from pallas_kernels.quantized_tensor import QuantizedTensor
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
@@ -204,6 +205,22 @@ def test_an_fp8_head_stays_near(tied):
     tokens = tokens_of(ONE_LAYER)
     logits, exact = np.asarray(forward(quantized, tokens)), np.asarray(forward(model, tokens))
     assert 0.02 < np.linalg.norm(logits - exact) / np.linalg.norm(exact) < 0.05
+
+
+def test_a_norm_quantizes_only_what_is_multiplied_as_fp8():
+    """The tap sees floats, which calibration measures; the FP8 rows are these floats rounded."""
+    taps = {}
+    for recipe in (recipes.fireq(), recipes.none(), dataclasses.replace(recipes.fireq(), keep_float=("*.qkv_proj",))):
+        layer = build(config_of("gqa"), recipe).layers[0]
+        x = jax.random.normal(jax.random.key(0), (2, 3, layer.input_layernorm.weight.get_value().shape[0]))
+        rows = layer.input_layernorm.input_of(layer.self_attn.qkv_proj, x, taps.__setitem__, str(recipe))
+        expected = layer.input_layernorm(x)
+        if recipe == recipes.fireq():
+            assert str(recipe) not in taps
+            np.testing.assert_allclose(formats.dequantize(rows), expected, rtol=0.07, atol=2e-5)
+        else:
+            np.testing.assert_array_equal(taps[str(recipe)], expected)
+            np.testing.assert_array_equal(rows, expected)
 
 
 def test_keep_float_leaves_layers_as_they_are():
