@@ -7,8 +7,6 @@ as the tensor cores take them; scores, softmax statistics and sums are float32.
 FireQ (arXiv 2505.20839), attention section; FlashAttention-3 (arXiv 2407.08608).
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -92,12 +90,6 @@ def attention_reference(
         q, k, v = query.values, key.values, value.values
     else:
         q, k, v = (formats.dequantize(rows) for rows in (query, key, value))
-    # A GPU would otherwise multiply float32 operands as TF32.
-    multiply = functools.partial(
-        jnp.einsum,
-        precision="highest" if q.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
     # Slots beyond kv_lengths may hold anything, NaN included, and 0 * NaN is NaN.
     v = jnp.where((jnp.arange(v.shape[2]) < kv_lengths[:, None])[:, None, :, None], v, jnp.zeros((), v.dtype))
 
@@ -106,14 +98,14 @@ def attention_reference(
         kv_heads, slots = k.shape[1:3]
         visible = visible_slots(start, kv_lengths, length, slots, causal=causal, window=window)
         grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-        scores = multiply("btkgh,bksh->bkgts", grouped, k) * scale
+        scores = _multiply("btkgh,bksh->bkgts", grouped, k) * scale
         scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
         peak = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - jnp.where(jnp.isneginf(peak), 0.0, peak))
         total = jnp.moveaxis(jnp.sum(weights, axis=-1), -1, 1)[..., None]
         if query.scale is not None:
             weights = formats.quantize_probabilities(weights)
-        out = multiply("bkgts,bksh->btkgh", weights.astype(v.dtype), v)
+        out = _multiply("bkgts,bksh->btkgh", weights.astype(v.dtype), v)
         # A query without a visible slot has a total of 0; a NaN stays one.
         out = jnp.where(total == 0, 0.0, out / jnp.where(total == 0, 1.0, total))
         return out.reshape(q.shape).astype(out_dtype)
@@ -127,6 +119,22 @@ def attention_reference(
     starts = query_start + QUERIES_AT_ONCE * jnp.arange(chunks)[:, None]
     out = jax.lax.map(lambda chunk: attend(*chunk), (split, starts))
     return jnp.moveaxis(out, 0, 1).reshape(padded.shape)[:, :length]
+
+
+def _multiply(equation: str, a: Array, b: Array) -> Float[Array, "..."]:
+    """The float32 product of float arrays."""
+
+    def wide(a: Array, b: Array) -> Array:
+        # A GPU would otherwise multiply float32 operands as TF32.
+        return jnp.einsum(equation, a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
+
+    def narrow(a: Array, b: Array) -> Array:
+        return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+    if a.dtype != b.dtype or a.dtype == jnp.float32:
+        return wide(a, b)
+    # XLA's CPU backend lacks some products of halves.
+    return jax.lax.platform_dependent(a, b, cpu=wide, default=narrow)
 
 
 def _cudnn_runs(query: ScaledArray, key: ScaledArray, value: ScaledArray) -> bool:
