@@ -17,7 +17,7 @@ from pallas_kernels.row_quantize import quantize_rows, rms_norm_quantize, rms_no
 
 EPS = 1e-5
 SHAPES = [(1, 4096), (5, 4096), (64, 14336), (300, 4096), (301, 5120), (3, 136), (2, 3, 1000), (7, 8), (9, 28672)]
-CONFIGS = [None, *(sm90.Config(warpgroups) for warpgroups in (1, 3, 4, 7, 8))]
+CONFIGS = [None, *(sm90.Config(warpgroups) for warpgroups in (1, 2, 3, 4, 7, 8))]
 
 
 def random_rows(shape: tuple[int, ...], seed: int = 0) -> jax.Array:
