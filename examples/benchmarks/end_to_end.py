@@ -13,13 +13,15 @@ import functools
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from timing import kernel_times
 
 from fireq_jax import LlamaForCausalLM, ModelConfig, recipes
 from fireq_jax.checkpoint import write_json
@@ -83,13 +85,11 @@ def median_seconds(call: Callable[[], Any], repeats: int) -> float:
     return statistics.median(times)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "capacity"))
-def prefill(graph: Any, state: Any, tokens: jax.Array, lengths: jax.Array, capacity: int) -> tuple[jax.Array, KVCache]:
+def prefill(graph: Any, state: Any, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, KVCache]:
     """Last logits of each prompt and the cache."""
-    return nnx.merge(graph, state).prefill(tokens, lengths, capacity)
+    return nnx.merge(graph, state).prefill(tokens, lengths, tokens.shape[1])
 
 
-@functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache")
 def decode(graph: Any, state: Any, tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
     """``DECODE_STEPS`` greedy steps."""
     model = nnx.merge(graph, state)
@@ -117,50 +117,110 @@ def random_model(
     for i, key in enumerate(jax.random.split(jax.random.key(0), config.num_layers)):
         parameters |= {f"layers.{i}.{name}": value for name, value in layer(key).items()}
     for name, spec in parameters_of(model).items():
-        if not name.startswith("layers."):
-            assert not isinstance(spec, QuantizedTensor)
+        if isinstance(spec, QuantizedTensor):
+            if name == "lm_head":
+                parameters[name] = QuantizedTensor.random(jax.random.key(1), spec.shape, format="fp8")
+        elif not name.startswith("layers."):
             parameters[name] = (jax.random.normal(jax.random.key(1), spec.shape, spec.dtype) * 0.02).astype(spec.dtype)
     return with_parameters(model, parameters)
 
 
-def measure(recipe: str, args: argparse.Namespace, rows: list[Row]) -> dict[str, Any]:
-    """All shapes of one recipe; appends to ``rows`` and returns sizes."""
-    config = MODELS[args.model]
-    begin = time.perf_counter()
-    model = random_model(config, recipes.by_name(recipe), args.implementation)
-    graph, state = nnx.split(model)
-    jax.block_until_ready(state)
-    print(f"{recipe}: {model.nbytes / 1e9:.2f} GB, made in {time.perf_counter() - begin:.1f} s", flush=True)
+class Measurement:
+    """All shapes of one recipe.
 
-    def report(phase: str, batch: int, context: int, seconds: float, tokens: int, floor: float) -> None:
-        row = Row(recipe, phase, batch, context, seconds * 1e3, tokens / seconds, floor / seconds)
-        rows.append(row)
+    Compiling is most of the time, so all programs are compiled side by side before anything runs.
+    """
+
+    def __init__(self, recipe: str, args: argparse.Namespace) -> None:
+        begin = time.perf_counter()
+        self.recipe, self.args, self.config = recipe, args, MODELS[args.model]
+        quantization = dataclasses.replace(recipes.by_name(recipe), lm_head_format=args.lm_head)
+        self.model = random_model(self.config, quantization, args.implementation)
+        graph, self.state = nnx.split(self.model)
+        jax.block_until_ready(self.state)
+        print(f"{recipe}: {self.model.nbytes / 1e9:.2f} GB, made in {time.perf_counter() - begin:.1f} s", flush=True)
+        begin = time.perf_counter()
+        lowered = {}
+        for batch, length in args.prefill:
+            tokens, lengths = jax.ShapeDtypeStruct((batch, length), jnp.int32), self._abstract(batch)
+            lowered["prefill", batch, length] = jax.jit(functools.partial(prefill, graph)).lower(
+                self.state, tokens, lengths
+            )
+        for batch, context in args.decode:
+            program = jax.jit(functools.partial(decode, graph), donate_argnums=2)
+            cache = jax.eval_shape(lambda b=batch, c=context: self._cache(b, c))
+            lowered["decode", batch, context] = program.lower(self.state, self._abstract(batch), cache)
+        with ThreadPoolExecutor(8) as pool:
+            compiled = pool.map(lambda program: program.compile(), lowered.values())
+            self.programs = dict(zip(lowered, compiled, strict=True))
+        print(f"{recipe}: {len(lowered)} programs compiled in {time.perf_counter() - begin:.1f} s", flush=True)
+
+    def _abstract(self, batch: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch,), jnp.int32)
+
+    def _cache(self, batch: int, context: int) -> KVCache:
+        capacity = -(-(context + DECODE_STEPS) // 64) * 64
+        return KVCache.create(self.config, self.model.quantization, batch, capacity)
+
+    def rows(self) -> Iterator[Row]:
+        """One for each shape, as they are measured."""
+        for (phase, batch, length), program in self.programs.items():
+            try:
+                run = self._prefill if phase == "prefill" else self._decode
+                yield run(program, batch, length)
+            except jax.errors.JaxRuntimeError as error:  # out of memory, most likely
+                print(f"{self.recipe} {phase} {batch} x {length}: {str(error).splitlines()[0]}", flush=True)
+
+    def _row(self, phase: str, batch: int, context: int, seconds: float, tokens: int, floor: float) -> Row:
+        row = Row(self.recipe, phase, batch, context, seconds * 1e3, tokens / seconds, floor / seconds)
         print(
-            f"{recipe:18} {phase:8} {batch:4} x {context:6} {row.milliseconds:10.3f} ms "
+            f"{self.recipe:18} {phase:8} {batch:4} x {context:6} {row.milliseconds:10.3f} ms "
             f"{row.tokens_per_second:12.1f} tokens/s  floor {row.floor_ratio:6.1%}",
             flush=True,
         )
+        return row
 
-    for batch, length in args.prefill:
-        tokens = jax.random.randint(jax.random.key(0), (batch, length), 0, config.vocab_size)
+    def _prefill(self, program: Any, batch: int, length: int) -> Row:
+        tokens = jax.random.randint(jax.random.key(0), (batch, length), 0, self.config.vocab_size)
         lengths = jnp.full((batch,), length, jnp.int32)
-        seconds = median_seconds(lambda t=tokens, n=lengths: prefill(graph, state, t, n, t.shape[1])[0], args.repeats)
-        report("prefill", batch, length, seconds, batch * length, prefill_operations(config, batch, length) / args.peak)
-    for batch, context in args.decode:
-        capacity = -(-(context + DECODE_STEPS) // 64) * 64
-        empty = KVCache.create(config, model.quantization, batch, capacity)
-        lengths = jnp.full((batch,), context, jnp.int32)
 
-        def run(empty: KVCache = empty, lengths: jax.Array = lengths) -> jax.Array:
-            cache = jax.tree.map(jnp.copy, dataclasses.replace(empty, lengths=lengths))
-            return decode(graph, state, jnp.zeros_like(lengths), cache)[0]
+        def run() -> jax.Array:
+            return program(self.state, tokens, lengths)[0]
 
-        copies = median_seconds(lambda empty=empty: jax.tree.map(jnp.copy, empty), args.repeats)
-        seconds = (median_seconds(run, args.repeats) - copies) / DECODE_STEPS
-        moved = step_bytes(model, batch) + formats.nbytes(empty.layers) * context / capacity
-        report("decode", batch, context, seconds, batch, moved / args.bandwidth)
-    stats = jax.devices()[0].memory_stats() or {}
-    return {"bytes": model.nbytes, "peak_device_bytes": stats.get("peak_bytes_in_use")}
+        seconds = median_seconds(run, self.args.repeats)
+        floor = prefill_operations(self.config, batch, length) / self.args.peak
+        row = self._row("prefill", batch, length, seconds, batch * length, floor)
+        if self.args.profile:
+            print_kernels(kernel_times(run), 1)
+        return row
+
+    def _decode(self, program: Any, batch: int, context: int) -> Row:
+        tokens, lengths = jnp.zeros((batch,), jnp.int32), jnp.full((batch,), context, jnp.int32)
+        cache = self._cache(batch, context)
+        moved = step_bytes(self.model, batch) + formats.nbytes(cache.layers) * context / cache.capacity
+
+        def run() -> jax.Array:
+            # The cache is donated: each run goes on with the last one's memory.
+            nonlocal cache
+            cache = dataclasses.replace(cache, lengths=jnp.copy(lengths))
+            chosen, cache = program(self.state, tokens, cache)
+            return chosen
+
+        seconds = median_seconds(run, self.args.repeats) / DECODE_STEPS
+        row = self._row("decode", batch, context, seconds, batch, moved / self.args.bandwidth)
+        if self.args.profile:
+            print_kernels(kernel_times(run), DECODE_STEPS)
+        return row
+
+
+def print_kernels(records: list[tuple[str, float]], steps: int) -> None:
+    """Time of each kernel in one step; XLA's fusions, which have no names of their own, together."""
+    total: dict[str, list[float]] = {}
+    for name, us in records:
+        own = name.endswith("mosaic_gpu_kernel") or name.startswith(("nvjet", "cudnn", "gemm"))
+        total.setdefault(name.removesuffix("_mosaic_gpu_kernel") if own else "XLA", []).append(us)
+    for name, times in sorted(total.items(), key=lambda item: -sum(item[1])):
+        print(f"    {name[:60]:60} {len(times) / steps:7.1f} x  {sum(times) / steps:10.1f} us", flush=True)
 
 
 def prefill_operations(config: ModelConfig, batch: int, length: int) -> float:
@@ -188,6 +248,8 @@ def main() -> None:
     parser.add_argument("--prefill", type=shapes, default=shapes("16x1024,16x2048,16x4096,1x1024,1x8192"))
     parser.add_argument("--decode", type=shapes, default=shapes("1x1024,16x1024,64x1024,256x1024,1x8192,64x8192"))
     parser.add_argument("--implementation", default="auto")
+    parser.add_argument("--lm-head", choices=["none", "fp8"], default="none", help="fp8: quantize lm_head as well")
+    parser.add_argument("--profile", action="store_true", help="list the kernels of each shape")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--bandwidth", type=float, default=4.68e12, help="bytes/s that a read can reach")
     parser.add_argument("--peak", type=float, default=1.6e15, help="FP8 operations/s that a matmul can reach")
@@ -197,12 +259,19 @@ def main() -> None:
     device = jax.devices()[0].device_kind
     print(f"{args.model} on {device}, JAX {jax.__version__}", flush=True)
     rows: list[Row] = []
-    sizes = {recipe: measure(recipe, args, rows) for recipe in args.recipes}
+    sizes = {}
+    for recipe in args.recipes:
+        measurement = Measurement(recipe, args)
+        rows += measurement.rows()
+        stats = jax.devices()[0].memory_stats() or {}
+        sizes[recipe] = {"bytes": measurement.model.nbytes, "peak_device_bytes": stats.get("peak_bytes_in_use")}
+        del measurement
     base = {(row.phase, row.batch, row.context): row.milliseconds for row in rows if row.recipe == args.recipes[-1]}
     print(f"\nspeed relative to {args.recipes[-1]}")
     for row in rows:
-        ratio = base[row.phase, row.batch, row.context] / row.milliseconds
-        print(f"{row.recipe:18} {row.phase:8} {row.batch:4} x {row.context:6} {ratio:6.2f}x")
+        if (row.phase, row.batch, row.context) in base:
+            ratio = base[row.phase, row.batch, row.context] / row.milliseconds
+            print(f"{row.recipe:18} {row.phase:8} {row.batch:4} x {row.context:6} {ratio:6.2f}x")
     print(json.dumps(sizes))
     if args.json:
         fields = {"model": args.model, "device": device, "jax": jax.__version__, "sizes": sizes}
