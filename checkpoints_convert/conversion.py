@@ -132,15 +132,20 @@ def convert(
 def _convert_globals(
     source: HuggingFaceCheckpoint, options: ConversionOptions, tokens: Int[np.ndarray, "samples T"] | None, work: Path
 ) -> None:
-    for name in source.global_names():
+    names = source.global_names()
+    if options.quantization.lm_head_format != "none" and "lm_head" not in names:
+        names = [*names, "lm_head"]
+    for name in names:
         hidden = _hidden_path(work, 0)
         starts = name == "embed_tokens" and tokens is not None and _blocks_done(options.output, 1) == 0
         if not starts and checkpoint.part_path(options.output, checkpoint.part_of(name)).is_dir():
             continue
-        array = source.global_tensor(name)
+        tied = name == "lm_head" and source.config.tie_word_embeddings
+        array = source.global_tensor("embed_tokens" if tied else name)
         if starts:
             _save_array(hidden, array[tokens].astype(np.float32))
-        checkpoint.save_part(options.output, checkpoint.part_of(name), global_parameters({name: array}, options.dtype))
+        parameters = global_parameters({name: array}, options.quantization, options.dtype)
+        checkpoint.save_part(options.output, checkpoint.part_of(name), parameters)
 
 
 def _convert_block(

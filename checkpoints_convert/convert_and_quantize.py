@@ -28,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--batch-size", type=int, default=8, help="windows a calibration step (default: 8)")
     parse.add_argument("--dtype", default="bfloat16", help="of what stays unquantized (default: bfloat16)")
     parse.add_argument("--kv-format", choices=["int4", "fp8", "none"], help="overrides the recipe's cache format")
+    parse.add_argument("--lm-head-format", choices=["fp8", "none"], help="overrides the recipe's lm_head")
     parse.add_argument(
         "--keep-float",
         nargs="+",
@@ -57,6 +58,8 @@ def run(args: argparse.Namespace) -> None:
     quantization = recipes.by_name(args.recipe)
     if args.kv_format is not None:
         quantization = quantization.with_kv_format(args.kv_format)
+    if args.lm_head_format is not None:
+        quantization = dataclasses.replace(quantization, lm_head_format=args.lm_head_format)
     quantization = dataclasses.replace(quantization, keep_float=quantization.keep_float + tuple(args.keep_float))
     model = resolve_model(args.model)
     options = ConversionOptions(model, args.output, args.recipe, quantization, args.dtype, args.batch_size)

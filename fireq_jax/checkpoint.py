@@ -81,7 +81,7 @@ class StoredModel:
             block = {name: jnp.asarray(array) for name, array in self.source.block(index).items()}
             parameters |= layer_parameters(block, index, self.quantization, dtype)
         arrays = {name: self.source.global_tensor(name) for name in self.source.global_names()}
-        return parameters | global_parameters(arrays, dtype)
+        return parameters | global_parameters(arrays, self.quantization, dtype)
 
 
 def read_manifest(folder: Path) -> tuple[ModelConfig, QuantizationConfig]:

@@ -14,18 +14,14 @@ i + H/2 in the high one). Three freedoms make this cheap:
 Notation below: warp w, lane = 4 * g + q, half h (rows r and r + 8 of a fragment), byte e of a word.
 """
 
+import functools
 import math
 
-import jax
 import jax.experimental.mosaic.gpu as mgpu
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
-from jaxtyping import Array, Float, UInt8
-
-from pallas_kernels import formats
+from jaxlib.mlir.dialects import arith, llvm, scf, vector
 
 # E4M3 value of the byte that code 1 turns into.
 CODE_UNIT = 2.0**-9
@@ -33,40 +29,192 @@ CODE_UNIT = 2.0**-9
 TOKEN_BLOCK = 128
 
 
-def keys_to_e4m3(packed: UInt8[Array, "*rows half"]) -> Float[Array, "*rows H"]:
-    """INT4 codes in cache form -> E4M3 values of ``CODE_UNIT`` times the codes, exactly."""
-    low = (packed & 0x07) | ((packed & 0x08) << 4)
-    high = ((packed >> 4) & 0x07) | (packed & 0x80)
-    return jax.lax.bitcast_convert_type(jnp.concatenate([low, high], axis=-1), formats.E4M3)
+def store_queries(
+    _: mgpu.LaunchContext,
+    first_row: mgpu.FragmentedArray,
+    first_head: mgpu.FragmentedArray,
+    queries: ir.Value,
+    q_smem: ir.Value,
+    *,
+    group: int,
+) -> None:
+    """Rows of E4M3 queries [T, heads, H] to shared memory, channels in :func:`load_keys`' order.
 
-
-def values_to_e4m3(packed: UInt8[Array, "B heads S half"]) -> Float[Array, "B heads H S"]:
-    """The same values head_dim-major, tokens (a multiple of 16) in :func:`permute_tokens`' order.
-
-    Written so that XLA transposes bytes through shared memory and unpacks them in a second pass;
-    as one transposition of codes it is a loop that reads single bytes at the rows' stride.
+    Row r, from ``first_row`` on, is the query of token r // group and head ``first_head`` + r % group;
+    past the last token it is 0. ``q_smem`` is tiled (8, 128) with 128-byte swizzle, or (8, 64) with 64-byte swizzle.
     """
-    batch, heads, slots, half = packed.shape
-    packed = jnp.broadcast_to(packed.swapaxes(2, 3)[:, :, None], (batch, heads, 2, half, slots))
-    high = jax.lax.broadcasted_iota(jnp.uint8, packed.shape, 2) == 1
-    nibbles = jnp.where(high, packed >> 4, packed)
-    codes = permute_tokens((nibbles & 0x07) | ((nibbles & 0x08) << 4))
-    return jax.lax.bitcast_convert_type(codes.reshape(batch, heads, 2 * half, slots), formats.E4M3)
+    length, heads, head_dim = ir.MemRefType(queries.type).shape
+    *_, width = ir.MemRefType(q_smem.type).shape
+    rows, words = math.prod(ir.MemRefType(q_smem.type).shape) // head_dim, head_dim // 4
+    source, target = utils.memref_ptr(queries), utils.memref_ptr(q_smem)
+    i8, i32 = ir.IntegerType.get_signless(8), ir.IntegerType.get_signless(32)
+    thread = arith.remui(utils.thread_idx(), _i32(128))
+    for i in range(rows * words // 128):
+        unit = arith.addi(thread, _i32(128 * i))
+        row, word = arith.divui(unit, _i32(words)), arith.remui(unit, _i32(words))
+        global_row = arith.addi(row, first_row.registers.item())
+        valid = arith.cmpi(arith.CmpIPredicate.ult, global_row, _i32(length * group))
+        token = arith.divui(arith.select(valid, global_row, _i32(0)), _i32(group))
+        head = arith.addi(arith.remui(global_row, _i32(group)), first_head.registers.item())
+        index = arith.addi(arith.muli(arith.addi(arith.muli(token, _i32(heads)), head), _i32(words)), word)
+        loaded = arith.select(valid, llvm.load(i32, utils.getelementptr(source, [index], i32)), _i32(0))
+        # Word [nibble, q, j] of a row becomes word [nibble, j, q].
+        half, j_words = _i32(words // 2), _i32(words // 8)
+        rest = arith.remui(word, half)
+        moved = arith.addi(
+            arith.muli(arith.divui(word, half), half),
+            arith.addi(arith.muli(arith.remui(rest, j_words), _i32(4)), arith.divui(rest, j_words)),
+        )
+        byte = arith.muli(moved, _i32(4))
+        tile, within = arith.divui(byte, _i32(width)), arith.remui(byte, _i32(width))
+        tile = arith.addi(arith.muli(arith.divui(row, _i32(8)), _i32(head_dim // width)), tile)
+        row = arith.remui(row, _i32(8))
+        swizzled = row if width == 128 else arith.shrui(row, _i32(1))
+        within = arith.xori(within, arith.muli(swizzled, _i32(16)))
+        offset = arith.addi(arith.addi(arith.muli(tile, _i32(8 * width)), arith.muli(row, _i32(width))), within)
+        llvm.store(loaded, utils.getelementptr(target, [offset], i8), alignment=4)
 
 
-def permute_channels(q: Array) -> Array:
-    """Channels of [..., H] in the order in which :func:`load_keys` presents a key's."""
-    *rows, head_dim = q.shape
-    q = q.reshape(*rows, 2, 4, head_dim // 32, 4)  # [nibble, q, word, e]
-    return q.swapaxes(-2, -3).reshape(*rows, head_dim)
+def load_query_scales(
+    _: mgpu.LaunchContext,
+    first_row: mgpu.FragmentedArray,
+    first_head: mgpu.FragmentedArray,
+    scales: ir.Value,
+    *,
+    rows: int,
+    group: int,
+) -> mgpu.FragmentedArray:
+    """The float32 scales [T, heads] of :func:`store_queries`' rows, one for each column of S^T."""
+    length, heads = ir.MemRefType(scales.type).shape
+    f32 = ir.F32Type.get()
+    registers = np.empty((rows // 8,), dtype=object)
+    for tile in range(rows // 8):
+        values = []
+        for e in range(2):
+            row = arith.addi(arith.muli(_thread()[2], _i32(2)), _i32(8 * tile + e))
+            row = arith.minui(arith.addi(row, first_row.registers.item()), _i32(length * group - 1))
+            head = arith.addi(arith.remui(row, _i32(group)), first_head.registers.item())
+            index = arith.addi(arith.muli(arith.divui(row, _i32(group)), _i32(heads)), head)
+            values.append(llvm.load(f32, utils.getelementptr(utils.memref_ptr(scales), [index], f32)))
+        registers[tile] = vector.from_elements(ir.VectorType.get((2,), f32), values)
+    layout = mgpu.WGMMA_COL_LAYOUT
+    return mgpu.FragmentedArray(
+        _registers=registers.reshape(layout.registers_shape((rows,))), _layout=layout, _is_signed=None
+    )
 
 
-def restore_channels(out: Array) -> Array:
-    """Undo the row order of :func:`load_values`: [..., H, N] -> [..., H, N], channels in order."""
-    *rows, head_dim, n = out.shape
-    out = out.reshape(*rows, head_dim // 64, 4, 2, 8, n)  # [byte, w, nibble, g]
-    axes = (*range(len(rows)), *(len(rows) + axis for axis in (2, 1, 3, 0, 4)))
-    return out.transpose(axes).reshape(*rows, head_dim, n)
+def store_output(
+    _: mgpu.LaunchContext,
+    output: mgpu.FragmentedArray,
+    first_row: mgpu.FragmentedArray,
+    first_head: mgpu.FragmentedArray,
+    target: ir.Value,
+    *,
+    group: int,
+) -> None:
+    """O^T [H, N], rows in :func:`load_values`' order, to ``target`` [T, heads, H] (float32 or bfloat16).
+
+    Column n is the token and head of row ``first_row`` + n, as in :func:`store_queries`.
+    """
+    head_dim = output.shape[0]
+    length, heads, _ = ir.MemRefType(target.type).shape
+    element = ir.MemRefType(target.type).element_type
+    width = head_dim // 64  # channels that lie together in a thread
+    registers = output.registers.reshape(width, -1, 2)
+    warp, g, q = _thread()
+    channel = arith.muli(arith.addi(arith.muli(warp, _i32(8)), g), _i32(width))
+    base = utils.memref_ptr(target)
+    for tile, e in np.ndindex(registers.shape[1], 2):
+        row = arith.addi(arith.muli(q, _i32(2)), arith.addi(first_row.registers.item(), _i32(8 * tile + e)))
+        head = arith.addi(arith.remui(row, _i32(group)), first_head.registers.item())
+        index = arith.addi(arith.muli(arith.divui(row, _i32(group)), _i32(heads)), head)
+        index = arith.addi(arith.muli(index, _i32(head_dim)), channel)
+        valid = arith.cmpi(arith.CmpIPredicate.ult, row, _i32(length * group))
+        branch = scf.IfOp(valid)
+        with ir.InsertionPoint(branch.then_block):
+            for h in range(2):
+                values = [_element(registers[b, tile, h], e) for b in range(width)]
+                if element != ir.F32Type.get():
+                    values = [arith.truncf(element, value) for value in values]
+                pointer = utils.getelementptr(base, [arith.addi(index, _i32(h * head_dim // 2))], element)
+                together = vector.from_elements(ir.VectorType.get((width,), element), values)
+                llvm.store(together, pointer, alignment=width * utils.bitwidth(element) // 8)
+            scf.YieldOp([])
+
+
+def store_column_numbers(
+    _: mgpu.LaunchContext, numbers: mgpu.FragmentedArray, first_row: mgpu.FragmentedArray, target: ir.Value
+) -> None:
+    """One number a column -> float32 ``target`` [rows] from ``first_row`` on, as far as it has rows."""
+    (rows,) = ir.MemRefType(target.type).shape
+    f32 = ir.F32Type.get()
+    warp, g, q = _thread()
+    for tile, register in enumerate(numbers.registers.reshape(-1)):
+        for e in range(2):
+            row = arith.addi(arith.muli(q, _i32(2)), arith.addi(first_row.registers.item(), _i32(8 * tile + e)))
+            valid = arith.cmpi(arith.CmpIPredicate.ult, row, _i32(rows))
+            # The same in every row of the matrix: one thread writes it.
+            first = arith.cmpi(arith.CmpIPredicate.eq, arith.addi(warp, g), _i32(0))
+            branch = scf.IfOp(arith.andi(valid, first))
+            with ir.InsertionPoint(branch.then_block):
+                llvm.store(_element(register, e), utils.getelementptr(utils.memref_ptr(target), [row], f32))
+                scf.YieldOp([])
+
+
+def combine(
+    _: mgpu.LaunchContext,
+    block: mgpu.FragmentedArray,
+    first_head: mgpu.FragmentedArray,
+    partial: ir.Value,
+    peak: ir.Value,
+    total: ir.Value,
+    target: ir.Value,
+    *,
+    group: int,
+    unit: float,
+) -> None:
+    """Sum of splits' unnormalized outputs [splits, rows, H], each brought to the highest of their maxima.
+
+    ``peak`` and ``total`` are [splits, rows]; the outputs are in units of ``unit``. Each of 128
+    threads makes four channels of ``target`` [T, heads, H], rows as in :func:`store_queries`.
+    """
+    splits, rows, head_dim = ir.MemRefType(partial.type).shape
+    _, heads, _ = ir.MemRefType(target.type).shape
+    element, f32 = ir.MemRefType(target.type).element_type, ir.F32Type.get()
+    quad = ir.VectorType.get((4,), f32)
+    unit_index = arith.addi(arith.muli(block.registers.item(), _i32(128)), arith.remui(utils.thread_idx(), _i32(128)))
+    row = arith.divui(unit_index, _i32(head_dim // 4))
+    channel = arith.muli(arith.remui(unit_index, _i32(head_dim // 4)), _i32(4))
+    inside = scf.IfOp(arith.cmpi(arith.CmpIPredicate.ult, row, _i32(rows)))
+    with ir.InsertionPoint(inside.then_block):
+
+        def load(ref: ir.Value, index: ir.Value, result: ir.Type) -> ir.Value:
+            return llvm.load(result, utils.getelementptr(utils.memref_ptr(ref), [index], f32))
+
+        at = [arith.addi(row, _i32(split * rows)) for split in range(splits)]
+        peaks, totals = ([load(ref, index, f32) for index in at] for ref in (peak, total))
+        highest = functools.reduce(arith.maximumf, peaks)
+        one, zero = (arith.constant(f32, ir.FloatAttr.get(f32, value)) for value in (1.0, 0.0))
+        highest = arith.select(arith.cmpf(arith.CmpFPredicate.OEQ, highest, _f32(-math.inf)), zero, highest)
+        denominator, summed = zero, [zero] * 4
+        for index, own_peak, own_total in zip(at, peaks, totals, strict=True):
+            weight = _exp2(arith.subf(own_peak, highest))
+            own = load(partial, arith.addi(arith.muli(index, _i32(head_dim)), channel), quad)
+            denominator = arith.addf(denominator, arith.mulf(weight, own_total))
+            summed = [arith.addf(x, arith.mulf(weight, _element(own, i))) for i, x in enumerate(summed)]
+        positive = arith.cmpf(arith.CmpFPredicate.OGT, denominator, zero)
+        inverse = arith.divf(_f32(unit), arith.select(positive, denominator, one))
+        inverse = arith.select(positive, inverse, zero)
+        values = [arith.mulf(x, inverse) for x in summed]
+        if element != f32:
+            values = [arith.truncf(element, value) for value in values]
+        head = arith.addi(arith.remui(row, _i32(group)), first_head.registers.item())
+        index = arith.addi(arith.muli(arith.divui(row, _i32(group)), _i32(heads)), head)
+        index = arith.addi(arith.muli(index, _i32(head_dim)), channel)
+        pointer = utils.getelementptr(utils.memref_ptr(target), [index], element)
+        together = vector.from_elements(ir.VectorType.get((4,), element), values)
+        llvm.store(together, pointer, alignment=utils.bitwidth(element) // 2)
+        scf.YieldOp([])
 
 
 def load_keys(_: mgpu.LaunchContext, keys: ir.Value, *, head_dim: int) -> mgpu.FragmentedArray:
@@ -134,46 +282,6 @@ def store_probabilities(_: mgpu.LaunchContext, p: mgpu.FragmentedArray, p_smem: 
             word = _to_e4m3_word([_element(registers[block, m, tile, h], j) for m in range(2) for h in range(2)])
             position = arith.addi(offset, _i32((tile * blocks + block) * 8 * 128))
             llvm.store(word, utils.getelementptr(base, [position], i8), alignment=4)
-
-
-def probabilities_to_operand(_: mgpu.LaunchContext, p: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
-    """P [rows, tokens] float32 (WGMMA layout) -> E4M3 A operand, each thread keeping what it holds.
-
-    Of every 16 columns a thread holds 2 q + e and 8 + 2 q + e (e 0, 1); they become columns
-    4 q ... 4 q + 3 of the operand: :func:`permute_tokens` gives V's tokens that order.
-    """
-    rows, tokens = p.shape
-    registers = p.registers.reshape(rows // 64, tokens // 16, 2, 2)
-    tiles = np.empty((rows // 64, tokens // 16, 2), dtype=object)
-    for m, column, h in np.ndindex(tiles.shape):
-        pairs = registers[m, column, :, h]
-        tiles[m, column, h] = _to_e4m3_word([_element(pairs[i], e) for i in range(2) for e in range(2)])
-    return _fragments(tiles, (rows, tokens))
-
-
-def load_columns(_: mgpu.LaunchContext, numbers: ir.Value) -> mgpu.FragmentedArray:
-    """float32 [tokens] in shared memory, in :func:`permute_tokens`' order, -> one for each column of P."""
-    (tokens,) = ir.MemRefType(numbers.type).shape
-    base = utils.memref_ptr(numbers)
-    offset = arith.muli(_thread()[2], _i32(16))
-    f32 = ir.F32Type.get()
-    registers = np.empty((tokens // 8,), dtype=object)
-    for block in range(tokens // 16):
-        words = _load_words(base, arith.addi(offset, _i32(64 * block)), 4)
-        values = [utils.bitcast(word, f32) for word in words]
-        for i in range(2):
-            registers[2 * block + i] = vector.from_elements(ir.VectorType.get((2,), f32), values[2 * i : 2 * i + 2])
-    layout = mgpu.WGMMA_COL_LAYOUT
-    return mgpu.FragmentedArray(
-        _registers=registers.reshape(layout.registers_shape((tokens,))), _layout=layout, _is_signed=None
-    )
-
-
-def permute_tokens(v: Array) -> Array:
-    """Tokens of [..., S] (S a multiple of 16) in the order of :func:`probabilities_to_operand`."""
-    tokens = v.shape[-1]
-    v = v.reshape(*v.shape[:-1], tokens // 16, 2, 4, 2)  # [i, q, e]
-    return jnp.stack([v[..., 0, :, :], v[..., 1, :, :]], axis=-2).reshape(*v.shape[:-4], tokens)
 
 
 def _tokens(packed: ir.Value, head_dim: int) -> int:
@@ -262,6 +370,18 @@ def _element(vec: ir.Value, i: int) -> ir.Value:
 def _prmt(a: ir.Value, b: ir.Value, selector: int) -> ir.Value:
     """Bytes of ``a`` (0-3) and ``b`` (4-7) picked by the selector's nibbles, lowest byte first."""
     return utils.prmt(a, b, _i32(selector))
+
+
+def _exp2(x: ir.Value) -> ir.Value:
+    f32 = ir.F32Type.get()
+    result = llvm.inline_asm(f32, [x], "ex2.approx.ftz.f32 $0, $1;", "=f,f")
+    assert isinstance(result, ir.Value)
+    return result
+
+
+def _f32(value: float) -> ir.Value:
+    f32 = ir.F32Type.get()
+    return arith.constant(f32, ir.FloatAttr.get(f32, value))
 
 
 def _i32(value: int) -> ir.Value:

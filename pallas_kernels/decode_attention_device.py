@@ -1,6 +1,7 @@
 """Device code of the decode kernel; ``decode_attention_sm90`` describes it and launches it."""
 
 import functools
+from typing import Any
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -10,12 +11,13 @@ from jax import lax
 from pallas_kernels import attention_registers_sm90 as registers
 from pallas_kernels import formats, jax_compat
 
+SCALAR = plgpu.Layout.WG_SPLAT(())
 COPY_ROW = 256  # bytes of a row as TMA sees it, its longest; tokens' own rows are shorter
 
 
 def kernel(
     q_gmem,
-    to_scores_gmem,
+    q_scale_gmem,
     k_gmem,
     k_scale_gmem,
     v_gmem,
@@ -42,17 +44,19 @@ def kernel(
     stages: int,
     warpgroups: int,
     group: int,
+    to_scores: float,
     window: int | None,
     page_size: int | None,
 ):
     """One block: partial attention of ``block_rows`` rows over one range of slots."""
-    *page_table_gmem, out_gmem, peak_gmem, total_gmem = refs
+    page_table_gmem, partial_gmem = refs[: page_size is not None], refs[page_size is not None :]
     block_rows, head_dim = q_smem.shape
-    row_blocks, splits = out_gmem.shape[2:4]
+    splits = lax.axis_size("split")
     batch, split, warpgroup = (lax.axis_index(name) for name in ("batch", "split", "warpgroup"))
+    row_blocks = lax.axis_size("head") // k_gmem.shape[1]
     kv_head = lax.div(lax.axis_index("head"), jnp.int32(row_blocks))
     row_block = lax.rem(lax.axis_index("head"), jnp.int32(row_blocks))
-    first_row = row_block * block_rows
+    first_row, first_head = row_block * block_rows, kv_head * group
     row, column = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
     length = kv_lengths_gmem[batch]
@@ -90,11 +94,20 @@ def kernel(
         pl.when(begin + i < end)(functools.partial(fetch, begin + i))
 
     @pl.when(warpgroup == 0)
-    def _fetch_queries():
-        plgpu.copy_gmem_to_smem(q_gmem.at[batch, kv_head, pl.ds(first_row, block_rows)], q_smem, q_barrier)
+    def _queries():
+        store = functools.partial(registers.store_queries, group=group)
+        types = (SCALAR, SCALAR, plgpu.RefType(), plgpu.RefType(_swizzle(head_dim)))
+        plgpu.inline_mgpu(arg_types=types)(store)(first_row, first_head, q_gmem.at[batch], q_smem)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(q_barrier)
 
-    to_scores = jax_compat.load_registers(to_scores_gmem.at[batch, kv_head, pl.ds(first_row, block_rows)], column)
-    to_scores = _over_rows(to_scores, block_kv)
+    load = functools.partial(registers.load_query_scales, rows=block_rows, group=group)
+    types = (SCALAR, SCALAR, plgpu.RefType())
+    result = plgpu.ShapeDtypeStruct((block_rows,), jnp.float32, layout=column)
+    q_scale = plgpu.inline_mgpu(arg_types=types, return_type=result)(load)(
+        first_row, first_head, q_scale_gmem.at[batch]
+    )
+    row_to_scores = _over_rows(q_scale * to_scores, block_kv)
     plgpu.barrier_wait(q_barrier)
 
     shape = (block_kv, block_rows)
@@ -120,7 +133,7 @@ def kernel(
 
         scores = pl.run_scoped(scores_of, plgpu.WGMMAAccumulatorRef(shape))
         k_scale = jax_compat.load_registers(k_scale_smem.at[slot], row).astype(jnp.float32)
-        scores = scores * lax.broadcast_in_dim(k_scale, shape, (0,)) * to_scores
+        scores = scores * lax.broadcast_in_dim(k_scale, shape, (0,)) * row_to_scores
 
         index = slot_in_tile + tile * block_kv
         visible = (index < length) & (index <= row_position)
@@ -181,9 +194,11 @@ def kernel(
     safe_highest = jnp.where(highest == -jnp.inf, 0.0, highest)
     terms = [x * jnp.exp2(y - safe_highest) for x, y in zip(totals, peaks, strict=True)]
     total = functools.reduce(jnp.add, terms)
-    # The units of V's codes cancel here: CODE_UNIT is a power of two.
-    out *= _over_rows(jnp.exp2(peak - safe_highest) * (1.0 / registers.CODE_UNIT), head_dim)
-    where = (batch, kv_head, row_block, split)
+    weight = jnp.exp2(peak - safe_highest)
+    if splits == 1:
+        denominator = total * (formats.PROBABILITY_SCALE * registers.CODE_UNIT)
+        weight *= jnp.where(total > 0, 1.0 / jnp.where(total > 0, denominator, 1.0), 0.0)
+    out *= _over_rows(weight, head_dim)
     for i in range(warpgroups):
 
         @pl.when(warpgroup == i)
@@ -195,10 +210,39 @@ def kernel(
             if i + 1 < warpgroups:
                 jax_compat.store_registers(out_smem, result)
                 plgpu.barrier_arrive(turn_barriers.at[i])
+            elif splits == 1:
+                (out_gmem,) = partial_gmem
+                _store_output(result, first_row, first_head, out_gmem.at[batch], group)
             else:
-                jax_compat.store_registers(out_gmem.at[where], result)
-                jax_compat.store_registers(peak_gmem.at[where], highest)
-                jax_compat.store_registers(total_gmem.at[where], total)
+                out_gmem, peak_gmem, total_gmem = partial_gmem
+                where = (batch, kv_head, split)
+                _store_output(result, first_row, jnp.int32(0), out_gmem.at[where], out_gmem.shape[4])
+                store = plgpu.inline_mgpu(arg_types=(column, SCALAR, plgpu.RefType()))(registers.store_column_numbers)
+                store(highest, first_row, peak_gmem.at[where])
+                store(total, first_row, total_gmem.at[where])
+
+
+def combine_kernel(partial_gmem, peak_gmem, total_gmem, out_gmem, *, group: int) -> None:
+    """One block: 128 x 4 numbers of the output of one kv head, from the partial ones of all splits."""
+    batch, kv_head, block = (lax.axis_index(name) for name in ("batch", "head", "block"))
+    where = (batch, kv_head)
+    unit = 1.0 / (formats.PROBABILITY_SCALE * registers.CODE_UNIT)
+    run = functools.partial(registers.combine, group=group, unit=unit)
+    types = (SCALAR, SCALAR, *(plgpu.RefType(),) * 4)
+    refs = (partial_gmem.at[(*where, slice(None), 0)], peak_gmem.at[where], total_gmem.at[where], out_gmem.at[batch])
+    plgpu.inline_mgpu(arg_types=types)(run)(block, kv_head * group, *refs)
+
+
+def _store_output(out, first_row, first_head, target, group: int) -> None:
+    types = (plgpu.Layout.WGMMA, SCALAR, SCALAR, plgpu.RefType())
+    store = functools.partial(registers.store_output, group=group)
+    plgpu.inline_mgpu(arg_types=types)(store)(out, first_row, first_head, target)
+
+
+def _swizzle(row_bytes: int) -> tuple[Any, ...]:
+    """Transforms of shared memory in WGMMA's order, rows of up to 128 bytes in tiles of 8."""
+    swizzle = min(128, row_bytes)
+    return plgpu.TilingTransform((8, swizzle)), plgpu.SwizzleTransform(swizzle)
 
 
 def _over_rows(x, rows: int):
@@ -223,6 +267,5 @@ def _load_codes(load, ref, shape: tuple[int, int]):
 
 
 def _store_probabilities(p, p_smem) -> None:
-    transforms = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
-    arg_types = (plgpu.Layout.WGMMA, plgpu.RefType(transforms))
+    arg_types = (plgpu.Layout.WGMMA, plgpu.RefType(_swizzle(128)))
     plgpu.inline_mgpu(arg_types=arg_types)(registers.store_probabilities)(p, p_smem)

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import attention_registers_sm90 as registers
 from pallas_kernels import formats
-from pallas_kernels.decode_attention_device import COPY_ROW, kernel
+from pallas_kernels.decode_attention_device import COPY_ROW, combine_kernel, kernel
 from pallas_kernels.formats import ScaledArray
 
 HEAD_DIMS = (64, 128, 256)
@@ -150,22 +150,18 @@ def decode_attention_sm90(
         raise ValueError(f"a page has {page_size} slots; expected a multiple of block_kv {config.block_kv}")
     splits = config.splits(batch * kv_heads * row_blocks, slots)
 
-    to_scores = query.scale.astype(jnp.float32) * (scale * _LOG2E / registers.CODE_UNIT)
-    q = _by_kv_head(registers.permute_channels(query.values), kv_heads, row_blocks * block_rows)
-    to_scores = _by_kv_head(to_scores, kv_heads, row_blocks * block_rows)[..., 0]
-
-    out_shape = (batch, kv_heads, row_blocks, splits)
-    out_type = (
-        jax.ShapeDtypeStruct((*out_shape, head_dim, block_rows), jnp.float32),
-        jax.ShapeDtypeStruct((*out_shape, block_rows), jnp.float32),
-        jax.ShapeDtypeStruct((*out_shape, block_rows), jnp.float32),
-    )
+    out_type: tuple[jax.ShapeDtypeStruct, ...] = (jax.ShapeDtypeStruct(query.values.shape, out_dtype),)
+    if splits > 1:
+        numbers = jax.ShapeDtypeStruct((batch, kv_heads, splits, rows), jnp.float32)
+        partial = jax.ShapeDtypeStruct((batch, kv_heads, splits, 1, rows, head_dim), jnp.float32)
+        partials_type = (partial, numbers, numbers)
     body = functools.partial(
         kernel,
         block_kv=config.block_kv,
         stages=config.stages,
         warpgroups=config.warpgroups,
         group=group,
+        to_scores=scale * _LOG2E / registers.CODE_UNIT,
         window=window,
         page_size=None if page_table is None else page_size,
     )
@@ -173,7 +169,7 @@ def decode_attention_sm90(
     codes = (ring, config.block_kv * head_dim // 2 // COPY_ROW, COPY_ROW)
     partials = plgpu.kernel(
         body,
-        out_type=out_type,
+        out_type=out_type if splits == 1 else partials_type,
         grid=(splits, kv_heads * row_blocks, batch),
         grid_names=("split", "head", "batch"),
         num_threads=warpgroups,
@@ -197,8 +193,8 @@ def decode_attention_sm90(
         },
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )(
-        q,
-        to_scores,
+        query.values,
+        query.scale[..., 0],
         _copy_rows(key.values),
         key.scale[..., 0],
         _copy_rows(value.values),
@@ -207,9 +203,17 @@ def decode_attention_sm90(
         kv_lengths.astype(jnp.int32),
         *(() if page_table is None else (page_table.astype(jnp.int32),)),
     )
-    out = _combine(*partials)[:, :, :rows]
-    out = out.reshape(batch, kv_heads, length, group, head_dim)
-    return out.transpose(0, 2, 1, 3, 4).reshape(batch, length, heads, head_dim).astype(out_dtype)
+    if splits == 1:
+        return partials[0]
+    (out,) = plgpu.kernel(
+        functools.partial(combine_kernel, group=group),
+        out_type=out_type,
+        grid=(-(-rows * head_dim // (4 * 128)), kv_heads, batch),
+        grid_names=("block", "head", "batch"),
+        num_threads=1,
+        thread_name="warpgroup",
+    )(*partials)
+    return out
 
 
 def _swizzled(shape: tuple[int, ...]):
@@ -222,28 +226,3 @@ def _swizzled(shape: tuple[int, ...]):
 def _copy_rows(codes: Array) -> Array:
     """[B, kv_heads, S, H/2] -> [B, kv_heads, rows, 256]: the same bytes in longer rows for TMA."""
     return codes.reshape(*codes.shape[:2], -1, COPY_ROW)
-
-
-def _by_kv_head(x: Array, kv_heads: int, rows: int) -> Array:
-    """[B, T, heads, X] -> [B, kv_heads, rows, X]: row t * group + g, padded with zeros."""
-    batch, length, heads, width = x.shape
-    x = x.reshape(batch, length, kv_heads, heads // kv_heads, width).transpose(0, 2, 1, 3, 4)
-    x = x.reshape(batch, kv_heads, length * heads // kv_heads, width)
-    return jnp.pad(x, ((0, 0), (0, 0), (0, rows - x.shape[2]), (0, 0)))
-
-
-def _combine(
-    out: Float[Array, "B kv_heads row_blocks splits H N"],
-    peak: Float[Array, "B kv_heads row_blocks splits N"],
-    total: Float[Array, "B kv_heads row_blocks splits N"],
-) -> Float[Array, "B kv_heads rows H"]:
-    """Sum of the splits' partial outputs, each brought to the common maximum."""
-    if out.shape[3] == 1:
-        peak = jnp.zeros_like(peak)  # the weight of the only split is 1
-    highest = jnp.max(peak, axis=3, keepdims=True)
-    weight = jnp.exp2(peak - jnp.where(jnp.isneginf(highest), 0.0, highest))
-    denominator = jnp.sum(weight * total, axis=3) * formats.PROBABILITY_SCALE
-    inverse = jnp.where(denominator > 0, 1.0 / jnp.where(denominator > 0, denominator, 1.0), 0.0)
-    summed = jnp.sum(out * weight[..., None, :], axis=3) * inverse[..., None, :]
-    summed = registers.restore_channels(summed).swapaxes(-1, -2)  # [B, kv_heads, row_blocks, N, H]
-    return summed.reshape(*summed.shape[:2], -1, summed.shape[-1])

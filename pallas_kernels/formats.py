@@ -11,9 +11,12 @@ INT4
     Integers -7..7 (sign and magnitude; -8 does not exist), so that negation is exact and a
     group's fifteen values are its eight magnitudes with a sign.
 Scales
-    ``scale = absmax / limit`` over the finite entries of the row or group. A row without a
-    finite non-zero entry gets scale 1, so that its codes are zeros (or saturated, or NaN) and
-    nothing is ever divided by zero.
+    ``scale = absmax / limit`` over the finite entries of the row or group. A row without a finite
+    non-zero entry gets scale 1, so that its codes are zeros (or saturated, or NaN) and nothing is
+    ever divided by zero; so does one whose scale would be subnormal, which some devices flush.
+    Divisions are products with float32 reciprocals, of ``limit`` and of a row's scale: XLA
+    compiles a division by a constant or a broadcast number so anyway, and a kernel that divides
+    instead finds other codes where a quotient lies between two.
 
 Sources: FireQ (arXiv 2505.20839), sections on INT4 x FP8 weights and RoPE-aware KV quantization;
 OCP 8-bit floating point specification (E4M3).
@@ -60,9 +63,9 @@ def finite_absmax(x: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]
 
 
 def absmax_scale(absmax: Float[Array, "..."], limit: float) -> Float[Array, "..."]:
-    """Scale that maps ``absmax`` to ``limit``; 1 where ``absmax`` is 0 or the quotient vanishes."""
-    scale = absmax.astype(jnp.float32) / limit
-    return jnp.where(scale > 0, scale, 1.0)
+    """Scale that maps ``absmax`` to ``limit``; 1 where that would be 0 or subnormal."""
+    scale = absmax.astype(jnp.float32) * (1 / limit)
+    return jnp.where(scale >= jnp.finfo(jnp.float32).tiny, scale, 1.0)
 
 
 def round_to_e4m3(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -97,7 +100,7 @@ def round_to_int4(x: Float[Array, "..."]) -> Int[Array, "..."]:
 def quantize_fp8(x: Float[Array, "*rows K"]) -> ScaledArray:
     """E4M3 rows with one float32 scale each: values [*rows, K], scale [*rows, 1]."""
     scale = absmax_scale(finite_absmax(x), E4M3_MAX)[..., None]
-    return ScaledArray(to_e4m3(x.astype(jnp.float32) / scale), scale)
+    return ScaledArray(to_e4m3(x.astype(jnp.float32) * (1 / scale)), scale)
 
 
 def dequantize(x: ScaledArray) -> Float[Array, "*rows H"]:
@@ -291,9 +294,9 @@ def quantize_kv(
     absmax = finite_absmax(grouped)
     if kv_format == "fp8":
         scale = absmax_scale(absmax, E4M3_MAX)
-        return ScaledArray(to_e4m3(grouped / scale[..., None]).reshape(x.shape), scale)
+        return ScaledArray(to_e4m3(grouped * (1 / scale[..., None])).reshape(x.shape), scale)
     scale = round_group_scale(absmax_scale(clip * absmax, INT4_MAX), "bf16")
-    codes = round_to_int4(grouped / scale.astype(jnp.float32)[..., None])
+    codes = round_to_int4(grouped * (1 / scale.astype(jnp.float32)[..., None]))
     return ScaledArray(pack_int4(codes.reshape(x.shape)), scale)
 
 

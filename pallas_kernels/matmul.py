@@ -6,7 +6,7 @@
 FireQ (arXiv 2505.20839), INT4 x FP8 kernel; the epilogues are ours.
 """
 
-from typing import Literal, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch, formats, layouts
 from pallas_kernels.formats import ScaledArray
+from pallas_kernels.matmul_epilogue import Activation, epilogue
 from pallas_kernels.quantized_tensor import QuantizedTensor
-
-Activation = Literal["none", "silu_mul"]
 
 
 def matmul(
@@ -136,21 +135,6 @@ def matmul_reference(
     if x_scale is not None:
         y = y * x_scale
     return epilogue(y, bias, activation, residual).astype(out_dtype)
-
-
-def epilogue(
-    y: Float[Array, "*rows N"],
-    bias: Float[Array, " N"] | None,
-    activation: Activation,
-    residual: Float[Array, "*rows N_out"] | None,
-) -> Float[Array, "*rows N_out"]:
-    """activation(y + bias) + residual in float32, as :func:`matmul` describes them."""
-    if bias is not None:
-        y = y + bias.astype(jnp.float32)
-    if activation == "silu_mul":
-        gate, up = layouts.split_gate_up(y)
-        y = jax.nn.silu(gate) * up
-    return y if residual is None else y + residual.astype(jnp.float32)
 
 
 def _validate(

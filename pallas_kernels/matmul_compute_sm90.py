@@ -1,4 +1,4 @@
-"""The computing warpgroups of the Hopper matmul: main loop, sum over split K, epilogue."""
+"""The computing warpgroups of the Hopper matmul for many tokens: the main loop."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,50 +10,28 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import jax_compat, layouts
+from pallas_kernels import layouts
 from pallas_kernels import matmul_epilogue_sm90 as outputs
 from pallas_kernels import matmul_sync_sm90 as sync
 from pallas_kernels import matmul_weights_sm90 as weights
-from pallas_kernels.matmul_config_sm90 import STORE_BUFFERS, Config, Problem
+from pallas_kernels.matmul_config_sm90 import Config, Problem
+from pallas_kernels.matmul_output_sm90 import Operands, Output
 
 # Steps an iteration of the overlapped main loop. More hide more: at an iteration's end nothing is in flight.
-UNROLL = 4
-
-
-class Operands(NamedTuple):
-    """Arrays in GMEM."""
-
-    x: Any  # [M, K / columns, columns]; columns are one swizzled row of SMEM
-    words: Any  # int32 [N / 64, K / 128, 4, 256]
-    group_scale: Any  # uint8 (the bits of E4M3) or bf16 [G, N]
-    channel_scale: Any  # float32 [N]
-    x_scale: Any | None  # float32 [M]
-    bias: Any | None  # [N or less]
-    residual: Any | None  # bf16 [M, n_out]
-    y: Any  # bf16 [M, n_out]
+UNROLL = 8
 
 
 class Scratch(NamedTuple):
     """Memory and barriers of a CTA."""
 
-    x: Any  # (rows for TMA, tiles for WGMMA), one memory: [stages, k_tiles * halves, tile_m, columns]
-    words: Any  # int32 [stages, warpgroups, k_tiles, 4, 256]
-    scales: Any | None  # [stages, k_tiles * groups, tile_n]
-    y: Any  # bf16 [warpgroups, STORE_BUFFERS, tokens, rows_out]
-    tokens: Any  # float32, as int32 [warpgroups, token_slots]
+    x: Any  # (rows for TMA, tiles for WGMMA), one memory: [stages, halves, tile_m, columns]
+    words: Any  # int32 [stages, WARPGROUPS, 4, 256]
+    scales: Any | None  # bf16 [stages, groups, TILE_N]
+    y: Any  # bf16 [WARPGROUPS, STORE_BUFFERS, tokens, rows_out]
+    tokens: Any  # float32, as int32 [WARPGROUPS, token_slots]
     full: Any  # [stages], TMA arrives
     free: Any  # raw mbarriers [stages, 2]; see ``matmul_sync_sm90``
-    residual_full: Any | None  # [warpgroups * STORE_BUFFERS]
-
-
-class Epilogue(NamedTuple):
-    """What a warpgroup needs to finish its part of a tile."""
-
-    token: jax.Array
-    column: jax.Array
-    channel_scale: jax.Array
-    bias: jax.Array | None
-    token_scale: jax.Array | None
+    residual_full: Any | None  # [WARPGROUPS * STORE_BUFFERS]
 
 
 class Tile(NamedTuple):
@@ -69,10 +47,8 @@ class Consumer:
     """One computing warpgroup: 64 output channels of each of its CTA's tiles.
 
     Attributes:
-        steps: steps of ``config.k_tiles`` tiles of 128 inputs for each tile of y.
-        first_k_tile: where this CTA's part of K begins.
+        steps: tiles of 128 inputs for each tile of y.
         wg: index of the warpgroup.
-        peer: index of the CTA in its cluster.
     """
 
     problem: Problem
@@ -80,23 +56,23 @@ class Consumer:
     operands: Operands
     scratch: Scratch
     steps: int
-    first_k_tile: jax.Array | int
     wg: jax.Array
-    peer: jax.Array
 
     def run(self, tiles: Callable[[Callable[[Tile, Any], Any], Callable[[Tile], Any]], Any]) -> None:
         """All tiles; ``tiles(visit, begin)`` folds ``visit`` over them, from ``begin(first tile)``."""
 
+        scratch = self.scratch
+        output = Output(
+            self.problem, self.operands, self.config.tile_m, self.wg, scratch.y, scratch.tokens, scratch.residual_full
+        )
+
         def visit(tile: Tile, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
             slot, scales = carry
-            epilogue = self._begin_epilogue(tile)
-            if self.config.promote:
-                acc, slot, scales = self._promoted(tile, slot, scales)
-            elif self.config.k_tiles == 1:
-                acc, slot, scales = self._overlapped(tile, slot, scales)
-            else:
-                acc, slot = self._batched(slot)
-            self._combine(acc, epilogue)
+            epilogue = output.begin(tile.token, self._rows(tile.channel))
+            output.begin_residual(epilogue)
+            main_loop = self._promoted if self.config.promote else self._overlapped
+            acc, slot, scales = main_loop(tile, slot, scales)
+            output.finish(acc, epilogue)
             return slot, scales
 
         tiles(visit, lambda first: (jnp.int32(0), self._load_scales(first.channel, 0)))
@@ -108,9 +84,14 @@ class Consumer:
         return channel + self.wg * layouts.TILE_N
 
     @property
+    def _channels(self) -> Any:
+        """This warpgroup's part of the CTA's channels."""
+        return pl.ds(self.wg * layouts.TILE_N, layouts.TILE_N)
+
+    @property
     def _unit(self) -> int:
         """Tiles whose tables are built together."""
-        return self.config.promote or (UNROLL if self.config.k_tiles == 1 else self.config.k_tiles)
+        return self.config.promote or UNROLL
 
     @property
     def _table_sets(self) -> int:
@@ -124,44 +105,29 @@ class Consumer:
         """
         if self.scratch.scales is not None:
             return ()
-        group, rows = (self.first_k_tile + k_tile) * self.problem.groups, self._rows(channel)
+        group, rows = k_tile * self.problem.groups, self._rows(channel)
         scales = self.operands.group_scale
         return tuple(
             weights.load_four_scales(scales, jnp.asarray(group + 4 * i, jnp.int32), rows)
             for i in range(self._table_sets)
         )
 
-    def _ring_scales(self, slot: jax.Array, first: int, count: int = 1) -> Any:
-        """Scales of ``count`` groups of a step for this warpgroup's channels."""
-        assert self.scratch.scales is not None
-        return self.scratch.scales.at[slot, pl.ds(first, count), pl.ds(self.wg * layouts.TILE_N, layouts.TILE_N)]
-
     def _build(self, scales: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         """The table sets of a unit's scales."""
         return tuple(weights.build_tables(four) for four in scales)
 
-    def _tables(self, sets: tuple[jax.Array, ...]) -> list[list[tuple[jax.Array, int]]] | None:
-        """[tile of the unit][group]: where in the sets to find its table."""
-        if not sets:
-            return None
-        groups = self.problem.groups
-        return [[(sets[g // 4], g % 4) for g in range(t * groups, (t + 1) * groups)] for t in range(self._unit)]
+    def _tables(self, sets: tuple[jax.Array, ...]) -> weights.Tables | None:
+        return weights.tables_by_tile(sets, self._unit, self.problem.groups) if sets else None
 
     def _fetch(self, slot: jax.Array) -> jax.Array:
-        """Await a step's operands and read its (first) packed tile."""
+        """Await a step's operands and read its packed tile."""
         plgpu.barrier_wait(self.scratch.full.at[slot])
-        return weights.load_words(self.scratch.words.at[slot, self.wg, 0])
+        return weights.load_words(self.scratch.words.at[slot, self.wg])
 
-    def _multiply(
-        self, words: jax.Array, tables: Any, slot: jax.Array, acc_ref: Any, tile: int = 0, half: int | None = None
-    ) -> None:
+    def _multiply(self, words: jax.Array, tables: Any, slot: jax.Array, acc_ref: Any, half: int | None = None) -> None:
         """Dequantize a tile (or half of it), issue its WGMMAs and await nothing."""
         _, x_tiles = self.scratch.x
-        halves = self.problem.halves
-        columns = layouts.TILE_K // halves
-        for i in range(halves) if half is None else (half,):
-            weight = weights.operand(words, tables, self.problem.values, slice(i * columns, (i + 1) * columns))
-            plgpu.wgmma(acc_ref, weight, jax_compat.transpose_ref(x_tiles.at[slot, tile * halves + i]))
+        weights.multiply(self.problem, words, tables, lambda i: x_tiles.at[slot, i], acc_ref, half)
 
     def _release(self, slot: jax.Array) -> None:
         sync.arrive(self.scratch.free, slot, cluster_size=self.config.multicast)
@@ -182,7 +148,7 @@ class Consumer:
         """
         previous = slot
         for i in range(count):
-            self._multiply(words, tables and tables[i], slot, acc_ref, half=half)
+            self._multiply(words, tables and tables[i], slot, acc_ref, half)
             if i > 0:
                 plgpu.wgmma_wait(self.problem.halves)
                 self._release(previous)
@@ -218,31 +184,6 @@ class Consumer:
 
         return self._accumulate(body)
 
-    def _batched(self, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """As ``_overlapped`` with several tiles a step: fewer waits, for few tokens."""
-        k_tiles, groups = self.config.k_tiles, self.config.k_tiles * self.problem.groups
-
-        def body(acc_ref: Any) -> tuple[jax.Array, jax.Array]:
-            def step(_: Any, slot: jax.Array) -> jax.Array:
-                plgpu.barrier_wait(self.scratch.full.at[slot])
-                tables = None
-                if self.problem.scale_in_table:
-                    parts = [self._ring_scales(slot, g, min(4, groups)) for g in range(0, groups, 4)]
-                    tables = self._tables(self._build(tuple(weights.read_four_scales(part) for part in parts)))
-                for t in range(k_tiles):
-                    words = weights.load_words(self.scratch.words.at[slot, self.wg, t])
-                    self._multiply(words, tables and tables[t], slot, acc_ref, tile=t)
-                    if t > 0:
-                        plgpu.wgmma_wait(self.problem.halves)
-                plgpu.wgmma_wait(0)
-                self._release(slot)
-                return self._following(slot)
-
-            following = lax.fori_loop(0, self.steps, step, slot)
-            return acc_ref[...], following
-
-        return self._accumulate(body)
-
     def _promoted(self, tile: Tile, slot: jax.Array, scales: Any) -> tuple[jax.Array, jax.Array, Any]:
         """As ``_overlapped``, but a float32 sum of the (scaled) sums of ``config.promote`` steps."""
         count = self.config.promote
@@ -252,14 +193,15 @@ class Consumer:
         def factor(slot: jax.Array, half: int) -> jax.Array | None:
             if self.problem.scale_in_table:
                 return None
-            return outputs.read_group_scale(self._ring_scales(slot, half).at[0])
+            assert self.scratch.scales is not None
+            return outputs.read_group_scale(self.scratch.scales.at[slot, half, self._channels])
 
         def block(carry: Any, count: int, next_scales: Any, *, last: bool = False) -> Any:
             words, slot, scales, total = carry
             tables = self._tables(self._build(scales))
 
             def first_half(acc_ref: Any) -> jax.Array:
-                self._multiply(words, None, slot, acc_ref, half=0)
+                self._multiply(words, None, slot, acc_ref, 0)
                 scale = factor(slot, 0)
                 return outputs.add_to_sum(total, acc_ref[...], scale)
 
@@ -283,99 +225,3 @@ class Consumer:
         next_scales = self._load_scales(tile.next_channel, 0)
         _, slot, scales, total = block(carry, self.steps - blocks * count, next_scales, last=True)
         return outputs.sum_to_accumulator(total), slot, scales
-
-    # --- epilogue -------------------------------------------------------------------------------------
-
-    @property
-    def _stores(self) -> int:
-        return self.config.tile_m // self.scratch.y.shape[2]
-
-    def _part_of(self, array: Any, epilogue: Epilogue, i: int) -> Any:
-        """The i-th part (y or residual) of this warpgroup's tile in GMEM."""
-        tokens = self.scratch.y.shape[2]
-        rows, columns = pl.ds(epilogue.token + i * tokens, tokens), pl.ds(epilogue.column, self.problem.rows_out)
-        return array.at[rows, columns]
-
-    def _fetch_residual(self, epilogue: Epilogue, i: int) -> None:
-        assert self.scratch.residual_full is not None
-        buffer = i % STORE_BUFFERS
-        plgpu.copy_gmem_to_smem(
-            self._part_of(self.operands.residual, epilogue, i),
-            self.scratch.y.at[self.wg, buffer],
-            self.scratch.residual_full.at[STORE_BUFFERS * self.wg + buffer],
-        )
-
-    def _begin_epilogue(self, tile: Tile) -> Epilogue:
-        """Start to read what the epilogue will need."""
-        operands, rows = self.operands, self._rows(tile.channel)
-        column = rows // 2 if self.problem.silu_mul else rows
-        epilogue = Epilogue(
-            tile.token,
-            pl.multiple_of(column, self.problem.rows_out),
-            outputs.load_rows(operands.channel_scale, rows),
-            None if operands.bias is None else outputs.load_rows(operands.bias, rows),
-            None if operands.x_scale is None else outputs.load_tokens(operands.x_scale, tile.token, self.config.tile_m),
-        )
-        if operands.residual is not None:
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            for i in range(min(STORE_BUFFERS, self._stores)):
-                self._fetch_residual(epilogue, i)
-        return epilogue
-
-    def _combine(self, acc: jax.Array, epilogue: Epilogue) -> None:
-        """Add up the cluster's parts of K, if it has parts, and finish."""
-        config = self.config
-        if config.split_k == 1:
-            self._finish(acc, epilogue)
-            return
-        # The ring is the mailbox, so first every warpgroup of the cluster must be done with it.
-        sync.cluster_barrier()
-        size = layouts.TILE_N * config.tile_m
-        ring = self.scratch.words.reshape(config.stages * config.warpgroups * config.k_tiles * 1024)
-
-        def mailbox(sender: jax.Array | int) -> Any:
-            return ring.at[pl.ds(((sender - 1) * config.warpgroups + self.wg) * size, size)]
-
-        @pl.when(self.peer > 0)
-        def _() -> None:
-            sync.send_partial(acc, mailbox(self.peer))
-
-        sync.cluster_barrier()
-
-        @pl.when(self.peer == 0)
-        def _() -> None:
-            total = acc
-            for sender in range(1, config.split_k):
-                total = sync.add_partial(total, mailbox(sender))
-            self._finish(total, epilogue)
-
-    def _finish(self, acc: jax.Array, epilogue: Epilogue) -> None:
-        """Scale, activate, add, and send to GMEM, part by part."""
-        scratch, operands = self.scratch, self.operands
-        has_residual = operands.residual is not None
-        if epilogue.token_scale is not None:
-            scratch.tokens[self.wg] = epilogue.token_scale
-        tokens = scratch.y.shape[2]
-        for i in range(self._stores):
-            buffer, part = i % STORE_BUFFERS, slice(i * tokens, (i + 1) * tokens)
-            if has_residual:
-                assert scratch.residual_full is not None
-                plgpu.barrier_wait(scratch.residual_full.at[STORE_BUFFERS * self.wg + buffer])
-            # The first wait is also the barrier after which the tokens' scales are there for all.
-            if i == 0 or (i >= STORE_BUFFERS and not has_residual):
-                plgpu.wait_smem_to_gmem(min(i, STORE_BUFFERS - 1), wait_read_only=True)
-            outputs.store_outputs(
-                acc[:, part] if self._stores > 1 else acc,
-                epilogue.channel_scale,
-                epilogue.bias,
-                0 if operands.bias is None else 8 * operands.bias.dtype.itemsize,
-                None if epilogue.token_scale is None else scratch.tokens.at[self.wg, part],
-                scratch.y.at[self.wg, buffer],
-                silu_mul=self.problem.silu_mul,
-                add_residual=has_residual,
-            )
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(scratch.y.at[self.wg, buffer], self._part_of(operands.y, epilogue, i))
-            if has_residual and i + STORE_BUFFERS < self._stores:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                self._fetch_residual(epilogue, i + STORE_BUFFERS)

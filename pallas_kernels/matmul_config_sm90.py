@@ -14,20 +14,22 @@ Values = Literal["e4m3", "bf16"]
 NUM_SMS = 132
 SMEM_BYTES = 227 * 1024
 STORE_BUFFERS = 2
+# Computing warpgroups of a CTA for many tokens, and the output channels of their tile.
+WARPGROUPS = 2
+TILE_N = WARPGROUPS * layouts.TILE_N
+# Few tokens: so many, and so many tiles of 128 inputs between two waits for x.
+MOST_DECODED = 64
+CHUNK = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How the work is cut.
+    """How the work for many tokens is cut.
 
     Attributes:
-        tile_m: tokens of a tile (WGMMA's N).
-        warpgroups: computing warpgroups of a CTA; a tile has 64 output channels for each.
-        stages: steps that the ring holds.
-        k_tiles: a step is 128 inputs times this. One: the next step's weights are dequantized
-            while the tensor cores have this one's. More: few waits, for when they have little to do.
+        tile_m: tokens of a tile (WGMMA's N); it has ``TILE_N`` output channels.
+        stages: steps of 128 inputs that the ring holds.
         multicast: CTAs (1 or 2) that share the tokens of a tile and load them once for both.
-        split_k: CTAs of a cluster that share a tile, each with a part of K; the first adds up.
         band: tiles of tokens that are visited before the next output channels; bounds the part of
             x that must stay in the L2 cache.
         store_m: tokens of y that a warpgroup writes at a time; its buffers take room from the ring.
@@ -36,11 +38,8 @@ class Config:
     """
 
     tile_m: int
-    warpgroups: int = 2
     stages: int = 4
-    k_tiles: int = 1
     multicast: int = 1
-    split_k: int = 1
     band: int = 16
     store_m: int = 64
     promote: int = 0
@@ -52,27 +51,53 @@ class Config:
             raise ValueError(f"store_m is {self.store_m}; expected a multiple of 8 from 8 to 64")
         if self.tile_m > self.store_m and self.tile_m % self.store_m:
             raise ValueError(f"tile_m is {self.tile_m}; expected a multiple of store_m, {self.store_m}")
-        if self.warpgroups not in (2, 4):
-            raise ValueError(f"warpgroups is {self.warpgroups}; expected 2 or 4")
-        if self.warpgroups == 4 and self.tile_m > 64:
-            raise ValueError(f"tile_m is {self.tile_m}; four warpgroups have registers for at most 64")
         if not 2 <= self.stages <= 32:
             raise ValueError(f"stages is {self.stages}; expected 2 to 32")
-        if self.multicast not in (1, 2) or not 1 <= self.split_k <= 8:
-            raise ValueError(f"multicast is {self.multicast} and split_k {self.split_k}; expected 1..2 and 1..8")
-        if self.multicast > 1 and self.split_k > 1:
-            raise ValueError("multicast and split_k exclude each other")
-        if self.k_tiles not in (1, 2, 4) or (self.k_tiles > 1 and self.promote):
-            raise ValueError(f"k_tiles is {self.k_tiles}; expected 1, 2 or 4, and 1 with promotion")
-        if (self.split_k - 1) * self.tile_m > 16 * self.stages * self.k_tiles:
-            raise ValueError(f"{self}: the partial sums do not fit into the ring")
+        if self.multicast not in (1, 2):
+            raise ValueError(f"multicast is {self.multicast}; expected 1 or 2")
         if self.promote < 0 or (self.promote and self.tile_m > 192):
             raise ValueError(f"{self}: promotion needs a second sum in registers; tile_m may be at most 192")
 
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """How the work for few tokens is cut: each warpgroup streams the weights of 64 output channels.
+
+    Attributes:
+        tile_m: tokens; all of them.
+        warpgroups: of a CTA.
+        k_warpgroups: of these, so many share 64 output channels, each with a part of K.
+        split_k: CTAs that share output channels, each with a part of K. Above one, their sums go
+            to GMEM and what remains to be done with them is left to XLA.
+        depth: packed tiles (4 KB) that a warpgroup has in flight.
+        stages: chunks of ``CHUNK`` tiles of x that the ring holds.
+    """
+
+    tile_m: int
+    warpgroups: int = 4
+    k_warpgroups: int = 1
+    split_k: int = 1
+    depth: int = 8
+    stages: int = 2
+
+    def __post_init__(self) -> None:
+        if self.tile_m % 8 or not 8 <= self.tile_m <= MOST_DECODED:
+            raise ValueError(f"tile_m is {self.tile_m}; expected a multiple of 8 from 8 to {MOST_DECODED}")
+        if not 1 <= self.warpgroups <= 8 or self.k_warpgroups < 1 or self.warpgroups % self.k_warpgroups:
+            raise ValueError(f"{self}: expected 1 to 8 warpgroups, a multiple of k_warpgroups")
+        if not 1 <= self.split_k <= 16:
+            raise ValueError(f"split_k is {self.split_k}; expected 1 to 16")
+        if not 2 <= self.stages <= 32 or self.depth < 1:
+            raise ValueError(f"{self}: expected 2 to 32 stages and a depth of at least 1")
+
     @property
-    def tile_n(self) -> int:
-        """Output channels of a CTA's tile."""
-        return layouts.TILE_N * self.warpgroups
+    def columns(self) -> int:
+        """Warpgroups side by side, each with output channels of its own."""
+        return self.warpgroups // self.k_warpgroups
+
+    def k_tiles(self, k: int) -> int:
+        """Tiles of 128 inputs of each warpgroup; the last parts of K may have fewer."""
+        return -(-(k // layouts.TILE_K) // (self.split_k * self.k_warpgroups))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,27 +130,40 @@ class Problem:
         """WGMMA calls for a tile: 2 if its rows of x are 256 bytes or it has two scales outside the table."""
         return 2 if self.values == "bf16" or (self.groups == 2 and not self.scale_in_table) else 1
 
-    def scales_in_ring(self, config: Config) -> bool:
-        """Whether group scales come with the weights through TMA; else they are read far ahead."""
-        return config.k_tiles > 1 or not self.scale_in_table
-
     @property
     def rows_out(self) -> int:
         """Columns of y that a warpgroup's 64 channels become."""
         return layouts.TILE_N // 2 if self.silu_mul else layouts.TILE_N
 
 
-def smem_bytes(config: Config, values: Values) -> int:
-    """Shared memory that a CTA needs for x in ``values``, with what the allocator may add."""
-    x_row = layouts.TILE_K * (1 if values == "e4m3" else 2)
+def smem_bytes(config: Config | DecodeConfig, k: int, values: Values) -> int:
+    """Shared memory that a CTA needs for k inputs of x in ``values``, with what the allocator may add."""
     # At most four bytes of scales for each 128 inputs of a channel.
-    tile = config.tile_m * x_row + config.tile_n * (layouts.TILE_K // 2 + 4)
-    store = STORE_BUFFERS * min(config.store_m, config.tile_m) * layouts.TILE_N * 2
-    tokens = 1024 if config.tile_m > 128 else 512
-    return config.stages * config.k_tiles * tile + config.warpgroups * (store + tokens) + 2048
+    x_tile = config.tile_m * layouts.TILE_K * (1 if values == "e4m3" else 2)
+    if isinstance(config, DecodeConfig):
+        store = config.columns * _store_bytes(16, config.tile_m) if config.split_k == 1 else 0
+        weights = config.warpgroups * word_slots(config, k) * 4096
+        chunk = CHUNK * (x_tile + config.columns * layouts.TILE_N * 4)
+        return weights + config.k_warpgroups * decode_stages(config, k) * chunk + store + 2048
+    stage = x_tile + TILE_N * (layouts.TILE_K // 2 + 4)
+    return config.stages * stage + WARPGROUPS * _store_bytes(config.store_m, config.tile_m) + 2048
 
 
-def choose(m: int, n: int, k: int, values: Values, scale_in_table: bool, groups: int) -> Config:
+def _store_bytes(store_m: int, tile_m: int) -> int:
+    return STORE_BUFFERS * min(store_m, tile_m) * layouts.TILE_N * 2 + (1024 if tile_m > 128 else 512)
+
+
+def decode_stages(config: DecodeConfig, k: int) -> int:
+    """Chunks of x in the ring: no more than there are."""
+    return min(config.stages, -(-config.k_tiles(k) // CHUNK))
+
+
+def word_slots(config: DecodeConfig, k: int) -> int:
+    """Packed tiles that a warpgroup has room for: its depth, and its sum when it has others to add it to."""
+    return max(min(config.depth, config.k_tiles(k)), -(-config.tile_m // 16) if config.k_warpgroups > 1 else 1)
+
+
+def choose(m: int, n: int, k: int, values: Values, scale_in_table: bool, groups: int) -> Config | DecodeConfig:
     """The configuration for a problem: tuned if its weight's shape was, else by rule.
 
     Args:
@@ -137,53 +175,67 @@ def choose(m: int, n: int, k: int, values: Values, scale_in_table: bool, groups:
         groups: groups in 128 inputs (1 or 2).
     """
     # Between 65 and 128 tokens the tile is half that of the next bucket.
-    if values == "e4m3" and scale_in_table and groups == 1 and not 64 < m <= 128:
+    if values == "e4m3" and scale_in_table and groups == 1 and not MOST_DECODED < m <= 128:
         by_tokens = _tuned(_device_kind()).get(f"{n}x{k}", {})
         # The largest bucket serves every larger number of tokens.
         buckets = [bucket for bucket in by_tokens if bucket >= m] or list(by_tokens)[-1:]
-        if buckets and (m <= 64) == (buckets[0] <= 64):
+        if buckets and (m <= MOST_DECODED) == (buckets[0] <= MOST_DECODED):
             return by_tokens[buckets[0]]
     return heuristic(m, n, k, values, scale_in_table, groups)
 
 
-def heuristic(m: int, n: int, k: int, values: Values, scale_in_table: bool, groups: int) -> Config:
+def heuristic(m: int, n: int, k: int, values: Values, scale_in_table: bool, groups: int) -> Config | DecodeConfig:
     """A sound configuration for a shape that nobody has tuned."""
-    if m > 64:
-        tile_m = 128 if m <= 128 or values == "bf16" else 256
-        if not scale_in_table:
-            # A second sum takes as many registers as the first, and wider weights or two scales more.
-            tile_m = 64 if values == "bf16" or groups == 2 else 128
-        return _with_stages(Config(tile_m, multicast=2), values, 8)
-    tile_m = next(size for size in (8, 16, 32, 64) if m <= size)
-    if scale_in_table and values == "e4m3" and n > NUM_SMS * 2 * layouts.TILE_N:
-        # Every SM has a tile without splitting K: make it a large one.
-        return Config(tile_m, warpgroups=4, k_tiles=2, stages=3, store_m=min(tile_m, 16))
-    k_tiles = (4 if tile_m <= 16 and values == "e4m3" else 2) if scale_in_table else 1
-    config = _with_stages(Config(tile_m, k_tiles=k_tiles, store_m=min(tile_m, 16)), values, 8 // k_tiles)
-    return dataclasses.replace(config, split_k=most_splits(config, n, k, values))
+    if m <= MOST_DECODED:
+        return _decode_heuristic(-(-m // 8) * 8, n, k, values)
+    tile_m = 128 if m <= 128 or values == "bf16" else _tile_m(m, n)
+    if not scale_in_table:
+        # A second sum takes as many registers as the first, and wider weights or two scales more.
+        tile_m = 64 if values == "bf16" or groups == 2 else 128
+    store_m = next(size for size in range(64, 0, -8) if tile_m % size == 0)
+    return _largest(Config(tile_m, multicast=2, store_m=store_m), "stages", 8, k, values)
 
 
-def most_splits(config: Config, n: int, k: int, values: Values) -> int:
-    """The most parts of K for few tokens: as many CTAs as run at once, two steps each, sums that fit the ring."""
-    ctas = -(-n // config.tile_n)
-    # With more tokens, or four warpgroups, the registers are for one CTA an SM.
-    two = config.warpgroups == 2 and config.tile_m <= 16 and 2 * smem_bytes(config, values) <= SMEM_BYTES
-    return max(
-        1,
-        min(
-            8,
-            (2 if two else 1) * NUM_SMS // ctas,
-            k // (layouts.TILE_K * config.k_tiles * 2),
-            1 + 16 * config.stages * config.k_tiles // config.tile_m,
-        ),
-    )
+def _tile_m(m: int, n: int) -> int:
+    """Tokens of a tile so that the SMs' last wave is as full as may be; large ones are a little faster."""
+
+    def cost(tile_m: int) -> int:
+        tiles = -(-m // tile_m) * -(-n // TILE_N)
+        return -(-tiles // NUM_SMS) * (tile_m + 8)
+
+    return min((256, 240, 224, 208, 192), key=cost)
 
 
-def _with_stages(config: Config, values: Values, most: int) -> Config:
-    stages = 2
-    while stages < most and smem_bytes(dataclasses.replace(config, stages=stages + 1), values) <= SMEM_BYTES:
-        stages += 1
-    return dataclasses.replace(config, stages=stages)
+def _decode_heuristic(tile_m: int, n: int, k: int, values: Values) -> DecodeConfig:
+    tiles_n = -(-n // layouts.TILE_N)
+    if tiles_n > 2 * NUM_SMS:
+        return fill(DecodeConfig(tile_m), k, values, 1)
+    # Two CTAs an SM; parts of K of at least a chunk.
+    k_warpgroups = 2 if tiles_n <= NUM_SMS and k <= 8192 and (values == "e4m3" or tile_m <= 32) else 1
+    ctas = -(-tiles_n * k_warpgroups // 2)
+    split_k = max(1, min(8, 2 * NUM_SMS // ctas, k // (layouts.TILE_K * k_warpgroups * CHUNK)))
+    return fill(DecodeConfig(tile_m, 2, k_warpgroups, split_k), k, values, 2)
+
+
+def fill(config: DecodeConfig, k: int, values: Values, ctas_per_sm: int) -> DecodeConfig:
+    """``config`` with as much in flight as is of use and fits into an SM so many times, or at least once."""
+    config = dataclasses.replace(config, depth=1, stages=2)
+    bound = SMEM_BYTES // ctas_per_sm
+    if smem_bytes(dataclasses.replace(config, depth=3), k, values) > bound:
+        bound = SMEM_BYTES
+    for field, most in (("depth", 3), ("stages", 3), ("depth", 6), ("stages", 4), ("depth", 8)):
+        config = _largest(config, field, min(most, config.k_tiles(k)), k, values, bound)
+    return config
+
+
+def _largest(config: Any, field: str, most: int, k: int, values: Values, bound: int = SMEM_BYTES) -> Any:
+    """``config`` with the largest ``field`` up to ``most`` whose shared memory stays within ``bound``."""
+    while getattr(config, field) < most:
+        larger = dataclasses.replace(config, **{field: getattr(config, field) + 1})
+        if smem_bytes(larger, k, values) > bound:
+            break
+        config = larger
+    return config
 
 
 def _device_kind() -> str:
@@ -192,14 +244,18 @@ def _device_kind() -> str:
 
 
 @functools.cache
-def _tuned(device_kind: str) -> dict[str, dict[int, Config]]:
-    """Tuned configurations of a device kind: {"NxK": {number of tokens up to which it is used: Config}}."""
+def _tuned(device_kind: str) -> dict[str, dict[int, Config | DecodeConfig]]:
+    """Tuned configurations of a device kind: {"NxK": {number of tokens up to which it is used: configuration}}."""
     name = device_kind.lower().replace(" ", "_") + ".json"
     file = importlib.resources.files("pallas_kernels") / "tuned" / name
     if not device_kind or not file.is_file():
         return {}
     shapes: dict[str, dict[str, dict[str, Any]]] = json.loads(file.read_text())["matmul"]
     return {
-        shape: {int(m): Config(**by_tokens[m]) for m in sorted(by_tokens, key=int)}
+        shape: {int(m): _config(int(m), by_tokens[m]) for m in sorted(by_tokens, key=int)}
         for shape, by_tokens in shapes.items()
     }
+
+
+def _config(m: int, fields: dict[str, int]) -> Config | DecodeConfig:
+    return DecodeConfig(**fields) if m <= MOST_DECODED else Config(**fields)

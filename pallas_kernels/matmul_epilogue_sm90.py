@@ -7,8 +7,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, math, vector
+from jaxlib.mlir.dialects import arith, llvm, math, vector
 
 from pallas_kernels import layouts
 from pallas_kernels.matmul_device_sm90 import (
@@ -91,6 +92,10 @@ def _sum_layout(tile_m: int) -> Any:
     return plgpu.Layout.WG_STRIDED((layouts.TILE_N * tile_m,), vec_size=1)
 
 
+def _strided(total: jax.Array) -> Any:
+    return _sum_layout(total.shape[0] // layouts.TILE_N)
+
+
 def zero_sum(tile_m: int) -> jax.Array:
     """A raw float32 sum for a 64 x tile_m tile."""
     return plgpu.layout_cast(jnp.zeros((layouts.TILE_N * tile_m,), jnp.float32), _sum_layout(tile_m))
@@ -127,7 +132,7 @@ def sum_to_accumulator(total: jax.Array) -> jax.Array:
     tile_m = total.shape[0] // layouts.TILE_N
 
     @inlined(
-        arg_types=(_sum_layout(tile_m),),
+        arg_types=(_strided(total),),
         return_type=plgpu.ShapeDtypeStruct((layouts.TILE_N, tile_m), jnp.float32, layout=plgpu.Layout.WGMMA),
     )
     def inline(_: Any, total: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
@@ -142,6 +147,77 @@ def sum_to_accumulator(total: jax.Array) -> jax.Array:
         )
 
     return inline(total)
+
+
+def leave_sum(total: jax.Array, ref: Any) -> None:
+    """Each thread writes its part of a raw sum to ref, int32 [64 * tile_m or more] in SMEM."""
+
+    @inlined(arg_types=(_strided(total), plgpu.RefType()))
+    def inline(_: Any, total: mgpu.FragmentedArray, ref: ir.Value) -> None:
+        values = [element(v, 0) for v in total.registers]
+        address = arith.addi(shared_address(ref), arith.muli(thread(), const(16)))
+        for i in range(0, len(values), 4):
+            code = f"st.shared.v4.f32 [$0 + {4 * WARPGROUP * i}], {{$1, $2, $3, $4}};"
+            asm([], [address, *values[i : i + 4]], code, "r,f,f,f,f", volatile=True)
+
+    inline(total, ref)
+
+
+def add_left_sum(total: jax.Array, ref: Any) -> jax.Array:
+    """total plus what ``leave_sum`` has put into ref."""
+    layout = _strided(total)
+
+    @inlined(
+        arg_types=(layout, plgpu.RefType()),
+        return_type=plgpu.ShapeDtypeStruct(total.shape, jnp.float32, layout=layout),
+    )
+    def inline(_: Any, total: mgpu.FragmentedArray, ref: ir.Value) -> mgpu.FragmentedArray:
+        f32 = ir.F32Type.get()
+        quad, one = ir.VectorType.get((4,), f32), ir.VectorType.get((1,), f32)
+        registers = list(total.registers)
+        summed = []
+        for i in range(0, len(registers), 4):
+            other = load(ref, arith.addi(thread(), const(WARPGROUP * i // 4)), quad, quad)
+            for j in range(4):
+                value = arith.addf(element(registers[i + j], 0), element(other, j))
+                summed.append(vector.broadcast(one, value))
+        return mgpu.FragmentedArray(_registers=np.array(summed, object), _layout=layout.to_mgpu(), _is_signed=None)
+
+    return inline(total, ref)
+
+
+def store_partial(total: jax.Array, ref: Any, part: jax.Array, n_tile: jax.Array) -> None:
+    """Write a raw sum over one part of K to ref, float32 [parts, M, N] in GMEM, for 64 output channels.
+
+    Each instruction fills whole sectors of 32 bytes: eight channels of four tokens.
+    """
+
+    @inlined(arg_types=(_strided(total), plgpu.RefType(), SCALAR, SCALAR))
+    def inline(_: Any, total: Any, ref: ir.Value, part: Any, n_tile: Any) -> None:
+        _parts, m, n = ir.MemRefType(ref.type).shape
+        row, lane4, _warp = fragment_position()
+        channel = arith.addi(arith.muli(n_tile.registers.item(), const(layouts.TILE_N)), row)
+        token = arith.muli(lane4, const(2))
+        first = arith.addi(arith.muli(part.registers.item(), const(m)), token)
+        index = arith.addi(arith.muli(first, const(n)), channel)
+        pointer = utils.getelementptr(utils.memref_ptr(ref), [index], ir.F32Type.get())
+        address = llvm.ptrtoint(ir.IntegerType.get_signless(64), pointer)
+        # A tile past the last channel has no tokens.
+        tokens = arith.select(
+            arith.cmpi(arith.CmpIPredicate.slt, channel, const(n)), arith.subi(const(m), token), const(0)
+        )
+        for i, value in enumerate(total.registers):
+            j, r, column = i // 4, i // 2 % 2, i % 2
+            offset = 4 * ((8 * j + column) * n + 8 * r)
+            asm(
+                [],
+                [address, element(value, 0), tokens],
+                f"{{\n.reg .pred p;\nsetp.gt.s32 p, $2, {8 * j + column};\n@p st.global.f32 [$0 + {offset}], $1;\n}}",
+                "l,f,r",
+                volatile=True,
+            )
+
+    inline(total, ref, part, n_tile)
 
 
 def _silu(x: ir.Value) -> ir.Value:

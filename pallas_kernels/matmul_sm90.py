@@ -1,14 +1,16 @@
 """INT4 x FP8 (and INT4 x BF16) matmul for Hopper in Pallas Mosaic GPU.
 
-The kernel computes y^T = W x^T: a weight tile, dequantized in registers, is WGMMA's A operand and
-x [M, K], row-major, is the K-major B operand in shared memory. Each CTA has one warpgroup that
-feeds a ring of shared-memory stages through TMA and ``warpgroups`` that compute, each 64 output
-channels of the same tokens. Dequantization of one step overlaps the WGMMA of the step before it.
+The kernels compute y^T = W x^T: a weight tile, dequantized in registers, is WGMMA's A operand and
+x [M, K], row-major, is the K-major B operand in shared memory. This is the one for many tokens;
+``matmul_decode_sm90`` has that for few. Each CTA has one warpgroup that feeds a ring of
+shared-memory stages through TMA and two that compute, each 64 output channels of the same tokens.
+Dequantization of one step overlaps the WGMMA of the step before it.
 
 FireQ (arXiv 2505.20839), INT4 x FP8 kernel; mapping and packing are ours (see ``layouts``).
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -18,12 +20,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, UInt32
 
-from pallas_kernels import formats, jax_compat, layouts
+from pallas_kernels import formats, jax_compat, layouts, matmul_decode_sm90
 from pallas_kernels import matmul_epilogue_sm90 as outputs
 from pallas_kernels import matmul_sync_sm90 as sync
 from pallas_kernels import matmul_weights_sm90 as weights
-from pallas_kernels.matmul_compute_sm90 import Consumer, Operands, Scratch, Tile
-from pallas_kernels.matmul_config_sm90 import NUM_SMS, STORE_BUFFERS, Config, Problem
+from pallas_kernels.matmul_compute_sm90 import Consumer, Scratch, Tile
+from pallas_kernels.matmul_config_sm90 import NUM_SMS, STORE_BUFFERS, TILE_N, WARPGROUPS, Config, DecodeConfig, Problem
+from pallas_kernels.matmul_epilogue import epilogue
+from pallas_kernels.matmul_output_sm90 import Operands
 
 
 def matmul(
@@ -33,7 +37,7 @@ def matmul(
     channel_scale: Float[Array, " N"],
     *,
     n: int,
-    config: Config,
+    config: Config | DecodeConfig,
     x_scale: Float[Array, " M"] | None = None,
     bias: Float[Array, " n"] | None = None,
     residual: Float[Array, "M n_out"] | None = None,
@@ -61,8 +65,7 @@ def matmul(
     n_out = n // 2 if silu_mul else n
     # A row of y must be a multiple of 16 bytes for TMA.
     n_stored = -(-n_out // 8) * 8
-    if residual is not None and n_stored != n_out:
-        residual = jnp.pad(residual, ((0, 0), (0, n_stored - n_out)))
+    split = isinstance(config, DecodeConfig) and config.split_k > 1
     problem = Problem(
         m=m,
         n=words.shape[0] * layouts.TILE_N,
@@ -73,9 +76,6 @@ def matmul(
         scale_in_table=group_scale.dtype == formats.E4M3,
         silu_mul=silu_mul,
     )
-    if not problem.scale_in_table:
-        # Each group's sum is multiplied by its scale, so it must be a sum of its own.
-        config = dataclasses.replace(config, promote=1)
     if problem.values == "bf16":
         x = weights.interleave_columns(x)
     operands = Operands(
@@ -83,31 +83,52 @@ def matmul(
         x=x.reshape(m, -1, layouts.TILE_K // problem.halves),
         words=lax.bitcast_convert_type(words, jnp.int32).reshape(*words.shape[:2], 4, 256),
         group_scale=lax.bitcast_convert_type(group_scale, jnp.uint8) if problem.scale_in_table else group_scale,
-        channel_scale=channel_scale,
-        x_scale=x_scale,
-        bias=bias,
-        residual=residual,
+        channel_scale=None if split else channel_scale,
+        x_scale=None if split else x_scale,
+        bias=None if split else bias,
+        residual=None if split or residual is None else jnp.pad(residual, ((0, 0), (0, n_stored - n_out))),
         y=None,
     )
-    present = [name for name, value in zip(Operands._fields, operands, strict=True) if value is not None]
-    y = _kernel(problem, config, tuple(present))(*(value for value in operands if value is not None))
+    arrays = {name: value for name, value in operands._asdict().items() if value is not None}
+    if isinstance(config, DecodeConfig):
+        y = matmul_decode_sm90.kernel(problem, config, tuple(arrays))(*arrays.values())
+        if split:
+            return _finish(y[..., :n], channel_scale[:n], x_scale, bias, residual, silu_mul)
+    else:
+        if not problem.scale_in_table:
+            # Each group's sum is multiplied by its scale, so it must be a sum of its own.
+            config = dataclasses.replace(config, promote=1)
+        y = _kernel(problem, config, tuple(arrays))(*arrays.values())
     return y[:, :n_out] if n_stored != n_out else y
+
+
+def _finish(
+    parts: Float[Array, "parts M n"],
+    channel_scale: Float[Array, " n"],
+    x_scale: Float[Array, " M"] | None,
+    bias: Float[Array, " n"] | None,
+    residual: Float[Array, "M n_out"] | None,
+    silu_mul: bool,
+) -> Float[Array, "M n_out"]:
+    """y from unscaled sums over parts of K, for XLA to fuse with what uses y."""
+    # One addition after the other, which XLA fuses with anything; a reduction it might not.
+    y = functools.reduce(jnp.add, [parts[i] for i in range(parts.shape[0])]) * channel_scale
+    if x_scale is not None:
+        y = y * x_scale[:, None]
+    return epilogue(y, bias, "silu_mul" if silu_mul else "none", residual).astype(jnp.bfloat16)
 
 
 def _kernel(problem: Problem, config: Config, present: tuple[str, ...]) -> Any:
     """The Pallas call; its arguments are the ``present`` operands."""
-    tiles = -(-problem.m // config.tile_m), -(-problem.n // (config.tile_n * config.multicast))
-    clusters = tiles[0] * tiles[1]
-    if config.split_k == 1:
-        clusters = min(clusters, NUM_SMS // config.multicast)
+    tiles = -(-problem.m // config.tile_m), -(-problem.n // (TILE_N * config.multicast))
+    clusters = min(tiles[0] * tiles[1], NUM_SMS // config.multicast)
     x_dtype = formats.E4M3 if problem.values == "e4m3" else jnp.bfloat16
     x_columns = layouts.TILE_K // problem.halves
-    x_shape = config.stages, config.k_tiles * problem.halves, config.tile_m, x_columns
+    x_shape = config.stages, problem.halves, config.tile_m, x_columns
     swizzle = plgpu.SwizzleTransform(x_columns * jnp.dtype(x_dtype).itemsize)
-    y_shape = config.warpgroups, STORE_BUFFERS, min(config.store_m, config.tile_m), problem.rows_out
-    scale_shape = config.stages, config.k_tiles * problem.groups, config.tile_n
-    scale_dtype = jnp.uint8 if problem.scale_in_table else jnp.bfloat16
-    in_ring = problem.scales_in_ring(config)
+    y_shape = WARPGROUPS, STORE_BUFFERS, min(config.store_m, config.tile_m), problem.rows_out
+    # Scales for the tables are read far ahead, into registers.
+    in_ring = not problem.scale_in_table
     has_residual = "residual" in present
     scratch = Scratch(
         # One memory, two descriptions: TMA has rows, any number of them; WGMMA wants tiles of eight.
@@ -115,13 +136,13 @@ def _kernel(problem: Problem, config: Config, present: tuple[str, ...]) -> Any:
             plgpu.SMEM(x_shape, x_dtype, transforms=(swizzle,)),
             plgpu.SMEM(x_shape, x_dtype, transforms=(plgpu.TilingTransform((8, x_columns)), swizzle)),
         ),
-        words=plgpu.SMEM((config.stages, config.warpgroups, config.k_tiles, 4, 256), jnp.int32),
+        words=plgpu.SMEM((config.stages, WARPGROUPS, 4, 256), jnp.int32),
         y=plgpu.SMEM(y_shape, jnp.bfloat16, transforms=(plgpu.SwizzleTransform(2 * problem.rows_out),)),
-        tokens=plgpu.SMEM((config.warpgroups, outputs.token_slots(config.tile_m)), jnp.int32),
-        scales=plgpu.SMEM(scale_shape, scale_dtype) if in_ring else None,
+        tokens=plgpu.SMEM((WARPGROUPS, outputs.token_slots(config.tile_m)), jnp.int32),
+        scales=plgpu.SMEM((config.stages, problem.groups, TILE_N), jnp.bfloat16) if in_ring else None,
         full=plgpu.Barrier(num_barriers=config.stages, num_arrivals=2 + in_ring),
         free=plgpu.SMEM((config.stages, 2), jnp.int32),
-        residual_full=plgpu.Barrier(num_barriers=STORE_BUFFERS * config.warpgroups) if has_residual else None,
+        residual_full=plgpu.Barrier(num_barriers=STORE_BUFFERS * WARPGROUPS) if has_residual else None,
     )
 
     def body(*refs: Any, **scratch_refs: Any) -> None:
@@ -135,9 +156,9 @@ def _kernel(problem: Problem, config: Config, present: tuple[str, ...]) -> Any:
         out_type=jax.ShapeDtypeStruct((problem.m, problem.n_out), jnp.bfloat16),
         grid=(clusters,),
         grid_names=("cluster",),
-        cluster=(config.multicast * config.split_k,),
+        cluster=(config.multicast,),
         cluster_names=("peer",),
-        num_threads=config.warpgroups + 1,
+        num_threads=WARPGROUPS + 1,
         thread_name="wg",
         scratch_types={name: value for name, value in scratch._asdict().items() if value is not None},
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
@@ -156,17 +177,15 @@ def _cta(
     """One CTA: the last warpgroup feeds the ring, the others compute."""
     m_tiles, n_tiles = tile_counts
     wg, peer, cluster = lax.axis_index("wg"), lax.axis_index("peer"), lax.axis_index("cluster")
-    # Parts of K are equal: beyond the end TMA fills with zeros.
-    steps = -(-(problem.k // layouts.TILE_K) // (config.split_k * config.k_tiles))
-    first_k_tile = peer * (steps * config.k_tiles) if config.split_k > 1 else 0
-    sync.init_barriers(scratch.free, 4 * config.warpgroups * config.multicast, cluster=config.multicast > 1)
+    steps = problem.k // layouts.TILE_K
+    sync.init_barriers(scratch.free, 4 * WARPGROUPS * config.multicast, cluster=config.multicast > 1)
 
     def start(i: jax.Array | int) -> tuple[jax.Array, jax.Array]:
         """(first token, first channel) of this CTA's i-th tile."""
         at = jnp.minimum(cluster + i * clusters, m_tiles * n_tiles - 1)
         m_tile, n_tile = plgpu.planar_snake(at, (m_tiles, n_tiles), 0, min(config.band, m_tiles))
         n_cta = n_tile * config.multicast + peer if config.multicast > 1 else n_tile
-        return m_tile * config.tile_m, n_cta * config.tile_n
+        return m_tile * config.tile_m, n_cta * TILE_N
 
     def tiles(visit: Any, begin: Any) -> Any:
         """Fold ``visit(tile, carry)`` over this CTA's tiles, from ``begin(first tile)``."""
@@ -177,19 +196,20 @@ def _cta(
         count = lax.div(m_tiles * n_tiles - cluster + clusters - 1, jnp.int32(clusters))
         return lax.fori_loop(0, count, step, begin(Tile(*start(0), start(1)[1])))
 
-    registers = _registers(config)
+    # Large tiles need more registers than a thread's even share.
+    move_registers = config.tile_m >= 128
 
-    @pl.when(wg == config.warpgroups)
+    @pl.when(wg == WARPGROUPS)
     def _() -> None:
-        if registers:
-            plgpu.set_max_registers(registers[0], action="decrease")
-        _feed(problem, config, operands, scratch, tiles, steps, first_k_tile)
+        if move_registers:
+            plgpu.set_max_registers(24, action="decrease")
+        _feed(problem, config, operands, scratch, tiles, steps)
 
-    @pl.when(wg < config.warpgroups)
+    @pl.when(wg < WARPGROUPS)
     def _() -> None:
-        if registers:
-            plgpu.set_max_registers(registers[1], action="increase")
-        Consumer(problem, config, operands, scratch, steps, first_k_tile, wg, peer).run(tiles)
+        if move_registers:
+            plgpu.set_max_registers(240, action="increase")
+        Consumer(problem, config, operands, scratch, steps, wg).run(tiles)
 
 
 def _feed(
@@ -199,10 +219,9 @@ def _feed(
     scratch: Scratch,
     tiles: Any,
     steps: int,
-    first_k_tile: jax.Array | int,
 ) -> None:
     """Keep the ring full: x and packed weights of one step after the other, tile after tile."""
-    halves, k_tiles = problem.halves, config.k_tiles
+    halves, groups = problem.halves, problem.groups
     x_rows, _ = scratch.x
 
     def advance(slot: jax.Array, parity: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -210,25 +229,23 @@ def _feed(
         return jnp.where(wrapped, 0, slot + 1), jnp.where(wrapped, 1 - parity, parity)
 
     def visit(tile: Tile, carry: Any) -> Any:
-        def step(i: jax.Array, carry: Any) -> Any:
+        def step(k_tile: jax.Array, carry: Any) -> Any:
             slot, parity = carry
             sync.wait(scratch.free, slot, parity)
-            k_tile = first_k_tile + i * k_tiles
             plgpu.copy_gmem_to_smem(
-                operands.x.at[pl.ds(tile.token, config.tile_m), pl.ds(k_tile * halves, k_tiles * halves)],
+                operands.x.at[pl.ds(tile.token, config.tile_m), pl.ds(k_tile * halves, halves)],
                 jax_compat.transpose_ref(x_rows.at[slot], (1, 0, 2)),
                 scratch.full.at[slot],
                 collective_axes="peer" if config.multicast > 1 else None,
             )
             plgpu.copy_gmem_to_smem(
-                operands.words.at[pl.ds(tile.channel // layouts.TILE_N, config.warpgroups), pl.ds(k_tile, k_tiles)],
+                operands.words.at[pl.ds(tile.channel // layouts.TILE_N, WARPGROUPS), k_tile],
                 scratch.words.at[slot],
                 scratch.full.at[slot],
             )
             if scratch.scales is not None:
-                groups = k_tiles * problem.groups
                 plgpu.copy_gmem_to_smem(
-                    operands.group_scale.at[pl.ds(k_tile * problem.groups, groups), pl.ds(tile.channel, config.tile_n)],
+                    operands.group_scale.at[pl.ds(k_tile * groups, groups), pl.ds(tile.channel, TILE_N)],
                     scratch.scales.at[slot],
                     scratch.full.at[slot],
                 )
@@ -245,12 +262,3 @@ def _feed(
             return advance(*carry)
 
         lax.fori_loop(0, config.stages, drain, carry)
-
-
-def _registers(config: Config) -> tuple[int, int] | None:
-    """Registers a thread of the feeding and of the computing warpgroups, where the even share is too few."""
-    if config.warpgroups == 2 and config.tile_m >= 128:
-        return 24, 240
-    if config.warpgroups == 4 and config.tile_m > 32:
-        return 24, 112
-    return None

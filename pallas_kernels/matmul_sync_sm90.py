@@ -1,4 +1,4 @@
-"""Barriers of the Hopper matmul's ring, and the sum over the CTAs of a cluster that share a tile.
+"""Barriers of the Hopper matmul's rings.
 
 "Slot free" barriers are raw mbarriers: one arrival a warp instead of Pallas' one a thread, and in
 a cluster every warp speaks for itself, so no warp's reads can be overtaken by another's arrival.
@@ -8,25 +8,12 @@ from typing import Any
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
-import jax.numpy as jnp
-import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, vector
+from jaxlib.mlir.dialects import arith
 
-from pallas_kernels.matmul_device_sm90 import (
-    SCALAR,
-    WARPGROUP,
-    asm,
-    const,
-    element,
-    i32,
-    inlined,
-    load,
-    shared_address,
-    thread,
-)
+from pallas_kernels.matmul_device_sm90 import SCALAR, asm, const, inlined, shared_address
 
 
 def init_barriers(ref: Any, arrivals: int, *, cluster: bool) -> None:
@@ -95,49 +82,11 @@ def wait(ref: Any, slot: jax.Array, parity: jax.Array) -> None:
     inline(ref, slot, parity)
 
 
-def cluster_barrier() -> None:
-    """All running threads of the cluster meet; writes to SMEM before it are seen after it."""
+def cta_barrier() -> None:
+    """All threads of the CTA meet; writes to SMEM before it are seen after it."""
 
     @inlined()
     def inline(_: Any) -> None:
-        code = "barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;"
-        asm([], [], code, "", volatile=True)
+        asm([], [], "bar.sync 0;", "", volatile=True)
 
     inline()
-
-
-def send_partial(acc: jax.Array, ring_ref: Any) -> None:
-    """Write acc to ring_ref, int32 [64 * tokens] in SMEM, of the cluster's first CTA."""
-
-    @inlined(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))
-    def inline(_: Any, acc: mgpu.FragmentedArray, ring: ir.Value) -> None:
-        address = arith.addi(shared_address(ring), arith.muli(thread(), const(16)))
-        (remote,) = asm([i32()], [address, const(0)], "mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", volatile=False)
-        for j, registers in enumerate(acc.registers.reshape(-1, 2)):
-            floats = [element(v, i) for v in registers for i in range(2)]
-            code = f"st.shared::cluster.v4.f32 [$0 + {16 * WARPGROUP * j}], {{$1, $2, $3, $4}};"
-            asm([], [remote, *floats], code, "r,f,f,f,f", volatile=True)
-
-    inline(acc, ring_ref)
-
-
-def add_partial(acc: jax.Array, ring_ref: Any) -> jax.Array:
-    """acc plus what a CTA of the cluster has put into this CTA's ring_ref."""
-
-    @inlined(
-        arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()),
-        return_type=plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=plgpu.Layout.WGMMA),
-    )
-    def inline(_: Any, acc: mgpu.FragmentedArray, ring: ir.Value) -> mgpu.FragmentedArray:
-        quad = ir.VectorType.get((4,), ir.F32Type.get())
-        summed = np.empty((acc.shape[1] // 8, 2), object)
-        for j, registers in enumerate(acc.registers.reshape(-1, 2)):
-            partial = load(ring, arith.addi(thread(), const(WARPGROUP * j)), quad, quad)
-            for r in range(2):
-                half = vector.extract_strided_slice(
-                    ir.VectorType.get((2,), ir.F32Type.get()), partial, [2 * r], [2], [1]
-                )
-                summed[j, r] = arith.addf(registers[r], half)
-        return mgpu.FragmentedArray(_registers=summed.reshape(acc.registers.shape), _layout=acc.layout, _is_signed=None)
-
-    return inline(acc, ring_ref)

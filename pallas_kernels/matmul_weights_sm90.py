@@ -4,6 +4,7 @@ Four nibbles of a packed word select from the eight FP8 magnitudes of their grou
 and one ``lop3`` puts their signs on; see ``layouts`` for the packing. FireQ (arXiv 2505.20839).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,8 +16,8 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-from pallas_kernels import formats, layouts
-from pallas_kernels.matmul_config_sm90 import Values
+from pallas_kernels import formats, jax_compat, layouts
+from pallas_kernels.matmul_config_sm90 import Problem, Values
 from pallas_kernels.matmul_device_sm90 import (
     SCALAR,
     WARPGROUP,
@@ -29,6 +30,7 @@ from pallas_kernels.matmul_device_sm90 import (
     load,
     load_word,
     raw_array,
+    shared_address,
     thread,
 )
 
@@ -112,6 +114,67 @@ def load_words(words_ref: Any) -> jax.Array:
     return inline(words_ref)
 
 
+def copy_tile(source_ref: Any, tile: jax.Array, ring_ref: Any, slot: jax.Array, wanted: jax.Array) -> None:
+    """Each thread starts to copy its part of a packed tile from GMEM, if it is wanted, as one group of cp.async.
+
+    Args:
+        source_ref: int32, 1024 a tile.
+        tile: which.
+        ring_ref: int32 [slots * 1024] in SMEM, for ``take_tile``.
+        slot: which.
+        wanted: boolean.
+    """
+
+    @inlined(arg_types=(plgpu.RefType(), SCALAR, plgpu.RefType(), SCALAR, SCALAR))
+    def inline(_: Any, source: ir.Value, tile: Any, ring: ir.Value, slot: Any, wanted: Any) -> None:
+        quad = ir.VectorType.get((4,), i32())
+        index = arith.addi(arith.muli(tile.registers.item(), const(2 * WARPGROUP)), thread())
+        pointer = utils.getelementptr(utils.memref_ptr(source), [index], quad)
+        asm(
+            [],
+            [
+                _slot_address(ring, slot),
+                llvm.ptrtoint(ir.IntegerType.get_signless(64), pointer),
+                wanted.registers.item(),
+            ],
+            """{
+            .reg .pred p;
+            setp.ne.u32 p, $2, 0;
+            @p cp.async.cg.shared.global [$0], [$1], 16;
+            @p cp.async.cg.shared.global [$0 + 2048], [$1 + 2048], 16;
+            cp.async.commit_group;
+            }""",
+            "r,l,r",
+            volatile=True,
+        )
+
+    inline(source_ref, tile, ring_ref, slot, wanted.astype(jnp.int32))
+
+
+def take_tile(ring_ref: Any, slot: jax.Array, pending: int) -> jax.Array:
+    """As ``load_words``, of what ``copy_tile`` has copied into a slot; the last ``pending`` groups may be in flight."""
+    layout = plgpu.Layout.WG_STRIDED((8 * WARPGROUP,), vec_size=1)
+
+    @inlined(
+        arg_types=(plgpu.RefType(), SCALAR),
+        return_type=plgpu.ShapeDtypeStruct((8 * WARPGROUP,), jnp.int32, layout=layout),
+    )
+    def inline(_: Any, ring: ir.Value, slot: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+        code = f"""cp.async.wait_group {pending};
+            ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$8];
+            ld.shared.v4.b32 {{$4, $5, $6, $7}}, [$8 + 2048];"""
+        constraints = ",".join(["=&r"] * 8 + ["r"])
+        return raw_array(asm([i32()] * 8, [_slot_address(ring, slot)], code, constraints, volatile=True), layout)
+
+    return inline(ring_ref, slot)
+
+
+def _slot_address(ring: ir.Value, slot: mgpu.FragmentedArray) -> ir.Value:
+    """Of this thread's first 16 bytes of a slot; the others are 2048 bytes further."""
+    own = arith.addi(shared_address(ring), arith.muli(thread(), const(16)))
+    return arith.addi(own, arith.muli(slot.registers.item(), const(4096)))
+
+
 _TWO = plgpu.Layout.WG_STRIDED((2 * WARPGROUP,), vec_size=1)
 _FOUR = plgpu.Layout.WG_STRIDED((4 * WARPGROUP,), vec_size=1)
 
@@ -137,25 +200,6 @@ def load_four_scales(ref: Any, group: jax.Array, row: jax.Array) -> jax.Array:
         return raw_array([load_word(scales, index) for index in indices], _TWO)
 
     return inline(ref, group, row)
-
-
-def read_four_scales(ref: Any) -> jax.Array:
-    """As ``load_four_scales``, of at most four groups; ref E4M3 [groups, 64] (as uint8) in SMEM."""
-
-    @inlined(
-        arg_types=(plgpu.RefType(),),
-        return_type=plgpu.ShapeDtypeStruct((2 * WARPGROUP,), jnp.int32, layout=_TWO),
-    )
-    def inline(_: Any, scales: ir.Value) -> mgpu.FragmentedArray:
-        i8 = ir.IntegerType.get_signless(8)
-        groups, _rows = ir.MemRefType(scales.type).shape
-        strides, _ = ir.MemRefType(scales.type).get_strides_and_offset()
-        row, lane4, _warp = fragment_position()
-        index = arith.addi(row, arith.muli(arith.minsi(lane4, const(groups - 1)), const(strides[0])))
-        words = [load(scales, arith.addi(index, const(8 * r)), i8, i8) for r in range(2)]
-        return raw_array([arith.extui(i32(), word) for word in words], _TWO)
-
-    return inline(ref)
 
 
 def build_tables(scales: jax.Array) -> jax.Array:
@@ -232,6 +276,39 @@ def operand(words: jax.Array, tables: list[tuple[jax.Array, int]] | None, values
         )
 
     return inline(words, *arrays)
+
+
+# [tile][group]: a set of four tables, and which of the four.
+Tables = list[list[tuple[jax.Array, int]]]
+
+
+def tables_by_tile(sets: tuple[jax.Array, ...], tiles: int, groups: int) -> Tables:
+    """Where in ``build_tables``'s sets to find the tables of each of some tiles with so many groups."""
+    return [[(sets[g // 4], g % 4) for g in range(t * groups, (t + 1) * groups)] for t in range(tiles)]
+
+
+def multiply(
+    problem: Problem,
+    words: jax.Array,
+    tables: list[tuple[jax.Array, int]] | None,
+    x_ref: Callable[[int], Any],
+    acc_ref: Any,
+    half: int | None = None,
+) -> None:
+    """Dequantize a tile (or half of it), issue its WGMMAs and await nothing.
+
+    Args:
+        problem: shapes and types.
+        words: from ``load_words``.
+        tables: of the tile's groups; None: codes as they are.
+        x_ref: x_ref(i) is the i-th of ``problem.halves`` parts of x, [tokens, columns] in SMEM.
+        acc_ref: the accumulator.
+        half: which part; None: all.
+    """
+    columns = layouts.TILE_K // problem.halves
+    for i in range(problem.halves) if half is None else (half,):
+        weight = operand(words, tables, problem.values, slice(i * columns, (i + 1) * columns))
+        plgpu.wgmma(acc_ref, weight, jax_compat.transpose_ref(x_ref(i)))
 
 
 def interleave_columns(x: jax.Array) -> jax.Array:

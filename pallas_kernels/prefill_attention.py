@@ -7,6 +7,8 @@ as the tensor cores take them; scores, softmax statistics and sums are float32.
 FireQ (arXiv 2505.20839), attention section; FlashAttention-3 (arXiv 2407.08608).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -24,7 +26,7 @@ def prefill_attention(
     key: ScaledArray,
     value: ScaledArray,
     *,
-    query_start: Int[Array, " B"],
+    query_start: Int[Array, " B"] | None,
     kv_lengths: Int[Array, " B"],
     scale: float,
     causal: bool = True,
@@ -39,13 +41,13 @@ def prefill_attention(
         key, value: [B, kv_heads, S, H] rows in cache format; slot s holds the token at position
             s of its sequence. ``heads`` is a multiple of ``kv_heads``; query head h reads kv head
             h // (heads // kv_heads).
-        query_start: position of each sequence's first query.
+        query_start: position of each sequence's first query; None says that all are 0.
         kv_lengths: valid slots of each sequence; slots beyond are never read as data.
         scale: factor of the scores, usually head_dim ** -0.5.
         causal: a query sees the slots up to its own position.
         window: a query sees only the last ``window`` of them (sliding window).
         out_dtype: dtype of the result.
-        implementation: see ``dispatch``.
+        implementation: see ``dispatch``. "auto" takes cuDNN for whole prompts in bf16 or float16.
 
     Returns:
         [B, T, heads, H]. A query that sees no slot gets zeros.
@@ -54,7 +56,11 @@ def prefill_attention(
         ValueError: if shapes do not fit together or ``window`` is not positive.
         NotImplementedError: if ``implementation`` names a kernel that cannot run this.
     """
+    starts_at_zero = query_start is None
+    query_start = jnp.zeros_like(kv_lengths) if query_start is None else query_start
     validate(query, key, value, query_start, kv_lengths, window)
+    if implementation == "auto" and starts_at_zero and causal and window is None and _cudnn_runs(query, key, value):
+        return _attention_cudnn(query, key, value, kv_lengths=kv_lengths, scale=scale).astype(out_dtype)
     unsupported = sm90.unsupported(query, key, value, scale, out_dtype)
     run = attention_reference
     if dispatch.resolve("prefill_attention", implementation, unsupported) == "mosaic_gpu":
@@ -82,24 +88,32 @@ def attention_reference(
     At most ``QUERIES_AT_ONCE`` queries of a sequence are in flight, so that the scores of a long
     prompt need not fit in memory.
     """
-    q, k, v = formats.dequantize(query), formats.dequantize(key), formats.dequantize(value)
+    if query.scale is None and key.scale is None:
+        q, k, v = query.values, key.values, value.values
+    else:
+        q, k, v = (formats.dequantize(rows) for rows in (query, key, value))
+    # A GPU would otherwise multiply float32 operands as TF32.
+    multiply = functools.partial(
+        jnp.einsum,
+        precision="highest" if q.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
     # Slots beyond kv_lengths may hold anything, NaN included, and 0 * NaN is NaN.
-    v = jnp.where((jnp.arange(v.shape[2]) < kv_lengths[:, None])[:, None, :, None], v, 0.0)
+    v = jnp.where((jnp.arange(v.shape[2]) < kv_lengths[:, None])[:, None, :, None], v, jnp.zeros((), v.dtype))
 
     def attend(q: Float[Array, "B t heads H"], start: Int[Array, " B"]) -> Float[Array, "B t heads H"]:
         batch, length, heads, head_dim = q.shape
         kv_heads, slots = k.shape[1:3]
         visible = visible_slots(start, kv_lengths, length, slots, causal=causal, window=window)
         grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-        # "highest": a GPU would otherwise multiply float32 operands as TF32.
-        scores = jnp.einsum("btkgh,bksh->bkgts", grouped, k, precision="highest") * scale
+        scores = multiply("btkgh,bksh->bkgts", grouped, k) * scale
         scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
         peak = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - jnp.where(jnp.isneginf(peak), 0.0, peak))
         total = jnp.moveaxis(jnp.sum(weights, axis=-1), -1, 1)[..., None]
         if query.scale is not None:
             weights = formats.quantize_probabilities(weights)
-        out = jnp.einsum("bkgts,bksh->btkgh", weights, v, precision="highest")
+        out = multiply("bkgts,bksh->btkgh", weights.astype(v.dtype), v)
         # A query without a visible slot has a total of 0; a NaN stays one.
         out = jnp.where(total == 0, 0.0, out / jnp.where(total == 0, 1.0, total))
         return out.reshape(q.shape).astype(out_dtype)
@@ -113,6 +127,23 @@ def attention_reference(
     starts = query_start + QUERIES_AT_ONCE * jnp.arange(chunks)[:, None]
     out = jax.lax.map(lambda chunk: attend(*chunk), (split, starts))
     return jnp.moveaxis(out, 0, 1).reshape(padded.shape)[:, :length]
+
+
+def _cudnn_runs(query: ScaledArray, key: ScaledArray, value: ScaledArray) -> bool:
+    """Whether the operands are plain halves on a GPU, for which cuDNN has a flash attention."""
+    head_dim = query.values.shape[-1]
+    plain = all(rows.scale is None and rows.values.dtype in (jnp.bfloat16, jnp.float16) for rows in (query, key, value))
+    return plain and head_dim % 8 == 0 and head_dim <= 128 and jax.default_backend() == "gpu"
+
+
+def _attention_cudnn(
+    query: ScaledArray, key: ScaledArray, value: ScaledArray, *, kv_lengths: Int[Array, " B"], scale: float
+) -> Float[Array, "B T heads H"]:
+    """Causal attention of whole prompts; queries beyond ``kv_lengths`` get zeros."""
+    return jax.nn.dot_product_attention(
+        query.values, key.values.swapaxes(1, 2), value.values.swapaxes(1, 2), scale=scale, is_causal=True,
+        query_seq_lengths=kv_lengths, key_value_seq_lengths=kv_lengths, implementation="cudnn",
+    )  # fmt: skip
 
 
 def visible_slots(

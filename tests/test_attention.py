@@ -184,3 +184,21 @@ def test_errors_quote_the_offending_value(attention, changes, quoted):
     lengths = {name: jnp.zeros(shapes[name], jnp.int32) for name in ("query_start", "kv_lengths")}
     with pytest.raises(ValueError, match=quoted):
         functools.partial(attention, scale=1.0)(*rows, **lengths, **options)
+
+
+@pytest.mark.gpu
+def test_whole_prompts_in_bf16_take_cudnn():
+    batch, length, heads, kv_heads, head_dim = 2, 96, 4, 2, 64
+    lengths = jnp.asarray([96, 41])
+    q = normal(0, (batch, length, heads, head_dim))
+    k, v = (normal(seed, (batch, kv_heads, length, head_dim)) for seed in (1, 2))
+    rows = [ScaledArray(jnp.asarray(x, jnp.bfloat16), None) for x in (q, k, v)]
+    options = {"query_start": None, "kv_lengths": lengths, "scale": head_dim**-0.5}
+    assert "cudnn" in prefill.lower(*rows, **options).as_text()
+    out, expected = (
+        np.asarray(prefill(*rows, implementation=implementation, **options), np.float32)
+        for implementation in ("auto", "xla")
+    )
+    valid = np.arange(length) < np.asarray(lengths)[:, None]
+    # Both round P and the result to bf16, 2^-9 of numbers below 1.
+    np.testing.assert_allclose(out[valid], expected[valid], atol=0.01)

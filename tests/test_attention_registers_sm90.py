@@ -1,5 +1,6 @@
 """The attention kernels' register code, run for all 128 threads of a warpgroup at once in numpy."""
 
+import contextlib
 import types
 
 import jax.numpy as jnp
@@ -9,95 +10,245 @@ import pytest
 
 from pallas_kernels import attention_registers_sm90 as registers
 from pallas_kernels import formats
+from pallas_kernels import prefill_attention_registers_sm90 as prefill
 from pallas_kernels.decode_attention_sm90 import HEAD_DIMS
 
 WARPGROUP = 128
+E4M3, BF16 = ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("tokens", [128, 256])
-def test_fragments_of_codes_and_probabilities(monkeypatch, head_dim, tokens):
-    """K in Q's channel order; V^T and P in one token order; O's rows back in channel order."""
+def test_decode_multiplies_what_the_cache_holds(monkeypatch, head_dim, tokens):
+    """Keys and queries in one channel order; V^T and P in one token order; the output in order again."""
     rng = np.random.default_rng(0)
     codes = rng.integers(-7, 8, (tokens, head_dim)).astype(np.int8)
-    machine = Machine(monkeypatch, np.asarray(formats.pack_int4(jnp.asarray(codes))))
-    keys = machine.operand(registers.load_keys(None, machine.ref, head_dim=head_dim))
-    np.testing.assert_array_equal(keys / registers.CODE_UNIT, registers.permute_channels(jnp.asarray(codes)))
-    values = machine.operand(registers.load_values(None, machine.ref, head_dim=head_dim))
+    length, heads, group, first_row, first_head = 3, 10, 5, 8, 5
+    machine = Machine(monkeypatch)
+    packed = machine.ref(np.asarray(formats.pack_int4(jnp.asarray(codes))))
+    keys = machine.operand(registers.load_keys(None, packed, head_dim=head_dim))
 
-    p = rng.integers(0, 8, (tokens, 16)).astype(np.float32)
-    machine = Machine(monkeypatch, np.zeros((2, tokens // 128, 8, 128), np.uint8))
-    registers.store_probabilities(None, machine.accumulator(p), machine.ref)
-    stored = machine.unswizzled().view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-    out = registers.restore_channels(jnp.asarray(values @ stored.T / registers.CODE_UNIT))
-    np.testing.assert_allclose(out, codes.T.astype(np.float32) @ p)
+    queries = rng.integers(-8, 9, (length, heads, head_dim)).astype(E4M3)
+    width = min(128, head_dim)
+    q_smem = machine.ref(np.zeros((1, head_dim // width, 8, width), E4M3))
+    registers.store_queries(
+        None, machine.scalar(first_row), machine.scalar(first_head), machine.ref(queries), q_smem, group=group
+    )
+    rows = np.zeros((8, head_dim), np.float32)
+    rows[:7] = queries[:, first_head : first_head + group].reshape(length * group, head_dim)[first_row:]
+    scores = keys @ unswizzled(q_smem.memory).astype(np.float32).T / registers.CODE_UNIT
+    np.testing.assert_array_equal(scores, codes.astype(np.float32) @ rows.T)
+
+    scales = machine.ref(rng.normal(size=(length, heads)).astype(np.float32))
+    loaded = registers.load_query_scales(
+        None, machine.scalar(first_row), machine.scalar(first_head), scales, rows=8, group=group
+    )
+    expected = scales.memory[:, first_head : first_head + group].reshape(-1)[np.minimum(np.arange(8) + first_row, 14)]
+    for e in range(2):
+        np.testing.assert_array_equal(loaded.reshape(-1)[0][e], expected[2 * machine.q + e])
+
+    values = machine.operand(registers.load_values(None, packed, head_dim=head_dim))
+    p = rng.integers(0, 8, (tokens, 8)).astype(np.float32)
+    p_smem = machine.ref(np.zeros((1, tokens // 128, 8, 128), E4M3))
+    registers.store_probabilities(None, machine.accumulator(p), p_smem)
+    product = values @ unswizzled(p_smem.memory).astype(np.float32).T / registers.CODE_UNIT
+    for dtype, exact in ((np.float32, True), (BF16, False)):
+        target = machine.ref(np.full((length, heads, head_dim), 77, dtype))
+        registers.store_output(
+            None, machine.accumulator(product), machine.scalar(first_row), machine.scalar(first_head), target,
+            group=group,
+        )  # fmt: skip
+        wanted = np.full((length, heads, head_dim), 77, np.float32)
+        own = wanted[:, first_head : first_head + group].reshape(-1, head_dim)
+        own[first_row:] = (codes.T.astype(np.float32) @ p).T[:7]
+        wanted[:, first_head : first_head + group] = own.reshape(length, group, head_dim)
+        np.testing.assert_allclose(target.memory.astype(np.float32), wanted, rtol=0 if exact else 2**-8)
 
 
-def test_fragments_of_prefill(monkeypatch):
-    """P's operand has the tokens' permuted order, and so have the numbers loaded for its columns."""
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_combine_weighs_splits(monkeypatch, head_dim):
+    """Partial sums of three splits, one of them empty, and a row that saw nothing."""
+    rng = np.random.default_rng(0)
+    group, heads, rows = 3, 6, 6
+    machine = Machine(monkeypatch)
+    partial = rng.normal(size=(3, rows, head_dim)).astype(np.float32)
+    peak, total = rng.normal(size=(2, 3, rows)).astype(np.float32) ** 2
+    peak[1], total[1], partial[1] = -np.inf, 0, 0
+    peak[:, 4], total[:, 4], partial[:, 4] = -np.inf, 0, 0
+    target = machine.ref(np.zeros((rows // group, heads, head_dim), np.float32))
+    refs = [machine.ref(x) for x in (partial, peak, total)]
+    for block in range(-(-rows * head_dim // 512)):
+        registers.combine(None, machine.scalar(block), machine.scalar(3), *refs, target, group=group, unit=0.25)
+    weight = np.exp2(peak - np.where(np.isinf(peak.max(0)), 0, peak.max(0)))
+    expected = (weight[..., None] * partial).sum(0) / np.maximum((weight * total).sum(0), 1e-30)[:, None] / 4
+    got = target.memory[:, 3:].reshape(rows, head_dim)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+    assert not target.memory[:, :3].any()
+
+
+def test_probabilities_and_columns_have_one_order(monkeypatch):
     p = np.random.default_rng(0).integers(0, 8, (64, 32)).astype(np.float32)
-    numbers = np.arange(32, dtype=np.float32)
-    machine = Machine(monkeypatch, np.asarray(registers.permute_tokens(jnp.asarray(numbers))))
-    operand = machine.operand(registers.probabilities_to_operand(None, machine.accumulator(p)))
-    np.testing.assert_array_equal(operand, registers.permute_tokens(jnp.asarray(p)))
-    loaded = registers.load_columns(None, machine.ref)
+    numbers = np.asarray(prefill.permute_tokens(jnp.arange(32.0)), np.float32)
+    machine = Machine(monkeypatch)
+    operand = machine.operand(prefill.probabilities_to_operand(None, machine.accumulator(p)))
+    np.testing.assert_array_equal(operand, prefill.permute_tokens(jnp.asarray(p)))
+    loaded = prefill.load_columns(None, machine.ref(numbers))
     for block, pair in enumerate(loaded.reshape(4)):
         for e in range(2):
             np.testing.assert_array_equal(pair[e], 8 * block + 2 * machine.q + e)
 
 
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_preparation(monkeypatch, head_dim):
+    """Codes and scales of a cache whose last slots are invalid, in the units and the order of the kernel."""
+    rng = np.random.default_rng(0)
+    slots, length, padded, first = 200, 190, 256, 128
+    codes = rng.integers(-7, 8, (2, slots, head_dim)).astype(np.int8)
+    scales = np.exp(rng.normal(size=(2, slots))).astype(BF16)
+    scales[:, length:] = np.nan
+    machine = Machine(monkeypatch)
+    packed = [machine.ref(np.asarray(formats.pack_int4(jnp.asarray(x)))) for x in codes]
+    k_scale, v_scale = (machine.ref(x) for x in scales)
+    highest = np.nanmax(scales[1].astype(np.float32))
+    keys = machine.ref(np.zeros((padded, head_dim), E4M3))
+    values = machine.ref(np.zeros((head_dim + prefill.TOTAL_ROWS, padded), E4M3))
+    columns = machine.ref(np.zeros((2, padded), np.float32))
+    units = machine.ref(np.zeros((128,), np.float16))
+    for start in (0, first):
+        prefill.prepare_columns(
+            None, machine.scalar(start), machine.scalar(length), machine.scalar(highest), k_scale, v_scale, columns,
+            values, units,
+        )  # fmt: skip
+        prefill.prepare_keys(None, machine.scalar(start), packed[0], keys)
+        prefill.prepare_values(None, machine.scalar(start), packed[1], units, values)
+    np.testing.assert_array_equal(keys.memory[:slots].astype(np.float32) / registers.CODE_UNIT, codes[0])
+    assert np.isfinite(keys.memory.astype(np.float32)).all()
+    assert np.isfinite(values.memory.astype(np.float32)).all()
+    # Back in the tokens' order.
+    order = np.argsort(np.asarray(prefill.permute_tokens(jnp.arange(padded))))
+    numbers, v = columns.memory[:, order], values.memory[:, order].astype(np.float32)
+    np.testing.assert_array_equal(numbers[0, :length], scales[0, :length].astype(np.float32))
+    assert (numbers[:, length:] == [[1], [0]]).all()
+    mantissa = np.exp2(numbers[1, :length])
+    assert ((mantissa >= 1) & (mantissa < 2)).all()
+    unit = 2 ** (prefill.VALUE_EXPONENT - np.floor(np.log2(highest)))
+    scaled = v[:head_dim, :length] * mantissa / unit
+    np.testing.assert_allclose(scaled, codes[1, :length].T * scales[1, :length].astype(np.float32), rtol=1e-5)
+    np.testing.assert_allclose(v[head_dim:, :length].sum(0), prefill.TOTAL_UNIT / mantissa, rtol=2**-11)
+
+
+def unswizzled(memory: np.ndarray) -> np.ndarray:
+    """Shared memory [N/8, columns/W, 8, W] with W-byte swizzle (W 64 or 128) as [N, columns]."""
+    blocks, tiles, _, width = memory.shape
+    chunks = memory.reshape(blocks, tiles, 8, width // 16, 16)
+    row, chunk = np.indices((8, width // 16))
+    straight = chunks[:, :, row, chunk ^ (row if width == 128 else row // 2)]
+    return straight.reshape(memory.shape).transpose(0, 2, 1, 3).reshape(8 * blocks, width * tiles)
+
+
 class Machine:
     """Stands in for the MLIR dialects: a value is a numpy array with one entry a thread."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, memory: np.ndarray):
-        self.memory = np.ascontiguousarray(memory).view(np.uint8).reshape(-1)
-        self.ref = types.SimpleNamespace(type=types.SimpleNamespace(shape=memory.shape))
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
         thread = np.arange(WARPGROUP)
         self.w, self.g, self.q = thread // 32, thread % 32 // 4, thread % 4
-        dialect = types.SimpleNamespace
-        operations = {
-            "addi": np.add, "muli": np.multiply, "andi": np.bitwise_and, "ori": np.bitwise_or, "xori": np.bitwise_xor,
-            "shli": np.left_shift, "shrui": np.right_shift, "divui": np.floor_divide, "remui": np.remainder,
-            "extui": lambda _, x: x,
-        }  # fmt: skip
+        self.active = np.ones(WARPGROUP, bool)
+        named = types.SimpleNamespace
+
+        def signed(operation):
+            return lambda a, b: operation(a.view(np.int32), b.view(np.int32)).view(np.uint32)
+
+        arith = named(
+            addi=np.add, subi=np.subtract, muli=np.multiply, andi=np.bitwise_and, ori=np.bitwise_or,
+            xori=np.bitwise_xor, shli=np.left_shift, shrui=np.right_shift, divui=np.floor_divide,
+            remui=np.remainder, minui=np.minimum, minsi=signed(np.minimum), maxsi=signed(np.maximum),
+            extui=lambda to, x: x.astype(to), trunci=lambda to, x: x.astype(to), truncf=lambda to, x: x.astype(to),
+            addf=np.add, subf=np.subtract, mulf=np.multiply, divf=np.divide, maximumf=np.maximum, select=np.where,
+            constant=lambda to, value: np.full(WARPGROUP, value, to),
+            cmpi=lambda predicate, a, b: predicate(a, b), cmpf=lambda predicate, a, b: predicate(a, b),
+            CmpIPredicate=named(
+                ult=np.less, eq=np.equal, slt=lambda a, b: a.view(np.int32) < b.view(np.int32)
+            ),
+            CmpFPredicate=named(OEQ=np.equal, OGT=np.greater),
+        )  # fmt: skip
         stand_ins = {
-            "arith": dialect(**operations),
-            "llvm": dialect(load=self.load, store=self.store),
-            "vector": dialect(from_elements=lambda _, elements: elements),
-            "utils": dialect(
-                memref_ptr=lambda ref: 0, getelementptr=lambda base, offset, _: base + offset[0], prmt=self.prmt,
-                thread_idx=lambda: thread.astype(np.uint32), bitcast=self.bitcast,
+            "arith": arith,
+            "llvm": named(load=self.load, store=self.store),
+            "scf": named(IfOp=lambda condition: named(then_block=condition), YieldOp=lambda values: None),
+            "vector": named(from_elements=lambda of, elements: list(elements)),
+            "utils": named(
+                memref_ptr=lambda ref: (ref, np.zeros(WARPGROUP, np.int64)), getelementptr=self.pointer,
+                prmt=self.prmt, thread_idx=lambda: thread.astype(np.uint32),
+                bitwidth=lambda x: 8 * np.dtype(x).itemsize,
+                bitcast=lambda word, to: word.view(to),
             ),
-            "ir": dialect(
-                IntegerType=dialect(get_signless=lambda bits: bits), MemRefType=lambda ref_type: ref_type,
-                VectorType=dialect(get=lambda shape, of: of * shape[0] if isinstance(of, int) else of),
-                F32Type=dialect(get=lambda: np.float32), Float8E4M3FNType=dialect(get=lambda: 8),
+            "ir": named(
+                Value=None, Type=None,
+                IntegerType=named(get_signless=lambda bits: np.dtype(f"uint{bits}").type),
+                MemRefType=lambda ref_type: ref_type, VectorType=named(get=lambda shape, of: (of, shape[0])),
+                F32Type=named(get=lambda: np.float32), Float8E4M3FNType=named(get=lambda: E4M3),
+                FloatAttr=named(get=lambda _, value: value), InsertionPoint=self.where,
             ),
-            "mgpu": dialect(
-                WGMMA_LAYOUT_8BIT=dialect(registers_shape=lambda shape: (shape[0] // 64, shape[1] // 16, 2)),
-                WGMMA_COL_LAYOUT=dialect(registers_shape=lambda shape: (shape[0] // 8,)),
+            "mgpu": named(
+                WGMMA_LAYOUT_8BIT=named(registers_shape=lambda shape: (shape[0] // 64, shape[1] // 16, 2)),
+                WGMMA_COL_LAYOUT=named(registers_shape=lambda shape: (shape[0] // 8,)),
                 FragmentedArray=lambda _registers, _layout, _is_signed: _registers,
             ),
             "_i32": lambda value: np.full(WARPGROUP, value & 0xFFFFFFFF, np.uint32),
+            "_f32": lambda value: np.full(WARPGROUP, value, np.float32),
             "_element": lambda vector, i: vector[i],
+            "_fragments": lambda tiles, shape: tiles,
+            "_exp2": np.exp2,
             "_to_e4m3_word": self.to_e4m3_word,
+            "_scale_e4m3": self.scale_e4m3,
+            "_logarithm_and_reciprocal": self.logarithm_and_reciprocal,
         }  # fmt: skip
-        for name, stand_in in stand_ins.items():
-            monkeypatch.setattr(registers, name, stand_in)
+        for module in (registers, prefill):
+            for name, stand_in in stand_ins.items():
+                if hasattr(module, name):
+                    monkeypatch.setattr(module, name, stand_in)
 
-    def load(self, bits, offset, alignment):
-        assert not (offset % alignment).any()
-        size = bits // 8
-        loaded = self.memory[offset.astype(int)[:, None] + np.arange(size)]
-        if size < 4:
-            loaded = np.pad(loaded, ((0, 0), (0, 4 - size)))
-        words = np.ascontiguousarray(loaded).view(np.uint32)
-        return list(words.T) if size > 4 else words[:, 0]
+    @staticmethod
+    def ref(memory: np.ndarray):
+        memory = np.ascontiguousarray(memory)
+        return types.SimpleNamespace(
+            memory=memory, type=types.SimpleNamespace(shape=memory.shape, element_type=memory.dtype.type)
+        )
 
-    def store(self, word, offset, alignment):
+    @staticmethod
+    def scalar(value):
+        dtype = np.float32 if isinstance(value, (float, np.floating)) else np.uint32
+        return types.SimpleNamespace(registers=types.SimpleNamespace(item=lambda: np.full(WARPGROUP, value, dtype)))
+
+    @contextlib.contextmanager
+    def where(self, condition):
+        outer, self.active = self.active, self.active & condition
+        yield
+        self.active = outer
+
+    @staticmethod
+    def pointer(base, offset, element):
+        ref, start = base
+        return ref, start + offset[0].astype(np.int64) * np.dtype(element).itemsize
+
+    def load(self, result, pointer, alignment=1):
+        ref, offset = pointer
+        element, count = result if isinstance(result, tuple) else (result, None)
+        assert not (offset[self.active] % alignment).any()
+        size = np.dtype(element).itemsize * (count or 1)
+        offset = np.where(self.active, offset, 0)
+        raw = ref.memory.view(np.uint8).reshape(-1)[offset[:, None] + np.arange(size)]
+        values = np.ascontiguousarray(raw).view(element)
+        return values[:, 0] if count is None else [np.ascontiguousarray(column) for column in values.T]
+
+    def store(self, value, pointer, alignment=1):
+        ref, offset = pointer
+        offset = offset[self.active]
         assert not (offset % alignment).any()
-        assert len(set(offset.tolist())) == WARPGROUP
-        self.memory[offset.astype(int)[:, None] + np.arange(4)] = word[:, None].view(np.uint8)
+        value = np.stack(value, axis=1) if isinstance(value, list) else value[:, None]
+        raw = np.ascontiguousarray(value).view(np.uint8)[self.active]
+        assert offset.size == 0 or 0 <= offset.min() <= offset.max() + raw.shape[1] <= ref.memory.nbytes
+        ref.memory.view(np.uint8).reshape(-1)[offset[:, None] + np.arange(raw.shape[1])] = raw
 
     @staticmethod
     def prmt(a, b, selector):
@@ -106,13 +257,21 @@ class Machine:
         return np.ascontiguousarray(picked).view(np.uint32)[:, 0]
 
     @staticmethod
-    def bitcast(word, new_type):
-        return word.view(np.float32) if new_type is np.float32 else word
-
-    @staticmethod
     def to_e4m3_word(elements):
-        columns = [np.asarray(x, ml_dtypes.float8_e4m3fn).view(np.uint8) for x in elements]
+        columns = [np.asarray(x, E4M3).view(np.uint8) for x in elements]
         return np.ascontiguousarray(np.stack(columns, axis=1)).view(np.uint32)[:, 0]
+
+    def scale_e4m3(self, word, low, high):
+        numbers = np.ascontiguousarray(word)[:, None].view(E4M3).astype(np.float32)
+        factors = np.stack([low, high], axis=1).view(np.float16).astype(np.float32)
+        return self.to_e4m3_word(list((numbers * factors).T))
+
+    def logarithm_and_reciprocal(self, mantissa):
+        rest, codes = prefill.TOTAL_UNIT / mantissa, []
+        for _ in range(3):
+            codes.append(rest.astype(E4M3))
+            rest = rest - codes[-1].astype(np.float32)
+        return np.log2(mantissa), self.to_e4m3_word([*codes, np.zeros(WARPGROUP)])
 
     def operand(self, tiles: np.ndarray) -> np.ndarray:
         """Registers in WGMMA_8BIT layout as the matrix they hold."""
@@ -120,7 +279,7 @@ class Machine:
         for (m, column, h), word in np.ndenumerate(tiles):
             for e in range(4):
                 out[64 * m + 16 * self.w + 8 * h + self.g, 16 * column + 4 * self.q + e] = word >> 8 * e & 255
-        return out.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+        return out.view(E4M3).astype(np.float32)
 
     def accumulator(self, matrix: np.ndarray):
         """A float32 matrix in WGMMA layout."""
@@ -129,11 +288,3 @@ class Machine:
             row = 64 * m + 16 * self.w + 8 * h + self.g
             held[m, column, h] = [matrix[row, 8 * column + 2 * self.q + e] for e in range(2)]
         return types.SimpleNamespace(shape=matrix.shape, registers=held)
-
-    def unswizzled(self) -> np.ndarray:
-        """Shared memory [N/8, tokens/128, 8, 128] with 128-byte swizzle as [N, tokens]."""
-        shape = self.ref.type.shape
-        chunks = self.memory.reshape(*shape[:3], 8, 16)
-        row, chunk = np.indices((8, 8))
-        straight = chunks[:, :, row, chunk ^ row]
-        return straight.reshape(shape).transpose(0, 2, 1, 3).reshape(8 * shape[0], 128 * shape[1])

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import attention_registers_sm90 as registers
 from pallas_kernels import decode_attention_sm90 as decode
 from pallas_kernels import formats
 from pallas_kernels import prefill_attention_sm90 as prefill
@@ -74,8 +73,10 @@ PREFILL = {
     "one kv head a query head": Case(256, 4, 4, slots=256, lengths=(256,), starts=(0,)),
     "head_dim 64": Case(512, 8, 8, 64, lengths=(512,), starts=(0,)),
     "head_dim 256": Case(300, 4, 1, 256, lengths=(500,), starts=(200,)),
-    "pipeline 1": Case(512, lengths=(512, 511), starts=(0, 0), config=prefill.Config(pipeline=1)),
-    "three stages": Case(512, lengths=(512, 511), starts=(0, 0), config=prefill.Config(stages=3)),
+    "settled every tile": Case(512, lengths=(512, 511), starts=(0, 0), config=prefill.Config(settle_every=1)),
+    "two stages, no turns": Case(
+        512, lengths=(512, 511), starts=(0, 0), config=prefill.Config(stages=2, take_turns=False)
+    ),
 }
 
 
@@ -229,43 +230,6 @@ def abstract_cache(shape: tuple[int, ...], head_dim: int) -> ScaledArray:
 # --- host code ------------------------------------------------------------------------------------
 
 
-def test_prepared_values_are_the_codes_transposed():
-    codes = np.random.default_rng(0).integers(-7, 8, (1, 2, 32, 64)).astype(np.int8)
-    packed = formats.pack_int4(jnp.asarray(codes))
-    values = np.asarray(registers.values_to_e4m3(packed), np.float32) / registers.CODE_UNIT
-    keys = np.asarray(registers.keys_to_e4m3(packed), np.float32) / registers.CODE_UNIT
-    np.testing.assert_array_equal(keys, codes)
-    np.testing.assert_array_equal(values, np.asarray(registers.permute_tokens(jnp.asarray(codes.swapaxes(2, 3)))))
-
-
-@pytest.mark.parametrize("length", [77, 128])
-def test_prepared_operands_give_attention(length):
-    """The kernel's arithmetic in float32 on its prepared operands: their units, orders and padding fit."""
-    case = Case(length, slots=length, lengths=(length, 30), starts=(0, 0))
-    query, key, value, start, kv_lengths = operands(case)
-    q, to_scores, k, v, columns = prefill.prepare(query, key, value, kv_lengths, case.scale, prefill.Config())
-    assert k.shape[2] == v.shape[3] == columns.shape[3] == 128
-    order = registers.permute_tokens(jnp.arange(128))
-    k_scale, log_v_scale, inverse_v_scale = jnp.moveaxis(columns[..., jnp.argsort(order)], 2, 0)
-    group = case.heads // case.kv_heads
-    grouped = q[:, :length].astype(jnp.float32).reshape(case.batch, length, case.kv_heads, group, case.head_dim)
-    scores = jnp.einsum("btkgh,bksh->bkgts", grouped, k.astype(jnp.float32)) * k_scale[:, :, None, None]
-    rows = to_scores[..., :length].reshape(case.batch, case.kv_heads, group, length, 1)
-    scores = scores * rows + log_v_scale[:, :, None, None]
-    slot = jnp.arange(128)
-    visible = (slot <= jnp.arange(length)[:, None]) & (slot < kv_lengths[:, None, None])
-    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
-    p = jnp.exp2(scores - jnp.max(scores, axis=-1, keepdims=True))
-    total = jnp.sum(p * inverse_v_scale[:, :, None, None], axis=-1)
-    out = jnp.einsum("bkgts,bkhs->bkgth", p[..., order], v.astype(jnp.float32)) / registers.CODE_UNIT / total[..., None]
-    out = jnp.moveaxis(out, 3, 1).reshape(case.batch, length, case.heads, case.head_dim)
-    expected = attention_reference(
-        ScaledArray(formats.dequantize(query), None), key, value, query_start=start, kv_lengths=kv_lengths,
-        scale=case.scale, out_dtype=jnp.float32,
-    )  # fmt: skip
-    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize(("rows", "slots"), [(8, 65536), (128, 4096), (512, 16384), (160, 4096), (1, 128), (3, 1)])
 def test_splits_occupy_the_device(rows, slots):
     config = decode.Config()
@@ -284,9 +248,9 @@ def test_splits_occupy_the_device(rows, slots):
         functools.partial(decode.Config, warpgroups=5),
         functools.partial(decode.Config, multiprocessors=0),
         functools.partial(prefill.Config, block_kv=96),
-        functools.partial(prefill.Config, warpgroups=0),
+        functools.partial(prefill.Config, warpgroups=3),
         functools.partial(prefill.Config, stages=1),
-        functools.partial(prefill.Config, pipeline=3),
+        functools.partial(prefill.Config, settle_every=0),
     ],
 )
 def test_configs_quote_what_is_wrong(make):

@@ -15,6 +15,7 @@ from tiny_llama import CASES, config_of, tokens_of, weights_of
 from fireq_jax import LlamaForCausalLM, ModelConfig, QuantizationConfig, recipes
 from fireq_jax.models import parameters
 from fireq_jax.models.llama import linear_names
+from pallas_kernels import formats
 from pallas_kernels.quantized_tensor import QuantizedTensor
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
@@ -43,7 +44,7 @@ def build(fields, quantization=None, dtype=jnp.float32):
     names = {"embed_tokens.weight": "embed_tokens", "norm.weight": "norm.weight", "lm_head.weight": "lm_head"}
     rest = {ours: tensors[theirs] for theirs, ours in names.items() if theirs in tensors}
     model = nnx.eval_shape(lambda: LlamaForCausalLM(config, quantization, dtype=dtype))
-    return parameters.with_parameters(model, filled | parameters.global_parameters(rest, dtype))
+    return parameters.with_parameters(model, filled | parameters.global_parameters(rest, quantization, dtype))
 
 
 @functools.cache
@@ -189,6 +190,37 @@ def test_quantized_activations_stay_near(recipe):
     logits, exact = np.asarray(forward(model, tokens)), np.asarray(forward(dequantized(model), tokens))
     error = np.linalg.norm(logits - exact) / np.linalg.norm(exact)
     assert 1e-3 < error < (0.25 if recipe == "rtn" else 0.1)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_fp8_head_stays_near(tied):
+    """Rows and weights of E4M3 each lose 2.6% (rms) of what they are, and nothing else changes."""
+    config = dataclasses.replace(ModelConfig.from_huggingface(ONE_LAYER), tie_word_embeddings=tied)
+    model = LlamaForCausalLM(config, dtype=jnp.float32)
+    quantization = dataclasses.replace(recipes.none(), lm_head_format="fp8")
+    head = (model.embed_tokens if tied else model.lm_head).get_value()
+    abstract = nnx.eval_shape(lambda: LlamaForCausalLM(config, quantization, dtype=jnp.float32))
+    filled = parameters.parameters_of(model) | parameters.global_parameters({"lm_head": head}, quantization, "float32")
+    quantized = parameters.with_parameters(abstract, filled)
+    tokens = tokens_of(ONE_LAYER)
+    logits, exact = np.asarray(forward(quantized, tokens)), np.asarray(forward(model, tokens))
+    assert 0.02 < np.linalg.norm(logits - exact) / np.linalg.norm(exact) < 0.05
+
+
+def test_a_norm_quantizes_only_what_is_multiplied_as_fp8():
+    """The tap sees floats, which calibration measures; the FP8 rows are these floats rounded."""
+    taps = {}
+    for recipe in (recipes.fireq(), recipes.none(), dataclasses.replace(recipes.fireq(), keep_float=("*.qkv_proj",))):
+        layer = build(config_of("gqa"), recipe).layers[0]
+        x = jax.random.normal(jax.random.key(0), (2, 3, layer.input_layernorm.weight.get_value().shape[0]))
+        rows = layer.input_layernorm.input_of(layer.self_attn.qkv_proj, x, taps.__setitem__, str(recipe))
+        expected = layer.input_layernorm(x)
+        if recipe == recipes.fireq():
+            assert str(recipe) not in taps
+            np.testing.assert_allclose(formats.dequantize(rows), expected, rtol=0.07, atol=2e-5)
+        else:
+            np.testing.assert_array_equal(taps[str(recipe)], expected)
+            np.testing.assert_array_equal(rows, expected)
 
 
 def test_keep_float_leaves_layers_as_they_are():

@@ -15,7 +15,7 @@ import pytest
 from pallas_kernels import formats, layouts, matmul_config_sm90, matmul_sm90
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.matmul import matmul
-from pallas_kernels.matmul_config_sm90 import SMEM_BYTES, Config, choose, heuristic, smem_bytes
+from pallas_kernels.matmul_config_sm90 import SMEM_BYTES, Config, DecodeConfig, choose, heuristic, smem_bytes
 from pallas_kernels.quantized_tensor import QuantizedTensor
 
 PREFILL = Config(256, multicast=2)
@@ -41,19 +41,40 @@ CASES: dict[str, tuple[int, int, int, dict, Config]] = {
     "bf16-scale": (300, 512, 1152, {"scale_dtype": "bf16"}, Config(128, stages=6, multicast=2)),
     "bf16-scale-144": (300, 512, 1152, {"scale_dtype": "bf16"}, Config(144, multicast=2, store_m=48)),
     "bf16-scale-group-64": (100, 512, 640, {"scale_dtype": "bf16", "group_size": 64}, Config(64)),
-    "bf16-scale-silu": (40, 512, 1024, {"scale_dtype": "bf16", "silu_mul": True}, Config(64, split_k=2)),
+    "bf16-scale-silu": (40, 512, 1024, {"scale_dtype": "bf16", "silu_mul": True}, Config(64)),
     "bf16-x": (300, 512, 1024, {"x_dtype": jnp.bfloat16}, Config(128, multicast=2)),
     "bf16-x-group-64": (100, 512, 640, {"x_dtype": jnp.bfloat16, "group_size": 64}, Config(128)),
     "bf16-x-bf16-scale": (100, 512, 640, {"x_dtype": jnp.bfloat16, "scale_dtype": "bf16"}, Config(64)),
-    "bf16-x-few": (3, 512, 1024, {"x_dtype": jnp.bfloat16, "bias": True}, Config(8, stages=3, k_tiles=2, store_m=8)),
-    "one-token": (1, 1000, 1024, {}, Config(8, stages=8)),
-    "four-warpgroups": (13, 1088, 1024, {}, Config(16, warpgroups=4, stages=2, k_tiles=4, store_m=16)),
-    "sixty-one": (61, 1088, 1024, {"residual": True}, Config(64, warpgroups=4, stages=5, store_m=16)),
-    "batched-group-64": (13, 512, 2048, {"group_size": 64}, Config(16, stages=2, k_tiles=4, split_k=2)),
-    "split-7": (16, 512, 14336, {}, Config(16, stages=2, k_tiles=4, split_k=7)),
-    "split-uneven": (5, 512, 11008, {}, Config(8, stages=4, k_tiles=2, split_k=5)),
-    "split-silu": (30, 512, 4096, {"silu_mul": True}, Config(32, stages=3, k_tiles=2, split_k=3)),
-    "split-bias-residual": (30, 512, 4096, {"bias": True, "residual": True}, Config(32, stages=14, split_k=8)),
+    "one-token": (1, 1000, 1024, {}, DecodeConfig(8)),
+    "decode-ring": (13, 1088, 4096, {"bias": True}, DecodeConfig(16, depth=5, stages=3)),
+    "decode-rest": (13, 320, 1280, {"residual": True}, DecodeConfig(16, warpgroups=3, depth=3)),
+    "decode-silu": (61, 1088, 2048, {"silu_mul": True, "residual": True}, DecodeConfig(64, depth=3)),
+    "decode-40": (37, 576, 1024, {"residual": True}, DecodeConfig(40, depth=3)),
+    "decode-odd-n": (37, 100, 256, {"residual": True}, DecodeConfig(40)),
+    "decode-group-64": (13, 512, 2048, {"group_size": 64}, DecodeConfig(16, k_warpgroups=2)),
+    "decode-bf16-scale": (30, 512, 2176, {"scale_dtype": "bf16", "silu_mul": True}, DecodeConfig(32, k_warpgroups=2)),
+    "decode-bf16-scale-group-64": (
+        5,
+        512,
+        1152,
+        {"scale_dtype": "bf16", "group_size": 64},
+        DecodeConfig(8, split_k=2),
+    ),
+    "decode-bf16-x": (3, 512, 1024, {"x_dtype": jnp.bfloat16, "bias": True}, DecodeConfig(8, k_warpgroups=4)),
+    "decode-bf16-x-bf16-scale": (
+        12,
+        512,
+        1280,
+        {"x_dtype": jnp.bfloat16, "scale_dtype": "bf16", "group_size": 64},
+        DecodeConfig(16, k_warpgroups=2, depth=2),
+    ),
+    "k-warpgroups-64": (61, 512, 2048, {}, DecodeConfig(64, k_warpgroups=4, depth=2)),
+    "k-warpgroups-8": (16, 512, 4096, {"residual": True}, DecodeConfig(16, 8, 8, depth=4)),
+    "split-7": (16, 512, 14336, {}, DecodeConfig(16, k_warpgroups=2, split_k=7)),
+    "split-uneven": (5, 512, 11008, {}, DecodeConfig(8, k_warpgroups=4, split_k=2, depth=16)),
+    "split-past-the-end": (5, 100, 640, {}, DecodeConfig(8, k_warpgroups=4, split_k=4)),
+    "split-silu": (30, 512, 4096, {"silu_mul": True}, DecodeConfig(32, warpgroups=2, k_warpgroups=2, split_k=3)),
+    "split-bias-residual": (30, 200, 4096, {"bias": True, "residual": True}, DecodeConfig(32, split_k=8)),
 }
 
 
@@ -136,20 +157,31 @@ def _error(y, expected):
         ({"tile_m": 264}, "tile_m is 264"),
         ({"tile_m": 96}, "multiple of store_m"),
         ({"tile_m": 64, "store_m": 20}, "store_m is 20"),
-        ({"tile_m": 64, "warpgroups": 3}, "warpgroups is 3"),
-        ({"tile_m": 128, "warpgroups": 4}, "registers for at most 64"),
         ({"tile_m": 64, "stages": 1}, "stages is 1"),
         ({"tile_m": 64, "multicast": 4}, "multicast is 4"),
-        ({"tile_m": 64, "multicast": 2, "split_k": 2}, "exclude each other"),
-        ({"tile_m": 64, "split_k": 4}, "do not fit into the ring"),
-        ({"tile_m": 64, "k_tiles": 3}, "k_tiles is 3"),
-        ({"tile_m": 64, "k_tiles": 2, "promote": 1}, "1 with promotion"),
         ({"tile_m": 256, "promote": 1}, "second sum"),
     ],
 )
 def test_a_config_that_cannot_work_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         Config(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tile_m": 72}, "tile_m is 72"),
+        ({"tile_m": 20}, "tile_m is 20"),
+        ({"tile_m": 8, "warpgroups": 9}, "1 to 8 warpgroups"),
+        ({"tile_m": 8, "k_warpgroups": 3}, "a multiple of k_warpgroups"),
+        ({"tile_m": 8, "split_k": 17}, "split_k is 17"),
+        ({"tile_m": 8, "stages": 1}, "2 to 32 stages"),
+        ({"tile_m": 8, "depth": 0}, "depth of at least 1"),
+    ],
+)
+def test_a_decode_config_that_cannot_work_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        DecodeConfig(**fields)
 
 
 @pytest.mark.parametrize(
@@ -160,9 +192,9 @@ def test_the_heuristic_fits_every_shape(values, scale_in_table, groups):
         (1, 8, 9, 17, 33, 64, 65, 128, 129, 4096), (64, 320, 4096, 57344), (128, 384, 4096, 28672)
     ):
         config = heuristic(m, n, k, values, scale_in_table, groups)
-        if not scale_in_table:
+        if not scale_in_table and isinstance(config, Config):
             config = dataclasses.replace(config, promote=1)
-        assert smem_bytes(config, values) <= SMEM_BYTES
+        assert smem_bytes(config, k, values) <= SMEM_BYTES
         assert m > 64 or m <= config.tile_m
 
 
@@ -173,7 +205,7 @@ def test_tuned_configs_fit_and_serve_their_shapes(monkeypatch):
     for shape, by_tokens in tuned.items():
         n, k = map(int, shape.split("x"))
         for m, config in by_tokens.items():
-            assert smem_bytes(config, "e4m3") <= SMEM_BYTES
+            assert smem_bytes(config, k, "e4m3") <= SMEM_BYTES
             assert choose(m, n, k, "e4m3", True, 1) == config
         largest = max(by_tokens)
         expected = by_tokens[largest] if largest > 64 else heuristic(1 << 20, n, k, "e4m3", True, 1)
@@ -256,7 +288,7 @@ def test_leading_dimensions_are_rows():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", [Config(64), Config(16, stages=2, k_tiles=4)])
+@pytest.mark.parametrize("config", [Config(64), DecodeConfig(16)])
 @pytest.mark.parametrize("sigma", [2.0**-9, 3 * 2.0**-9, 2.0**-6, 1.125, 64.0, 448.0])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_extreme_scales_and_codes(config, sigma, sign):

@@ -71,7 +71,7 @@ def logits_of(block):
     rest = {"embed_tokens": "model.embed_tokens", "norm.weight": "model.norm", "lm_head": "lm_head"}
     filled = parameters.layer_parameters(block, 0, quantization, jnp.float32)
     filled |= parameters.global_parameters(
-        {ours: tensors[f"{theirs}.weight"] for ours, theirs in rest.items()}, jnp.float32
+        {ours: tensors[f"{theirs}.weight"] for ours, theirs in rest.items()}, quantization, jnp.float32
     )
     model = nnx.eval_shape(lambda: LlamaForCausalLM(CONFIG, quantization, dtype=jnp.float32))
     return np.asarray(forward(parameters.with_parameters(model, filled), tokens_of(FIELDS)))

@@ -24,7 +24,12 @@ from flax import nnx
 from fireq_jax import LlamaForCausalLM, ModelConfig, recipes
 from fireq_jax.checkpoint import write_json
 from fireq_jax.models import KVCache, RopeConfig
+from fireq_jax.models.llama import DecoderLayer
+from fireq_jax.models.parameters import parameters_of, with_parameters
+from fireq_jax.quantization import QuantizationConfig
 from pallas_kernels import formats
+from pallas_kernels.dispatch import Implementation
+from pallas_kernels.quantized_tensor import QuantizedTensor
 
 MODELS = {
     "llama3-8b": ModelConfig(
@@ -97,11 +102,32 @@ def decode(graph: Any, state: Any, tokens: jax.Array, cache: KVCache) -> tuple[j
     return jax.lax.fori_loop(0, DECODE_STEPS, step, (tokens, cache))
 
 
+def random_model(
+    config: ModelConfig, quantization: QuantizationConfig, implementation: Implementation
+) -> LlamaForCausalLM:
+    """Random weights in storage format; made layer by layer, so that one layer's program is compiled."""
+
+    @jax.jit
+    def layer(key: jax.Array) -> dict[str, Any]:
+        options: dict[str, Any] = {"dtype": jnp.bfloat16, "implementation": implementation, "rngs": nnx.Rngs(key)}
+        return parameters_of(DecoderLayer("layers.0", config, quantization, **options))
+
+    model = nnx.eval_shape(lambda: LlamaForCausalLM(config, quantization, implementation=implementation))
+    parameters = {}
+    for i, key in enumerate(jax.random.split(jax.random.key(0), config.num_layers)):
+        parameters |= {f"layers.{i}.{name}": value for name, value in layer(key).items()}
+    for name, spec in parameters_of(model).items():
+        if not name.startswith("layers."):
+            assert not isinstance(spec, QuantizedTensor)
+            parameters[name] = (jax.random.normal(jax.random.key(1), spec.shape, spec.dtype) * 0.02).astype(spec.dtype)
+    return with_parameters(model, parameters)
+
+
 def measure(recipe: str, args: argparse.Namespace, rows: list[Row]) -> dict[str, Any]:
     """All shapes of one recipe; appends to ``rows`` and returns sizes."""
     config = MODELS[args.model]
     begin = time.perf_counter()
-    model = nnx.jit(lambda: LlamaForCausalLM(config, recipes.by_name(recipe), implementation=args.implementation))()
+    model = random_model(config, recipes.by_name(recipe), args.implementation)
     graph, state = nnx.split(model)
     jax.block_until_ready(state)
     print(f"{recipe}: {model.nbytes / 1e9:.2f} GB, made in {time.perf_counter() - begin:.1f} s", flush=True)

@@ -9,6 +9,7 @@ from typing import get_args
 from fireq_jax.checkpoint import write_json
 from fireq_jax.evaluation.comparison import evaluate, format_table
 from fireq_jax.evaluation.plots import plot_smoothing
+from pallas_kernels.dispatch import Implementation
 from pallas_kernels.formats import KVFormat
 
 
@@ -37,6 +38,9 @@ def parser() -> argparse.ArgumentParser:
         choices=["bfloat16", "float32"],
         default="bfloat16",
         help="of hidden states and unquantized weights (default: bfloat16)",
+    )
+    parse.add_argument(
+        "--implementation", choices=get_args(Implementation), default="auto", help="of the ops (default: auto)"
     )
     parse.add_argument(
         "--plots",
@@ -73,6 +77,7 @@ def run(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         kv_format=args.kv_format,
         dtype=args.dtype,
+        implementation=args.implementation,
     )
     print(format_table(results))
     if args.plots is not None:

@@ -12,6 +12,7 @@ from fireq_jax.evaluation.perplexity import perplexity
 from fireq_jax.models import LlamaForCausalLM
 from fireq_jax.text_data import read_documents, tokenize
 from fireq_jax.tokenizer import load_tokenizer
+from pallas_kernels.dispatch import Implementation
 from pallas_kernels.formats import KVFormat
 
 
@@ -43,6 +44,7 @@ def evaluate(
     batch_size: int = 4,
     kv_format: KVFormat | None = None,
     dtype: jax.typing.DTypeLike = "bfloat16",
+    implementation: Implementation = "auto",
     progress: bool = True,
 ) -> list[Evaluation]:
     """Perplexity of each model on the same text; one model is in memory at a time.
@@ -54,6 +56,7 @@ def evaluate(
             :func:`~fireq_jax.evaluation.perplexity.perplexity`.
         kv_format: overrides the models' cache format.
         dtype: of hidden states and unquantized weights.
+        implementation: of the ops, see ``pallas_kernels.dispatch``.
 
     Raises:
         ValueError: if a model or the text cannot be read, a model is named twice, or two models
@@ -67,7 +70,9 @@ def evaluate(
     tokens = _common_tokens(models, read_documents(text, text_field=text_field))
 
     def evaluate_one(model: str) -> Evaluation:
-        loaded = LlamaForCausalLM.from_pretrained(model, dtype=dtype, kv_format=kv_format)
+        loaded = LlamaForCausalLM.from_pretrained(
+            model, dtype=dtype, kv_format=kv_format, implementation=implementation
+        )
         result = perplexity(
             loaded,
             tokens,

@@ -16,6 +16,7 @@ from fireq_jax.generation.sampling import SamplingConfig, SamplingOptions
 from fireq_jax.models.llama import LlamaForCausalLM
 from fireq_jax.tokenizer import load_tokenizer
 from pallas_kernels import formats
+from pallas_kernels.dispatch import Implementation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="print a JSON list with prompt, text, tokens and finished")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of what is not quantized")
     add("--kv-format", choices=get_args(formats.KVFormat), help="of the cache, in place of the model's own")
+    add("--implementation", choices=get_args(Implementation), default="auto", help="of the ops; default auto")
     return parser
 
 
@@ -76,7 +78,12 @@ def _run(arguments: argparse.Namespace) -> None:
         max_new_tokens = defaults.get("max_new_tokens") or DEFAULT_NEW_TOKENS
     tokenizer = load_tokenizer(arguments.model)
     prompts = [_encode(tokenizer, text, arguments) for text in arguments.prompt]
-    model = LlamaForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype, kv_format=arguments.kv_format)
+    model = LlamaForCausalLM.from_pretrained(
+        arguments.model,
+        dtype=arguments.dtype,
+        kv_format=arguments.kv_format,
+        implementation=arguments.implementation,
+    )
     width = max(map(len, prompts))
     options = {
         "input_ids": [prompt + [0] * (width - len(prompt)) for prompt in prompts],

@@ -13,6 +13,7 @@ from fireq_jax.models.layers import Linear, Tap, no_tap
 from fireq_jax.quantization.config import QuantizationConfig
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.dispatch import Implementation
+from pallas_kernels.formats import ScaledArray
 from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.rope_quantize import apply_rope, rope_quantize, split_heads
 
@@ -61,7 +62,7 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B T D"],
+        x: ScaledArray | Float[Array, "B T D"],
         residual: Float[Array, "B T D"],
         rope: tuple[Float[Array, "B T half"], Float[Array, "B T half"]],
         *,
@@ -74,8 +75,9 @@ class Attention(nnx.Module):
         """Attention of a chunk, plus ``residual``.
 
         Args:
-            x: normalized hidden states; sequence b has ``lengths[b]`` valid tokens, first in its row.
-            residual: added to the output.
+            x: normalized hidden states (``RMSNorm.input_of`` qkv_proj); sequence b has ``lengths[b]``
+                valid tokens, first in its row.
+            residual: added to the output, in the model's dtype.
             rope: cos and sin of the tokens' positions.
             start: position of each sequence's first token in ``x``.
             lengths: valid tokens of each sequence in ``x``.
@@ -86,16 +88,15 @@ class Attention(nnx.Module):
         Returns:
             [B, T, D], and the new cache if ``cache`` or ``capacity`` was given.
         """
-        tap("qkv_input", x)
         packed = self.qkv_proj(x)
         self._show(packed, rope, tap)
-        batch, length = x.shape[:2]
+        batch, length = residual.shape[:2]
         entry = cache
         if entry is None:
             slots = length if capacity is None else capacity
             if length > slots:
                 raise ValueError(f"the prompt has {length} tokens; the cache holds {slots}")
-            entry = LayerCache.create(self.quantization, (batch, self.kv_heads, slots, self.head_dim), x.dtype)
+            entry = LayerCache.create(self.quantization, (batch, self.kv_heads, slots, self.head_dim), residual.dtype)
         query, *rows = rope_quantize(
             packed,
             *rope,
@@ -112,17 +113,15 @@ class Attention(nnx.Module):
         if cache is None:
             # The first chunk sees itself alone; the rest of the cache is empty.
             rows = jax.tree.map(lambda x: x[:, :, :length], rows)
-        few = cache is not None and length <= DECODE_QUERIES
-        attention = (decode_attention if few else prefill_attention)(
-            query,
-            *rows,
-            query_start=start,
+        attend = functools.partial(
+            decode_attention if cache is not None and length <= DECODE_QUERIES else prefill_attention,
             kv_lengths=start + lengths,
             scale=self.head_dim**-0.5,
-            out_dtype=x.dtype,
+            out_dtype=residual.dtype,
             implementation=self.implementation,
         )
-        merged = attention.reshape(*x.shape[:2], self.heads * self.head_dim)
+        attention = attend(query, *rows, query_start=None if cache is None else start)
+        merged = attention.reshape(*residual.shape[:2], self.heads * self.head_dim)
         tap("o_input", merged)
         return self.o_proj(merged, residual=residual), new_cache
 

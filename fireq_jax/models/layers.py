@@ -9,10 +9,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from fireq_jax.quantization.config import QuantizationConfig
-from pallas_kernels import formats, layouts
+from pallas_kernels import layouts
 from pallas_kernels.dispatch import Implementation
+from pallas_kernels.formats import ScaledArray
 from pallas_kernels.matmul import Activation, epilogue, matmul
 from pallas_kernels.quantized_tensor import QuantizedTensor
+from pallas_kernels.row_quantize import quantize_rows, rms_norm_quantize
 
 Tap = Callable[[str, Array], None]
 
@@ -31,9 +33,9 @@ class Linear(nnx.Module):
     """y = x W^T + bias, W [N, K] a plain array or a :class:`QuantizedTensor`.
 
     Attributes:
-        name: full name, matched by ``QuantizationConfig.keep_float``.
         weight: [N, K] in ``dtype``, or quantized.
         bias: [N] in ``dtype``, or None.
+        dtype: of the result.
     """
 
     def __init__(
@@ -60,33 +62,41 @@ class Linear(nnx.Module):
                 group_size=quantization.group_size,
                 scale_dtype=quantization.scale_dtype,
             )
-        self.name = name
         self.weight = nnx.Param(weight)
         self.bias = nnx.Param(jnp.zeros((out_features,), dtype)) if bias else None
+        self.dtype = jnp.dtype(dtype)
         self.fp8_activations = quantization.activation_format == "fp8"
         self.implementation: Implementation = implementation
 
+    @property
+    def takes_fp8(self) -> bool:
+        """Whether the weight multiplies FP8 rows."""
+        return self.fp8_activations and isinstance(self.weight.get_value(), QuantizedTensor)
+
     def __call__(
         self,
-        x: Float[Array, "*rows K"],
+        x: ScaledArray | Float[Array, "*rows K"],
         *,
         activation: Activation = "none",
         residual: Float[Array, "*rows N_out"] | None = None,
     ) -> Float[Array, "*rows N_out"]:
-        """activation(x W^T + bias) + residual, in x's dtype; sums in float32."""
+        """activation(x W^T + bias) + residual; sums in float32. FP8 rows only where it ``takes_fp8``."""
         weight = self.weight.get_value()
         bias = None if self.bias is None else self.bias.get_value()
         if isinstance(weight, QuantizedTensor):
+            if self.fp8_activations and not isinstance(x, ScaledArray):
+                x = quantize_rows(x, implementation=self.implementation)
             return matmul(
-                formats.quantize_fp8(x) if self.fp8_activations else x,
+                x,
                 weight,
                 bias=bias,
                 activation=activation,
                 residual=residual,
-                out_dtype=x.dtype,
+                out_dtype=self.dtype,
                 implementation=self.implementation,
             )
-        return epilogue(matmul_float(x, weight), bias, activation, residual).astype(x.dtype)
+        assert not isinstance(x, ScaledArray)
+        return epilogue(matmul_float(x, weight), bias, activation, residual).astype(self.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -95,15 +105,28 @@ class RMSNorm(nnx.Module):
     The weight is float32 whatever the model's dtype: smoothing folds factors into it.
     """
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, eps: float, implementation: Implementation) -> None:
         self.weight = nnx.Param(jnp.ones((width,), jnp.float32))
         self.eps = eps
+        self.implementation: Implementation = implementation
 
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         """Normalized rows, in x's dtype."""
         wide = x.astype(jnp.float32)
         normalized = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
         return (normalized * self.weight.get_value()).astype(x.dtype)
+
+    def quantized(self, x: Float[Array, "*rows D"]) -> ScaledArray:
+        """Normalized rows in FP8, with no other rounding."""
+        return rms_norm_quantize(x, self.weight.get_value(), self.eps, implementation=self.implementation)
+
+    def input_of(self, linear: Linear, x: Float[Array, "*rows D"], tap: Tap, name: str) -> ScaledArray | Array:
+        """Normalized rows as ``linear`` takes them; ``tap`` sees them unless they exist only in FP8."""
+        if linear.takes_fp8:
+            return self.quantized(x)
+        normalized = self(x)
+        tap(name, normalized)
+        return normalized
 
 
 class MLP(nnx.Module):
@@ -129,10 +152,9 @@ class MLP(nnx.Module):
         self.intermediate_size = intermediate_size
 
     def __call__(
-        self, x: Float[Array, "B T D"], residual: Float[Array, "B T D"], tap: Tap = no_tap
+        self, x: ScaledArray | Float[Array, "B T D"], residual: Float[Array, "B T D"], tap: Tap = no_tap
     ) -> Float[Array, "B T D"]:
-        """MLP of ``x``, plus ``residual``."""
-        tap("gate_up_input", x)
+        """MLP of ``x`` (``RMSNorm.input_of`` gate_up_proj), plus ``residual``."""
         hidden = self.gate_up_proj(x, activation="silu_mul")[..., : self.intermediate_size]
         tap("down_input", hidden)
         return self.down_proj(hidden, residual=residual)

@@ -4,6 +4,7 @@ Inside, every batch is right-padded: sequence b's tokens come first in its row a
 says how many there are. ``__call__`` accepts any 0/1 mask and brings it to that form.
 """
 
+import functools
 from pathlib import Path
 from typing import Literal, Self
 
@@ -22,6 +23,8 @@ from fireq_jax.quantization import recipes
 from fireq_jax.quantization.config import QuantizationConfig
 from pallas_kernels import formats
 from pallas_kernels.dispatch import Implementation
+from pallas_kernels.matmul import matmul
+from pallas_kernels.quantized_tensor import QuantizedTensor
 
 Positions = Literal["all", "last"]
 
@@ -39,11 +42,11 @@ class DecoderLayer(nnx.Module):
         implementation: Implementation,
         rngs: nnx.Rngs,
     ) -> None:
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, implementation)
         self.self_attn = Attention(
             f"{name}.self_attn", config, quantization, dtype=dtype, implementation=implementation, rngs=rngs
         )
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, implementation)
         self.mlp = MLP(
             f"{name}.mlp",
             config.hidden_size,
@@ -67,10 +70,12 @@ class DecoderLayer(nnx.Module):
         tap: Tap = no_tap,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """One block; arguments as in :class:`~fireq_jax.models.attention.Attention`."""
+        normalized = self.input_layernorm.input_of(self.self_attn.qkv_proj, x, tap, "qkv_input")
         x, new_cache = self.self_attn(
-            self.input_layernorm(x), x, rope, start=start, lengths=lengths, cache=cache, capacity=capacity, tap=tap
+            normalized, x, rope, start=start, lengths=lengths, cache=cache, capacity=capacity, tap=tap
         )
-        return self.mlp(self.post_attention_layernorm(x), x, tap), new_cache
+        normalized = self.post_attention_layernorm.input_of(self.mlp.gate_up_proj, x, tap, "gate_up_input")
+        return self.mlp(normalized, x, tap), new_cache
 
 
 class LlamaForCausalLM(nnx.Module):
@@ -104,9 +109,13 @@ class LlamaForCausalLM(nnx.Module):
                 for i in range(config.num_layers)
             ]
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        untied = not config.tie_word_embeddings
-        self.lm_head = nnx.Param((jax.random.normal(rngs.params(), shape) * 0.02).astype(dtype)) if untied else None
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, implementation)
+        head = None
+        if quantization.lm_head_format == "fp8":
+            head = QuantizedTensor.random(rngs.params(), shape, format="fp8")
+        elif not config.tie_word_embeddings:
+            head = (jax.random.normal(rngs.params(), shape) * 0.02).astype(dtype)
+        self.lm_head = None if head is None else nnx.Param(head)
 
     @classmethod
     def from_pretrained(
@@ -215,7 +224,8 @@ class LlamaForCausalLM(nnx.Module):
         entries: list[LayerCache | None] = []
         for i, layer in enumerate(self.layers):
             entry = None if cache is None else cache.layers[i]
-            x, entry = layer(x, rope, start=start, lengths=lengths, cache=entry, capacity=capacity)
+            graph, state = nnx.split(layer)
+            x, entry = _run_layer(graph, state, x, rope, start, lengths, entry, capacity)
             entries.append(entry)
         if positions == "last":
             x = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
@@ -226,8 +236,27 @@ class LlamaForCausalLM(nnx.Module):
 
     def logits(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """float32 logits of hidden states that left the last layer."""
-        head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return matmul_float(self.norm(x), head.get_value())
+        head = (self.embed_tokens if self.lm_head is None else self.lm_head).get_value()
+        if isinstance(head, QuantizedTensor):
+            # XLA multiplies FP8 by FP8 at full speed.
+            return matmul(self.norm.quantized(x), head, out_dtype=jnp.float32, implementation="xla")
+        return matmul_float(self.norm(x), head)
+
+
+# Layers of one structure are traced and lowered once: inside a jitted model they call one function.
+@functools.partial(jax.jit, static_argnames=("graph", "capacity"))
+def _run_layer(
+    graph: nnx.GraphDef[DecoderLayer],
+    state: nnx.State,
+    x: Float[Array, "B T D"],
+    rope: tuple[Float[Array, "B T half"], Float[Array, "B T half"]],
+    start: Int[Array, " B"],
+    lengths: Int[Array, " B"],
+    cache: LayerCache | None,
+    capacity: int | None,
+) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+    layer = nnx.merge(graph, state)
+    return layer(x, rope, start=start, lengths=lengths, cache=cache, capacity=capacity)
 
 
 def right_pad(

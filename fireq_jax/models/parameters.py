@@ -61,9 +61,17 @@ def layer_parameters(
     return parameters
 
 
-def global_parameters(arrays: Mapping[str, ArrayLike], dtype: jax.typing.DTypeLike) -> dict[str, Parameter]:
-    """Embeddings and head in ``dtype``, the final norm in float32."""
-    return {name: jnp.asarray(array).astype(jnp.float32 if "norm" in name else dtype) for name, array in arrays.items()}
+def global_parameters(
+    arrays: Mapping[str, ArrayLike], quantization: QuantizationConfig, dtype: jax.typing.DTypeLike
+) -> dict[str, Parameter]:
+    """Embeddings in ``dtype``, the final norm in float32, the head in ``dtype`` or FP8."""
+    parameters: dict[str, Parameter] = {}
+    for name, array in arrays.items():
+        if name == "lm_head" and quantization.lm_head_format == "fp8":
+            parameters[name] = quantize(jnp.asarray(array).astype(jnp.float32), format="fp8")
+        else:
+            parameters[name] = jnp.asarray(array).astype(jnp.float32 if "norm" in name else dtype)
+    return parameters
 
 
 @functools.partial(jax.jit, static_argnums=1)

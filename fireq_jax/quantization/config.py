@@ -112,6 +112,8 @@ class QuantizationConfig:
         kv_group_size: channels that share a key or value scale; None means head_dim.
         kv_clip: INT4 scales of keys and values are kv_clip * absmax / 7.
         query_format: "fp8" per token and head, or "none".
+        lm_head_format: "fp8" (per channel, and FP8 inputs per token) or "none" (as in the
+            checkpoint). A tied head becomes a second, FP8 copy of the embedding.
         smoothing: rescaling before rounding, or None.
         keep_float: patterns (``fnmatch``) of linear layers left unquantized, such as
             "layers.0.*" or "*.mlp.down_proj".
@@ -130,6 +132,7 @@ class QuantizationConfig:
     kv_group_size: int | None = None
     kv_clip: float = 1.0
     query_format: ActivationFormat = "fp8"
+    lm_head_format: ActivationFormat = "none"
     smoothing: SmoothingConfig | None = None
     keep_float: tuple[str, ...] = ()
 
@@ -143,6 +146,7 @@ class QuantizationConfig:
         _check_choice("calibration_stream", self.calibration_stream, get_args(CalibrationStream))
         _check_choice("kv_format", self.kv_format, get_args(formats.KVFormat))
         _check_choice("query_format", self.query_format, get_args(ActivationFormat))
+        _check_choice("lm_head_format", self.lm_head_format, get_args(ActivationFormat))
         if self.kv_group_size is not None and self.kv_group_size < 1:
             raise ValueError(f"kv_group_size is {self.kv_group_size}; expected a positive number or None")
         if not 0 < self.kv_clip <= 1:

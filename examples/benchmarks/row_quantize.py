@@ -1,0 +1,81 @@
+"""Rows to FP8, plain and after RMSNorm: the kernels against XLA's form and the bandwidth of a copy.
+
+    PYTHONPATH=. python examples/benchmarks/row_quantize.py
+
+Prints a Markdown table. GB/s counts the bytes that must move (bf16 in, FP8 and scales out), beside
+the bandwidth of XLA's copy in this run; for few rows, where time is the launch, XLA's copy of the
+same rows (bf16 out) is the measure.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from timing import device_time, kernel_times
+
+from pallas_kernels import formats
+from pallas_kernels.row_quantize import quantize_rows, rms_norm_quantize
+
+EPS = 1e-5
+SHAPES = ["1x4096", "16x4096", "64x4096", "1x14336", "16x14336", "64x14336", "16384x4096", "16384x14336"]
+Op = Callable[..., Any]
+
+
+def ops(weight: jax.Array) -> dict[str, tuple[Op, Op]]:
+    """{name: (kernel, XLA)}; XLA's norm rounds to bf16 before it quantizes, as a model without the fusion does."""
+
+    def norm_then_quantize(x: jax.Array) -> Any:
+        wide = x.astype(jnp.float32)
+        normalized = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + EPS) * weight
+        return formats.quantize_fp8(normalized.astype(x.dtype))
+
+    return {
+        "quantize": (lambda x: quantize_rows(x, implementation="mosaic_gpu"), formats.quantize_fp8),
+        "norm, quantize": (
+            lambda x: rms_norm_quantize(x, weight, EPS, implementation="mosaic_gpu"),
+            norm_then_quantize,
+        ),
+    }
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a copy of 2 GiB."""
+    array = jnp.zeros((1 << 30,), jnp.bfloat16)
+    return 2 * array.nbytes / device_time(jax.jit(jnp.negative), [(array,)]) * 1e6
+
+
+def inputs(rows: int, width: int) -> list[tuple[jax.Array]]:
+    """Few rows stay in the L2 cache, where the kernel before leaves them in a model; many do not fit."""
+    keys = jax.random.split(jax.random.key(rows + width), 3)
+    return [(jax.random.normal(key, (rows, width)).astype(jnp.bfloat16),) for key in keys]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="rows x D")
+    args = parser.parse_args()
+    bandwidth = copy_bandwidth()
+    print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}, copy {bandwidth / 1e12:.2f} TB/s\n")
+    print("| op | rows x D | us | GB/s | of a copy | copy us | XLA us | kernels | XLA / ours |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for shape in args.shapes:
+        rows, width = map(int, shape.split("x"))
+        arguments = inputs(rows, width)
+        moved = rows * (3 * width + 4)
+        copy = device_time(jax.jit(jnp.negative), arguments)
+        for name, (kernel, xla) in ops(jax.random.uniform(jax.random.key(0), (width,)) + 0.5).items():
+            ours, peer = device_time(jax.jit(kernel), arguments), device_time(jax.jit(xla), arguments)
+            run = jax.jit(xla)
+            jax.block_until_ready(run(*arguments[0]))
+            kernels = len(kernel_times(lambda run=run, x=arguments[0]: run(*x)))
+            print(
+                f"| {name} | {shape} | {ours:.2f} | {moved / ours / 1e3:.0f} | {moved / ours * 1e6 / bandwidth:.0%} "
+                f"| {copy:.2f} | {peer:.2f} | {kernels} | {peer / ours:.2f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,324 @@
+"""The Hopper matmul for few tokens: nothing but reading the weights should take time.
+
+Each warpgroup computes 64 output channels over its part of K and needs no other until its sum is
+done. A thread's share of a packed tile is 32 bytes that no other thread wants, so it copies them
+itself (cp.async, ``depth`` tiles ahead) and no barrier, producer or descriptor stands between the
+start of the kernel and the first read. x comes in chunks through TMA, and so do group scales that
+are no part of the weights' tables; those that are, each thread reads, a chunk ahead.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import formats, jax_compat, layouts
+from pallas_kernels import matmul_epilogue_sm90 as outputs
+from pallas_kernels import matmul_sync_sm90 as sync
+from pallas_kernels import matmul_weights_sm90 as weights
+from pallas_kernels.matmul_config_sm90 import CHUNK, STORE_BUFFERS, DecodeConfig, Problem, decode_stages, word_slots
+from pallas_kernels.matmul_output_sm90 import Operands, Output
+
+
+class Scratch(NamedTuple):
+    """Memory and barriers of a CTA."""
+
+    x: Any  # (rows for TMA, tiles for WGMMA), one memory: [k_warpgroups * stages, CHUNK * halves, tile_m, columns]
+    words: Any  # int32 [warpgroups, depth * 1024]
+    scales: Any | None  # bf16 [k_warpgroups * stages, CHUNK * groups, channels]
+    full: Any  # [k_warpgroups * stages], TMA arrives
+    free: Any | None  # raw mbarriers [k_warpgroups * stages, 2]; None if nothing is loaded twice
+    y: Any | None  # bf16 [columns, STORE_BUFFERS, tokens, rows_out]; None with split K
+    tokens: Any | None  # float32, as int32 [columns, token_slots]
+    residual_full: Any | None  # [columns * STORE_BUFFERS]
+
+
+def kernel(problem: Problem, config: DecodeConfig, present: tuple[str, ...]) -> Any:
+    """The Pallas call; its arguments are the ``present`` operands.
+
+    Its result is y, or with ``config.split_k`` > 1 the unscaled float32 sums [split_k, M, N].
+    """
+    columns, stages = config.columns, config.k_warpgroups * decode_stages(config, problem.k)
+    x_columns = layouts.TILE_K // problem.halves
+    x_dtype = formats.E4M3 if problem.values == "e4m3" else jnp.bfloat16
+    x_shape = stages, CHUNK * problem.halves, config.tile_m, x_columns
+    swizzle = plgpu.SwizzleTransform(x_columns * jnp.dtype(x_dtype).itemsize)
+    whole = config.split_k == 1
+    y_shape = columns, STORE_BUFFERS, 16 if config.tile_m % 16 == 0 else 8, problem.rows_out
+    has_residual = "residual" in present
+    scratch = Scratch(
+        x=plgpu.RefUnion(
+            plgpu.SMEM(x_shape, x_dtype, transforms=(swizzle,)),
+            plgpu.SMEM(x_shape, x_dtype, transforms=(plgpu.TilingTransform((8, x_columns)), swizzle)),
+        ),
+        words=plgpu.SMEM((config.warpgroups, word_slots(config, problem.k) * 1024), jnp.int32),
+        scales=None
+        if problem.scale_in_table
+        else plgpu.SMEM((stages, CHUNK * problem.groups, columns * layouts.TILE_N), jnp.bfloat16),
+        full=plgpu.Barrier(num_barriers=stages, num_arrivals=1 if problem.scale_in_table else 2),
+        free=plgpu.SMEM((stages, 2), jnp.int32) if config.k_tiles(problem.k) > CHUNK * config.stages else None,
+        y=plgpu.SMEM(y_shape, jnp.bfloat16, transforms=(plgpu.SwizzleTransform(2 * problem.rows_out),))
+        if whole
+        else None,
+        tokens=plgpu.SMEM((columns, outputs.token_slots(config.tile_m)), jnp.int32) if whole else None,
+        residual_full=plgpu.Barrier(num_barriers=STORE_BUFFERS * columns) if has_residual else None,
+    )
+
+    def body(*refs: Any, **scratch_refs: Any) -> None:
+        named = dict(zip((*present, "y"), refs, strict=True))
+        operands = Operands(**{name: named.get(name) for name in Operands._fields})
+        wg = lax.axis_index("wg")
+        k_wg, column = (wg % config.k_warpgroups, wg // config.k_warpgroups) if config.k_warpgroups > 1 else (0, wg)
+        scratch = Scratch(**{name: scratch_refs.get(name) for name in Scratch._fields})
+        part = lax.axis_index("part")
+        _Warpgroup(problem, config, operands, scratch, wg, k_wg, column, lax.axis_index("tile"), part).run()
+
+    out_type = (
+        jax.ShapeDtypeStruct((problem.m, problem.n_out), jnp.bfloat16)
+        if whole
+        else jax.ShapeDtypeStruct((config.split_k, problem.m, problem.n), jnp.float32)
+    )
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        grid=(-(-problem.n // (columns * layouts.TILE_N)), config.split_k),
+        grid_names=("tile", "part"),
+        num_threads=config.warpgroups,
+        thread_name="wg",
+        scratch_types={name: value for name, value in scratch._asdict().items() if value is not None},
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        kernel_name="int4_matmul_decode",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Warpgroup:
+    """One warpgroup.
+
+    Attributes:
+        wg: its index.
+        k_wg: which of ``config.k_warpgroups`` parts of the CTA's K it has.
+        column: which of the CTA's ``config.columns`` times 64 output channels it has.
+        tile: which of the output's tiles the CTA has.
+        part: which of ``config.split_k`` parts of K the CTA has.
+    """
+
+    problem: Problem
+    config: DecodeConfig
+    operands: Operands
+    scratch: Scratch
+    wg: jax.Array
+    k_wg: jax.Array | int
+    column: jax.Array
+    tile: jax.Array
+    part: jax.Array
+
+    @property
+    def _steps(self) -> int:
+        return self.config.k_tiles(self.problem.k)
+
+    @property
+    def _stages(self) -> int:
+        return decode_stages(self.config, self.problem.k)
+
+    @property
+    def _first(self) -> jax.Array:
+        """Where its part of K begins, in tiles."""
+        return (self.part * self.config.k_warpgroups + self.k_wg) * self._steps
+
+    @property
+    def _n_tile(self) -> jax.Array:
+        return self.tile * self.config.columns + self.column
+
+    @property
+    def _channel(self) -> jax.Array:
+        return self._n_tile * layouts.TILE_N
+
+    def run(self) -> None:
+        """All of it."""
+        scratch, config, problem = self.scratch, self.config, self.problem
+        # What comes in no time, or in few bytes, first: it would queue behind the weights.
+        self._feeder(lambda: [self._feed(jnp.int32(i), jnp.int32(i)) for i in range(self._stages)])
+        scales = self._load_scales(jnp.int32(0))
+        for i in range(min(config.depth, self._steps)):
+            self._copy_words(jnp.int32(i), jnp.int32(i))
+        if scratch.free is not None:
+            sync.init_barriers(scratch.free, 4 * config.columns, cluster=False)
+        if config.split_k > 1:
+            total = self._combine(self._sum(scales))
+            self._finisher(lambda: outputs.store_partial(total, self.operands.y, self.part, self._n_tile))
+            return
+        output = Output(
+            problem, self.operands, config.tile_m, self.column, scratch.y, scratch.tokens, scratch.residual_full
+        )
+        epilogue = output.begin(jnp.int32(0), self._channel)
+        self._finisher(lambda: output.begin_residual(epilogue))
+        total = self._combine(self._sum(scales))
+
+        def finish() -> None:
+            output.finish(outputs.sum_to_accumulator(total), epilogue)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        self._finisher(finish)
+
+    def _feeder(self, body: Any) -> None:
+        """Run ``body`` in the warpgroup that loads x for those with the same K."""
+        if self.config.columns == 1:
+            body()
+        else:
+            pl.when(self.column == 0)(lambda: body() and None)
+
+    def _finisher(self, body: Any) -> None:
+        """Run ``body`` in the warpgroup that has the sum of those with the same channels."""
+        if self.config.k_warpgroups == 1:
+            body()
+        else:
+            pl.when(self.k_wg == 0)(body)
+
+    # --- loads ----------------------------------------------------------------------------------------
+
+    def _copy_words(self, step: jax.Array, slot: jax.Array) -> None:
+        """Start to copy the packed tile of a step, if there is such a step, into a slot."""
+        tiles_n, tiles_k = self.operands.words.shape[:2]
+        # Past the end of K the last tile comes again, to be multiplied by zeros.
+        k_tile = jnp.minimum(self._first + step, tiles_k - 1)
+        tile = jnp.minimum(self._n_tile, tiles_n - 1) * tiles_k + k_tile
+        weights.copy_tile(self.operands.words, tile, self.scratch.words.at[self.wg], slot, step < self._steps)
+
+    def _slot(self, slot: jax.Array) -> jax.Array:
+        """Index of this part of K's slot among all of them."""
+        return self.k_wg * self._stages + slot
+
+    def _feed(self, chunk: jax.Array, slot: jax.Array) -> None:
+        """Start to load a chunk of x; past the end of K it is zeros."""
+        problem, at = self.problem, self._slot(slot)
+        k_tile = self._first + chunk * CHUNK
+        x_rows, _ = self.scratch.x
+        plgpu.copy_gmem_to_smem(
+            self.operands.x.at[pl.ds(0, self.config.tile_m), pl.ds(k_tile * problem.halves, CHUNK * problem.halves)],
+            jax_compat.transpose_ref(x_rows.at[at], (1, 0, 2)),
+            self.scratch.full.at[at],
+        )
+        if self.scratch.scales is not None:
+            channels = self.config.columns * layouts.TILE_N
+            plgpu.copy_gmem_to_smem(
+                self.operands.group_scale.at[
+                    pl.ds(k_tile * problem.groups, CHUNK * problem.groups), pl.ds(self.tile * channels, channels)
+                ],
+                self.scratch.scales.at[at],
+                self.scratch.full.at[at],
+            )
+
+    def _load_scales(self, chunk: jax.Array) -> tuple[jax.Array, ...]:
+        """Start to read a chunk's scales, for ``weights.build_tables``; () if they come through the ring."""
+        if self.scratch.scales is not None:
+            return ()
+        group = (self._first + chunk * CHUNK) * self.problem.groups
+        return tuple(
+            weights.load_four_scales(self.operands.group_scale, group + 4 * i, self._channel)
+            for i in range(self.problem.groups)
+        )
+
+    # --- sums -----------------------------------------------------------------------------------------
+
+    def _sum(self, scales: tuple[jax.Array, ...]) -> jax.Array:
+        """The (scaled) sum over this warpgroup's part of K, raw float32."""
+        chunks, rest = divmod(self._steps, CHUNK)
+        carry = jnp.int32(0), jnp.int32(0), jnp.int32(0), scales, outputs.zero_sum(self.config.tile_m)
+        carry = lax.fori_loop(0, chunks, lambda i, carry: self._chunk(i, carry, CHUNK), carry)
+        if rest:
+            carry = self._chunk(jnp.int32(chunks), carry, rest)
+        return carry[-1]
+
+    def _chunk(self, i: jax.Array, carry: Any, count: int) -> Any:
+        """``count`` steps: (slot of x, parity of slots freed before it, slot of the weights, scales, sum)."""
+        slot, parity, word_slot, scales, total = carry
+        config, problem = self.config, self.problem
+        at = self._slot(slot)
+        plgpu.barrier_wait(self.scratch.full.at[at])
+        if self.scratch.free is not None:
+            parity = self._refill(i, slot, parity)
+        next_scales = self._load_scales(i + 1)
+        depth = min(config.depth, self._steps)
+        word_slots = [word_slot]
+        for _ in range(count):
+            word_slots.append(jnp.where(word_slots[-1] == depth - 1, 0, word_slots[-1] + 1))
+
+        def take(t: int) -> jax.Array:
+            return weights.take_tile(self.scratch.words.at[self.wg], word_slots[t], depth - 1)
+
+        def refill(t: int) -> None:
+            self._copy_words(i * CHUNK + t + depth, word_slots[t])
+
+        _, x_tiles = self.scratch.x
+
+        def multiply(words: jax.Array, tables: Any, t: int, acc_ref: Any, half: int | None = None) -> None:
+            weights.multiply(
+                problem, words, tables, lambda part: x_tiles.at[at, t * problem.halves + part], acc_ref, half
+            )
+
+        if problem.scale_in_table:
+            sets = tuple(weights.build_tables(four) for four in scales)
+            tables = weights.tables_by_tile(sets, CHUNK, problem.groups)
+
+            def all_tiles(acc_ref: Any) -> jax.Array:
+                for t in range(count):
+                    multiply(take(t), tables[t], t, acc_ref)
+                    refill(t)
+                    if t > 0:
+                        plgpu.wgmma_wait(problem.halves)
+                return acc_ref[...]
+
+            total = outputs.add_to_sum(total, self._accumulate(all_tiles), None)
+        else:
+            assert self.scratch.scales is not None
+            rows = self.scratch.scales.at[at, :, pl.ds(self.column * layouts.TILE_N, layouts.TILE_N)]
+            for t in range(count):
+                words = take(t)
+                for half in (0, 1) if problem.groups == 2 else (None,):
+
+                    def one_group(acc_ref: Any, words: Any = words, t: int = t, half: int | None = half) -> jax.Array:
+                        multiply(words, None, t, acc_ref, half)
+                        return acc_ref[...]
+
+                    scale = outputs.read_group_scale(rows.at[t * problem.groups + (half or 0)])
+                    total = outputs.add_to_sum(total, self._accumulate(one_group), scale)
+                refill(t)
+        if self.scratch.free is not None:
+            sync.arrive(self.scratch.free, at, cluster_size=1)
+        return jnp.where(slot == self._stages - 1, 0, slot + 1), parity, word_slots[-1], next_scales, total
+
+    def _accumulate(self, body: Any) -> jax.Array:
+        return pl.run_scoped(body, plgpu.WGMMAAccumulatorRef((layouts.TILE_N, self.config.tile_m), jnp.float32))
+
+    def _refill(self, i: jax.Array, slot: jax.Array, parity: jax.Array) -> jax.Array:
+        """Load a later chunk into the slot of the chunk before the i-th; the parity for the next slot."""
+        before = jnp.where(slot == 0, self._stages - 1, slot - 1)
+        chunks = -(-self._steps // CHUNK)
+
+        def body() -> None:
+            @pl.when((i > 0) & (i + self._stages - 1 < chunks))
+            def _() -> None:
+                sync.wait(self.scratch.free, self._slot(before), parity)
+                self._feed(i + self._stages - 1, before)
+
+        self._feeder(body)
+        return jnp.where((i > 0) & (before == self._stages - 1), 1 - parity, parity)
+
+    def _combine(self, total: jax.Array) -> jax.Array:
+        """The sum over the warpgroups that share output channels, in the first of them."""
+        config = self.config
+        if config.k_warpgroups == 1:
+            return total
+        # Each warpgroup leaves its sum where its weights were: its threads read no others.
+        words = self.scratch.words
+        pl.when(self.k_wg > 0)(lambda: outputs.leave_sum(total, words.at[self.wg]))
+        sync.cta_barrier()
+        for i in range(1, config.k_warpgroups):
+            # The others add garbage to a sum that nobody reads.
+            total = outputs.add_left_sum(total, words.at[jnp.minimum(self.wg + i, config.warpgroups - 1)])
+        return total

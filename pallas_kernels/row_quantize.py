@@ -1,0 +1,96 @@
+"""Rows to FP8, plain or after RMSNorm: what is left to do between two matmuls.
+
+    quantize_rows:      scale = absmax(x) / 448,                values = fp8(x / scale)
+    rms_norm_quantize:  scale = absmax(x w) / 448 / rms(x),     values = fp8(x w / absmax(x w) * 448)
+
+RMSNorm divides a row by one number, its rms, and so does quantization: the rms is left to the
+scale. The values are those of x * weight in float32, there is no bf16 rounding in between, and
+one pass over the row finds both its sum of squares and its absmax.
+
+FireQ (arXiv 2505.20839) for the format; the fusion is ours.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels import dispatch, formats
+from pallas_kernels.formats import ScaledArray
+
+
+def quantize_rows(x: Float[Array, "*rows D"], *, implementation: dispatch.Implementation = "auto") -> ScaledArray:
+    """``formats.quantize_fp8`` in one pass over memory.
+
+    Args:
+        x: bfloat16, float16 or float32.
+        implementation: see ``dispatch``.
+
+    Returns:
+        E4M3 values [*rows, D] and float32 scales [*rows, 1], by the rules of ``formats``: a row
+        without a finite non-zero entry has scale 1, Inf saturates, NaN stays NaN.
+
+    Raises:
+        ValueError: if ``x`` is not floats.
+        NotImplementedError: if ``implementation`` names a kernel that cannot run this.
+    """
+    _validate_rows(x)
+    # Imported here: Mosaic GPU is not there on every platform.
+    from pallas_kernels import row_quantize_sm90 as sm90
+
+    if dispatch.resolve("quantize_rows", implementation, sm90.unsupported(x)) == "mosaic_gpu":
+        return sm90.quantize_rows_sm90(x)
+    return formats.quantize_fp8(x)
+
+
+def rms_norm_quantize(
+    x: Float[Array, "*rows D"],
+    weight: Float[Array, " D"],
+    eps: float,
+    *,
+    implementation: dispatch.Implementation = "auto",
+) -> ScaledArray:
+    """x / rms(x) * weight as FP8 rows, computed in float32 throughout.
+
+    Args:
+        x: bfloat16, float16 or float32.
+        weight: float32 [D].
+        eps: added to the mean square, positive.
+        implementation: see ``dispatch``.
+
+    Returns:
+        E4M3 values [*rows, D] and float32 scales [*rows, 1]. A row with Inf or NaN, or whose
+        squares overflow, has scale NaN: it does not turn into plausible numbers.
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit together or ``eps`` is not positive.
+        NotImplementedError: if ``implementation`` names a kernel that cannot run this.
+    """
+    _validate_rows(x)
+    if weight.shape != x.shape[-1:] or weight.dtype != jnp.float32:
+        raise ValueError(
+            f"weight has shape {weight.shape} and dtype {weight.dtype}; expected float32 {x.shape[-1:]} "
+            f"for x of shape {x.shape}"
+        )
+    if not eps > 0:
+        raise ValueError(f"eps is {eps}; expected a positive number")
+    from pallas_kernels import row_quantize_sm90 as sm90
+
+    if dispatch.resolve("rms_norm_quantize", implementation, sm90.unsupported(x)) == "mosaic_gpu":
+        return sm90.rms_norm_quantize_sm90(x, weight, eps=eps)
+    return rms_norm_quantize_reference(x, weight, eps)
+
+
+def rms_norm_quantize_reference(x: Float[Array, "*rows D"], weight: Float[Array, " D"], eps: float) -> ScaledArray:
+    """The op in ``jax.numpy``: the kernel's oracle and the path without a Hopper GPU."""
+    wide = x.astype(jnp.float32)
+    values, scale = formats.quantize_fp8(wide * weight)
+    assert scale is not None
+    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    # Inf's reciprocal is 0, which would hide it.
+    inverse_rms = jnp.where(jnp.isfinite(mean_square), jax.lax.rsqrt(mean_square + eps), jnp.nan)
+    return ScaledArray(values, scale * inverse_rms)
+
+
+def _validate_rows(x: Array) -> None:
+    if x.ndim < 1 or x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise ValueError(f"x has shape {x.shape} and dtype {x.dtype}; expected [*rows, D] bfloat16, float16 or float32")

@@ -1,0 +1,292 @@
+"""Rows to FP8 on Hopper: the kernels behind ``row_quantize``.
+
+A thread block takes one row. It loads the row once, 8 elements (16 bytes) a thread and step, and
+holds it in registers; warps reduce by shuffles, the block through shared memory; then the row is
+multiplied by its scale's reciprocal, cast and stored, 8 bytes a thread and step. A row has as few
+warpgroups as its registers fit in: many rows want several blocks on a multiprocessor, so that one's
+loads hide another's reduction, and one row wants few partial results to wait for.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, gpu, llvm, math
+from jaxtyping import Array, Float
+
+from pallas_kernels import formats
+from pallas_kernels.formats import ScaledArray
+from pallas_kernels.matmul_device_sm90 import SCALAR, WARPGROUP, asm, const, i32, inlined, shared_address
+
+CHUNK = 8  # elements of a load
+MAX_WARPGROUPS = 8
+MAX_CHUNKS = 8  # a thread holds at most, as 64 float32 registers
+MAX_WIDTH = CHUNK * WARPGROUP * MAX_WARPGROUPS * MAX_CHUNKS
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the kernel cuts a row.
+
+    Attributes:
+        warpgroups: that share a row, 1 to 8.
+    """
+
+    warpgroups: int
+
+    def __post_init__(self):
+        if not 1 <= self.warpgroups <= MAX_WARPGROUPS:
+            raise ValueError(f"warpgroups is {self.warpgroups}; expected 1 to {MAX_WARPGROUPS}")
+
+
+def default_config(width: int) -> Config:
+    """The fewest warpgroups that hold a row of ``width`` elements."""
+    return Config(-(-width // (CHUNK * WARPGROUP * MAX_CHUNKS)))
+
+
+def unsupported(x: Array) -> str | None:
+    """Why the kernel cannot run these rows, or None."""
+    if x.dtype != jnp.bfloat16:
+        return f"x has dtype {x.dtype}, not bfloat16"
+    if x.size == 0:
+        return "x is empty"
+    if x.shape[-1] % CHUNK or x.shape[-1] > MAX_WIDTH:
+        return f"rows have {x.shape[-1]} elements, not a multiple of {CHUNK} up to {MAX_WIDTH}"
+    return None
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def quantize_rows_sm90(x: Float[Array, "*rows D"], *, config: Config | None = None) -> ScaledArray:
+    """bf16 rows in FP8; see ``row_quantize.quantize_rows``."""
+    return _launch(x, None, 0.0, config)
+
+
+@functools.partial(jax.jit, static_argnames=("eps", "config"))
+def rms_norm_quantize_sm90(
+    x: Float[Array, "*rows D"], weight: Float[Array, " D"], *, eps: float, config: Config | None = None
+) -> ScaledArray:
+    """Normalized bf16 rows in FP8; see ``row_quantize.rms_norm_quantize``."""
+    return _launch(x, weight, eps, config)
+
+
+def _launch(x: Array, weight: Array | None, eps: float, config: Config | None) -> ScaledArray:
+    width = x.shape[-1]
+    flat = x.reshape(-1, width)
+    rows = flat.shape[0]
+    config = config or default_config(width)
+    if config.warpgroups * WARPGROUP * CHUNK * MAX_CHUNKS < width:
+        raise ValueError(f"config is {config}; expected more warpgroups for rows of {width} elements")
+    values, scale = plgpu.kernel(
+        functools.partial(_kernel, warpgroups=config.warpgroups, eps=eps),
+        out_type=(jax.ShapeDtypeStruct(flat.shape, formats.E4M3), jax.ShapeDtypeStruct((rows,), jnp.float32)),
+        grid=(rows,),
+        grid_names=("row",),
+        num_threads=config.warpgroups,
+        thread_name="warpgroup",
+        scratch_types={"partials_smem": plgpu.SMEM((2 * 4 * config.warpgroups,), jnp.float32)},
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+    )(flat, *(() if weight is None else (weight,)))
+    return ScaledArray(values.reshape(x.shape), scale.reshape(*x.shape[:-1], 1))
+
+
+# --- device code ------------------------------------------------------------------------------------
+
+
+def _kernel(x_gmem, *refs, partials_smem, warpgroups: int, eps: float):
+    *weight_gmem, values_gmem, scale_gmem = refs
+    arguments = (x_gmem, *weight_gmem, values_gmem, scale_gmem, partials_smem)
+
+    @inlined(arg_types=(*(plgpu.RefType() for _ in arguments), SCALAR))
+    def inline(_: Any, x: ir.Value, *rest: Any) -> None:
+        *weight, values, scale, partials, row = rest
+        row = row.registers.item()
+        _quantize_row(x, weight[0] if weight else None, values, scale, partials, row, warpgroups, eps)
+
+    inline(*arguments, lax.axis_index("row"))
+
+
+def _quantize_row(
+    x: ir.Value,
+    weight: ir.Value | None,
+    values: ir.Value,
+    scale: ir.Value,
+    partials: ir.Value,
+    row: ir.Value,
+    warpgroups: int,
+    eps: float,
+) -> None:
+    """Row ``row`` of x [rows, D] to values [rows, D] and scale [rows]."""
+    (_, width), threads = ir.MemRefType(x.type).shape, WARPGROUP * warpgroups
+    thread, chunks = utils.thread_idx(), width // CHUNK
+    steps = -(-chunks // threads)
+    index = [arith.addi(thread, const(step * threads)) for step in range(steps)]
+    # Threads beyond the row's end do the last chunk once more; only the sum must not count it.
+    inside = arith.cmpi(arith.CmpIPredicate.ult, index[-1], const(chunks)) if chunks % threads else None
+    if inside is not None:
+        index[-1] = arith.minui(index[-1], const(chunks - 1))
+
+    source = _address(x, row, 2 * width)
+    loaded = [_load(_offset(source, i, 2 * CHUNK), i32()) for i in index]
+    factors: list[list[ir.Value]] = []
+    if weight is not None:
+        start = _address(weight)
+        places = [_offset(start, i, 4 * CHUNK) for i in index]
+        factors = [_load(place, _f32()) + _load(place, _f32(), 16) for place in places]
+
+    held = [[element for word in words for element in _unpack(word)] for words in loaded]
+    total = None
+    if weight is None:
+        largest = _finite_absmax([word for words in loaded for word in words])
+    else:
+        squares = [_sum_of_squares(elements) for elements in held]
+        if inside is not None:
+            squares[-1] = arith.select(inside, squares[-1], _number(0.0))
+        total = _tree(arith.addf, squares)
+        held = [[arith.mulf(e, f) for e, f in zip(*pair, strict=True)] for pair in zip(held, factors, strict=True)]
+        # Inf may count: the scale of a row with Inf is NaN, whatever its values.
+        largest = _tree(_larger, [math.absf(element) for elements in held for element in elements])
+    largest, total = _over_block(largest, total, partials, warpgroups)
+
+    # The rules of formats: absmax_scale, reciprocals.
+    row_scale = arith.mulf(largest, _number(1 / formats.E4M3_MAX))
+    normal = arith.cmpf(arith.CmpFPredicate.OGE, row_scale, _number(float(jnp.finfo(jnp.float32).tiny)))
+    row_scale = arith.select(normal, row_scale, _number(1.0))
+    (inverse,) = asm([_f32()], [row_scale], "rcp.rn.f32 $0, $1;", "=f,f", volatile=False)
+
+    target = _address(values, row, width)
+    for i, elements in zip(index, held, strict=True):
+        scaled = [arith.mulf(e, inverse) for e in elements]
+        codes = [_to_e4m3(scaled[j : j + 4]) for j in range(0, CHUNK, 4)]
+        asm([], [_offset(target, i, CHUNK), *codes], "st.global.v2.b32 [$0], {$1, $2};", "l,r,r", volatile=True)
+
+    with utils.when(arith.cmpi(arith.CmpIPredicate.eq, thread, const(0))):
+        if total is not None:
+            row_scale = arith.mulf(row_scale, _inverse_rms(total, width, eps))
+        asm([], [_address(scale, row, 4), row_scale], "st.global.f32 [$0], $1;", "l,f", volatile=True)
+
+
+def _over_block(
+    largest: ir.Value, total: ir.Value | None, partials: ir.Value, warpgroups: int
+) -> tuple[ir.Value, ir.Value | None]:
+    """The maximum of ``largest`` (not negative) and the sum of ``total`` over the block's threads."""
+    warps, thread = 4 * warpgroups, utils.thread_idx()
+    # Floats that are not negative order as their bits do.
+    bits = asm([i32()], [largest], "redux.sync.max.u32 $0, $1, 0xffffffff;", "=r,f", volatile=True)
+    found = [arith.bitcast(_f32(), bits[0])]
+    if total is not None:
+        for distance in (16, 8, 4, 2, 1):
+            total = arith.addf(total, utils.shfl_bfly(total, distance))
+        found.append(total)
+    shared = shared_address(partials)
+    with utils.when(arith.cmpi(arith.CmpIPredicate.eq, arith.andi(thread, const(31)), const(0))):
+        place = arith.addi(shared, arith.muli(arith.shrui(thread, const(5)), const(4)))
+        for i, number in enumerate(found):
+            asm([], [place, number], f"st.shared.f32 [$0 + {4 * warps * i}], $1;", "r,f", volatile=True)
+    gpu.barrier()
+    results = []
+    for i, combine in zip(range(len(found)), (_larger, arith.addf), strict=False):
+        numbers = []
+        for warp in range(0, warps, 4):
+            code = f"ld.shared.v4.f32 {{$0, $1, $2, $3}}, [$4 + {4 * (warps * i + warp)}];"
+            numbers += asm([_f32()] * 4, [shared], code, "=f,=f,=f,=f,r", volatile=True)
+        results.append(_tree(combine, numbers))
+    return results[0], results[1] if total is not None else None
+
+
+def _finite_absmax(words: list[ir.Value]) -> ir.Value:
+    """Largest finite magnitude among pairs of bf16, two at a time; 0 where there is none."""
+    # x * 0 + x is NaN unless x is finite, and a maximum passes over NaN.
+    code = """{
+        .reg .b32 zero, finite;
+        mov.b32 zero, 0;
+        fma.rn.bf16x2 finite, $2, zero, $2;
+        abs.bf16x2 finite, finite;
+        max.bf16x2 $0, $1, finite;
+    }"""
+    largest = const(0)
+    for word in words:
+        (largest,) = asm([i32()], [largest, word], code, "=r,r,r", volatile=False)
+    return _larger(*_unpack(largest))
+
+
+def _sum_of_squares(elements: list[ir.Value]) -> ir.Value:
+    total = arith.mulf(elements[0], elements[0])
+    for element in elements[1:]:
+        total = math.fma(element, element, total)
+    return total
+
+
+def _inverse_rms(total: ir.Value, width: int, eps: float) -> ir.Value:
+    """1 / sqrt(total / width + eps), within 2 ulp; NaN if ``total`` is not finite."""
+    mean_square = arith.mulf(total, _number(1 / width))
+    (inverse,) = asm(
+        [_f32()], [arith.addf(mean_square, _number(eps))], "rsqrt.approx.f32 $0, $1;", "=f,f", volatile=False
+    )
+    return math.fma(mean_square, _number(0.0), inverse)
+
+
+def _larger(x: ir.Value, y: ir.Value) -> ir.Value:
+    """The larger number; NaN loses against any."""
+    return arith.maxnumf(x, y)
+
+
+def _tree(combine: Any, numbers: list[ir.Value]) -> ir.Value:
+    if len(numbers) == 1:
+        return numbers[0]
+    middle = len(numbers) // 2
+    return combine(_tree(combine, numbers[:middle]), _tree(combine, numbers[middle:]))
+
+
+def _unpack(word: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The two bf16 numbers of a word as float32, the low one first."""
+    halves = arith.shli(word, const(16)), arith.andi(word, const(0xFFFF0000))
+    return arith.bitcast(_f32(), halves[0]), arith.bitcast(_f32(), halves[1])
+
+
+def _to_e4m3(elements: Sequence[ir.Value]) -> ir.Value:
+    """Four float32 -> one word of E4M3, the first in the lowest byte."""
+    # A conversion puts its first operand in the upper byte.
+    code = """{
+        .reg .b16 low, high;
+        cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+        cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+        mov.b32 $0, {low, high};
+    }"""
+    return asm([i32()], list(elements), code, "=r,f,f,f,f", volatile=False)[0]
+
+
+def _load(address: ir.Value, element: ir.Type, offset: int = 0) -> list[ir.Value]:
+    """16 bytes of read-only global memory as four numbers."""
+    kind, register = ("f32", "=f") if element == _f32() else ("b32", "=r")
+    code = f"ld.global.nc.v4.{kind} {{$0, $1, $2, $3}}, [$4 + {offset}];"
+    return asm([element] * 4, [address], code, f"{register},{register},{register},{register},l", volatile=True)
+
+
+def _address(ref: ir.Value, row: ir.Value | None = None, row_bytes: int = 0) -> ir.Value:
+    """Where row ``row`` of ``ref`` begins in global memory; 64 bits, which a large array needs."""
+    start = llvm.ptrtoint(_i64(), utils.memref_ptr(ref))
+    return start if row is None else _offset(start, row, row_bytes)
+
+
+def _offset(start: ir.Value, index: ir.Value, size: int) -> ir.Value:
+    wide = arith.muli(arith.extui(_i64(), index), arith.constant(_i64(), ir.IntegerAttr.get(_i64(), size)))
+    return arith.addi(start, wide)
+
+
+def _number(value: float) -> ir.Value:
+    return arith.constant(_f32(), ir.FloatAttr.get(_f32(), value))
+
+
+def _f32() -> ir.Type:
+    return ir.F32Type.get()
+
+
+def _i64() -> ir.Type:
+    return ir.IntegerType.get_signless(64)

@@ -1,0 +1,205 @@
+"""Rows to FP8: what the ops promise, the kernels' numbers on a GPU and their lowering anywhere."""
+
+import functools
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from pallas_kernels import formats
+from pallas_kernels import row_quantize_sm90 as sm90
+from pallas_kernels.row_quantize import quantize_rows, rms_norm_quantize, rms_norm_quantize_reference
+
+EPS = 1e-5
+SHAPES = [(1, 4096), (5, 4096), (64, 14336), (300, 4096), (301, 5120), (3, 136), (2, 3, 1000), (7, 8), (9, 28672)]
+CONFIGS = [None, *(sm90.Config(warpgroups) for warpgroups in (1, 3, 4, 7, 8))]
+
+
+def random_rows(shape: tuple[int, ...], seed: int = 0) -> jax.Array:
+    """Rows of very different sizes with a few large channels, in bf16."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    x = jax.random.normal(keys[0], shape) * jnp.exp(3 * jax.random.normal(keys[1], (*shape[:-1], 1)))
+    return (x * (1 + 50 * jax.random.bernoulli(keys[2], 0.01, shape[-1:]))).astype(jnp.bfloat16)
+
+
+def special_rows(width: int) -> jax.Array:
+    """Rows with zeros, Inf and NaN in every combination, and numbers at the ends of bf16."""
+    x = np.array(random_rows((10, width)), np.float32)
+    x[0] = 0
+    x[1, 3] = np.inf
+    x[2, -1] = -np.inf
+    x[3, width // 2] = np.nan
+    x[4, :2] = np.inf, np.nan
+    x[5] = np.inf
+    x[6] = np.nan
+    x[7] = 1e-37  # its scale would be subnormal
+    x[8, 0] = 3.3e38
+    x[9] *= 1e-30
+    return jnp.asarray(x, jnp.bfloat16)
+
+
+def weight_of(width: int) -> jax.Array:
+    return jax.random.uniform(jax.random.key(1), (width,), minval=0.1, maxval=2)
+
+
+def on_cpu(function, *arguments):
+    """The reference with exact reciprocals: XLA's on a GPU may be an ulp off."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        return jax.jit(function)(*(jnp.asarray(np.asarray(x)) for x in arguments))
+
+
+def assert_same_numbers(actual, expected):
+    """Equal as numbers: NaN is NaN, and the two zeros are one."""
+    np.testing.assert_array_equal(np.asarray(actual, np.float32), np.asarray(expected, np.float32))
+
+
+# --- the reference --------------------------------------------------------------------------------
+
+
+def test_quantize_rows_is_the_format():
+    x = random_rows((2, 5, 64))
+    for actual, expected in zip(quantize_rows(x), formats.quantize_fp8(x), strict=True):
+        assert_same_numbers(actual, expected)
+
+
+@given(
+    hnp.arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 33)), elements=st.floats(-1e4, 1e4, width=32)),
+    st.floats(0.0625, 16, width=32),
+)
+@settings(deadline=None, max_examples=50)
+def test_norm_then_quantize_is_within_a_rounding_of_the_float_norm(x, gain):
+    weight = jnp.linspace(gain, 2 * gain, x.shape[1])
+    rows = rms_norm_quantize(jnp.asarray(x), weight, EPS)
+    exact = x.astype(np.float64)
+    exact = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + EPS) * np.asarray(weight, np.float64)
+    # Half a step: 2^-4 of a normal number, 2^-10 of the scale below.
+    allowed = np.abs(exact) * 2.0**-4 + np.asarray(rows.scale) * 2.0**-10
+    assert (np.abs(formats.dequantize(rows) - exact) <= allowed * (1 + 1e-4) + 1e-30).all()
+
+
+@given(st.integers(-20, 20))
+@settings(deadline=None, max_examples=20)
+def test_a_rows_size_is_only_in_its_scale(exponent):
+    """Normalization and quantization both divide it away: powers of two change no value."""
+    x, weight = random_rows((3, 64)).astype(jnp.float32), weight_of(64)
+    rows, larger = (rms_norm_quantize(y, weight, 1e-30) for y in (x, x * 2.0**exponent))
+    assert_same_numbers(larger.values, rows.values)
+    np.testing.assert_allclose(larger.scale, rows.scale, rtol=1e-6)
+
+
+def test_normalized_rows_that_are_not_finite_show():
+    rows = rms_norm_quantize(special_rows(64), weight_of(64), EPS)
+    broken = np.isnan(formats.dequantize(rows)).all(-1)
+    assert broken.tolist() == [False, True, True, True, True, True, True, False, True, False]
+    assert not np.asarray(formats.dequantize(rows)[0]).any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((jnp.ones((2, 8)), jnp.ones(4), EPS), r"weight has shape \(4,\)"),
+        ((jnp.ones((2, 8)), jnp.ones(8, jnp.bfloat16), EPS), "dtype bfloat16"),
+        ((jnp.ones((2, 8)), jnp.ones(8), 0.0), "eps is 0.0"),
+        ((jnp.ones((2, 8), jnp.int32), jnp.ones(8), EPS), "dtype int32"),
+    ],
+)
+def test_errors_quote_what_is_wrong(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        rms_norm_quantize(*arguments)
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernel_quantizes_as_the_format_does(shape):
+    x = random_rows(shape)
+    for actual, expected in zip(sm90.quantize_rows_sm90(x), on_cpu(formats.quantize_fp8, x), strict=True):
+        assert_same_numbers(actual, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [64, 4096, 14336])
+def test_kernel_follows_the_rules_for_special_rows(width):
+    x = special_rows(width)
+    for actual, expected in zip(sm90.quantize_rows_sm90(x), on_cpu(formats.quantize_fp8, x), strict=True):
+        assert_same_numbers(actual, expected)
+    rows = sm90.rms_norm_quantize_sm90(x, weight_of(width), eps=EPS)
+    expected = on_cpu(functools.partial(rms_norm_quantize_reference, eps=EPS), x, weight_of(width))
+    np.testing.assert_allclose(formats.dequantize(rows), formats.dequantize(expected), rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernel_normalizes_as_the_reference_does(shape):
+    """The same values; the scale holds a sum, which has no order, and an approximate rsqrt (2 ulp)."""
+    x, weight = random_rows(shape), weight_of(shape[-1])
+    rows = sm90.rms_norm_quantize_sm90(x, weight, eps=EPS)
+    expected = on_cpu(functools.partial(rms_norm_quantize_reference, eps=EPS), x, weight)
+    assert_same_numbers(rows.values, expected.values)
+    np.testing.assert_allclose(rows.scale, expected.scale, rtol=2e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_configuration_gives_the_same_rows(config):
+    x, weight = random_rows((13, 4104)), weight_of(4104)
+    if config == sm90.Config(1):
+        x, weight = x[:, :4096], weight[:4096]
+    for actual, expected in zip(
+        sm90.quantize_rows_sm90(x, config=config), on_cpu(formats.quantize_fp8, x), strict=True
+    ):
+        assert_same_numbers(actual, expected)
+    rows = sm90.rms_norm_quantize_sm90(x, weight, eps=EPS, config=config)
+    expected = on_cpu(functools.partial(rms_norm_quantize_reference, eps=EPS), x, weight)
+    assert_same_numbers(rows.values, expected.values)
+    np.testing.assert_allclose(rows.scale, expected.scale, rtol=2e-6)
+
+
+# --- lowering for CUDA, on any machine ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernels_lower_for_cuda(shape):
+    x, weight = jax.ShapeDtypeStruct(shape, jnp.bfloat16), jax.ShapeDtypeStruct(shape[-1:], jnp.float32)
+    normalize = jax.jit(functools.partial(sm90.rms_norm_quantize_sm90, eps=EPS))
+    for function, arguments in ((sm90.quantize_rows_sm90, (x,)), (normalize, (x, weight))):
+        exported = jax.export.export(function, platforms=["cuda"])(*arguments)
+        values, scale = exported.out_avals
+        assert (values.shape, scale.shape) == (shape, (*shape[:-1], 1))
+        assert exported.mlir_module().count("stablehlo.custom_call @mosaic_gpu") == 1
+
+
+@pytest.mark.parametrize("width", [8, 4096, 8192, 8200, 14336, 28672, sm90.MAX_WIDTH])
+def test_default_configuration_is_the_smallest_that_holds_a_row(width):
+    warpgroups, held = sm90.default_config(width).warpgroups, sm90.WARPGROUP * sm90.CHUNK * sm90.MAX_CHUNKS
+    assert (warpgroups - 1) * held < width <= warpgroups * held
+
+
+@pytest.mark.parametrize("warpgroups", [0, 9])
+def test_configuration_quotes_what_is_wrong(warpgroups):
+    with pytest.raises(ValueError, match=f"warpgroups is {warpgroups}"):
+        sm90.Config(warpgroups)
+    with pytest.raises(ValueError, match="more warpgroups"):
+        sm90.quantize_rows_sm90(random_rows((2, 16384)), config=sm90.Config(1))
+
+
+@pytest.mark.parametrize(
+    ("x", "reason"),
+    [
+        (jnp.ones((2, 64)), "float32"),
+        (jnp.ones((2, 12), jnp.bfloat16), "12 elements"),
+        (jnp.ones((2, sm90.MAX_WIDTH + 8), jnp.bfloat16), "elements"),
+        (jnp.ones((0, 64), jnp.bfloat16), "empty"),
+    ],
+)
+def test_a_named_kernel_never_falls_back(x, reason):
+    with pytest.raises(NotImplementedError, match=reason):
+        quantize_rows(x, implementation="mosaic_gpu")
+    assert quantize_rows(x).values.shape == x.shape
