@@ -232,11 +232,13 @@ def _few_tokens(tile_m: int, n: int, k: int, values: Values, scale_in_table: boo
     if tiles_n > 2 * NUM_SMS and values == "e4m3" and scale_in_table:
         # Every SM has four warpgroups' rows, or nearly.
         return Config(tile_m, warpgroups=4, k_tiles=2, stages=3, store_m=16 if tile_m % 16 == 0 else 8)
-    # Two CTAs an SM; parts of K of at least a chunk.
-    k_warpgroups = 2 if tiles_n <= NUM_SMS and k <= 8192 and (values == "e4m3" or tile_m <= 32) else 1
-    ctas = -(-tiles_n * k_warpgroups // 2)
-    split_k = max(1, min(8, 2 * NUM_SMS // ctas, k // (layouts.TILE_K * k_warpgroups * CHUNK)))
-    return fill(DecodeConfig(tile_m, 2, k_warpgroups, split_k), k, values, 2)
+    # Two CTAs an SM; with more tokens one, whose warpgroups share the tokens.
+    warpgroups, ctas_per_sm = (2, 2) if tile_m <= 32 else (4, 1)
+    k_warpgroups = 2 if tiles_n <= NUM_SMS and (values == "e4m3" or tile_m <= 32) else 1
+    ctas = -(-tiles_n * k_warpgroups // warpgroups)
+    # Parts of K of at least a chunk.
+    split_k = max(1, min(8, ctas_per_sm * NUM_SMS // ctas, k // (layouts.TILE_K * k_warpgroups * CHUNK)))
+    return fill(DecodeConfig(tile_m, warpgroups, k_warpgroups, split_k), k, values, ctas_per_sm)
 
 
 def fill(config: DecodeConfig, k: int, values: Values, ctas_per_sm: int) -> DecodeConfig:
