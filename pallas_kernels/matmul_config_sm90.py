@@ -65,8 +65,8 @@ class Config:
             raise ValueError(f"multicast is {self.multicast}; expected 1 or 2")
         if self.k_tiles not in (1, 2, 4) or (self.k_tiles > 1 and self.promote):
             raise ValueError(f"k_tiles is {self.k_tiles}; expected 1, 2 or 4, and 1 with promotion")
-        if self.promote < 0 or (self.promote and self.tile_m > 192):
-            raise ValueError(f"{self}: promotion needs a second sum in registers; tile_m may be at most 192")
+        if self.promote < 0 or (self.promote and self.tile_m > 144):
+            raise ValueError(f"{self}: promotion needs a second sum in registers; tile_m may be at most 144")
 
     @property
     def tile_n(self) -> int:
