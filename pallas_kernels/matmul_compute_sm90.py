@@ -1,4 +1,4 @@
-"""The computing warpgroups of the Hopper matmul for many tokens: the main loop."""
+"""The computing warpgroups of the Hopper matmul's ring: the main loops."""
 
 import dataclasses
 from collections.abc import Callable
@@ -24,14 +24,14 @@ UNROLL = 8
 class Scratch(NamedTuple):
     """Memory and barriers of a CTA."""
 
-    x: Any  # (rows for TMA, tiles for WGMMA), one memory: [stages, halves, tile_m, columns]
-    words: Any  # int32 [stages, WARPGROUPS, 4, 256]
-    scales: Any | None  # bf16 [stages, groups, TILE_N]
-    y: Any  # bf16 [WARPGROUPS, STORE_BUFFERS, tokens, rows_out]
-    tokens: Any  # float32, as int32 [WARPGROUPS, token_slots]
+    x: Any  # (rows for TMA, tiles for WGMMA), one memory: [stages, k_tiles * halves, tile_m, columns]
+    words: Any  # int32 [stages, warpgroups, k_tiles, 4, 256]
+    scales: Any | None  # [stages, k_tiles * groups, tile_n]
+    y: Any  # bf16 [warpgroups, STORE_BUFFERS, tokens, rows_out]
+    tokens: Any  # float32, as int32 [warpgroups, token_slots]
     full: Any  # [stages], TMA arrives
     free: Any  # raw mbarriers [stages, 2]; see ``matmul_sync_sm90``
-    residual_full: Any | None  # [WARPGROUPS * STORE_BUFFERS]
+    residual_full: Any | None  # [warpgroups * STORE_BUFFERS]
 
 
 class Tile(NamedTuple):
@@ -47,7 +47,7 @@ class Consumer:
     """One computing warpgroup: 64 output channels of each of its CTA's tiles.
 
     Attributes:
-        steps: tiles of 128 inputs for each tile of y.
+        steps: steps of ``config.k_tiles`` tiles of 128 inputs for each tile of y.
         wg: index of the warpgroup.
     """
 
@@ -70,8 +70,12 @@ class Consumer:
             slot, scales = carry
             epilogue = output.begin(tile.token, self._rows(tile.channel))
             output.begin_residual(epilogue)
-            main_loop = self._promoted if self.config.promote else self._overlapped
-            acc, slot, scales = main_loop(tile, slot, scales)
+            if self.config.promote:
+                acc, slot, scales = self._promoted(tile, slot, scales)
+            elif self.config.k_tiles == 1:
+                acc, slot, scales = self._overlapped(tile, slot, scales)
+            else:
+                acc, slot = self._batched(slot)
             output.finish(acc, epilogue)
             return slot, scales
 
@@ -84,14 +88,9 @@ class Consumer:
         return channel + self.wg * layouts.TILE_N
 
     @property
-    def _channels(self) -> Any:
-        """This warpgroup's part of the CTA's channels."""
-        return pl.ds(self.wg * layouts.TILE_N, layouts.TILE_N)
-
-    @property
     def _unit(self) -> int:
         """Tiles whose tables are built together."""
-        return self.config.promote or UNROLL
+        return self.config.promote or (UNROLL if self.config.k_tiles == 1 else self.config.k_tiles)
 
     @property
     def _table_sets(self) -> int:
@@ -112,6 +111,11 @@ class Consumer:
             for i in range(self._table_sets)
         )
 
+    def _ring_scales(self, slot: jax.Array, first: int, count: int = 1) -> Any:
+        """Scales of ``count`` groups of a step for this warpgroup's channels."""
+        assert self.scratch.scales is not None
+        return self.scratch.scales.at[slot, pl.ds(first, count), pl.ds(self.wg * layouts.TILE_N, layouts.TILE_N)]
+
     def _build(self, scales: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         """The table sets of a unit's scales."""
         return tuple(weights.build_tables(four) for four in scales)
@@ -120,14 +124,17 @@ class Consumer:
         return weights.tables_by_tile(sets, self._unit, self.problem.groups) if sets else None
 
     def _fetch(self, slot: jax.Array) -> jax.Array:
-        """Await a step's operands and read its packed tile."""
+        """Await a step's operands and read its (first) packed tile."""
         plgpu.barrier_wait(self.scratch.full.at[slot])
-        return weights.load_words(self.scratch.words.at[slot, self.wg])
+        return weights.load_words(self.scratch.words.at[slot, self.wg, 0])
 
-    def _multiply(self, words: jax.Array, tables: Any, slot: jax.Array, acc_ref: Any, half: int | None = None) -> None:
+    def _multiply(
+        self, words: jax.Array, tables: Any, slot: jax.Array, acc_ref: Any, tile: int = 0, half: int | None = None
+    ) -> None:
         """Dequantize a tile (or half of it), issue its WGMMAs and await nothing."""
         _, x_tiles = self.scratch.x
-        weights.multiply(self.problem, words, tables, lambda i: x_tiles.at[slot, i], acc_ref, half)
+        first = tile * self.problem.halves
+        weights.multiply(self.problem, words, tables, lambda i: x_tiles.at[slot, first + i], acc_ref, half)
 
     def _release(self, slot: jax.Array) -> None:
         sync.arrive(self.scratch.free, slot, cluster_size=self.config.multicast)
@@ -148,7 +155,7 @@ class Consumer:
         """
         previous = slot
         for i in range(count):
-            self._multiply(words, tables and tables[i], slot, acc_ref, half)
+            self._multiply(words, tables and tables[i], slot, acc_ref, half=half)
             if i > 0:
                 plgpu.wgmma_wait(self.problem.halves)
                 self._release(previous)
@@ -184,6 +191,31 @@ class Consumer:
 
         return self._accumulate(body)
 
+    def _batched(self, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """As ``_overlapped`` with several tiles a step: fewer waits, for few tokens."""
+        k_tiles, groups = self.config.k_tiles, self.config.k_tiles * self.problem.groups
+
+        def body(acc_ref: Any) -> tuple[jax.Array, jax.Array]:
+            def step(_: Any, slot: jax.Array) -> jax.Array:
+                plgpu.barrier_wait(self.scratch.full.at[slot])
+                tables = None
+                if self.problem.scale_in_table:
+                    parts = [self._ring_scales(slot, g, min(4, groups)) for g in range(0, groups, 4)]
+                    tables = self._tables(self._build(tuple(weights.read_four_scales(part) for part in parts)))
+                for t in range(k_tiles):
+                    words = weights.load_words(self.scratch.words.at[slot, self.wg, t])
+                    self._multiply(words, tables and tables[t], slot, acc_ref, tile=t)
+                    if t > 0:
+                        plgpu.wgmma_wait(self.problem.halves)
+                plgpu.wgmma_wait(0)
+                self._release(slot)
+                return self._following(slot)
+
+            following = lax.fori_loop(0, self.steps, step, slot)
+            return acc_ref[...], following
+
+        return self._accumulate(body)
+
     def _promoted(self, tile: Tile, slot: jax.Array, scales: Any) -> tuple[jax.Array, jax.Array, Any]:
         """As ``_overlapped``, but a float32 sum of the (scaled) sums of ``config.promote`` steps."""
         count = self.config.promote
@@ -193,15 +225,14 @@ class Consumer:
         def factor(slot: jax.Array, half: int) -> jax.Array | None:
             if self.problem.scale_in_table:
                 return None
-            assert self.scratch.scales is not None
-            return outputs.read_group_scale(self.scratch.scales.at[slot, half, self._channels])
+            return outputs.read_group_scale(self._ring_scales(slot, half).at[0])
 
         def block(carry: Any, count: int, next_scales: Any, *, last: bool = False) -> Any:
             words, slot, scales, total = carry
             tables = self._tables(self._build(scales))
 
             def first_half(acc_ref: Any) -> jax.Array:
-                self._multiply(words, None, slot, acc_ref, 0)
+                self._multiply(words, None, slot, acc_ref, half=0)
                 scale = factor(slot, 0)
                 return outputs.add_to_sum(total, acc_ref[...], scale)
 

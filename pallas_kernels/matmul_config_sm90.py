@@ -7,6 +7,7 @@ import json
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import layouts
 
@@ -14,21 +15,22 @@ Values = Literal["e4m3", "bf16"]
 NUM_SMS = 132
 SMEM_BYTES = 227 * 1024
 STORE_BUFFERS = 2
-# Computing warpgroups of a CTA for many tokens, and the output channels of their tile.
-WARPGROUPS = 2
-TILE_N = WARPGROUPS * layouts.TILE_N
-# Few tokens: so many, and so many tiles of 128 inputs between two waits for x.
+# Up to so many tokens are few.
 MOST_DECODED = 64
+# Tiles of 128 inputs between two waits for x in the kernel for few tokens.
 CHUNK = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How the work for many tokens is cut.
+    """How the work is cut for many tokens, or for weights of so many rows that every SM has some of its own.
 
     Attributes:
-        tile_m: tokens of a tile (WGMMA's N); it has ``TILE_N`` output channels.
-        stages: steps of 128 inputs that the ring holds.
+        tile_m: tokens of a tile (WGMMA's N).
+        warpgroups: computing warpgroups of a CTA; a tile has 64 output channels for each.
+        stages: steps that the ring holds.
+        k_tiles: a step is 128 inputs times this. One: the next step's weights are dequantized
+            while the tensor cores have this one's. More: few waits, for when they have little to do.
         multicast: CTAs (1 or 2) that share the tokens of a tile and load them once for both.
         band: tiles of tokens that are visited before the next output channels; bounds the part of
             x that must stay in the L2 cache.
@@ -38,7 +40,9 @@ class Config:
     """
 
     tile_m: int
+    warpgroups: int = 2
     stages: int = 4
+    k_tiles: int = 1
     multicast: int = 1
     band: int = 16
     store_m: int = 64
@@ -51,20 +55,31 @@ class Config:
             raise ValueError(f"store_m is {self.store_m}; expected a multiple of 8 from 8 to 64")
         if self.tile_m > self.store_m and self.tile_m % self.store_m:
             raise ValueError(f"tile_m is {self.tile_m}; expected a multiple of store_m, {self.store_m}")
+        if self.warpgroups not in (2, 4):
+            raise ValueError(f"warpgroups is {self.warpgroups}; expected 2 or 4")
+        if self.warpgroups == 4 and self.tile_m > 64:
+            raise ValueError(f"tile_m is {self.tile_m}; four warpgroups have registers for at most 64")
         if not 2 <= self.stages <= 32:
             raise ValueError(f"stages is {self.stages}; expected 2 to 32")
         if self.multicast not in (1, 2):
             raise ValueError(f"multicast is {self.multicast}; expected 1 or 2")
-        if self.promote < 0 or (self.promote and self.tile_m > 192):
-            raise ValueError(f"{self}: promotion needs a second sum in registers; tile_m may be at most 192")
+        if self.k_tiles not in (1, 2, 4) or (self.k_tiles > 1 and self.promote):
+            raise ValueError(f"k_tiles is {self.k_tiles}; expected 1, 2 or 4, and 1 with promotion")
+        if self.promote < 0 or (self.promote and self.tile_m > 144):
+            raise ValueError(f"{self}: promotion needs a second sum in registers; tile_m may be at most 144")
+
+    @property
+    def tile_n(self) -> int:
+        """Output channels of a CTA's tile."""
+        return layouts.TILE_N * self.warpgroups
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
-    """How the work for few tokens is cut: each warpgroup streams the weights of 64 output channels.
+    """How the work is cut for few tokens and weights of few rows: by rows and by K.
 
     Attributes:
-        tile_m: tokens; all of them.
+        tile_m: tokens of a tile.
         warpgroups: of a CTA.
         k_warpgroups: of these, so many share 64 output channels, each with a part of K.
         split_k: CTAs that share output channels, each with a part of K. Above one, their sums go
@@ -131,6 +146,11 @@ class Problem:
         return 2 if self.values == "bf16" or (self.groups == 2 and not self.scale_in_table) else 1
 
     @property
+    def scale_dtype(self) -> Any:
+        """Of group scales, as the kernels see them."""
+        return jnp.uint8 if self.scale_in_table else jnp.bfloat16
+
+    @property
     def rows_out(self) -> int:
         """Columns of y that a warpgroup's 64 channels become."""
         return layouts.TILE_N // 2 if self.silu_mul else layouts.TILE_N
@@ -145,8 +165,9 @@ def smem_bytes(config: Config | DecodeConfig, k: int, values: Values) -> int:
         weights = config.warpgroups * word_slots(config, k) * 4096
         chunk = CHUNK * (x_tile + config.columns * layouts.TILE_N * 4)
         return weights + config.k_warpgroups * decode_stages(config, k) * chunk + store + 2048
-    stage = x_tile + TILE_N * (layouts.TILE_K // 2 + 4)
-    return config.stages * stage + WARPGROUPS * _store_bytes(config.store_m, config.tile_m) + 2048
+    tile = x_tile + config.tile_n * (layouts.TILE_K // 2 + 4)
+    store = config.warpgroups * _store_bytes(config.store_m, config.tile_m)
+    return config.stages * config.k_tiles * tile + store + 2048
 
 
 def _store_bytes(store_m: int, tile_m: int) -> int:
@@ -187,7 +208,7 @@ def choose(m: int, n: int, k: int, values: Values, scale_in_table: bool, groups:
 def heuristic(m: int, n: int, k: int, values: Values, scale_in_table: bool, groups: int) -> Config | DecodeConfig:
     """A sound configuration for a shape that nobody has tuned."""
     if m <= MOST_DECODED:
-        return _decode_heuristic(-(-m // 8) * 8, n, k, values)
+        return _few_tokens(-(-m // 8) * 8, n, k, values, scale_in_table)
     tile_m = 128 if m <= 128 or values == "bf16" else _tile_m(m, n)
     if not scale_in_table:
         # A second sum takes as many registers as the first, and wider weights or two scales more.
@@ -200,21 +221,24 @@ def _tile_m(m: int, n: int) -> int:
     """Tokens of a tile so that the SMs' last wave is as full as may be; large ones are a little faster."""
 
     def cost(tile_m: int) -> int:
-        tiles = -(-m // tile_m) * -(-n // TILE_N)
+        tiles = -(-m // tile_m) * -(-n // (2 * layouts.TILE_N))
         return -(-tiles // NUM_SMS) * (tile_m + 8)
 
     return min((256, 240, 224, 208, 192), key=cost)
 
 
-def _decode_heuristic(tile_m: int, n: int, k: int, values: Values) -> DecodeConfig:
+def _few_tokens(tile_m: int, n: int, k: int, values: Values, scale_in_table: bool) -> Config | DecodeConfig:
     tiles_n = -(-n // layouts.TILE_N)
-    if tiles_n > 2 * NUM_SMS:
-        return fill(DecodeConfig(tile_m), k, values, 1)
-    # Two CTAs an SM; parts of K of at least a chunk.
-    k_warpgroups = 2 if tiles_n <= NUM_SMS and k <= 8192 and (values == "e4m3" or tile_m <= 32) else 1
-    ctas = -(-tiles_n * k_warpgroups // 2)
-    split_k = max(1, min(8, 2 * NUM_SMS // ctas, k // (layouts.TILE_K * k_warpgroups * CHUNK)))
-    return fill(DecodeConfig(tile_m, 2, k_warpgroups, split_k), k, values, 2)
+    if tiles_n > 2 * NUM_SMS and values == "e4m3" and scale_in_table:
+        # Every SM has four warpgroups' rows, or nearly.
+        return Config(tile_m, warpgroups=4, k_tiles=2, stages=3, store_m=16 if tile_m % 16 == 0 else 8)
+    # Two CTAs an SM; with more tokens one, whose warpgroups share the tokens.
+    warpgroups, ctas_per_sm = (2, 2) if tile_m <= 32 else (4, 1)
+    k_warpgroups = 2 if tiles_n <= NUM_SMS and (values == "e4m3" or tile_m <= 32) else 1
+    ctas = -(-tiles_n * k_warpgroups // warpgroups)
+    # Parts of K of at least a chunk.
+    split_k = max(1, min(8, ctas_per_sm * NUM_SMS // ctas, k // (layouts.TILE_K * k_warpgroups * CHUNK)))
+    return fill(DecodeConfig(tile_m, warpgroups, k_warpgroups, split_k), k, values, ctas_per_sm)
 
 
 def fill(config: DecodeConfig, k: int, values: Values, ctas_per_sm: int) -> DecodeConfig:
@@ -252,10 +276,22 @@ def _tuned(device_kind: str) -> dict[str, dict[int, Config | DecodeConfig]]:
         return {}
     shapes: dict[str, dict[str, dict[str, Any]]] = json.loads(file.read_text())["matmul"]
     return {
-        shape: {int(m): _config(int(m), by_tokens[m]) for m in sorted(by_tokens, key=int)}
+        shape: {int(m): from_json(by_tokens[m]) for m in sorted(by_tokens, key=int)}
         for shape, by_tokens in shapes.items()
     }
 
 
-def _config(m: int, fields: dict[str, int]) -> Config | DecodeConfig:
-    return DecodeConfig(**fields) if m <= MOST_DECODED else Config(**fields)
+def to_json(config: Config | DecodeConfig) -> dict[str, Any]:
+    """The fields that differ from their defaults, and which class they belong to."""
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    changes = {name: value for name, value in dataclasses.asdict(config).items() if value != defaults[name]}
+    return {"kernel": _KERNELS[type(config)], **changes}
+
+
+def from_json(fields: dict[str, Any]) -> Config | DecodeConfig:
+    """The inverse of ``to_json``."""
+    rest = {name: value for name, value in fields.items() if name != "kernel"}
+    return {name: kind for kind, name in _KERNELS.items()}[fields["kernel"]](**rest)
+
+
+_KERNELS: dict[type, str] = {Config: "ring", DecodeConfig: "decode"}

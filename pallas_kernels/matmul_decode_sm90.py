@@ -3,8 +3,7 @@
 Each warpgroup computes 64 output channels over its part of K and needs no other until its sum is
 done. A thread's share of a packed tile is 32 bytes that no other thread wants, so it copies them
 itself (cp.async, ``depth`` tiles ahead) and no barrier, producer or descriptor stands between the
-start of the kernel and the first read. x comes in chunks through TMA, and so do group scales that
-are no part of the weights' tables; those that are, each thread reads, a chunk ahead.
+start of the kernel and the first read. x and the group scales come in chunks through TMA.
 """
 
 import dataclasses
@@ -29,7 +28,7 @@ class Scratch(NamedTuple):
 
     x: Any  # (rows for TMA, tiles for WGMMA), one memory: [k_warpgroups * stages, CHUNK * halves, tile_m, columns]
     words: Any  # int32 [warpgroups, depth * 1024]
-    scales: Any | None  # bf16 [k_warpgroups * stages, CHUNK * groups, channels]
+    scales: Any | None  # [k_warpgroups * stages, CHUNK * groups, channels]
     full: Any  # [k_warpgroups * stages], TMA arrives
     free: Any | None  # raw mbarriers [k_warpgroups * stages, 2]; None if nothing is loaded twice
     y: Any | None  # bf16 [columns, STORE_BUFFERS, tokens, rows_out]; None with split K
@@ -48,6 +47,9 @@ def kernel(problem: Problem, config: DecodeConfig, present: tuple[str, ...]) -> 
     x_shape = stages, CHUNK * problem.halves, config.tile_m, x_columns
     swizzle = plgpu.SwizzleTransform(x_columns * jnp.dtype(x_dtype).itemsize)
     whole = config.split_k == 1
+    # A single chunk's scales are read by the threads that build its tables, before anything else. In
+    # a loop a value read ahead is moved to another register at the end, and the move waits for it.
+    in_ring = config.k_tiles(problem.k) > CHUNK or not problem.scale_in_table
     y_shape = columns, STORE_BUFFERS, 16 if config.tile_m % 16 == 0 else 8, problem.rows_out
     has_residual = "residual" in present
     scratch = Scratch(
@@ -56,10 +58,10 @@ def kernel(problem: Problem, config: DecodeConfig, present: tuple[str, ...]) -> 
             plgpu.SMEM(x_shape, x_dtype, transforms=(plgpu.TilingTransform((8, x_columns)), swizzle)),
         ),
         words=plgpu.SMEM((config.warpgroups, word_slots(config, problem.k) * 1024), jnp.int32),
-        scales=None
-        if problem.scale_in_table
-        else plgpu.SMEM((stages, CHUNK * problem.groups, columns * layouts.TILE_N), jnp.bfloat16),
-        full=plgpu.Barrier(num_barriers=stages, num_arrivals=1 if problem.scale_in_table else 2),
+        scales=plgpu.SMEM((stages, CHUNK * problem.groups, columns * layouts.TILE_N), problem.scale_dtype)
+        if in_ring
+        else None,
+        full=plgpu.Barrier(num_barriers=stages, num_arrivals=1 + in_ring),
         free=plgpu.SMEM((stages, 2), jnp.int32) if config.k_tiles(problem.k) > CHUNK * config.stages else None,
         y=plgpu.SMEM(y_shape, jnp.bfloat16, transforms=(plgpu.SwizzleTransform(2 * problem.rows_out),))
         if whole
@@ -74,8 +76,8 @@ def kernel(problem: Problem, config: DecodeConfig, present: tuple[str, ...]) -> 
         wg = lax.axis_index("wg")
         k_wg, column = (wg % config.k_warpgroups, wg // config.k_warpgroups) if config.k_warpgroups > 1 else (0, wg)
         scratch = Scratch(**{name: scratch_refs.get(name) for name in Scratch._fields})
-        part = lax.axis_index("part")
-        _Warpgroup(problem, config, operands, scratch, wg, k_wg, column, lax.axis_index("tile"), part).run()
+        tile, part, row = (lax.axis_index(name) for name in ("tile", "part", "row"))
+        _Warpgroup(problem, config, operands, scratch, wg, k_wg, column, tile, part, row * config.tile_m).run()
 
     out_type = (
         jax.ShapeDtypeStruct((problem.m, problem.n_out), jnp.bfloat16)
@@ -85,8 +87,8 @@ def kernel(problem: Problem, config: DecodeConfig, present: tuple[str, ...]) -> 
     return plgpu.kernel(
         body,
         out_type=out_type,
-        grid=(-(-problem.n // (columns * layouts.TILE_N)), config.split_k),
-        grid_names=("tile", "part"),
+        grid=(-(-problem.n // (columns * layouts.TILE_N)), config.split_k, -(-problem.m // config.tile_m)),
+        grid_names=("tile", "part", "row"),
         num_threads=config.warpgroups,
         thread_name="wg",
         scratch_types={name: value for name, value in scratch._asdict().items() if value is not None},
@@ -103,8 +105,9 @@ class _Warpgroup:
         wg: its index.
         k_wg: which of ``config.k_warpgroups`` parts of the CTA's K it has.
         column: which of the CTA's ``config.columns`` times 64 output channels it has.
-        tile: which of the output's tiles the CTA has.
+        tile: which tile of output channels the CTA has.
         part: which of ``config.split_k`` parts of K the CTA has.
+        token: the CTA's first.
     """
 
     problem: Problem
@@ -116,6 +119,7 @@ class _Warpgroup:
     column: jax.Array
     tile: jax.Array
     part: jax.Array
+    token: jax.Array
 
     @property
     def _steps(self) -> int:
@@ -141,21 +145,21 @@ class _Warpgroup:
     def run(self) -> None:
         """All of it."""
         scratch, config, problem = self.scratch, self.config, self.problem
-        # What comes in no time, or in few bytes, first: it would queue behind the weights.
+        # Few bytes first: they would queue behind the weights.
         self._feeder(lambda: [self._feed(jnp.int32(i), jnp.int32(i)) for i in range(self._stages)])
-        scales = self._load_scales(jnp.int32(0))
+        scales = self._load_scales() if scratch.scales is None else ()
         for i in range(min(config.depth, self._steps)):
             self._copy_words(jnp.int32(i), jnp.int32(i))
         if scratch.free is not None:
             sync.init_barriers(scratch.free, 4 * config.columns, cluster=False)
         if config.split_k > 1:
             total = self._combine(self._sum(scales))
-            self._finisher(lambda: outputs.store_partial(total, self.operands.y, self.part, self._n_tile))
+            self._finisher(lambda: outputs.store_partial(total, self.operands.y, self.part, self.token, self._n_tile))
             return
         output = Output(
             problem, self.operands, config.tile_m, self.column, scratch.y, scratch.tokens, scratch.residual_full
         )
-        epilogue = output.begin(jnp.int32(0), self._channel)
+        epilogue = output.begin(self.token, self._channel)
         self._finisher(lambda: output.begin_residual(epilogue))
         total = self._combine(self._sum(scales))
 
@@ -194,12 +198,14 @@ class _Warpgroup:
         return self.k_wg * self._stages + slot
 
     def _feed(self, chunk: jax.Array, slot: jax.Array) -> None:
-        """Start to load a chunk of x; past the end of K it is zeros."""
+        """Start to load a chunk of x and of the group scales; past the end of K they are zeros."""
         problem, at = self.problem, self._slot(slot)
         k_tile = self._first + chunk * CHUNK
         x_rows, _ = self.scratch.x
         plgpu.copy_gmem_to_smem(
-            self.operands.x.at[pl.ds(0, self.config.tile_m), pl.ds(k_tile * problem.halves, CHUNK * problem.halves)],
+            self.operands.x.at[
+                pl.ds(self.token, self.config.tile_m), pl.ds(k_tile * problem.halves, CHUNK * problem.halves)
+            ],
             jax_compat.transpose_ref(x_rows.at[at], (1, 0, 2)),
             self.scratch.full.at[at],
         )
@@ -213,11 +219,9 @@ class _Warpgroup:
                 self.scratch.full.at[at],
             )
 
-    def _load_scales(self, chunk: jax.Array) -> tuple[jax.Array, ...]:
-        """Start to read a chunk's scales, for ``weights.build_tables``; () if they come through the ring."""
-        if self.scratch.scales is not None:
-            return ()
-        group = (self._first + chunk * CHUNK) * self.problem.groups
+    def _load_scales(self) -> tuple[jax.Array, ...]:
+        """Start to read the only chunk's scales, for ``weights.build_tables``."""
+        group = self._first * self.problem.groups
         return tuple(
             weights.load_four_scales(self.operands.group_scale, group + 4 * i, self._channel)
             for i in range(self.problem.groups)
@@ -228,21 +232,24 @@ class _Warpgroup:
     def _sum(self, scales: tuple[jax.Array, ...]) -> jax.Array:
         """The (scaled) sum over this warpgroup's part of K, raw float32."""
         chunks, rest = divmod(self._steps, CHUNK)
-        carry = jnp.int32(0), jnp.int32(0), jnp.int32(0), scales, outputs.zero_sum(self.config.tile_m)
-        carry = lax.fori_loop(0, chunks, lambda i, carry: self._chunk(i, carry, CHUNK), carry)
+        carry = jnp.int32(0), jnp.int32(0), jnp.int32(0), outputs.zero_sum(self.config.tile_m)
+        if chunks:
+            carry = lax.fori_loop(0, chunks, lambda i, carry: self._chunk(i, scales, carry, CHUNK), carry)
         if rest:
-            carry = self._chunk(jnp.int32(chunks), carry, rest)
+            carry = self._chunk(jnp.int32(chunks), scales, carry, rest)
         return carry[-1]
 
-    def _chunk(self, i: jax.Array, carry: Any, count: int) -> Any:
-        """``count`` steps: (slot of x, parity of slots freed before it, slot of the weights, scales, sum)."""
-        slot, parity, word_slot, scales, total = carry
+    def _chunk(self, i: jax.Array, scales: tuple[jax.Array, ...], carry: Any, count: int) -> Any:
+        """``count`` steps; carries (slot of x, parity of slots freed before it, slot of the weights, sum)."""
+        slot, parity, word_slot, total = carry
         config, problem = self.config, self.problem
         at = self._slot(slot)
         plgpu.barrier_wait(self.scratch.full.at[at])
         if self.scratch.free is not None:
             parity = self._refill(i, slot, parity)
-        next_scales = self._load_scales(i + 1)
+        ring = self.scratch.scales
+        if ring is not None:
+            ring = ring.at[at, :, pl.ds(self.column * layouts.TILE_N, layouts.TILE_N)]
         depth = min(config.depth, self._steps)
         word_slots = [word_slot]
         for _ in range(count):
@@ -262,6 +269,8 @@ class _Warpgroup:
             )
 
         if problem.scale_in_table:
+            if ring is not None:
+                scales = tuple(weights.read_four_scales(ring.at[pl.ds(4 * g, 4)]) for g in range(problem.groups))
             sets = tuple(weights.build_tables(four) for four in scales)
             tables = weights.tables_by_tile(sets, CHUNK, problem.groups)
 
@@ -275,8 +284,7 @@ class _Warpgroup:
 
             total = outputs.add_to_sum(total, self._accumulate(all_tiles), None)
         else:
-            assert self.scratch.scales is not None
-            rows = self.scratch.scales.at[at, :, pl.ds(self.column * layouts.TILE_N, layouts.TILE_N)]
+            assert ring is not None
             for t in range(count):
                 words = take(t)
                 for half in (0, 1) if problem.groups == 2 else (None,):
@@ -285,12 +293,12 @@ class _Warpgroup:
                         multiply(words, None, t, acc_ref, half)
                         return acc_ref[...]
 
-                    scale = outputs.read_group_scale(rows.at[t * problem.groups + (half or 0)])
+                    scale = outputs.read_group_scale(ring.at[t * problem.groups + (half or 0)])
                     total = outputs.add_to_sum(total, self._accumulate(one_group), scale)
                 refill(t)
         if self.scratch.free is not None:
             sync.arrive(self.scratch.free, at, cluster_size=1)
-        return jnp.where(slot == self._stages - 1, 0, slot + 1), parity, word_slots[-1], next_scales, total
+        return jnp.where(slot == self._stages - 1, 0, slot + 1), parity, word_slots[-1], total
 
     def _accumulate(self, body: Any) -> jax.Array:
         return pl.run_scoped(body, plgpu.WGMMAAccumulatorRef((layouts.TILE_N, self.config.tile_m), jnp.float32))

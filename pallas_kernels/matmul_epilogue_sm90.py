@@ -186,18 +186,18 @@ def add_left_sum(total: jax.Array, ref: Any) -> jax.Array:
     return inline(total, ref)
 
 
-def store_partial(total: jax.Array, ref: Any, part: jax.Array, n_tile: jax.Array) -> None:
-    """Write a raw sum over one part of K to ref, float32 [parts, M, N] in GMEM, for 64 output channels.
+def store_partial(total: jax.Array, ref: Any, part: jax.Array, token: jax.Array, n_tile: jax.Array) -> None:
+    """Write a raw sum over one part of K to ref, float32 [parts, M, N] in GMEM, for 64 channels and from ``token`` on.
 
     Each instruction fills whole sectors of 32 bytes: eight channels of four tokens.
     """
 
-    @inlined(arg_types=(_strided(total), plgpu.RefType(), SCALAR, SCALAR))
-    def inline(_: Any, total: Any, ref: ir.Value, part: Any, n_tile: Any) -> None:
+    @inlined(arg_types=(_strided(total), plgpu.RefType(), SCALAR, SCALAR, SCALAR))
+    def inline(_: Any, total: Any, ref: ir.Value, part: Any, token: Any, n_tile: Any) -> None:
         _parts, m, n = ir.MemRefType(ref.type).shape
         row, lane4, _warp = fragment_position()
         channel = arith.addi(arith.muli(n_tile.registers.item(), const(layouts.TILE_N)), row)
-        token = arith.muli(lane4, const(2))
+        token = arith.addi(token.registers.item(), arith.muli(lane4, const(2)))
         first = arith.addi(arith.muli(part.registers.item(), const(m)), token)
         index = arith.addi(arith.muli(first, const(n)), channel)
         pointer = utils.getelementptr(utils.memref_ptr(ref), [index], ir.F32Type.get())
@@ -217,7 +217,7 @@ def store_partial(total: jax.Array, ref: Any, part: jax.Array, n_tile: jax.Array
                 volatile=True,
             )
 
-    inline(total, ref, part, n_tile)
+    inline(total, ref, part, token, n_tile)
 
 
 def _silu(x: ir.Value) -> ir.Value:

@@ -1,10 +1,10 @@
 """INT4 x FP8 (and INT4 x BF16) matmul for Hopper in Pallas Mosaic GPU.
 
 The kernels compute y^T = W x^T: a weight tile, dequantized in registers, is WGMMA's A operand and
-x [M, K], row-major, is the K-major B operand in shared memory. This is the one for many tokens;
-``matmul_decode_sm90`` has that for few. Each CTA has one warpgroup that feeds a ring of
-shared-memory stages through TMA and two that compute, each 64 output channels of the same tokens.
-Dequantization of one step overlaps the WGMMA of the step before it.
+x [M, K], row-major, is the K-major B operand in shared memory. In this one each CTA has one
+warpgroup that feeds a ring of shared-memory stages through TMA and ``warpgroups`` that compute,
+each 64 output channels of the same tokens. Dequantization of one step overlaps the WGMMA of the
+step before it. ``matmul_decode_sm90`` has the one for few tokens and weights of few rows.
 
 FireQ (arXiv 2505.20839), INT4 x FP8 kernel; mapping and packing are ours (see ``layouts``).
 """
@@ -25,7 +25,7 @@ from pallas_kernels import matmul_epilogue_sm90 as outputs
 from pallas_kernels import matmul_sync_sm90 as sync
 from pallas_kernels import matmul_weights_sm90 as weights
 from pallas_kernels.matmul_compute_sm90 import Consumer, Scratch, Tile
-from pallas_kernels.matmul_config_sm90 import NUM_SMS, STORE_BUFFERS, TILE_N, WARPGROUPS, Config, DecodeConfig, Problem
+from pallas_kernels.matmul_config_sm90 import NUM_SMS, STORE_BUFFERS, Config, DecodeConfig, Problem
 from pallas_kernels.matmul_epilogue import epilogue
 from pallas_kernels.matmul_output_sm90 import Operands
 
@@ -120,15 +120,17 @@ def _finish(
 
 def _kernel(problem: Problem, config: Config, present: tuple[str, ...]) -> Any:
     """The Pallas call; its arguments are the ``present`` operands."""
-    tiles = -(-problem.m // config.tile_m), -(-problem.n // (TILE_N * config.multicast))
+    tiles = -(-problem.m // config.tile_m), -(-problem.n // (config.tile_n * config.multicast))
     clusters = min(tiles[0] * tiles[1], NUM_SMS // config.multicast)
     x_dtype = formats.E4M3 if problem.values == "e4m3" else jnp.bfloat16
     x_columns = layouts.TILE_K // problem.halves
-    x_shape = config.stages, problem.halves, config.tile_m, x_columns
+    x_shape = config.stages, config.k_tiles * problem.halves, config.tile_m, x_columns
     swizzle = plgpu.SwizzleTransform(x_columns * jnp.dtype(x_dtype).itemsize)
-    y_shape = WARPGROUPS, STORE_BUFFERS, min(config.store_m, config.tile_m), problem.rows_out
-    # Scales for the tables are read far ahead, into registers.
-    in_ring = not problem.scale_in_table
+    y_shape = config.warpgroups, STORE_BUFFERS, min(config.store_m, config.tile_m), problem.rows_out
+    scale_shape = config.stages, config.k_tiles * problem.groups, config.tile_n
+    # Scales come with the weights where steps are long; where they are short, those that go into
+    # tables are read far ahead.
+    in_ring = config.k_tiles > 1 or not problem.scale_in_table
     has_residual = "residual" in present
     scratch = Scratch(
         # One memory, two descriptions: TMA has rows, any number of them; WGMMA wants tiles of eight.
@@ -136,13 +138,13 @@ def _kernel(problem: Problem, config: Config, present: tuple[str, ...]) -> Any:
             plgpu.SMEM(x_shape, x_dtype, transforms=(swizzle,)),
             plgpu.SMEM(x_shape, x_dtype, transforms=(plgpu.TilingTransform((8, x_columns)), swizzle)),
         ),
-        words=plgpu.SMEM((config.stages, WARPGROUPS, 4, 256), jnp.int32),
+        words=plgpu.SMEM((config.stages, config.warpgroups, config.k_tiles, 4, 256), jnp.int32),
         y=plgpu.SMEM(y_shape, jnp.bfloat16, transforms=(plgpu.SwizzleTransform(2 * problem.rows_out),)),
-        tokens=plgpu.SMEM((WARPGROUPS, outputs.token_slots(config.tile_m)), jnp.int32),
-        scales=plgpu.SMEM((config.stages, problem.groups, TILE_N), jnp.bfloat16) if in_ring else None,
+        tokens=plgpu.SMEM((config.warpgroups, outputs.token_slots(config.tile_m)), jnp.int32),
+        scales=plgpu.SMEM(scale_shape, problem.scale_dtype) if in_ring else None,
         full=plgpu.Barrier(num_barriers=config.stages, num_arrivals=2 + in_ring),
         free=plgpu.SMEM((config.stages, 2), jnp.int32),
-        residual_full=plgpu.Barrier(num_barriers=STORE_BUFFERS * WARPGROUPS) if has_residual else None,
+        residual_full=plgpu.Barrier(num_barriers=STORE_BUFFERS * config.warpgroups) if has_residual else None,
     )
 
     def body(*refs: Any, **scratch_refs: Any) -> None:
@@ -158,7 +160,7 @@ def _kernel(problem: Problem, config: Config, present: tuple[str, ...]) -> Any:
         grid_names=("cluster",),
         cluster=(config.multicast,),
         cluster_names=("peer",),
-        num_threads=WARPGROUPS + 1,
+        num_threads=config.warpgroups + 1,
         thread_name="wg",
         scratch_types={name: value for name, value in scratch._asdict().items() if value is not None},
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
@@ -177,15 +179,16 @@ def _cta(
     """One CTA: the last warpgroup feeds the ring, the others compute."""
     m_tiles, n_tiles = tile_counts
     wg, peer, cluster = lax.axis_index("wg"), lax.axis_index("peer"), lax.axis_index("cluster")
-    steps = problem.k // layouts.TILE_K
-    sync.init_barriers(scratch.free, 4 * WARPGROUPS * config.multicast, cluster=config.multicast > 1)
+    # The last step may go beyond the end of K, where TMA fills with zeros.
+    steps = -(-(problem.k // layouts.TILE_K) // config.k_tiles)
+    sync.init_barriers(scratch.free, 4 * config.warpgroups * config.multicast, cluster=config.multicast > 1)
 
     def start(i: jax.Array | int) -> tuple[jax.Array, jax.Array]:
         """(first token, first channel) of this CTA's i-th tile."""
         at = jnp.minimum(cluster + i * clusters, m_tiles * n_tiles - 1)
         m_tile, n_tile = plgpu.planar_snake(at, (m_tiles, n_tiles), 0, min(config.band, m_tiles))
         n_cta = n_tile * config.multicast + peer if config.multicast > 1 else n_tile
-        return m_tile * config.tile_m, n_cta * TILE_N
+        return m_tile * config.tile_m, n_cta * config.tile_n
 
     def tiles(visit: Any, begin: Any) -> Any:
         """Fold ``visit(tile, carry)`` over this CTA's tiles, from ``begin(first tile)``."""
@@ -196,19 +199,18 @@ def _cta(
         count = lax.div(m_tiles * n_tiles - cluster + clusters - 1, jnp.int32(clusters))
         return lax.fori_loop(0, count, step, begin(Tile(*start(0), start(1)[1])))
 
-    # Large tiles need more registers than a thread's even share.
-    move_registers = config.tile_m >= 128
+    registers = _registers(config)
 
-    @pl.when(wg == WARPGROUPS)
+    @pl.when(wg == config.warpgroups)
     def _() -> None:
-        if move_registers:
-            plgpu.set_max_registers(24, action="decrease")
+        if registers:
+            plgpu.set_max_registers(registers[0], action="decrease")
         _feed(problem, config, operands, scratch, tiles, steps)
 
-    @pl.when(wg < WARPGROUPS)
+    @pl.when(wg < config.warpgroups)
     def _() -> None:
-        if move_registers:
-            plgpu.set_max_registers(240, action="increase")
+        if registers:
+            plgpu.set_max_registers(registers[1], action="increase")
         Consumer(problem, config, operands, scratch, steps, wg).run(tiles)
 
 
@@ -221,7 +223,7 @@ def _feed(
     steps: int,
 ) -> None:
     """Keep the ring full: x and packed weights of one step after the other, tile after tile."""
-    halves, groups = problem.halves, problem.groups
+    halves, k_tiles = problem.halves, config.k_tiles
     x_rows, _ = scratch.x
 
     def advance(slot: jax.Array, parity: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -229,23 +231,25 @@ def _feed(
         return jnp.where(wrapped, 0, slot + 1), jnp.where(wrapped, 1 - parity, parity)
 
     def visit(tile: Tile, carry: Any) -> Any:
-        def step(k_tile: jax.Array, carry: Any) -> Any:
+        def step(i: jax.Array, carry: Any) -> Any:
             slot, parity = carry
             sync.wait(scratch.free, slot, parity)
+            k_tile = i * k_tiles
             plgpu.copy_gmem_to_smem(
-                operands.x.at[pl.ds(tile.token, config.tile_m), pl.ds(k_tile * halves, halves)],
+                operands.x.at[pl.ds(tile.token, config.tile_m), pl.ds(k_tile * halves, k_tiles * halves)],
                 jax_compat.transpose_ref(x_rows.at[slot], (1, 0, 2)),
                 scratch.full.at[slot],
                 collective_axes="peer" if config.multicast > 1 else None,
             )
             plgpu.copy_gmem_to_smem(
-                operands.words.at[pl.ds(tile.channel // layouts.TILE_N, WARPGROUPS), k_tile],
+                operands.words.at[pl.ds(tile.channel // layouts.TILE_N, config.warpgroups), pl.ds(k_tile, k_tiles)],
                 scratch.words.at[slot],
                 scratch.full.at[slot],
             )
             if scratch.scales is not None:
+                groups = k_tiles * problem.groups
                 plgpu.copy_gmem_to_smem(
-                    operands.group_scale.at[pl.ds(k_tile * groups, groups), pl.ds(tile.channel, TILE_N)],
+                    operands.group_scale.at[pl.ds(k_tile * problem.groups, groups), pl.ds(tile.channel, config.tile_n)],
                     scratch.scales.at[slot],
                     scratch.full.at[slot],
                 )
@@ -262,3 +266,12 @@ def _feed(
             return advance(*carry)
 
         lax.fori_loop(0, config.stages, drain, carry)
+
+
+def _registers(config: Config) -> tuple[int, int] | None:
+    """Registers a thread of the feeding and of the computing warpgroups, where the even share is too few."""
+    if config.warpgroups == 2 and config.tile_m >= 128:
+        return 24, 240
+    if config.warpgroups == 4 and config.tile_m > 32:
+        return 24, 112
+    return None

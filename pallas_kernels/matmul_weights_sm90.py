@@ -202,6 +202,25 @@ def load_four_scales(ref: Any, group: jax.Array, row: jax.Array) -> jax.Array:
     return inline(ref, group, row)
 
 
+def read_four_scales(ref: Any) -> jax.Array:
+    """As ``load_four_scales``, of at most four groups; ref E4M3 [groups, 64] (as uint8) in SMEM."""
+
+    @inlined(
+        arg_types=(plgpu.RefType(),),
+        return_type=plgpu.ShapeDtypeStruct((2 * WARPGROUP,), jnp.int32, layout=_TWO),
+    )
+    def inline(_: Any, scales: ir.Value) -> mgpu.FragmentedArray:
+        i8 = ir.IntegerType.get_signless(8)
+        groups, _rows = ir.MemRefType(scales.type).shape
+        strides, _ = ir.MemRefType(scales.type).get_strides_and_offset()
+        row, lane4, _warp = fragment_position()
+        index = arith.addi(row, arith.muli(arith.minsi(lane4, const(groups - 1)), const(strides[0])))
+        words = [load(scales, arith.addi(index, const(8 * r)), i8, i8) for r in range(2)]
+        return raw_array([arith.extui(i32(), word) for word in words], _TWO)
+
+    return inline(ref)
+
+
 def build_tables(scales: jax.Array) -> jax.Array:
     """Tables of ``load_four_scales``'s groups, one in each of four threads, int32 [512], for ``operand``."""
 

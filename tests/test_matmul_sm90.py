@@ -6,6 +6,7 @@ inlined PTX, for which a stand-in would be another kernel.
 
 import dataclasses
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,10 @@ CASES: dict[str, tuple[int, int, int, dict, Config]] = {
     "bf16-x": (300, 512, 1024, {"x_dtype": jnp.bfloat16}, Config(128, multicast=2)),
     "bf16-x-group-64": (100, 512, 640, {"x_dtype": jnp.bfloat16, "group_size": 64}, Config(128)),
     "bf16-x-bf16-scale": (100, 512, 640, {"x_dtype": jnp.bfloat16, "scale_dtype": "bf16"}, Config(64)),
+    "bf16-x-few": (3, 512, 1024, {"x_dtype": jnp.bfloat16, "bias": True}, Config(8, stages=3, k_tiles=2, store_m=8)),
+    "four-warpgroups": (13, 1088, 1024, {}, Config(16, warpgroups=4, stages=2, k_tiles=4, store_m=16)),
+    "sixty-one": (61, 1088, 1024, {"residual": True}, Config(64, warpgroups=4, stages=5, store_m=16)),
+    "batched-group-64": (13, 512, 2048, {"group_size": 64}, Config(16, stages=2, k_tiles=4)),
     "one-token": (1, 1000, 1024, {}, DecodeConfig(8)),
     "decode-ring": (13, 1088, 4096, {"bias": True}, DecodeConfig(16, depth=5, stages=3)),
     "decode-rest": (13, 320, 1280, {"residual": True}, DecodeConfig(16, warpgroups=3, depth=3)),
@@ -70,6 +75,8 @@ CASES: dict[str, tuple[int, int, int, dict, Config]] = {
     ),
     "k-warpgroups-64": (61, 512, 2048, {}, DecodeConfig(64, k_warpgroups=4, depth=2)),
     "k-warpgroups-8": (16, 512, 4096, {"residual": True}, DecodeConfig(16, 8, 8, depth=4)),
+    "decode-two-rows": (23, 320, 1024, {"bias": True}, DecodeConfig(16, k_warpgroups=2)),
+    "split-two-rows": (23, 320, 1024, {"residual": True}, DecodeConfig(16, k_warpgroups=2, split_k=2)),
     "split-7": (16, 512, 14336, {}, DecodeConfig(16, k_warpgroups=2, split_k=7)),
     "split-uneven": (5, 512, 11008, {}, DecodeConfig(8, k_warpgroups=4, split_k=2, depth=16)),
     "split-past-the-end": (5, 100, 640, {}, DecodeConfig(8, k_warpgroups=4, split_k=4)),
@@ -157,7 +164,11 @@ def _error(y, expected):
         ({"tile_m": 264}, "tile_m is 264"),
         ({"tile_m": 96}, "multiple of store_m"),
         ({"tile_m": 64, "store_m": 20}, "store_m is 20"),
+        ({"tile_m": 64, "warpgroups": 3}, "warpgroups is 3"),
+        ({"tile_m": 128, "warpgroups": 4}, "registers for at most 64"),
         ({"tile_m": 64, "stages": 1}, "stages is 1"),
+        ({"tile_m": 64, "k_tiles": 3}, "k_tiles is 3"),
+        ({"tile_m": 64, "k_tiles": 2, "promote": 1}, "1 with promotion"),
         ({"tile_m": 64, "multicast": 4}, "multicast is 4"),
         ({"tile_m": 256, "promote": 1}, "second sum"),
     ],
@@ -212,6 +223,11 @@ def test_tuned_configs_fit_and_serve_their_shapes(monkeypatch):
         assert choose(1 << 20, n, k, "e4m3", True, 1) == expected
         assert choose(100, n, k, "e4m3", True, 1) == heuristic(100, n, k, "e4m3", True, 1)
         assert choose(4096, n, k, "bf16", True, 1) == heuristic(4096, n, k, "bf16", True, 1)
+
+
+@pytest.mark.parametrize("config", [Config(256, store_m=32), DecodeConfig(16, split_k=3)])
+def test_configs_survive_json(config):
+    assert matmul_config_sm90.from_json(json.loads(json.dumps(matmul_config_sm90.to_json(config)))) == config
 
 
 def test_an_unknown_device_has_no_tuned_configs():
@@ -288,7 +304,7 @@ def test_leading_dimensions_are_rows():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", [Config(64), DecodeConfig(16)])
+@pytest.mark.parametrize("config", [Config(64), Config(16, stages=2, k_tiles=4), DecodeConfig(16)])
 @pytest.mark.parametrize("sigma", [2.0**-9, 3 * 2.0**-9, 2.0**-6, 1.125, 64.0, 448.0])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_extreme_scales_and_codes(config, sigma, sign):

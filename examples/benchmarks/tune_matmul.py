@@ -21,7 +21,16 @@ from timing import device_time
 
 from pallas_kernels import formats, layouts, matmul_sm90
 from pallas_kernels.matmul import matmul_reference
-from pallas_kernels.matmul_config_sm90 import MOST_DECODED, NUM_SMS, SMEM_BYTES, Config, DecodeConfig, fill, smem_bytes
+from pallas_kernels.matmul_config_sm90 import (
+    MOST_DECODED,
+    NUM_SMS,
+    SMEM_BYTES,
+    Config,
+    DecodeConfig,
+    fill,
+    smem_bytes,
+    to_json,
+)
 from pallas_kernels.quantized_tensor import QuantizedTensor
 
 TUNED = Path(__file__).parents[2] / "pallas_kernels" / "tuned"
@@ -53,7 +62,9 @@ def candidates(m: int, n: int, k: int) -> Iterator[Config | DecodeConfig]:
         yield Config(208, stages=5, multicast=2, store_m=16)
         yield Config(192, stages=5, multicast=2)
         return
-    for warpgroups, k_warpgroups in ((2, 1), (2, 2), (3, 1), (4, 1), (4, 2), (4, 4)):
+    for k_tiles, stages in ((4, 2), (2, 3)):
+        yield Config(m, warpgroups=4, k_tiles=k_tiles, stages=stages, store_m=min(m, 16))
+    for warpgroups, k_warpgroups in ((2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (6, 6), (8, 8)):
         config = DecodeConfig(m, warpgroups, k_warpgroups)
         ctas = -(-n // (config.columns * layouts.TILE_N))
         ctas_per_sm = 2 if warpgroups == 2 else 1
@@ -91,14 +102,8 @@ def tune(m: int, n: int, k: int) -> Config | DecodeConfig:
     }
     best = sorted(times, key=lambda config: times[config])
     for config in best[:4]:
-        print(f"{n}x{k} M={m}: {times[config]:8.2f} us {_changes(config)}", flush=True)
+        print(f"{n}x{k} M={m}: {times[config]:8.2f} us {to_json(config)}", flush=True)
     return best[0]
-
-
-def _changes(config: Config | DecodeConfig) -> dict[str, Any]:
-    """The fields that differ from their defaults."""
-    fields = {f.name: f.default for f in dataclasses.fields(config)}
-    return {name: value for name, value in dataclasses.asdict(config).items() if value != fields[name]}
 
 
 def main() -> None:
@@ -113,7 +118,7 @@ def main() -> None:
         n, k = map(int, shape.split("x"))
         entry = table["matmul"].setdefault(shape, {})
         for m in args.tokens:
-            entry[str(m)] = _changes(tune(m, n, k))
+            entry[str(m)] = to_json(tune(m, n, k))
         # The largest bucket serves every larger number of tokens.
         table["matmul"][shape] = dict(sorted(entry.items(), key=lambda item: int(item[0])))
         file.write_text(json.dumps(table, indent=1) + "\n")
