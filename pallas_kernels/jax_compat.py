@@ -17,7 +17,7 @@ def transpose_ref(ref: Any, permutation: tuple[int, ...] = (1, 0)) -> Any:
 
 def load_registers(ref: Any, layout: Any) -> jax.Array:
     """The whole ``ref`` in registers, in a layout for which the loads need not be wide."""
-    if JAX_VERSION < (0, 12):
+    if JAX_VERSION < (0, 11, 2):
         return plgpu.load(ref, (), layout=layout, optimized=False)
     return plgpu.load(ref, layout=layout, optimized=False)  # pyright: ignore[reportCallIssue]
 
