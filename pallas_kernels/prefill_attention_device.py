@@ -123,7 +123,7 @@ def kernel(
             for first, rows in parts(head_dim):
                 channels = pl.ds(first, rows)
                 plgpu.copy_gmem_to_smem(
-                    v_gmem.at[batch, kv_head, channels, slots], v_smem.at[s, channels], v_full.at[s]
+                    v_gmem.at[batch, kv_head, tile, channels], v_smem.at[s, channels], v_full.at[s]
                 )
 
     @pl.when(warpgroup < warpgroups)

@@ -240,12 +240,12 @@ def prepare_columns(
 ) -> None:
     """Of 128 tokens: the columns' two numbers, V^T's rows of 1 / m, and 2^e as float16 in shared memory.
 
-    ``columns`` is [2, S'] float32: the key's scale and log2 m; ``values`` is [H + 8, S'].
+    ``columns`` is [2, S'] float32: the key's scale and log2 m; ``values`` is [tiles, H + 8, tokens].
     """
     (slots,) = ir.MemRefType(k_scale.type).shape
-    rows, padded = ir.MemRefType(values.type).shape
-    i8, i16, f32, f16 = (ir.IntegerType.get_signless(8), ir.IntegerType.get_signless(16), ir.F32Type.get(), None)
-    del f16
+    _, rows, tile_tokens = ir.MemRefType(values.type).shape
+    _, padded = ir.MemRefType(columns.type).shape
+    i8, i16, f32 = ir.IntegerType.get_signless(8), ir.IntegerType.get_signless(16), ir.F32Type.get()
     position = arith.remui(utils.thread_idx(), _i32(_THREADS))
     # Position 16 b + 4 q + 2 i + e holds token 16 b + 8 i + 2 q + e.
     token = arith.ori(
@@ -280,7 +280,7 @@ def prepare_columns(
         index = arith.addi(where, _i32(i * padded))
         llvm.store(number, utils.getelementptr(utils.memref_ptr(columns), [index], f32))
     for i in range(TOTAL_ROWS):
-        index = arith.addi(where, _i32((rows - TOTAL_ROWS + i) * padded))
+        index = _value_offset(where, _i32(rows - TOTAL_ROWS + i), rows, tile_tokens)
         byte = arith.trunci(i8, arith.shrui(code, _i32(8 * i)) if i < 4 else _i32(0))
         llvm.store(byte, utils.getelementptr(utils.memref_ptr(values), [index], i8))
 
@@ -306,9 +306,9 @@ def prepare_keys(_: mgpu.LaunchContext, first: mgpu.FragmentedArray, packed: ir.
 def prepare_values(
     _: mgpu.LaunchContext, first: mgpu.FragmentedArray, packed: ir.Value, units: ir.Value, values: ir.Value
 ) -> None:
-    """INT4 codes [S, H/2] of 128 tokens -> E4M3 V^T [H + 8, S'], codes times 2^e; not the last 8 rows."""
+    """INT4 codes [S, H/2] of 128 tokens -> E4M3 V^T [tiles, H + 8, tokens], codes times 2^e; not the last 8 rows."""
     slots, stored = ir.MemRefType(packed.type).shape
-    _, padded = ir.MemRefType(values.type).shape
+    _, rows, tile_tokens = ir.MemRefType(values.type).shape
     thread = arith.remui(utils.thread_idx(), _i32(_THREADS))
     block = arith.muli(arith.remui(thread, _i32(_PREPARED_TOKENS // 16)), _i32(16))
     token = arith.addi(block, first.registers.item())
@@ -332,7 +332,14 @@ def prepare_values(
                     channels[b, n].append(_scale_e4m3(codes, scales[2 * q], scales[2 * q + 1]))
         for (b, n), words in channels.items():
             channel = arith.addi(byte, _i32(b + n * stored))
-            _store_words(target, arith.addi(arith.muli(channel, _i32(padded)), token), words)
+            _store_words(target, _value_offset(token, channel, rows, tile_tokens), words)
+
+
+def _value_offset(token: ir.Value, channel: ir.Value, rows: int, tokens: int) -> ir.Value:
+    """Where V^T of [tiles, rows, tokens] holds a channel of a token."""
+    tile, within = arith.divui(token, _i32(tokens)), arith.remui(token, _i32(tokens))
+    row = arith.addi(arith.muli(tile, _i32(rows)), channel)
+    return arith.addi(arith.muli(row, _i32(tokens)), within)
 
 
 # --- pieces ---------------------------------------------------------------------------------------

@@ -100,34 +100,36 @@ def prefill_attention_sm90(
 ) -> Float[Array, "B T heads H"]:
     """Attention of [B, T, heads, H] queries over an INT4 cache; arguments as ``prefill_attention``."""
     head_dim = query.values.shape[-1]
+    config = config or default_config(head_dim)
     length = query.values.shape[1]
     queries = jnp.pad(query.values, ((0, 0), (0, -length % 8), (0, 0), (0, 0)))
     assert query.scale is not None
     out = launch(
         queries,
         query.scale[..., 0],
-        *prepare(key, value, kv_lengths),
+        *prepare(key, value, kv_lengths, config.block_kv),
         query_start.astype(jnp.int32),
         kv_lengths.astype(jnp.int32),
         scale=scale,
         causal=causal,
         window=window,
         out_dtype=out_dtype,
-        config=config or default_config(head_dim),
+        config=config,
     )
     return out[:, :length]
 
 
 def prepare(
-    key: ScaledArray, value: ScaledArray, kv_lengths: Int[Array, " B"]
+    key: ScaledArray, value: ScaledArray, kv_lengths: Int[Array, " B"], block_kv: int
 ) -> tuple[
     Float[Array, "B kv_heads columns H"],
-    Float[Array, "B kv_heads H8 columns"],
+    Float[Array, "B kv_heads tiles H8 block_kv"],
     Float[Array, "B kv_heads 2 columns"],
     Float[Array, "B kv_heads"],
 ]:
     """The kernel's operands: K, V^T with the rows of its totals, their columns' numbers, and the highest value scale.
 
+    V^T is stored tile by tile, so that a copy reads consecutive bytes.
     ``columns`` is the number of slots rounded up to 128; ``H8`` is H + 8. The columns' numbers are the
     key's scale and log2 of the mantissa of the value's.
     """
@@ -139,11 +141,12 @@ def prepare(
     valid = (jnp.arange(slots) < kv_lengths[:, None])[:, None]
     highest = jnp.max(jnp.where(valid, v_scale, 0), axis=-1).astype(jnp.float32)
     columns = -(-slots // PREPARED_TOKENS) * PREPARED_TOKENS
+    tiles = (batch, kv_heads, columns // block_kv)
     keys, values, numbers = plgpu.kernel(
         prepare_kernel,
         out_type=(
             jax.ShapeDtypeStruct((batch, kv_heads, columns, 2 * stored), formats.E4M3),
-            jax.ShapeDtypeStruct((batch, kv_heads, 2 * stored + registers.TOTAL_ROWS, columns), formats.E4M3),
+            jax.ShapeDtypeStruct((*tiles, 2 * stored + registers.TOTAL_ROWS, block_kv), formats.E4M3),
             jax.ShapeDtypeStruct((batch, kv_heads, 2, columns), jnp.float32),
         ),
         grid=(columns // PREPARED_TOKENS, kv_heads, batch),
@@ -160,7 +163,7 @@ def launch(
     q: Float[Array, "B T8 heads H"],
     q_scale: Float[Array, "B T heads"],
     k: Float[Array, "B kv_heads columns H"],
-    v: Float[Array, "B kv_heads H8 columns"],
+    v: Float[Array, "B kv_heads tiles H8 block_kv"],
     columns: Float[Array, "B kv_heads 2 columns"],
     highest: Float[Array, "B kv_heads"],
     query_start: Int[Array, " B"],
@@ -195,9 +198,9 @@ def launch(
             "q_smem": _swizzled((config.warpgroups, BLOCK_Q, head_dim), formats.E4M3),
             "out_smem": _swizzled((config.warpgroups, BLOCK_Q, head_dim), out_dtype),
             "k_smem": _swizzled((stages, block_kv, head_dim), formats.E4M3),
-            "v_smem": _swizzled((stages, v.shape[2], block_kv), formats.E4M3),
+            "v_smem": _swizzled((stages, v.shape[3], block_kv), formats.E4M3),
             "columns_smem": plgpu.SMEM((stages, 2, block_kv), jnp.float32),
-            "sum_smem": plgpu.SMEM((config.warpgroups, BLOCK_Q * v.shape[2]), jnp.float32),
+            "sum_smem": plgpu.SMEM((config.warpgroups, BLOCK_Q * v.shape[3]), jnp.float32),
             "q_barriers": plgpu.Barrier(num_barriers=config.warpgroups),
             "k_full": ring(),
             "v_full": ring(num_arrivals=1 + len(parts(head_dim))),

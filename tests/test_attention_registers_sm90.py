@@ -98,8 +98,8 @@ def test_probabilities_and_columns_have_one_order(monkeypatch):
             np.testing.assert_array_equal(pair[e], 8 * block + 2 * machine.q + e)
 
 
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_preparation(monkeypatch, head_dim):
+@pytest.mark.parametrize(("head_dim", "tile"), [(64, 128), (128, 64), (128, 128), (256, 64)])
+def test_preparation(monkeypatch, head_dim, tile):
     """Codes and scales of a cache whose last slots are invalid, in the units and the order of the kernel."""
     rng = np.random.default_rng(0)
     slots, length, padded, first = 200, 190, 256, 128
@@ -111,7 +111,7 @@ def test_preparation(monkeypatch, head_dim):
     k_scale, v_scale = (machine.ref(x) for x in scales)
     highest = np.nanmax(scales[1].astype(np.float32))
     keys = machine.ref(np.zeros((padded, head_dim), E4M3))
-    values = machine.ref(np.zeros((head_dim + prefill.TOTAL_ROWS, padded), E4M3))
+    values = machine.ref(np.zeros((padded // tile, head_dim + prefill.TOTAL_ROWS, tile), E4M3))
     columns = machine.ref(np.zeros((2, padded), np.float32))
     units = machine.ref(np.zeros((128,), np.float16))
     for start in (0, first):
@@ -126,7 +126,8 @@ def test_preparation(monkeypatch, head_dim):
     assert np.isfinite(values.memory.astype(np.float32)).all()
     # Back in the tokens' order.
     order = np.argsort(np.asarray(prefill.permute_tokens(jnp.arange(padded))))
-    numbers, v = columns.memory[:, order], values.memory[:, order].astype(np.float32)
+    v = values.memory.swapaxes(0, 1).reshape(-1, padded)[:, order].astype(np.float32)
+    numbers = columns.memory[:, order]
     np.testing.assert_array_equal(numbers[0, :length], scales[0, :length].astype(np.float32))
     assert (numbers[:, length:] == [[1], [0]]).all()
     mantissa = np.exp2(numbers[1, :length])

@@ -168,7 +168,8 @@ def time_prefill() -> None:
             ms = median_ms(run, inputs, 10, 3)
             line += f" | {ms:6.3f} {tera / ms:5.0f}"
         _, key, value = inputs[0]
-        prepared = [(q.values, q.scale[..., 0], *jax.jit(prefill.prepare)(key, value, lengths), start, lengths)]
+        prepare = jax.jit(functools.partial(prefill.prepare, block_kv=prefill.Config().block_kv))
+        prepared = [(q.values, q.scale[..., 0], *prepare(key, value, lengths), start, lengths)]
         launch = functools.partial(
             prefill.launch, scale=SCALE, causal=True, window=None, out_dtype=jnp.bfloat16, config=prefill.Config()
         )
