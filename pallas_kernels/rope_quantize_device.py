@@ -219,7 +219,7 @@ class _Warp:
         if "post_rope_scale" not in self.refs:
             return row
         kv_head = arith.divui(group.head, const(self.problem.heads // self.problem.kv_heads))
-        inverse = self.by_channel("post_rope_scale", kv_head).map(emit.refined_reciprocal)
+        inverse = self.by_channel("post_rope_scale", kv_head).map(emit.reciprocal)
         return row.map(arith.mulf, inverse)
 
     def rotated_key(self, token: Token, group: Group, row: emit.Row) -> emit.Row:

@@ -1,7 +1,6 @@
 """Register-level quantization of a row that a few lanes share, and the instructions for it.
 
-Nothing is rounded by a rule of its own: scales, E4M3 and INT4 follow ``formats``. Only the sign of a
-zero is not kept.
+Nothing is rounded by a rule of its own: scales, E4M3 and INT4 follow ``formats``.
 """
 
 import contextlib
@@ -115,9 +114,10 @@ def to_bf16(x: ir.Value) -> ir.Value:
 
 
 def absmax_scale(absmax: ir.Value, factor: float) -> ir.Value:
-    """``formats.absmax_scale``. XLA, too, multiplies by the limit's reciprocal."""
+    """``formats.absmax_scale``; ``factor`` is the limit's reciprocal."""
     scale = arith.mulf(absmax, constant(factor))
-    return arith.select(arith.cmpf(arith.CmpFPredicate.OGT, scale, constant(0.0)), scale, constant(1.0))
+    normal = arith.cmpf(arith.CmpFPredicate.OGE, scale, constant(float(np.finfo(np.float32).tiny)))
+    return arith.select(normal, scale, constant(1.0))
 
 
 def finite_absmax(row: Row, lanes: int) -> ir.Value:
@@ -138,32 +138,14 @@ def _larger_if_finite(largest: ir.Value, x: ir.Value) -> ir.Value:
     return asm([ir.F32Type.get()], [largest, x], code, "=f,f,f", volatile=False)[0]
 
 
-def _reciprocal(x: ir.Value) -> ir.Value:
-    return asm([ir.F32Type.get()], [x], "rcp.approx.ftz.f32 $0, $1;", "=f,f", volatile=False)[0]
-
-
-def refined_reciprocal(x: ir.Value) -> ir.Value:
-    """1 / x, all but always the nearest float32."""
-    inverse = _reciprocal(x)
-    return fma(inverse, fma(arith.negf(inverse), x, constant(1.0)), inverse)
+def reciprocal(x: ir.Value) -> ir.Value:
+    return asm([ir.F32Type.get()], [x], "rcp.rn.f32 $0, $1;", "=f,f", volatile=False)[0]
 
 
 def quotients(row: Row, scale: ir.Value) -> Row:
-    """Elements over ``scale``: exact wherever the quotient is a float32, as it is between two codes.
-
-    One Newton step after the product with the reciprocal. The product is bounded first, since the
-    remainder of an infinity would be NaN; beyond the bound everything saturates anyway. NaN stays.
-    The reciprocal of a subnormal scale is bounded for the same reason, and such rows are coarse.
-    """
-    f32 = ir.F32Type.get()
-    largest = float(np.finfo(np.float32).max)
-    inverse = asm([f32], [_reciprocal(scale), constant(largest)], "min.f32 $0, $1, $2;", "=f,f,f", volatile=False)[0]
-    code = (
-        "{ .reg .f32 q, n, e; mul.rn.f32 q, $1, $3; min.NaN.xorsign.abs.f32 q, q, $4; neg.f32 n, q; "
-        "fma.rn.f32 e, n, $2, $1; fma.rn.f32 $0, e, $3, q; }"
-    )
-    bound = constant(512.0)
-    return row.map(lambda x: asm([f32], [x, scale, inverse, bound], code, "=f,f,f,f,f", volatile=False)[0])
+    """Elements over ``scale``: times its reciprocal, as ``formats`` divides."""
+    inverse = reciprocal(scale)
+    return row.map(lambda x: arith.mulf(x, inverse))
 
 
 def to_e4m3(four: Sequence[ir.Value]) -> ir.Value:
