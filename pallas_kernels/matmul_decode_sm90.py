@@ -7,6 +7,7 @@ start of the kernel and the first read. x and the group scales come in chunks th
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -146,7 +147,7 @@ class _Warpgroup:
         """All of it."""
         scratch, config, problem = self.scratch, self.config, self.problem
         # Few bytes first: they would queue behind the weights.
-        self._feeder(lambda: [self._feed(jnp.int32(i), jnp.int32(i)) for i in range(self._stages)])
+        self._feeder(self._feed_first)
         scales = self._load_scales() if scratch.scales is None else ()
         for i in range(min(config.depth, self._steps)):
             self._copy_words(jnp.int32(i), jnp.int32(i))
@@ -169,14 +170,14 @@ class _Warpgroup:
 
         self._finisher(finish)
 
-    def _feeder(self, body: Any) -> None:
+    def _feeder(self, body: Callable[[], None]) -> None:
         """Run ``body`` in the warpgroup that loads x for those with the same K."""
         if self.config.columns == 1:
             body()
         else:
-            pl.when(self.column == 0)(lambda: body() and None)
+            pl.when(self.column == 0)(body)
 
-    def _finisher(self, body: Any) -> None:
+    def _finisher(self, body: Callable[[], None]) -> None:
         """Run ``body`` in the warpgroup that has the sum of those with the same channels."""
         if self.config.k_warpgroups == 1:
             body()
@@ -196,6 +197,11 @@ class _Warpgroup:
     def _slot(self, slot: jax.Array) -> jax.Array:
         """Index of this part of K's slot among all of them."""
         return self.k_wg * self._stages + slot
+
+    def _feed_first(self) -> None:
+        """Fill the ring."""
+        for i in range(self._stages):
+            self._feed(jnp.int32(i), jnp.int32(i))
 
     def _feed(self, chunk: jax.Array, slot: jax.Array) -> None:
         """Start to load a chunk of x and of the group scales; past the end of K they are zeros."""
@@ -300,7 +306,7 @@ class _Warpgroup:
             sync.arrive(self.scratch.free, at, cluster_size=1)
         return jnp.where(slot == self._stages - 1, 0, slot + 1), parity, word_slots[-1], total
 
-    def _accumulate(self, body: Any) -> jax.Array:
+    def _accumulate(self, body: Callable[[Any], jax.Array]) -> jax.Array:
         return pl.run_scoped(body, plgpu.WGMMAAccumulatorRef((layouts.TILE_N, self.config.tile_m), jnp.float32))
 
     def _refill(self, i: jax.Array, slot: jax.Array, parity: jax.Array) -> jax.Array:
