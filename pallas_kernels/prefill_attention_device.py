@@ -122,9 +122,7 @@ def kernel(
             plgpu.copy_gmem_to_smem(columns_gmem.at[batch, kv_head, :, slots], columns_smem.at[s], v_full.at[s])
             for first, rows in parts(head_dim):
                 channels = pl.ds(first, rows)
-                plgpu.copy_gmem_to_smem(
-                    v_gmem.at[batch, kv_head, tile, channels], v_smem.at[s, channels], v_full.at[s]
-                )
+                plgpu.copy_gmem_to_smem(v_gmem.at[batch, kv_head, tile, channels], v_smem.at[s, channels], v_full.at[s])
 
     @pl.when(warpgroup < warpgroups)
     def _compute():
