@@ -7,9 +7,9 @@ i + H/2 in the high one). Three freedoms make this cheap:
   is then the mantissa of a subnormal, so the byte is worth code * 2^-9 (``CODE_UNIT``), exactly.
 * The order of a contraction index is free if both operands share it. For S^T = K Q^T a thread
   takes whichever channels lie together in the row, and Q's channels are permuted to match
-  (:func:`permute_channels`). For O^T = V^T P^T a thread of P's accumulator holds, for one query,
+  (:func:`store_queries`). For O^T = V^T P^T a thread of P's accumulator holds, for one query,
   four tokens of every 128; they become four neighbours of the contraction index, one word of P.
-* The order of the rows of O^T is free as well: :func:`restore_channels` undoes it.
+* The order of the rows of O^T is free as well: :func:`store_output` undoes it.
 
 Notation below: warp w, lane = 4 * g + q, half h (rows r and r + 8 of a fragment), byte e of a word.
 """
@@ -44,7 +44,7 @@ def store_queries(
     past the last token it is 0. ``q_smem`` is tiled (8, 128) with 128-byte swizzle, or (8, 64) with 64-byte swizzle.
     """
     length, heads, head_dim = ir.MemRefType(queries.type).shape
-    *_, width = ir.MemRefType(q_smem.type).shape
+    width = ir.MemRefType(q_smem.type).shape[-1]
     rows, words = math.prod(ir.MemRefType(q_smem.type).shape) // head_dim, head_dim // 4
     source, target = utils.memref_ptr(queries), utils.memref_ptr(q_smem)
     i8, i32 = ir.IntegerType.get_signless(8), ir.IntegerType.get_signless(32)
@@ -117,7 +117,7 @@ def store_output(
     Column n is the token and head of row ``first_row`` + n, as in :func:`store_queries`.
     """
     head_dim = output.shape[0]
-    length, heads, _ = ir.MemRefType(target.type).shape
+    length, heads = ir.MemRefType(target.type).shape[:2]
     element = ir.MemRefType(target.type).element_type
     width = head_dim // 64  # channels that lie together in a thread
     registers = output.registers.reshape(width, -1, 2)
@@ -179,7 +179,7 @@ def combine(
     threads makes four channels of ``target`` [T, heads, H], rows as in :func:`store_queries`.
     """
     splits, rows, head_dim = ir.MemRefType(partial.type).shape
-    _, heads, _ = ir.MemRefType(target.type).shape
+    heads = ir.MemRefType(target.type).shape[1]
     element, f32 = ir.MemRefType(target.type).element_type, ir.F32Type.get()
     quad = ir.VectorType.get((4,), f32)
     unit_index = arith.addi(arith.muli(block.registers.item(), _i32(128)), arith.remui(utils.thread_idx(), _i32(128)))

@@ -5,7 +5,7 @@ the group. Its warpgroups share the range and nothing else: each has its own rin
 stages, which it asks TMA to fill, so that one's arithmetic hides another's latencies. Codes are
 dequantized in registers and are WGMMA's A operand in both products (S^T = K Q^T, O^T = V^T P^T):
 the few queries are the narrow N side. The warpgroups' results are combined in shared memory; the
-blocks', where a sequence is split over several, by XLA.
+blocks', where a sequence is split over several, by a second kernel.
 
 P is cast to FP8 with the value's scale folded in: P = exp2(score - m) * scale_v * 256, where m is
 the running maximum of score + log2(scale_v); nothing overflows and the largest term of each
@@ -150,11 +150,10 @@ def decode_attention_sm90(
         raise ValueError(f"a page has {page_size} slots; expected a multiple of block_kv {config.block_kv}")
     splits = config.splits(batch * kv_heads * row_blocks, slots)
 
-    out_type: tuple[jax.ShapeDtypeStruct, ...] = (jax.ShapeDtypeStruct(query.values.shape, out_dtype),)
-    if splits > 1:
-        numbers = jax.ShapeDtypeStruct((batch, kv_heads, splits, rows), jnp.float32)
-        partial = jax.ShapeDtypeStruct((batch, kv_heads, splits, 1, rows, head_dim), jnp.float32)
-        partials_type = (partial, numbers, numbers)
+    out_type = jax.ShapeDtypeStruct(query.values.shape, out_dtype)
+    numbers = jax.ShapeDtypeStruct((batch, kv_heads, splits, rows), jnp.float32)
+    # One more dimension, so that a split's rows look like one token's heads.
+    partial_type = jax.ShapeDtypeStruct((batch, kv_heads, splits, 1, rows, head_dim), jnp.float32)
     body = functools.partial(
         kernel,
         block_kv=config.block_kv,
@@ -169,7 +168,7 @@ def decode_attention_sm90(
     codes = (ring, config.block_kv * head_dim // 2 // COPY_ROW, COPY_ROW)
     partials = plgpu.kernel(
         body,
-        out_type=out_type if splits == 1 else partials_type,
+        out_type=(out_type,) if splits == 1 else (partial_type, numbers, numbers),
         grid=(splits, kv_heads * row_blocks, batch),
         grid_names=("split", "head", "batch"),
         num_threads=warpgroups,
@@ -205,7 +204,7 @@ def decode_attention_sm90(
     )
     if splits == 1:
         return partials[0]
-    (out,) = plgpu.kernel(
+    return plgpu.kernel(
         functools.partial(combine_kernel, group=group),
         out_type=out_type,
         grid=(-(-rows * head_dim // (4 * 128)), kv_heads, batch),
@@ -213,7 +212,6 @@ def decode_attention_sm90(
         num_threads=1,
         thread_name="warpgroup",
     )(*partials)
-    return out
 
 
 def _swizzled(shape: tuple[int, ...]):

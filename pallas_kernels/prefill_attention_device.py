@@ -1,4 +1,4 @@
-"""Device code of the prefill kernels; ``prefill_attention_sm90`` describes and launches them."""
+"""Device code of the prefill kernels; ``prefill_attention_sm90`` describes them and launches them."""
 
 import dataclasses
 import functools
@@ -14,44 +14,33 @@ from jax import lax
 
 from pallas_kernels import formats, jax_compat
 from pallas_kernels import prefill_attention_registers_sm90 as registers
-from pallas_kernels.prefill_attention_registers_sm90 import TOTAL_ROWS
+from pallas_kernels.attention_registers_sm90 import CODE_UNIT
 
 BLOCK_Q = 64  # queries of a warpgroup: WGMMA's M
-PREPARED_TOKENS = 128  # tokens of a block of the preparation
 _MATRIX = plgpu.Layout.WGMMA
 _ROW = plgpu.Layout.WGMMA.reduce(1)  # one number for each query
 _COLUMN = plgpu.Layout.WGMMA.reduce(0)  # one number for each key
 _SCALAR = plgpu.Layout.WG_SPLAT(())
 # Registers a thread: the copying warpgroup gives what it does not need to the computing ones.
-_COPY_REGISTERS, _COMPUTE_REGISTERS = 24, 240
-# A row's maximum before its first key: finite, so that no difference of maxima is NaN.
-_LOWEST = -1e30
+_REGISTERS = {1: (24, 240), 2: (24, 240), 3: (24, 160)}
 
 
 def prepare_kernel(
-    k_gmem, k_scale_gmem, v_gmem, v_scale_gmem, highest_gmem, kv_lengths_gmem, keys_gmem, values_gmem, columns_gmem,
-    *, units_smem,
+    k_gmem, k_scale_gmem, v_gmem, v_scale_gmem, kv_lengths_gmem, keys_gmem, values_gmem, columns_gmem,
 ) -> None:  # fmt: skip
-    """One block: 128 tokens of one kv head as the prefill kernel's operands."""
+    """One block: ``PREPARED_TOKENS`` tokens of one kv head as :func:`kernel`'s operands."""
     batch, kv_head = lax.axis_index("batch"), lax.axis_index("head")
-    first = lax.axis_index("block") * PREPARED_TOKENS
-    scalars = (first, kv_lengths_gmem[batch], highest_gmem[batch, kv_head])
-    refs = (k_scale_gmem, v_scale_gmem, columns_gmem, values_gmem)
-    _inline(registers.prepare_columns, (_SCALAR,) * 3 + (plgpu.RefType(),) * 5)(
-        *scalars, *(ref.at[batch, kv_head] for ref in refs), units_smem
-    )
-    _inline(registers.prepare_keys, (_SCALAR, plgpu.RefType(), plgpu.RefType()))(
-        first, k_gmem.at[batch, kv_head], keys_gmem.at[batch, kv_head]
-    )
-    plgpu.commit_smem()
-    _inline(registers.prepare_values, (_SCALAR, *(plgpu.RefType(),) * 3))(
-        first, v_gmem.at[batch, kv_head], units_smem, values_gmem.at[batch, kv_head]
-    )
+    first = lax.axis_index("block") * registers.PREPARED_TOKENS
+    ref = plgpu.RefType()
 
+    def own(*refs):
+        return (x.at[batch, kv_head] for x in refs)
 
-def parts(head_dim: int) -> list[tuple[int, int]]:
-    """(first, rows) of the pieces of V^T and its totals: at most 256 rows, WGMMA's N and TMA's box."""
-    return [(0, 128), (128, 128 + TOTAL_ROWS)] if head_dim == 256 else [(0, head_dim + TOTAL_ROWS)]
+    columns = plgpu.inline_mgpu(arg_types=(_SCALAR, _SCALAR, ref, ref, ref))(registers.prepare_columns)
+    columns(first, kv_lengths_gmem[batch], *own(k_scale_gmem, v_scale_gmem, columns_gmem))
+    codes = plgpu.inline_mgpu(arg_types=(_SCALAR, ref, ref))
+    codes(registers.prepare_keys)(first, *own(k_gmem, keys_gmem))
+    codes(registers.prepare_values)(first, *own(v_gmem, values_gmem))
 
 
 def kernel(
@@ -60,7 +49,6 @@ def kernel(
     k_gmem,
     v_gmem,
     columns_gmem,
-    highest_gmem,
     query_start_gmem,
     kv_lengths_gmem,
     out_gmem,
@@ -70,7 +58,6 @@ def kernel(
     k_smem,
     v_smem,
     columns_smem,
-    sum_smem,
     q_barriers,
     k_full,
     v_full,
@@ -79,12 +66,11 @@ def kernel(
     to_scores: float,
     causal: bool,
     window: int | None,
-    settle_every: int,
-    take_turns: bool,
+    pipeline: int,
 ) -> None:
     """One block: ``warpgroups`` x 64 queries of one head against the tiles they can see."""
     warpgroups = q_smem.shape[0]
-    stages, block_kv, head_dim = k_smem.shape
+    stages, block_kv, _ = k_smem.shape
     block_rows = BLOCK_Q * warpgroups
     batch, head, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
     kv_head = lax.div(head, jnp.int32(out_gmem.shape[2] // k_gmem.shape[1]))
@@ -108,7 +94,7 @@ def kernel(
 
     @pl.when(warpgroup == warpgroups)
     def _copy():
-        plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
+        plgpu.set_max_registers(_REGISTERS[warpgroups][0], action="decrease")
 
         @pl.loop(begin, end)
         def _tile(tile):
@@ -120,30 +106,25 @@ def kernel(
             # The keys' scales come and go with the values: they outlive the keys.
             pl.when(refill)(lambda: plgpu.barrier_wait(v_free.at[s]))
             plgpu.copy_gmem_to_smem(columns_gmem.at[batch, kv_head, :, slots], columns_smem.at[s], v_full.at[s])
-            for first, rows in parts(head_dim):
-                channels = pl.ds(first, rows)
-                plgpu.copy_gmem_to_smem(v_gmem.at[batch, kv_head, tile, channels], v_smem.at[s, channels], v_full.at[s])
+            plgpu.copy_gmem_to_smem(v_gmem.at[batch, kv_head, :, slots], v_smem.at[s], v_full.at[s])
 
     @pl.when(warpgroup < warpgroups)
     def _compute():
-        plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+        plgpu.set_max_registers(_REGISTERS[warpgroups][1], action="increase")
         row = first_row + warpgroup * BLOCK_Q
         rows = pl.ds(row, BLOCK_Q)
         plgpu.copy_gmem_to_smem(q_gmem.at[batch, rows, head], q_smem.at[warpgroup], q_barriers.at[warpgroup])
         result = plgpu.ShapeDtypeStruct((BLOCK_Q,), jnp.float32, layout=_ROW)
-        q_scale = _inline(registers.load_rows, (_SCALAR, _SCALAR, plgpu.RefType()), result)(
-            row, head, q_scale_gmem.at[batch]
-        )
-        _inline(registers.clear_sum, (plgpu.RefType(),))(sum_smem.at[warpgroup])
+        load = plgpu.inline_mgpu(arg_types=(_SCALAR, _SCALAR, plgpu.RefType()), return_type=result)(registers.load_rows)
+        row_to_scores = load(row, head, q_scale_gmem.at[batch]) * to_scores
         plgpu.barrier_wait(q_barriers.at[warpgroup])
         tiles = _Tiles(
-            q_smem.at[warpgroup], k_smem, v_smem, columns_smem, sum_smem.at[warpgroup], k_full, k_free, v_full,
-            v_free, stage, q_scale * to_scores, first_position + warpgroup * BLOCK_Q, length, causal, window,
-            take_turns, warpgroup,
+            q_smem.at[warpgroup], k_smem, v_smem, columns_smem, k_full, k_free, v_full, v_free, stage,
+            row_to_scores, first_position + warpgroup * BLOCK_Q, length, causal, window,
         )  # fmt: skip
-        highest = highest_gmem[batch, kv_head]
-        out = _attend(tiles, begin, full_end, end, settle_every, highest)
-        out_smem[warpgroup] = out.astype(out_smem.dtype)
+        total, out = (_one_by_one if pipeline == 1 else _scores_ahead)(tiles, begin, full_end, end)
+        inverse = jnp.where(total > 0, 1.0 / (jnp.where(total > 0, total, 1.0) * CODE_UNIT), 0.0)
+        out_smem[warpgroup] = (out * _over_columns(inverse, out.shape)).astype(out_smem.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_smem.at[warpgroup], out_gmem.at[batch, rows, head])
         plgpu.wait_smem_to_gmem(0)
@@ -151,13 +132,12 @@ def kernel(
 
 @dataclasses.dataclass(frozen=True)
 class _Tiles:
-    """What a compute warpgroup does with a tile; the order is :func:`_attend`'s affair."""
+    """What a compute warpgroup does with a tile; the order is the pipelines' affair."""
 
     q: Any
     k: Any
     v: Any
-    columns: Any  # [stages, 2, block_kv]: the key's scale, log2 of the mantissa of the value's
-    sum: Any
+    columns: Any  # [stages, 3, block_kv]: the key's scale, the logarithm of the value's, one over it
     k_full: Any
     k_free: Any
     v_full: Any
@@ -168,40 +148,35 @@ class _Tiles:
     length: jax.Array
     causal: bool
     window: int | None
-    take_turns: bool
-    warpgroup: jax.Array
 
     @property
     def shape(self) -> tuple[int, int]:
         return BLOCK_Q, self.k.shape[1]
 
     @property
-    def parts(self) -> list[tuple[int, int]]:
-        return parts(self.k.shape[2])
-
-    @property
-    def sums(self) -> list[Any]:
-        """This warpgroup's shared memory for each part of the output."""
-        return [self.sum.at[pl.ds(BLOCK_Q * first, BLOCK_Q * rows)] for first, rows in self.parts]
+    def head_dim(self) -> int:
+        return self.k.shape[2]
 
     def wait_for_keys(self, tile) -> None:
+        # Before the accumulator is made: between its zeros and the product a branch would make
+        # the compiler write them out.
         plgpu.barrier_wait(self.k_full.at[self.stage(tile)])
 
     def start_scores(self, acc, tile) -> None:
         """Begin acc += Q K^T, in units of the codes."""
         plgpu.wgmma(acc, self.q, jax_compat.transpose_ref(self.k.at[self.stage(tile)]))
 
-    def finish_scores(self, acc, tile, *, products_left: int):
+    def finish_scores(self, acc, tile, *, products_left: int = 0):
         """The scores, once no more than ``products_left`` later products run; frees the tile's keys."""
         scores = plgpu.wgmma_accumulator_load(acc, wait_n=products_left)
         plgpu.barrier_arrive(self.k_free.at[self.stage(tile)])
         return scores
 
-    def softmax(self, scores, tile, peak, *, masked: bool):
-        """P, the new row maxima and the decay of what was summed before.
+    def softmax(self, scores, tile, peak, total, *, masked: bool):
+        """P as E4M3 A operand, the new row maxima and sums, and the decay of what was summed before.
 
-        P = exp2(score + log2 m - maximum) * PROBABILITY_SCALE, m the mantissa of the value's scale:
-        the largest P of a row is exact in E4M3. Waits for the tile's values.
+        P = exp2(score + log2 v_scale - maximum) * PROBABILITY_SCALE, so that the largest term of
+        every output is exact in E4M3; sums are of P / v_scale. Waits for the tile's values.
         """
         s = self.stage(tile)
         plgpu.barrier_wait(self.v_full.at[s])
@@ -209,66 +184,26 @@ class _Tiles:
         scores = scores * _over_columns(self.to_scores, self.shape) + self._column(s, 1)
         if masked:
             scores = jnp.where(self._visible(tile), scores, -jnp.inf)
-        row = plgpu.ShapeDtypeStruct((BLOCK_Q,), jnp.float32, layout=_ROW)
-        new_peak = _inline(registers.row_maxima, (_ROW, _MATRIX), row)(peak, scores)
-        p = jnp.exp2(scores - _over_columns(new_peak - math.log2(formats.PROBABILITY_SCALE), self.shape))
-        return p, new_peak, jnp.exp2(peak - new_peak)
-
-    def operand(self, p):
-        """P as E4M3 A operand."""
+        new_peak = jnp.maximum(peak, jnp.max(scores, axis=1))
+        # Until a row sees its first key its maximum is -inf, and -inf - -inf would be NaN.
+        safe_peak = jnp.where(new_peak == -jnp.inf, 0.0, new_peak) if masked else new_peak
+        decay = jnp.exp2(peak - safe_peak)
+        p = jnp.exp2(scores - _over_columns(safe_peak - math.log2(formats.PROBABILITY_SCALE), self.shape))
+        total = total * decay + jnp.sum(p * self._column(s, 2), axis=1)
         result = plgpu.ShapeDtypeStruct(self.shape, formats.E4M3, layout=plgpu.Layout.WGMMA_8BIT)
-        return _inline(registers.probabilities_to_operand, (_MATRIX,), result)(p)
+        convert = plgpu.inline_mgpu(arg_types=(_MATRIX,), return_type=result)
+        return convert(registers.probabilities_to_operand)(p), new_peak, total, decay
 
     def _column(self, stage, which: int):
         """One of the numbers for each key, over the rows of a tile."""
         ref = self.columns.at[stage, which]
         result = plgpu.ShapeDtypeStruct(ref.shape, jnp.float32, layout=_COLUMN)
-        return lax.broadcast_in_dim(_inline(registers.load_columns, (plgpu.RefType(),), result)(ref), self.shape, (1,))
+        load = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=result)(registers.load_columns)
+        return lax.broadcast_in_dim(load(ref), self.shape, (1,))
 
-    def start_products(self, out, p, tile):
-        """Begin out + P V for each part of V; the result holds nothing before :meth:`finish_products`."""
-        size = self.v.shape[2]  # of a row, in bytes
-        swizzle = min(128, size)
-        transforms = (plgpu.TilingTransform((8, swizzle)), plgpu.SwizzleTransform(swizzle))
-        types = (_MATRIX, plgpu.Layout.WGMMA_8BIT, plgpu.RefType(transforms))
-        start = functools.partial(registers.start_product, swizzle=swizzle)
-        values = [self.v.at[self.stage(tile), pl.ds(first, rows)] for first, rows in self.parts]
-        return tuple(_inline(start, types, _like(part))(part, p, v) for part, v in zip(out, values, strict=True))
-
-    def finish_products(self, out, tile):
-        """The parts of the output, when all is done; frees the tile's values."""
-        out = tuple(_inline(registers.finish_product, (_MATRIX,), _like(part))(part) for part in out)
-        plgpu.barrier_arrive(self.v_free.at[self.stage(tile)])
-        return out
-
-    def rescale(self, out, decay):
-        """Every part times its rows' decay."""
-        return tuple(_inline(registers.rescale, (_MATRIX, _ROW), _like(part))(part, decay) for part in out)
-
-    def settle(self, out, weight, now):
-        """Add the parts to the sum in shared memory and clear them, if ``now``."""
-        types = (_MATRIX, _ROW, _SCALAR, plgpu.RefType())
-        run = [_inline(registers.settle, types, _like(part)) for part in out]
-        return tuple(f(part, weight, now, total) for f, part, total in zip(run, out, self.sums, strict=True))
-
-    def normalized(self, out, weight, highest):
-        """The output: the sum and the parts over their total weight."""
-        head_dim = self.k.shape[2]
-        result = plgpu.ShapeDtypeStruct((BLOCK_Q, head_dim), jnp.float32, layout=_MATRIX)
-        types = ((_MATRIX,) * len(out), _ROW, _SCALAR, (plgpu.RefType(),) * len(out))
-        return _inline(registers.finish, types, result)(out, weight, highest, tuple(self.sums))
-
-    def wait_for_turn(self) -> None:
-        """Until the other warpgroup has started its products."""
-        if self.take_turns:
-            _inline(registers.wait_for_turn, (_SCALAR,))(self.warpgroup)
-
-    def give_first_turn(self) -> None:
-        pl.when(self.warpgroup == 1)(self.end_turn)
-
-    def end_turn(self) -> None:
-        if self.take_turns:
-            _inline(registers.end_turn, (_SCALAR,))(self.warpgroup)
+    def start_product(self, acc, p, tile, columns: slice = slice(None)) -> None:
+        """Begin acc += P V for some channels."""
+        plgpu.wgmma(acc, p, jax_compat.transpose_ref(self.v.at[self.stage(tile), columns]))
 
     def _visible(self, tile):
         slot = plgpu.broadcasted_iota(jnp.int32, self.shape, 1, layout=_MATRIX) + tile * self.shape[1]
@@ -282,74 +217,84 @@ class _Tiles:
         return visible
 
 
-def _attend(tiles: _Tiles, begin, full_end, end, settle_every: int, highest):
-    """P.V of a tile runs under the softmax of the next one. Returns the output."""
+def _initial(tiles: _Tiles):
+    """Row maxima, row sums and output before the first tile."""
+    peak = plgpu.layout_cast(jnp.full((BLOCK_Q,), -jnp.inf, jnp.float32), _ROW)
+    total = plgpu.layout_cast(jnp.zeros((BLOCK_Q,), jnp.float32), _ROW)
+    out = plgpu.layout_cast(jnp.zeros((BLOCK_Q, tiles.head_dim), jnp.float32), _MATRIX)
+    return peak, total, out
 
-    def wait_for_keys(tile):
-        pl.when(tile < end)(lambda: tiles.wait_for_keys(tile))
 
-    def first(tile, carry):
-        _, peak, *rest = carry
+def _one_by_one(tiles: _Tiles, begin, full_end, end):
+    """Pipeline 1: the products of a tile wait for its softmax. Returns row sums and output."""
+
+    def step(tile, carry, *, masked: bool):
+        peak, total, out = carry
 
         def scores_of(acc):
             tiles.start_scores(acc, tile)
-            return tiles.finish_scores(acc, tile, products_left=0)
+            return tiles.finish_scores(acc, tile)
 
-        wait_for_keys(tile)
+        def product_of(acc):
+            tiles.start_product(acc, p, tile)
+            return acc[...]
+
+        tiles.wait_for_keys(tile)
         scores = pl.run_scoped(scores_of, plgpu.WGMMAAccumulatorRef(tiles.shape))
-        p, peak, _ = tiles.softmax(scores, tile, peak, masked=True)
-        wait_for_keys(tile + 1)
-        return tiles.operand(p), peak, *rest
+        p, peak, total, decay = tiles.softmax(scores, tile, peak, total, masked=masked)
+        product = pl.run_scoped(product_of, plgpu.WGMMAAccumulatorRef(out.shape))
+        plgpu.barrier_arrive(tiles.v_free.at[tiles.stage(tile)])
+        return peak, total, out * _over_columns(decay, out.shape) + product
 
-    def step(tile, carry, *, masked: bool):
-        """P.V of ``tile`` and the scores of the next one."""
-        p, peak, settled_peak, out = carry
+    carry = lax.fori_loop(begin, full_end, functools.partial(step, masked=False), _initial(tiles))
+    carry = lax.fori_loop(full_end, end, functools.partial(step, masked=True), carry)
+    return carry[1:]
 
-        def ahead(acc):
-            tiles.start_scores(acc, tile + 1)
-            running = tiles.start_products(out, p, tile)
-            tiles.end_turn()
-            scores = tiles.finish_scores(acc, tile + 1, products_left=len(running))
-            next_p, new_peak, decay = tiles.softmax(scores, tile + 1, peak, masked=masked)
-            # A branch: without one, the compiler waits for the products before the softmax.
-            wait_for_keys(tile + 2)
-            done = tiles.finish_products(running, tile)
-            # Only now: until here the tensor cores read the registers of p.
-            return tiles.operand(next_p), new_peak, decay, done
 
-        tiles.wait_for_turn()
-        next_p, new_peak, decay, out = pl.run_scoped(ahead, plgpu.WGMMAAccumulatorRef(tiles.shape))
-        out = tiles.rescale(out, decay)
-        now = lax.rem(tile - begin, jnp.int32(settle_every)) == settle_every - 1
-        out = tiles.settle(out, jnp.exp2(settled_peak - new_peak), now.astype(jnp.int32))
-        now = plgpu.layout_cast(lax.broadcast_in_dim(now, (BLOCK_Q,), ()), _ROW)
-        return next_p, new_peak, jnp.where(now, new_peak, settled_peak), out
+def _scores_ahead(tiles: _Tiles, begin, full_end, end):
+    """Pipeline 2: the scores of the next tile are computed under this tile's softmax; returns likewise."""
 
-    def last(tile, carry):
-        p, peak, settled_peak, out = carry
+    def first(tile, scores):
+        del scores
 
-        return p, peak, settled_peak, tiles.finish_products(tiles.start_products(out, p, tile), tile)
+        def scores_of(acc):
+            tiles.start_scores(acc, tile)
+            return tiles.finish_scores(acc, tile)
 
-    tiles.give_first_turn()
-    lowest = plgpu.layout_cast(jnp.full((BLOCK_Q,), _LOWEST, jnp.float32), _ROW)
-    zeros = [plgpu.layout_cast(jnp.zeros((BLOCK_Q, rows), jnp.float32), _MATRIX) for _, rows in tiles.parts]
-    p = plgpu.layout_cast(jnp.zeros(tiles.shape, formats.E4M3), plgpu.Layout.WGMMA_8BIT)
-    carry = (p, lowest, lowest, tuple(zeros))
-    carry = lax.fori_loop(begin, jnp.minimum(begin + 1, end), first, carry)
+        tiles.wait_for_keys(tile)
+        return pl.run_scoped(scores_of, plgpu.WGMMAAccumulatorRef(tiles.shape))
+
+    def step(tile, carry, *, masked: bool, last: bool):
+        scores, peak, total, out = carry
+
+        def ahead(next_acc):
+            if not last:
+                tiles.start_scores(next_acc, tile + 1)
+            p, new_peak, new_total, decay = tiles.softmax(scores, tile, peak, total, masked=masked)
+
+            def product_of(acc):
+                tiles.start_product(acc, p, tile)
+                next_scores = scores if last else tiles.finish_scores(next_acc, tile + 1, products_left=1)
+                return next_scores, plgpu.wgmma_accumulator_load(acc, wait_n=0)
+
+            # The accumulator is made only now: its zeros take registers.
+            next_scores, product = pl.run_scoped(product_of, plgpu.WGMMAAccumulatorRef(out.shape))
+            plgpu.barrier_arrive(tiles.v_free.at[tiles.stage(tile)])
+            return next_scores, new_peak, new_total, out * _over_columns(decay, out.shape) + product
+
+        if not last:
+            tiles.wait_for_keys(tile + 1)
+        return pl.run_scoped(ahead, plgpu.WGMMAAccumulatorRef(tiles.shape))
+
+    zeros = plgpu.layout_cast(jnp.zeros(tiles.shape, jnp.float32), _MATRIX)
+    scores = lax.fori_loop(begin, jnp.minimum(begin + 1, end), first, zeros)
     before_last = jnp.maximum(end - 1, begin)
-    full_end = jnp.clip(full_end - 1, begin, before_last)
-    carry = lax.fori_loop(begin, full_end, functools.partial(step, masked=False), carry)
-    carry = lax.fori_loop(full_end, before_last, functools.partial(step, masked=True), carry)
-    _, peak, settled_peak, out = lax.fori_loop(before_last, end, last, carry)
-    return tiles.normalized(out, jnp.exp2(settled_peak - peak), highest)
-
-
-def _inline(f, arg_types: tuple[Any, ...], return_type: Any = None):
-    return plgpu.inline_mgpu(arg_types=arg_types, return_type=return_type)(f)
-
-
-def _like(matrix):
-    return plgpu.ShapeDtypeStruct(matrix.shape, jnp.float32, layout=_MATRIX)
+    full_end = jnp.minimum(full_end, before_last)
+    carry = (scores, *_initial(tiles))
+    carry = lax.fori_loop(begin, full_end, functools.partial(step, masked=False, last=False), carry)
+    carry = lax.fori_loop(full_end, before_last, functools.partial(step, masked=True, last=False), carry)
+    carry = lax.fori_loop(before_last, end, functools.partial(step, masked=True, last=True), carry)
+    return carry[2:]
 
 
 def _over_columns(x, shape: tuple[int, ...]):

@@ -98,44 +98,43 @@ def test_probabilities_and_columns_have_one_order(monkeypatch):
             np.testing.assert_array_equal(pair[e], 8 * block + 2 * machine.q + e)
 
 
-@pytest.mark.parametrize(("head_dim", "tile"), [(64, 128), (128, 64), (128, 128), (256, 64)])
-def test_preparation(monkeypatch, head_dim, tile):
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_preparation(monkeypatch, head_dim):
     """Codes and scales of a cache whose last slots are invalid, in the units and the order of the kernel."""
     rng = np.random.default_rng(0)
-    slots, length, padded, first = 200, 190, 256, 128
+    slots, length, padded = 200, 190, 256
     codes = rng.integers(-7, 8, (2, slots, head_dim)).astype(np.int8)
     scales = np.exp(rng.normal(size=(2, slots))).astype(BF16)
     scales[:, length:] = np.nan
     machine = Machine(monkeypatch)
     packed = [machine.ref(np.asarray(formats.pack_int4(jnp.asarray(x)))) for x in codes]
-    k_scale, v_scale = (machine.ref(x) for x in scales)
-    highest = np.nanmax(scales[1].astype(np.float32))
-    keys = machine.ref(np.zeros((padded, head_dim), E4M3))
-    values = machine.ref(np.zeros((padded // tile, head_dim + prefill.TOTAL_ROWS, tile), E4M3))
-    columns = machine.ref(np.zeros((2, padded), np.float32))
-    units = machine.ref(np.zeros((128,), np.float16))
-    for start in (0, first):
-        prefill.prepare_columns(
-            None, machine.scalar(start), machine.scalar(length), machine.scalar(highest), k_scale, v_scale, columns,
-            values, units,
-        )  # fmt: skip
-        prefill.prepare_keys(None, machine.scalar(start), packed[0], keys)
-        prefill.prepare_values(None, machine.scalar(start), packed[1], units, values)
-    np.testing.assert_array_equal(keys.memory[:slots].astype(np.float32) / registers.CODE_UNIT, codes[0])
-    assert np.isfinite(keys.memory.astype(np.float32)).all()
-    assert np.isfinite(values.memory.astype(np.float32)).all()
+    keys, values = (machine.ref(np.full(shape, np.nan, E4M3)) for shape in ((padded, head_dim), (head_dim, padded)))
+    columns = machine.ref(np.full((3, padded), np.nan, np.float32))
+    for first in range(0, padded, prefill.PREPARED_TOKENS):
+        at = machine.scalar(first)
+        prefill.prepare_columns(None, at, machine.scalar(length), *(machine.ref(x) for x in scales), columns)
+        prefill.prepare_keys(None, at, packed[0], keys)
+        prefill.prepare_values(None, at, packed[1], values)
     # Back in the tokens' order.
     order = np.argsort(np.asarray(prefill.permute_tokens(jnp.arange(padded))))
-    v = values.memory.swapaxes(0, 1).reshape(-1, padded)[:, order].astype(np.float32)
+    k, v = (x.memory.astype(np.float32) / registers.CODE_UNIT for x in (keys, values))
     numbers = columns.memory[:, order]
-    np.testing.assert_array_equal(numbers[0, :length], scales[0, :length].astype(np.float32))
-    assert (numbers[:, length:] == [[1], [0]]).all()
-    mantissa = np.exp2(numbers[1, :length])
-    assert ((mantissa >= 1) & (mantissa < 2)).all()
-    unit = 2 ** (prefill.VALUE_EXPONENT - np.floor(np.log2(highest)))
-    scaled = v[:head_dim, :length] * mantissa / unit
-    np.testing.assert_allclose(scaled, codes[1, :length].T * scales[1, :length].astype(np.float32), rtol=1e-5)
-    np.testing.assert_allclose(v[head_dim:, :length].sum(0), prefill.TOTAL_UNIT / mantissa, rtol=2**-11)
+    np.testing.assert_array_equal(k[:slots], codes[0])
+    np.testing.assert_array_equal(v[:, order[:slots]], codes[1].T)
+    assert np.isfinite(k).all()
+    assert np.isfinite(v).all()
+    k_scale, v_scale = scales[:, :length].astype(np.float32)
+    np.testing.assert_allclose(numbers[:, :length], [k_scale, np.log2(v_scale), 1 / v_scale], rtol=1e-6)
+    np.testing.assert_array_equal(numbers[:, length:], np.broadcast_to([[1], [0], [1]], (3, padded - length)))
+
+
+def test_numbers_of_columns_are_stored_as_far_as_there_are_rows(monkeypatch):
+    machine = Machine(monkeypatch)
+    numbers = types.SimpleNamespace(registers=np.empty((1,), object))
+    numbers.registers[0] = [(2 * machine.q + e).astype(np.float32) for e in range(2)]
+    target = machine.ref(np.full((14,), 77, np.float32))
+    registers.store_column_numbers(None, numbers, machine.scalar(8), target)
+    np.testing.assert_array_equal(target.memory, [77] * 8 + list(range(6)))
 
 
 def unswizzled(memory: np.ndarray) -> np.ndarray:
@@ -201,8 +200,7 @@ class Machine:
             "_fragments": lambda tiles, shape: tiles,
             "_exp2": np.exp2,
             "_to_e4m3_word": self.to_e4m3_word,
-            "_scale_e4m3": self.scale_e4m3,
-            "_logarithm_and_reciprocal": self.logarithm_and_reciprocal,
+            "_log2": np.log2,
         }  # fmt: skip
         for module in (registers, prefill):
             for name, stand_in in stand_ins.items():
@@ -261,18 +259,6 @@ class Machine:
     def to_e4m3_word(elements):
         columns = [np.asarray(x, E4M3).view(np.uint8) for x in elements]
         return np.ascontiguousarray(np.stack(columns, axis=1)).view(np.uint32)[:, 0]
-
-    def scale_e4m3(self, word, low, high):
-        numbers = np.ascontiguousarray(word)[:, None].view(E4M3).astype(np.float32)
-        factors = np.stack([low, high], axis=1).view(np.float16).astype(np.float32)
-        return self.to_e4m3_word(list((numbers * factors).T))
-
-    def logarithm_and_reciprocal(self, mantissa):
-        rest, codes = prefill.TOTAL_UNIT / mantissa, []
-        for _ in range(3):
-            codes.append(rest.astype(E4M3))
-            rest = rest - codes[-1].astype(np.float32)
-        return np.log2(mantissa), self.to_e4m3_word([*codes, np.zeros(WARPGROUP)])
 
     def operand(self, tiles: np.ndarray) -> np.ndarray:
         """Registers in WGMMA_8BIT layout as the matrix they hold."""

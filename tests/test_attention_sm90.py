@@ -73,10 +73,11 @@ PREFILL = {
     "one kv head a query head": Case(256, 4, 4, slots=256, lengths=(256,), starts=(0,)),
     "head_dim 64": Case(512, 8, 8, 64, lengths=(512,), starts=(0,)),
     "head_dim 256": Case(300, 4, 1, 256, lengths=(500,), starts=(200,)),
-    "settled every tile": Case(512, lengths=(512, 511), starts=(0, 0), config=prefill.Config(settle_every=1)),
-    "two stages, no turns": Case(
-        512, lengths=(512, 511), starts=(0, 0), config=prefill.Config(stages=2, take_turns=False)
-    ),
+    "pipeline 1": Case(512, lengths=(512, 511), starts=(0, 0), config=prefill.Config(pipeline=1)),
+    "eight tiles, outliers": Case(128, slots=1024, lengths=(1024,), starts=(896,), outliers=True),
+    "eight tiles": Case(128, slots=1024, lengths=(1024,), starts=(896,)),
+    "slots not a multiple of the tile": Case(256, slots=1000, lengths=(1000, 300), starts=(744, 44)),
+    "three stages": Case(512, lengths=(512, 511), starts=(0, 0), config=prefill.Config(stages=3)),
 }
 
 
@@ -248,9 +249,9 @@ def test_splits_occupy_the_device(rows, slots):
         functools.partial(decode.Config, warpgroups=5),
         functools.partial(decode.Config, multiprocessors=0),
         functools.partial(prefill.Config, block_kv=96),
-        functools.partial(prefill.Config, warpgroups=3),
+        functools.partial(prefill.Config, warpgroups=0),
         functools.partial(prefill.Config, stages=1),
-        functools.partial(prefill.Config, settle_every=0),
+        functools.partial(prefill.Config, pipeline=3),
     ],
 )
 def test_configs_quote_what_is_wrong(make):

@@ -30,7 +30,7 @@ SCALE = HEAD_DIM**-0.5
 L2_BYTES = 60 << 20
 
 DECODE_CONFIGS = (decode.Config(), decode.Config(block_kv=128, stages=3, warpgroups=4))
-PREFILL_CONFIGS = (prefill.Config(), prefill.Config(take_turns=False))
+PREFILL_CONFIGS = (prefill.Config(), prefill.Config(pipeline=1))
 
 
 def median_ms(run: Callable, inputs: Sequence[tuple], iterations: int, repeats: int = 5) -> float:
@@ -168,8 +168,8 @@ def time_prefill() -> None:
             ms = median_ms(run, inputs, 10, 3)
             line += f" | {ms:6.3f} {tera / ms:5.0f}"
         _, key, value = inputs[0]
-        prepare = jax.jit(functools.partial(prefill.prepare, block_kv=prefill.Config().block_kv))
-        prepared = [(q.values, q.scale[..., 0], *prepare(key, value, lengths), start, lengths)]
+        assert q.scale is not None
+        prepared = [(q.values, q.scale[..., 0], *jax.jit(prefill.prepare)(key, value, lengths), start, lengths)]
         launch = functools.partial(
             prefill.launch, scale=SCALE, causal=True, window=None, out_dtype=jnp.bfloat16, config=prefill.Config()
         )
