@@ -190,6 +190,7 @@ def decode_attention_sm90(
             "done_barrier": plgpu.Barrier(num_arrivals=warpgroups),
             "turn_barriers": plgpu.Barrier(num_barriers=warpgroups),
         },
+        kernel_name="decode_attention",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )(
         query.values,
@@ -211,6 +212,7 @@ def decode_attention_sm90(
         grid_names=("block", "head", "batch"),
         num_threads=1,
         thread_name="warpgroup",
+        kernel_name="combine_splits",
     )(*partials)
 
 

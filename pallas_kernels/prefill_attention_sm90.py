@@ -140,6 +140,7 @@ def prepare(
         grid_names=("block", "head", "batch"),
         num_threads=1,
         thread_name="warpgroup",
+        kernel_name="prepare_attention",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
     )(key.values, key.scale[..., 0], value.values, value.scale[..., 0], kv_lengths.astype(jnp.int32))
 
@@ -184,6 +185,7 @@ def launch(
             "k_free": ring(num_arrivals=config.warpgroups),
             "v_free": ring(num_arrivals=config.warpgroups),
         },
+        kernel_name="prefill_attention",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )(q, q_scale, k, v, columns, query_start, kv_lengths)
 

@@ -91,6 +91,7 @@ def _launch(x: Array, weight: Array | None, eps: float, config: Config | None) -
         num_threads=config.warpgroups,
         thread_name="warpgroup",
         scratch_types={"partials_smem": plgpu.SMEM((2 * 4 * config.warpgroups,), jnp.float32)},
+        kernel_name="quantize_rows" if weight is None else "rms_norm_quantize",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
     )(flat, *(() if weight is None else (weight,)))
     return ScaledArray(values.reshape(x.shape), scale.reshape(*x.shape[:-1], 1))
