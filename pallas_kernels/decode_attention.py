@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import decode_attention_sm90 as sm90
 from pallas_kernels import dispatch
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.prefill_attention import attention_reference, validate
+from pallas_kernels.sm90.attention import decode as sm90
 
 
 def decode_attention(
@@ -38,7 +38,7 @@ def decode_attention(
     validate(query, rows[0], rows[1], query_start, kv_lengths, window)
     unsupported = sm90.unsupported(query, key, value, page_table)
     if dispatch.resolve("decode_attention", implementation, unsupported) == "mosaic_gpu":
-        return sm90.decode_attention_sm90(
+        return sm90.decode_attention(
             query, key, value, query_start=query_start, kv_lengths=kv_lengths, scale=scale, window=window,
             page_table=page_table, out_dtype=out_dtype,
         )  # fmt: skip

@@ -16,6 +16,8 @@ from pallas_kernels import dispatch, formats, layouts
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.matmul_epilogue import Activation, epilogue
 from pallas_kernels.quantized_tensor import QuantizedTensor
+from pallas_kernels.sm90.matmul import launch
+from pallas_kernels.sm90.matmul.config import choose
 
 
 def matmul(
@@ -79,9 +81,6 @@ def _matmul_sm90(
     activation: Activation,
     residual: Array | None,
 ) -> Array:
-    # Imported here: Mosaic GPU is not there on every platform.
-    from pallas_kernels import matmul_config_sm90, matmul_sm90
-
     values, x_scale = x if isinstance(x, ScaledArray) else (x, None)
     assert weight.group_scale is not None
     n, k = weight.shape
@@ -90,7 +89,7 @@ def _matmul_sm90(
     flat = values.reshape(-1, k)
     if padded_k != k:
         flat = jnp.pad(flat, ((0, 0), (0, padded_k - k)))
-    config = matmul_config_sm90.choose(
+    config = choose(
         flat.shape[0],
         n,
         padded_k,
@@ -98,7 +97,7 @@ def _matmul_sm90(
         weight.group_scale.dtype == formats.E4M3,
         layouts.TILE_K // weight.group_size,
     )
-    y = matmul_sm90.matmul(
+    y = launch.matmul(
         flat,
         weight.values,
         weight.group_scale,

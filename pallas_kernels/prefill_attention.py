@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import dispatch, formats
-from pallas_kernels import prefill_attention_sm90 as sm90
 from pallas_kernels.formats import ScaledArray
+from pallas_kernels.sm90.attention import prefill as sm90
 
 # Queries of a sequence that the reference scores at a time.
 QUERIES_AT_ONCE = 1024
@@ -62,7 +62,7 @@ def prefill_attention(
     unsupported = sm90.unsupported(query, key, value, scale, out_dtype)
     run = attention_reference
     if dispatch.resolve("prefill_attention", implementation, unsupported) == "mosaic_gpu":
-        run = sm90.prefill_attention_sm90
+        run = sm90.prefill_attention
     return run(
         query, key, value, query_start=query_start, kv_lengths=kv_lengths, scale=scale, causal=causal, window=window,
         out_dtype=out_dtype,

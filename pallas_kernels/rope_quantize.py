@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch, formats
-from pallas_kernels import rope_quantize_sm90 as sm90
 from pallas_kernels.formats import ScaledArray
+from pallas_kernels.sm90.rope_quantize import launch as sm90
 
 
 def rope_quantize(
@@ -55,7 +55,7 @@ def rope_quantize(
     _validate(packed, cos, sin, key, value, start, lengths, post_rope_scale, key_offset, kv_clip)
     unsupported = sm90.unsupported(packed, cos, key, value, quantize_query)
     if dispatch.resolve("rope_quantize", implementation, unsupported) == "mosaic_gpu":
-        return sm90.rope_quantize_sm90(
+        return sm90.rope_quantize(
             packed, cos, sin, key, value, start=start, lengths=lengths, post_rope_scale=post_rope_scale,
             key_offset=key_offset, kv_clip=kv_clip,
         )  # fmt: skip

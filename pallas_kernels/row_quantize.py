@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch, formats
 from pallas_kernels.formats import ScaledArray
+from pallas_kernels.sm90 import row_quantize as sm90
 
 
 def quantize_rows(x: Float[Array, "*rows D"], *, implementation: dispatch.Implementation = "auto") -> ScaledArray:
@@ -34,11 +35,8 @@ def quantize_rows(x: Float[Array, "*rows D"], *, implementation: dispatch.Implem
         NotImplementedError: if ``implementation`` names a kernel that cannot run this.
     """
     _validate_rows(x)
-    # Imported here: Mosaic GPU is not there on every platform.
-    from pallas_kernels import row_quantize_sm90 as sm90
-
     if dispatch.resolve("quantize_rows", implementation, sm90.unsupported(x)) == "mosaic_gpu":
-        return sm90.quantize_rows_sm90(x)
+        return sm90.quantize_rows(x)
     return formats.quantize_fp8(x)
 
 
@@ -73,10 +71,8 @@ def rms_norm_quantize(
         )
     if not eps > 0:
         raise ValueError(f"eps is {eps}; expected a positive number")
-    from pallas_kernels import row_quantize_sm90 as sm90
-
     if dispatch.resolve("rms_norm_quantize", implementation, sm90.unsupported(x)) == "mosaic_gpu":
-        return sm90.rms_norm_quantize_sm90(x, weight, eps=eps)
+        return sm90.rms_norm_quantize(x, weight, eps=eps)
     return rms_norm_quantize_reference(x, weight, eps)
 
 

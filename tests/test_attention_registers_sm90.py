@@ -8,10 +8,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels import attention_registers_sm90 as registers
 from pallas_kernels import formats
-from pallas_kernels import prefill_attention_registers_sm90 as prefill
-from pallas_kernels.decode_attention_sm90 import HEAD_DIMS
+from pallas_kernels.sm90.attention import prefill_registers as prefill
+from pallas_kernels.sm90.attention import registers
+from pallas_kernels.sm90.attention.decode import HEAD_DIMS
 
 WARPGROUP = 128
 E4M3, BF16 = ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16

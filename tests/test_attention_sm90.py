@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import decode_attention_sm90 as decode
 from pallas_kernels import formats
-from pallas_kernels import prefill_attention_sm90 as prefill
 from pallas_kernels.decode_attention import decode_attention, gather_pages
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.prefill_attention import attention_reference, prefill_attention
+from pallas_kernels.sm90.attention import decode, prefill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +94,7 @@ def test_decode_kernel_is_as_near_to_float32_as_the_reference(case):
     cache, table = (key, value), None
     if case.page is not None:
         *cache, table = pages(key, value, case.page)
-    out = decode.decode_attention_sm90(
+    out = decode.decode_attention(
         query, *cache, query_start=start, kv_lengths=lengths, scale=case.scale, window=case.window, page_table=table,
         config=case.config,
     )  # fmt: skip
@@ -106,7 +105,7 @@ def test_decode_kernel_is_as_near_to_float32_as_the_reference(case):
 @cases(PREFILL)
 def test_prefill_kernel_is_as_near_to_float32_as_the_reference(case):
     query, key, value, start, lengths = operands(case)
-    out = prefill.prefill_attention_sm90(
+    out = prefill.prefill_attention(
         query, key, value, query_start=start, kv_lengths=lengths, scale=case.scale, causal=case.causal,
         window=case.window, config=case.config,
     )  # fmt: skip
@@ -189,7 +188,7 @@ def test_decode_kernel_lowers_for_cuda(case):
 
     @jax.jit
     def run(query, key, value, start, lengths, table):
-        return decode.decode_attention_sm90(
+        return decode.decode_attention(
             query, key, value, query_start=start, kv_lengths=lengths, scale=case.scale, window=case.window,
             page_table=table, config=case.config,
         )  # fmt: skip
@@ -204,7 +203,7 @@ def test_prefill_kernel_lowers_for_cuda(case):
 
     @jax.jit
     def run(query, key, value, start, lengths):
-        return prefill.prefill_attention_sm90(
+        return prefill.prefill_attention(
             query, key, value, query_start=start, kv_lengths=lengths, scale=case.scale, causal=case.causal,
             window=case.window, config=case.config,
         )  # fmt: skip

@@ -13,11 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import formats, layouts, matmul_config_sm90, matmul_sm90
+from pallas_kernels import formats, layouts
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.matmul import matmul
-from pallas_kernels.matmul_config_sm90 import SMEM_BYTES, Config, DecodeConfig, choose, heuristic, smem_bytes
 from pallas_kernels.quantized_tensor import QuantizedTensor
+from pallas_kernels.sm90.matmul import config as matmul_config
+from pallas_kernels.sm90.matmul import launch
+from pallas_kernels.sm90.matmul.config import SMEM_BYTES, Config, DecodeConfig, choose, heuristic, smem_bytes
 
 PREFILL = Config(256, multicast=2)
 
@@ -114,7 +116,7 @@ def _operands(
 def _kernel(x, weight, config, **options):
     values, scale = x if isinstance(x, ScaledArray) else (x, None)
     pad = weight.values.shape[1] * layouts.TILE_K - values.shape[1]
-    return matmul_sm90.matmul(
+    return launch.matmul(
         jnp.pad(values, ((0, 0), (0, pad))),
         weight.values,
         weight.group_scale,
@@ -210,8 +212,8 @@ def test_the_heuristic_fits_every_shape(values, scale_in_table, groups):
 
 
 def test_tuned_configs_fit_and_serve_their_shapes(monkeypatch):
-    monkeypatch.setattr(matmul_config_sm90, "_device_kind", lambda: "NVIDIA H200")
-    tuned = matmul_config_sm90._tuned("NVIDIA H200")
+    monkeypatch.setattr(matmul_config, "_device_kind", lambda: "NVIDIA H200")
+    tuned = matmul_config._tuned("NVIDIA H200")
     assert tuned
     for shape, by_tokens in tuned.items():
         n, k = map(int, shape.split("x"))
@@ -227,11 +229,11 @@ def test_tuned_configs_fit_and_serve_their_shapes(monkeypatch):
 
 @pytest.mark.parametrize("config", [Config(256, store_m=32), DecodeConfig(16, split_k=3)])
 def test_configs_survive_json(config):
-    assert matmul_config_sm90.from_json(json.loads(json.dumps(matmul_config_sm90.to_json(config)))) == config
+    assert matmul_config.from_json(json.loads(json.dumps(matmul_config.to_json(config)))) == config
 
 
 def test_an_unknown_device_has_no_tuned_configs():
-    assert matmul_config_sm90._tuned("Some GPU") == {}
+    assert matmul_config._tuned("Some GPU") == {}
 
 
 @pytest.mark.parametrize(

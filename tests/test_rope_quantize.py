@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import formats
-from pallas_kernels import rope_quantize_sm90 as sm90
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.rope_quantize import rope_quantize, rope_quantize_reference
+from pallas_kernels.sm90.rope_quantize import launch as sm90
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +187,7 @@ def test_errors_quote_the_offending_value(changes, quoted):
 @cases(CASES.values())
 def test_kernel_lowers_for_cuda_and_writes_into_the_caches_it_is_given(case):
     abstract = jax.eval_shape(lambda: operands(case))
-    function = functools.partial(run, sm90.rope_quantize_sm90, config=case.config, **case.options)
+    function = functools.partial(run, sm90.rope_quantize, config=case.config, **case.options)
     module = jax.export.export(jax.jit(function, donate_argnums=(3, 4)), platforms=["cuda"])(*abstract).mlir_module()
     assert module.count("stablehlo.custom_call @mosaic_gpu") == 1
     # Codes and scales of keys and values: the kernel's results lie in its operands, and these in the arguments.
@@ -232,7 +232,7 @@ def compare(case: Case, inputs: Any) -> None:
     rounding boundary (a code, a step of E4M3) and a few maxima to the next scale.
     """
     reference = jax.jit(functools.partial(run, rope_quantize_reference, **case.options))(*inputs)
-    kernel = jax.jit(functools.partial(run, sm90.rope_quantize_sm90, config=case.config, **case.options))(*inputs)
+    kernel = jax.jit(functools.partial(run, sm90.rope_quantize, config=case.config, **case.options))(*inputs)
     for ours, expected in zip(*map(arrays, (kernel, reference)), strict=True):
         if case.quarter_turns:
             np.testing.assert_array_equal(ours, expected)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pallas_kernels import formats
-from pallas_kernels import row_quantize_sm90 as sm90
 from pallas_kernels.row_quantize import quantize_rows, rms_norm_quantize, rms_norm_quantize_reference
+from pallas_kernels.sm90 import row_quantize as sm90
 
 EPS = 1e-5
 SHAPES = [(1, 4096), (5, 4096), (64, 14336), (300, 4096), (301, 5120), (3, 136), (2, 3, 1000), (7, 8), (9, 28672)]
@@ -120,7 +120,7 @@ def test_errors_quote_what_is_wrong(arguments, message):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernel_quantizes_as_the_format_does(shape):
     x = random_rows(shape)
-    for actual, expected in zip(sm90.quantize_rows_sm90(x), on_cpu(formats.quantize_fp8, x), strict=True):
+    for actual, expected in zip(sm90.quantize_rows(x), on_cpu(formats.quantize_fp8, x), strict=True):
         assert_same_numbers(actual, expected)
 
 
@@ -128,9 +128,9 @@ def test_kernel_quantizes_as_the_format_does(shape):
 @pytest.mark.parametrize("width", [64, 4096, 14336])
 def test_kernel_follows_the_rules_for_special_rows(width):
     x = special_rows(width)
-    for actual, expected in zip(sm90.quantize_rows_sm90(x), on_cpu(formats.quantize_fp8, x), strict=True):
+    for actual, expected in zip(sm90.quantize_rows(x), on_cpu(formats.quantize_fp8, x), strict=True):
         assert_same_numbers(actual, expected)
-    rows = sm90.rms_norm_quantize_sm90(x, weight_of(width), eps=EPS)
+    rows = sm90.rms_norm_quantize(x, weight_of(width), eps=EPS)
     expected = on_cpu(functools.partial(rms_norm_quantize_reference, eps=EPS), x, weight_of(width))
     np.testing.assert_allclose(formats.dequantize(rows), formats.dequantize(expected), rtol=1e-5)
 
@@ -140,7 +140,7 @@ def test_kernel_follows_the_rules_for_special_rows(width):
 def test_kernel_normalizes_as_the_reference_does(shape):
     """The same values; the scale holds a sum, which has no order, and an approximate rsqrt (2 ulp)."""
     x, weight = random_rows(shape), weight_of(shape[-1])
-    rows = sm90.rms_norm_quantize_sm90(x, weight, eps=EPS)
+    rows = sm90.rms_norm_quantize(x, weight, eps=EPS)
     expected = on_cpu(functools.partial(rms_norm_quantize_reference, eps=EPS), x, weight)
     assert_same_numbers(rows.values, expected.values)
     np.testing.assert_allclose(rows.scale, expected.scale, rtol=2e-6)
@@ -152,11 +152,9 @@ def test_every_configuration_gives_the_same_rows(config):
     x, weight = random_rows((13, 4104)), weight_of(4104)
     if config == sm90.Config(1):
         x, weight = x[:, :4096], weight[:4096]
-    for actual, expected in zip(
-        sm90.quantize_rows_sm90(x, config=config), on_cpu(formats.quantize_fp8, x), strict=True
-    ):
+    for actual, expected in zip(sm90.quantize_rows(x, config=config), on_cpu(formats.quantize_fp8, x), strict=True):
         assert_same_numbers(actual, expected)
-    rows = sm90.rms_norm_quantize_sm90(x, weight, eps=EPS, config=config)
+    rows = sm90.rms_norm_quantize(x, weight, eps=EPS, config=config)
     expected = on_cpu(functools.partial(rms_norm_quantize_reference, eps=EPS), x, weight)
     assert_same_numbers(rows.values, expected.values)
     np.testing.assert_allclose(rows.scale, expected.scale, rtol=2e-6)
@@ -168,8 +166,8 @@ def test_every_configuration_gives_the_same_rows(config):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernels_lower_for_cuda(shape):
     x, weight = jax.ShapeDtypeStruct(shape, jnp.bfloat16), jax.ShapeDtypeStruct(shape[-1:], jnp.float32)
-    normalize = jax.jit(functools.partial(sm90.rms_norm_quantize_sm90, eps=EPS))
-    for function, arguments in ((sm90.quantize_rows_sm90, (x,)), (normalize, (x, weight))):
+    normalize = jax.jit(functools.partial(sm90.rms_norm_quantize, eps=EPS))
+    for function, arguments in ((sm90.quantize_rows, (x,)), (normalize, (x, weight))):
         exported = jax.export.export(function, platforms=["cuda"])(*arguments)
         values, scale = exported.out_avals
         assert (values.shape, scale.shape) == (shape, (*shape[:-1], 1))
@@ -187,7 +185,7 @@ def test_configuration_quotes_what_is_wrong(warpgroups):
     with pytest.raises(ValueError, match=f"warpgroups is {warpgroups}"):
         sm90.Config(warpgroups)
     with pytest.raises(ValueError, match="more warpgroups"):
-        sm90.quantize_rows_sm90(random_rows((2, 16384)), config=sm90.Config(1))
+        sm90.quantize_rows(random_rows((2, 16384)), config=sm90.Config(1))
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import decode_attention_sm90 as decode
 from pallas_kernels import formats
-from pallas_kernels import prefill_attention_sm90 as prefill
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.prefill_attention import attention_reference
+from pallas_kernels.sm90.attention import decode, prefill
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 SCALE = HEAD_DIM**-0.5
@@ -72,7 +71,7 @@ def check(slots: int, length: int, outliers: bool) -> str:
         # Outliers would leave one key all the weight.
         "scale": SCALE * (0.02 if outliers else 1.0),
     }
-    run = decode.decode_attention_sm90 if length == 1 else prefill.prefill_attention_sm90
+    run = decode.decode_attention if length == 1 else prefill.prefill_attention
     out = run(q, k, v, **options)
     with jax.default_matmul_precision("highest"):
         exact = attention_reference(ScaledArray(formats.dequantize(q), None), k, v, out_dtype=jnp.float32, **options)
@@ -137,7 +136,7 @@ def time_decode(quick: bool) -> None:
         line = f"  {batch:3d} x {slots:6d}"
         for config in DECODE_CONFIGS:
             run = functools.partial(
-                decode.decode_attention_sm90, query_start=lengths - 1, kv_lengths=lengths, scale=SCALE, config=config
+                decode.decode_attention, query_start=lengths - 1, kv_lengths=lengths, scale=SCALE, config=config
             )
             ms = median_ms(run, inputs, iterations)
             line += f" | {ms * 1e3:7.1f} us {size / ms / 1e6:5.0f}"
@@ -163,7 +162,7 @@ def time_prefill() -> None:
         line = f"  {batch:3d} x {length:6d}"
         for config in PREFILL_CONFIGS:
             run = functools.partial(
-                prefill.prefill_attention_sm90, query_start=start, kv_lengths=lengths, scale=SCALE, config=config
+                prefill.prefill_attention, query_start=start, kv_lengths=lengths, scale=SCALE, config=config
             )
             ms = median_ms(run, inputs, 10, 3)
             line += f" | {ms:6.3f} {tera / ms:5.0f}"

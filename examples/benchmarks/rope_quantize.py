@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from timing import device_time, kernel_times
 
-from pallas_kernels import rope_quantize_sm90 as sm90
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.rope_quantize import rope_quantize_reference
+from pallas_kernels.sm90.rope_quantize import launch as sm90
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 COPY_BYTES_PER_US = 4.28e6
@@ -57,7 +57,7 @@ def measure(batch: int, length: int, slots: int, groups: Sequence[int]) -> str:
     row = HEAD_DIM // 2 + jnp.dtype(jnp.bfloat16).itemsize
     moved = batch * length * (2 * columns + 4 * HEAD_DIM + HEADS * (HEAD_DIM + 4) + 2 * KV_HEADS * row)
     floor = moved / COPY_BYTES_PER_US
-    us = device_time(donating(sm90.rope_quantize_sm90, cache), arguments)
+    us = device_time(donating(sm90.rope_quantize, cache), arguments)
     line = f"{batch:4d} x {length:5d} | {us:7.2f} | {moved / us / 1e3:5.0f} | {floor / us:5.2f}"
     reference = donating(rope_quantize_reference, cache)
     reference(*arguments[0])
@@ -65,7 +65,7 @@ def measure(batch: int, length: int, slots: int, groups: Sequence[int]) -> str:
     plain = device_time(reference, arguments)
     line += f" | {plain:8.2f} ({kernels} kernels) | {plain / us:5.2f}"
     for count in groups:
-        step = functools.partial(sm90.rope_quantize_sm90, config=sm90.Config(count))
+        step = functools.partial(sm90.rope_quantize, config=sm90.Config(count))
         line += f" | {count}: {device_time(donating(step, cache), arguments):.2f}"
     return line
 

@@ -19,9 +19,11 @@ import jax
 import jax.numpy as jnp
 from timing import device_time
 
-from pallas_kernels import formats, layouts, matmul_sm90
+from pallas_kernels import formats, layouts
 from pallas_kernels.matmul import matmul_reference
-from pallas_kernels.matmul_config_sm90 import (
+from pallas_kernels.quantized_tensor import QuantizedTensor
+from pallas_kernels.sm90.matmul import launch
+from pallas_kernels.sm90.matmul.config import (
     MOST_DECODED,
     NUM_SMS,
     SMEM_BYTES,
@@ -31,7 +33,6 @@ from pallas_kernels.matmul_config_sm90 import (
     smem_bytes,
     to_json,
 )
-from pallas_kernels.quantized_tensor import QuantizedTensor
 
 TUNED = Path(__file__).parents[2] / "pallas_kernels" / "tuned"
 LLAMA = ("6144x4096", "4096x4096", "28672x4096", "4096x14336", "22016x4096", "4096x11008", "57344x8192", "8192x28672")
@@ -41,7 +42,7 @@ LLAMA = ("6144x4096", "4096x4096", "28672x4096", "4096x14336", "22016x4096", "40
 def _matmul(x: formats.ScaledArray, weight: QuantizedTensor, *, n: int, config: Config | DecodeConfig) -> jax.Array:
     assert x.scale is not None
     assert weight.group_scale is not None
-    return matmul_sm90.matmul(
+    return launch.matmul(
         x.values,
         weight.values,
         weight.group_scale,

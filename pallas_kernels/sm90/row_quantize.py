@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import formats
 from pallas_kernels.formats import ScaledArray
-from pallas_kernels.matmul_device_sm90 import SCALAR, WARPGROUP, asm, const, i32, inlined, shared_address
+from pallas_kernels.sm90.inline import SCALAR, WARPGROUP, asm, const, i32, inlined, shared_address
 
 CHUNK = 8  # elements of a load
 MAX_WARPGROUPS = 8
@@ -63,13 +63,13 @@ def unsupported(x: Array) -> str | None:
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def quantize_rows_sm90(x: Float[Array, "*rows D"], *, config: Config | None = None) -> ScaledArray:
+def quantize_rows(x: Float[Array, "*rows D"], *, config: Config | None = None) -> ScaledArray:
     """bf16 rows in FP8; see ``row_quantize.quantize_rows``."""
     return _launch(x, None, 0.0, config)
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "config"))
-def rms_norm_quantize_sm90(
+def rms_norm_quantize(
     x: Float[Array, "*rows D"], weight: Float[Array, " D"], *, eps: float, config: Config | None = None
 ) -> ScaledArray:
     """Normalized bf16 rows in FP8; see ``row_quantize.rms_norm_quantize``."""

@@ -17,8 +17,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels import formats, jax_compat, layouts
-from pallas_kernels.matmul_config_sm90 import Problem, Values
-from pallas_kernels.matmul_device_sm90 import (
+from pallas_kernels.sm90.inline import (
     SCALAR,
     WARPGROUP,
     asm,
@@ -33,6 +32,7 @@ from pallas_kernels.matmul_device_sm90 import (
     shared_address,
     thread,
 )
+from pallas_kernels.sm90.matmul.config import Problem, Values
 
 # Codes 0..7 as E4M3, one a byte: the table of a weight whose group scales are applied elsewhere.
 _UNIT_TABLE = 0x44403800, 0x4E4C4A48

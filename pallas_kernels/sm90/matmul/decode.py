@@ -17,11 +17,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import formats, jax_compat, layouts
-from pallas_kernels import matmul_epilogue_sm90 as outputs
-from pallas_kernels import matmul_sync_sm90 as sync
-from pallas_kernels import matmul_weights_sm90 as weights
-from pallas_kernels.matmul_config_sm90 import CHUNK, STORE_BUFFERS, DecodeConfig, Problem, decode_stages, word_slots
-from pallas_kernels.matmul_output_sm90 import Operands, Output
+from pallas_kernels.sm90.matmul import epilogue as outputs
+from pallas_kernels.sm90.matmul import sync, weights
+from pallas_kernels.sm90.matmul.config import CHUNK, STORE_BUFFERS, DecodeConfig, Problem, decode_stages, word_slots
+from pallas_kernels.sm90.matmul.output import Operands, Output
 
 
 class Scratch(NamedTuple):

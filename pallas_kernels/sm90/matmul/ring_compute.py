@@ -11,11 +11,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import layouts
-from pallas_kernels import matmul_epilogue_sm90 as outputs
-from pallas_kernels import matmul_sync_sm90 as sync
-from pallas_kernels import matmul_weights_sm90 as weights
-from pallas_kernels.matmul_config_sm90 import Config, Problem
-from pallas_kernels.matmul_output_sm90 import Operands, Output
+from pallas_kernels.sm90.matmul import epilogue as outputs
+from pallas_kernels.sm90.matmul import sync, weights
+from pallas_kernels.sm90.matmul.config import Config, Problem
+from pallas_kernels.sm90.matmul.output import Operands, Output
 
 # Steps an iteration of the overlapped main loop. More hide more: at an iteration's end nothing is in flight.
 UNROLL = 8
@@ -30,7 +29,7 @@ class Scratch(NamedTuple):
     y: Any  # bf16 [warpgroups, STORE_BUFFERS, tokens, rows_out]
     tokens: Any  # float32, as int32 [warpgroups, token_slots]
     full: Any  # [stages], TMA arrives
-    free: Any  # raw mbarriers [stages, 2]; see ``matmul_sync_sm90``
+    free: Any  # raw mbarriers [stages, 2]; see ``sync``
     residual_full: Any | None  # [warpgroups * STORE_BUFFERS]
 
 

@@ -24,10 +24,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import attention_registers_sm90 as registers
 from pallas_kernels import formats
-from pallas_kernels.decode_attention_device import COPY_ROW, combine_kernel, kernel
 from pallas_kernels.formats import ScaledArray
+from pallas_kernels.sm90.attention import registers
+from pallas_kernels.sm90.attention.decode_device import COPY_ROW, combine_kernel, kernel
 
 HEAD_DIMS = (64, 128, 256)
 PAGE_MULTIPLE = 256  # a page holds whole tiles
@@ -113,7 +113,7 @@ def unsupported_formats(query: ScaledArray, key: ScaledArray, value: ScaledArray
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "window", "out_dtype", "config"))
-def decode_attention_sm90(
+def decode_attention(
     query: ScaledArray,
     key: ScaledArray,
     value: ScaledArray,

@@ -7,8 +7,8 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 
-from pallas_kernels import matmul_epilogue_sm90 as outputs
-from pallas_kernels.matmul_config_sm90 import STORE_BUFFERS, Problem
+from pallas_kernels.sm90.matmul import epilogue as outputs
+from pallas_kernels.sm90.matmul.config import STORE_BUFFERS, Problem
 
 
 class Operands(NamedTuple):

@@ -12,7 +12,7 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf
 
-from pallas_kernels.matmul_device_sm90 import asm, const, i32
+from pallas_kernels.sm90.inline import asm, const, i32
 
 PAIRS = 8  # (i, i + H/2) that a lane holds: 16 bytes of bf16 of each half
 

@@ -28,11 +28,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import formats
-from pallas_kernels.attention_registers_sm90 import CODE_UNIT
-from pallas_kernels.decode_attention_sm90 import unsupported_formats
 from pallas_kernels.formats import ScaledArray
-from pallas_kernels.prefill_attention_device import BLOCK_Q, kernel, prepare_kernel
-from pallas_kernels.prefill_attention_registers_sm90 import PREPARED_TOKENS
+from pallas_kernels.sm90.attention.decode import unsupported_formats
+from pallas_kernels.sm90.attention.prefill_device import BLOCK_Q, kernel, prepare_kernel
+from pallas_kernels.sm90.attention.prefill_registers import PREPARED_TOKENS
+from pallas_kernels.sm90.attention.registers import CODE_UNIT
 
 _LOG2E = math.log2(math.e)
 
@@ -81,7 +81,7 @@ def unsupported(
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "causal", "window", "out_dtype", "config"))
-def prefill_attention_sm90(
+def prefill_attention(
     query: ScaledArray,
     key: ScaledArray,
     value: ScaledArray,

@@ -1,16 +1,10 @@
-"""INT4 x FP8 (and INT4 x BF16) matmul for Hopper in Pallas Mosaic GPU.
+"""The Hopper matmul for many tokens, and for wide weights: a ring of shared memory between copies and products.
 
-The kernels compute y^T = W x^T: a weight tile, dequantized in registers, is WGMMA's A operand and
-x [M, K], row-major, is the K-major B operand in shared memory. In this one each CTA has one
-warpgroup that feeds a ring of shared-memory stages through TMA and ``warpgroups`` that compute,
-each 64 output channels of the same tokens. Dequantization of one step overlaps the WGMMA of the
-step before it. ``matmul_decode_sm90`` has the one for few tokens and weights of few rows.
-
-FireQ (arXiv 2505.20839), INT4 x FP8 kernel; mapping and packing are ours (see ``layouts``).
+Each CTA has one warpgroup that feeds the ring's stages through TMA and ``warpgroups`` that compute, each
+64 output channels of the same tokens (``ring_compute``). Dequantization of one step overlaps the
+WGMMA of the step before it.
 """
 
-import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -18,107 +12,16 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, UInt32
 
-from pallas_kernels import formats, jax_compat, layouts, matmul_decode_sm90
-from pallas_kernels import matmul_epilogue_sm90 as outputs
-from pallas_kernels import matmul_sync_sm90 as sync
-from pallas_kernels import matmul_weights_sm90 as weights
-from pallas_kernels.matmul_compute_sm90 import Consumer, Scratch, Tile
-from pallas_kernels.matmul_config_sm90 import NUM_SMS, STORE_BUFFERS, Config, DecodeConfig, Problem
-from pallas_kernels.matmul_epilogue import epilogue
-from pallas_kernels.matmul_output_sm90 import Operands
+from pallas_kernels import formats, jax_compat, layouts
+from pallas_kernels.sm90.matmul import epilogue as outputs
+from pallas_kernels.sm90.matmul import sync
+from pallas_kernels.sm90.matmul.config import NUM_SMS, STORE_BUFFERS, Config, Problem
+from pallas_kernels.sm90.matmul.output import Operands
+from pallas_kernels.sm90.matmul.ring_compute import Consumer, Scratch, Tile
 
 
-def matmul(
-    x: Float[Array, "M K"],
-    words: UInt32[Array, "tiles_n tiles_k 2 128 4"],
-    group_scale: Float[Array, "G N"],
-    channel_scale: Float[Array, " N"],
-    *,
-    n: int,
-    config: Config | DecodeConfig,
-    x_scale: Float[Array, " M"] | None = None,
-    bias: Float[Array, " n"] | None = None,
-    residual: Float[Array, "M n_out"] | None = None,
-    silu_mul: bool = False,
-) -> Float[Array, "M n_out"]:
-    """y = activation(x_scale * channel_scale * (x W^T) + bias) + residual in bfloat16.
-
-    Args:
-        x: E4M3 or bfloat16; K is a multiple of 128.
-        words: the packed weight (``layouts.pack_weight``).
-        group_scale: E4M3: codes become fp8(code * scale). bfloat16: the float32 sum of each group
-            is multiplied by it.
-        channel_scale: float32; N is n rounded up to a multiple of 64.
-        n: output channels before the activation.
-        config: how to cut the work.
-        x_scale: float32.
-        bias: float32 or bfloat16.
-        residual: bfloat16, added last in float32.
-        silu_mul: gate and up rows alternate in blocks of 8; the result is SiLU(gate) * up, n / 2.
-
-    Returns:
-        bfloat16; n_out is n, or n / 2 for ``silu_mul``.
-    """
-    m, k = x.shape
-    n_out = n // 2 if silu_mul else n
-    # A row of y must be a multiple of 16 bytes for TMA.
-    n_stored = -(-n_out // 8) * 8
-    split = isinstance(config, DecodeConfig) and config.split_k > 1
-    problem = Problem(
-        m=m,
-        n=words.shape[0] * layouts.TILE_N,
-        k=k,
-        n_out=n_stored,
-        groups=group_scale.shape[0] * layouts.TILE_K // k,
-        values="e4m3" if x.dtype == formats.E4M3 else "bf16",
-        scale_in_table=group_scale.dtype == formats.E4M3,
-        silu_mul=silu_mul,
-    )
-    if problem.values == "bf16":
-        x = weights.interleave_columns(x)
-    operands = Operands(
-        # Columns in blocks of one swizzled row of SMEM, so that TMA can lay them out one by one.
-        x=x.reshape(m, -1, layouts.TILE_K // problem.halves),
-        words=lax.bitcast_convert_type(words, jnp.int32).reshape(*words.shape[:2], 4, 256),
-        group_scale=lax.bitcast_convert_type(group_scale, jnp.uint8) if problem.scale_in_table else group_scale,
-        channel_scale=None if split else channel_scale,
-        x_scale=None if split else x_scale,
-        bias=None if split else bias,
-        residual=None if split or residual is None else jnp.pad(residual, ((0, 0), (0, n_stored - n_out))),
-        y=None,
-    )
-    arrays = {name: value for name, value in operands._asdict().items() if value is not None}
-    if isinstance(config, DecodeConfig):
-        y = matmul_decode_sm90.kernel(problem, config, tuple(arrays))(*arrays.values())
-        if split:
-            return _finish(y[..., :n], channel_scale[:n], x_scale, bias, residual, silu_mul)
-    else:
-        if not problem.scale_in_table:
-            # Each group's sum is multiplied by its scale, so it must be a sum of its own.
-            config = dataclasses.replace(config, promote=1)
-        y = _kernel(problem, config, tuple(arrays))(*arrays.values())
-    return y[:, :n_out] if n_stored != n_out else y
-
-
-def _finish(
-    parts: Float[Array, "parts M n"],
-    channel_scale: Float[Array, " n"],
-    x_scale: Float[Array, " M"] | None,
-    bias: Float[Array, " n"] | None,
-    residual: Float[Array, "M n_out"] | None,
-    silu_mul: bool,
-) -> Float[Array, "M n_out"]:
-    """y from unscaled sums over parts of K, for XLA to fuse with what uses y."""
-    # One addition after the other, which XLA fuses with anything; a reduction it might not.
-    y = functools.reduce(jnp.add, [parts[i] for i in range(parts.shape[0])]) * channel_scale
-    if x_scale is not None:
-        y = y * x_scale[:, None]
-    return epilogue(y, bias, "silu_mul" if silu_mul else "none", residual).astype(jnp.bfloat16)
-
-
-def _kernel(problem: Problem, config: Config, present: tuple[str, ...]) -> Any:
+def kernel(problem: Problem, config: Config, present: tuple[str, ...]) -> Any:
     """The Pallas call; its arguments are the ``present`` operands."""
     tiles = -(-problem.m // config.tile_m), -(-problem.n // (config.tile_n * config.multicast))
     clusters = min(tiles[0] * tiles[1], NUM_SMS // config.multicast)

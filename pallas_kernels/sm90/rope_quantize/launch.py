@@ -20,8 +20,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import formats
-from pallas_kernels import rope_quantize_device as device
 from pallas_kernels.formats import ScaledArray
+from pallas_kernels.sm90.rope_quantize import device
 
 HEAD_DIMS = (64, 128, 256)
 
@@ -69,7 +69,7 @@ def unsupported(packed: Array, cos: Array, key: ScaledArray, value: ScaledArray,
 
 
 @functools.partial(jax.jit, static_argnames=("kv_clip", "config"))
-def rope_quantize_sm90(
+def rope_quantize(
     packed: Float[Array, "B T packed"],
     cos: Float[Array, "B T half"],
     sin: Float[Array, "B T half"],

@@ -1,6 +1,6 @@
-"""Device code of ``rope_quantize_sm90``, which describes it and launches it: one warp's work.
+"""Device code; ``launch`` describes it and launches it: one warp's work.
 
-How a row is quantized in registers is in ``rope_quantize_registers_sm90``.
+How a row is quantized in registers is in ``registers``.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf
 
 from pallas_kernels import formats
-from pallas_kernels import rope_quantize_registers_sm90 as emit
-from pallas_kernels.matmul_device_sm90 import SCALAR, const, i32, inlined
+from pallas_kernels.sm90.inline import SCALAR, const, i32, inlined
+from pallas_kernels.sm90.rope_quantize import registers as emit
 
 CACHE = ("key", "key_scale", "value", "value_scale")
 

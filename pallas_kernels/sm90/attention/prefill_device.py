@@ -1,4 +1,4 @@
-"""Device code of the prefill kernels; ``prefill_attention_sm90`` describes them and launches them."""
+"""Device code of the prefill kernels; ``prefill`` describes them and launches them."""
 
 import dataclasses
 import functools
@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import formats, jax_compat
-from pallas_kernels import prefill_attention_registers_sm90 as registers
-from pallas_kernels.attention_registers_sm90 import CODE_UNIT
+from pallas_kernels.sm90.attention import prefill_registers as registers
+from pallas_kernels.sm90.attention.registers import CODE_UNIT
 
 BLOCK_Q = 64  # queries of a warpgroup: WGMMA's M
 _MATRIX = plgpu.Layout.WGMMA

@@ -12,7 +12,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, math, vector
 
 from pallas_kernels import layouts
-from pallas_kernels.matmul_device_sm90 import (
+from pallas_kernels.sm90.inline import (
     ROWS,
     SCALAR,
     WARPGROUP,

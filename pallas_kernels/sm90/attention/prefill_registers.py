@@ -13,7 +13,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxtyping import Array
 
-from pallas_kernels.attention_registers_sm90 import (
+from pallas_kernels.sm90.attention.registers import (
     _codes_to_e4m3,
     _element,
     _f32,

@@ -1,4 +1,4 @@
-"""Device code of the decode kernel; ``decode_attention_sm90`` describes it and launches it."""
+"""Device code of the decode kernel; ``decode`` describes it and launches it."""
 
 import functools
 from typing import Any
@@ -8,8 +8,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import attention_registers_sm90 as registers
 from pallas_kernels import formats, jax_compat
+from pallas_kernels.sm90.attention import registers
 
 SCALAR = plgpu.Layout.WG_SPLAT(())
 COPY_ROW = 256  # bytes of a row as TMA sees it, its longest; tokens' own rows are shorter

@@ -1,0 +1,1 @@
+"""Attention over the INT4 cache: prefill and decode."""

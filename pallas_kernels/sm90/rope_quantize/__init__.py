@@ -1,0 +1,1 @@
+"""RoPE, quantization and append to the cache."""
