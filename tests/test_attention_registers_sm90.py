@@ -194,12 +194,12 @@ class Machine:
                 WGMMA_COL_LAYOUT=named(registers_shape=lambda shape: (shape[0] // 8,)),
                 FragmentedArray=lambda _registers, _layout, _is_signed: _registers,
             ),
-            "_i32": lambda value: np.full(WARPGROUP, value & 0xFFFFFFFF, np.uint32),
-            "_f32": lambda value: np.full(WARPGROUP, value, np.float32),
-            "_element": lambda vector, i: vector[i],
-            "_fragments": lambda tiles, shape: tiles,
+            "const": lambda value: np.full(WARPGROUP, value & 0xFFFFFFFF, np.uint32),
+            "number": lambda value: np.full(WARPGROUP, value, np.float32),
+            "element_of": lambda vector, i: vector[i],
+            "fragments": lambda tiles, shape: tiles,
             "_exp2": np.exp2,
-            "_to_e4m3_word": self.to_e4m3_word,
+            "to_e4m3": self.to_e4m3,
             "_log2": np.log2,
         }  # fmt: skip
         for module in (registers, prefill):
@@ -256,7 +256,7 @@ class Machine:
         return np.ascontiguousarray(picked).view(np.uint32)[:, 0]
 
     @staticmethod
-    def to_e4m3_word(elements):
+    def to_e4m3(elements):
         columns = [np.asarray(x, E4M3).view(np.uint8) for x in elements]
         return np.ascontiguousarray(np.stack(columns, axis=1)).view(np.uint32)[:, 0]
 

@@ -1,11 +1,11 @@
-"""Device code that the Hopper matmul needs and Pallas has no operation for: the pieces to write it with.
+"""Device code that the Hopper kernels need and Pallas has no operation for: the pieces to write it with.
 
 Register fragments follow PTX's ``wgmma``: thread ``t = 32 * warp + lane`` of a warpgroup holds, of
 a 64 x M accumulator, rows ``n = 16 * warp + 8 * r + lane // 4`` (r = 0, 1) and columns
 ``m = 8 * j + 2 * (lane % 4) + (0, 1)``. Rows are output channels and columns are tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -87,6 +87,23 @@ def to_float(word: ir.Value, bits: int) -> ir.Value:
 def element(vec: ir.Value, i: int) -> ir.Value:
     """The i-th element of a vector."""
     return vector.extract(vec, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
+
+
+def number(value: float) -> ir.Value:
+    """A float32 constant."""
+    return arith.constant(ir.F32Type.get(), ir.FloatAttr.get(ir.F32Type.get(), value))
+
+
+def to_e4m3(elements: Sequence[ir.Value]) -> ir.Value:
+    """Four float32 -> one word of E4M3, the first in the lowest byte; saturating."""
+    # A conversion puts its first operand in the upper byte.
+    code = """{
+        .reg .b16 low, high;
+        cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+        cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+        mov.b32 $0, {low, high};
+    }"""
+    return asm([i32()], list(elements), code, "=r,f,f,f,f", volatile=False)[0]
 
 
 def shared_address(ref: ir.Value) -> ir.Value:

@@ -9,7 +9,6 @@ loads hide another's reduction, and one row wants few partial results to wait fo
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,7 +22,17 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import formats
 from pallas_kernels.formats import ScaledArray
-from pallas_kernels.sm90.inline import SCALAR, WARPGROUP, asm, const, i32, inlined, shared_address
+from pallas_kernels.sm90.inline import (
+    SCALAR,
+    WARPGROUP,
+    asm,
+    const,
+    i32,
+    inlined,
+    number,
+    shared_address,
+    to_e4m3,
+)
 
 CHUNK = 8  # elements of a load
 MAX_WARPGROUPS = 8
@@ -148,7 +157,7 @@ def _quantize_row(
     else:
         squares = [_sum_of_squares(elements) for elements in held]
         if inside is not None:
-            squares[-1] = arith.select(inside, squares[-1], _number(0.0))
+            squares[-1] = arith.select(inside, squares[-1], number(0.0))
         total = _tree(arith.addf, squares)
         held = [[arith.mulf(e, f) for e, f in zip(*pair, strict=True)] for pair in zip(held, factors, strict=True)]
         # Inf may count: the scale of a row with Inf is NaN, whatever its values.
@@ -156,15 +165,15 @@ def _quantize_row(
     largest, total = _over_block(largest, total, partials, warpgroups)
 
     # The rules of formats: absmax_scale, reciprocals.
-    row_scale = arith.mulf(largest, _number(1 / formats.E4M3_MAX))
-    normal = arith.cmpf(arith.CmpFPredicate.OGE, row_scale, _number(float(jnp.finfo(jnp.float32).tiny)))
-    row_scale = arith.select(normal, row_scale, _number(1.0))
+    row_scale = arith.mulf(largest, number(1 / formats.E4M3_MAX))
+    normal = arith.cmpf(arith.CmpFPredicate.OGE, row_scale, number(float(jnp.finfo(jnp.float32).tiny)))
+    row_scale = arith.select(normal, row_scale, number(1.0))
     (inverse,) = asm([_f32()], [row_scale], "rcp.rn.f32 $0, $1;", "=f,f", volatile=False)
 
     target = _address(values, row, width)
     for i, elements in zip(index, held, strict=True):
         scaled = [arith.mulf(e, inverse) for e in elements]
-        codes = [_to_e4m3(scaled[j : j + 4]) for j in range(0, CHUNK, 4)]
+        codes = [to_e4m3(scaled[j : j + 4]) for j in range(0, CHUNK, 4)]
         asm([], [_offset(target, i, CHUNK), *codes], "st.global.v2.b32 [$0], {$1, $2};", "l,r,r", volatile=True)
 
     with utils.when(arith.cmpi(arith.CmpIPredicate.eq, thread, const(0))):
@@ -226,11 +235,11 @@ def _sum_of_squares(elements: list[ir.Value]) -> ir.Value:
 
 def _inverse_rms(total: ir.Value, width: int, eps: float) -> ir.Value:
     """1 / sqrt(total / width + eps), within 2 ulp; NaN if ``total`` is not finite."""
-    mean_square = arith.mulf(total, _number(1 / width))
+    mean_square = arith.mulf(total, number(1 / width))
     (inverse,) = asm(
-        [_f32()], [arith.addf(mean_square, _number(eps))], "rsqrt.approx.f32 $0, $1;", "=f,f", volatile=False
+        [_f32()], [arith.addf(mean_square, number(eps))], "rsqrt.approx.f32 $0, $1;", "=f,f", volatile=False
     )
-    return math.fma(mean_square, _number(0.0), inverse)
+    return math.fma(mean_square, number(0.0), inverse)
 
 
 def _larger(x: ir.Value, y: ir.Value) -> ir.Value:
@@ -251,18 +260,6 @@ def _unpack(word: ir.Value) -> tuple[ir.Value, ir.Value]:
     return arith.bitcast(_f32(), halves[0]), arith.bitcast(_f32(), halves[1])
 
 
-def _to_e4m3(elements: Sequence[ir.Value]) -> ir.Value:
-    """Four float32 -> one word of E4M3, the first in the lowest byte."""
-    # A conversion puts its first operand in the upper byte.
-    code = """{
-        .reg .b16 low, high;
-        cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
-        cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
-        mov.b32 $0, {low, high};
-    }"""
-    return asm([i32()], list(elements), code, "=r,f,f,f,f", volatile=False)[0]
-
-
 def _load(address: ir.Value, element: ir.Type, offset: int = 0) -> list[ir.Value]:
     """16 bytes of read-only global memory as four numbers."""
     kind, register = ("f32", "=f") if element == _f32() else ("b32", "=r")
@@ -279,10 +276,6 @@ def _address(ref: ir.Value, row: ir.Value | None = None, row_bytes: int = 0) -> 
 def _offset(start: ir.Value, index: ir.Value, size: int) -> ir.Value:
     wide = arith.muli(arith.extui(_i64(), index), arith.constant(_i64(), ir.IntegerAttr.get(_i64(), size)))
     return arith.addi(start, wide)
-
-
-def _number(value: float) -> ir.Value:
-    return arith.constant(_f32(), ir.FloatAttr.get(_f32(), value))
 
 
 def _f32() -> ir.Type:

@@ -14,16 +14,14 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxtyping import Array
 
 from pallas_kernels.sm90.attention.registers import (
-    _codes_to_e4m3,
-    _element,
-    _f32,
-    _fragments,
-    _i32,
-    _load_words,
-    _thread,
-    _to_e4m3_word,
-    _transpose_bytes,
+    codes_to_e4m3,
+    fragments,
+    load_words,
+    thread_position,
+    transpose_bytes,
 )
+from pallas_kernels.sm90.inline import const, number, to_e4m3
+from pallas_kernels.sm90.inline import element as element_of
 
 PREPARED_TOKENS = 128  # of a block of the preparation, one a thread
 
@@ -46,19 +44,19 @@ def probabilities_to_operand(_: mgpu.LaunchContext, p: mgpu.FragmentedArray) -> 
     tiles = np.empty((rows // 64, tokens // 16, 2), dtype=object)
     for m, column, h in np.ndindex(tiles.shape):
         pairs = registers[m, column, :, h]
-        tiles[m, column, h] = _to_e4m3_word([_element(pairs[i], e) for i in range(2) for e in range(2)])
-    return _fragments(tiles, (rows, tokens))
+        tiles[m, column, h] = to_e4m3([element_of(pairs[i], e) for i in range(2) for e in range(2)])
+    return fragments(tiles, (rows, tokens))
 
 
 def load_columns(_: mgpu.LaunchContext, numbers: ir.Value) -> mgpu.FragmentedArray:
     """float32 [tokens] in shared memory, in :func:`permute_tokens`' order, -> one for each column of P."""
     (tokens,) = ir.MemRefType(numbers.type).shape
     base = utils.memref_ptr(numbers)
-    offset = arith.muli(_thread()[2], _i32(16))
+    offset = arith.muli(thread_position()[2], const(16))
     f32 = ir.F32Type.get()
     registers = np.empty((tokens // 8,), dtype=object)
     for block in range(tokens // 16):
-        words = _load_words(base, arith.addi(offset, _i32(64 * block)), 4)
+        words = load_words(base, arith.addi(offset, const(64 * block)), 4)
         values = [utils.bitcast(word, f32) for word in words]
         for i in range(2):
             registers[2 * block + i] = vector.from_elements(ir.VectorType.get((2,), f32), values[2 * i : 2 * i + 2])
@@ -73,15 +71,15 @@ def load_rows(
 ) -> mgpu.FragmentedArray:
     """Column ``head`` of float32 [T, heads], rows ``first`` ... as one number a row; past the end the last."""
     length, heads = ir.MemRefType(scales.type).shape
-    warp, g = _thread()[:2]
+    warp, g = thread_position()[:2]
     f32 = ir.F32Type.get()
     layout = plgpu.Layout.WGMMA.reduce(1).to_mgpu()
     one = ir.VectorType.get((1,), f32)
     registers = []
     for h in range(2):
-        row = arith.addi(arith.addi(arith.muli(warp, _i32(16)), g), _i32(8 * h))
-        row = arith.minsi(arith.addi(row, first.registers.item()), _i32(length - 1))
-        index = arith.addi(arith.muli(row, _i32(heads)), head.registers.item())
+        row = arith.addi(arith.addi(arith.muli(warp, const(16)), g), const(8 * h))
+        row = arith.minsi(arith.addi(row, first.registers.item()), const(length - 1))
+        index = arith.addi(arith.muli(row, const(heads)), head.registers.item())
         value = llvm.load(f32, utils.getelementptr(utils.memref_ptr(scales), [index], f32))
         registers.append(vector.broadcast(one, value))
     shape = layout.registers_shape((64,))
@@ -104,70 +102,70 @@ def prepare_columns(
     (slots,) = ir.MemRefType(k_scale.type).shape
     padded = ir.MemRefType(columns.type).shape[1]
     i16, f32 = ir.IntegerType.get_signless(16), ir.F32Type.get()
-    position = arith.remui(utils.thread_idx(), _i32(PREPARED_TOKENS))
+    position = arith.remui(utils.thread_idx(), const(PREPARED_TOKENS))
     # Position 16 b + 4 q + 2 i + e holds token 16 b + 8 i + 2 q + e.
-    block_and_e, i, q = (arith.andi(position, _i32(mask)) for mask in (0xFFFFFFF1, 2, 12))
-    token = arith.ori(block_and_e, arith.ori(arith.shli(i, _i32(2)), arith.shrui(q, _i32(1))))
+    block_and_e, i, q = (arith.andi(position, const(mask)) for mask in (0xFFFFFFF1, 2, 12))
+    token = arith.ori(block_and_e, arith.ori(arith.shli(i, const(2)), arith.shrui(q, const(1))))
     token = arith.addi(token, first.registers.item())
     valid = arith.cmpi(arith.CmpIPredicate.slt, token, length.registers.item())
-    row = arith.minsi(token, _i32(slots - 1))
+    row = arith.minsi(token, const(slots - 1))
 
     def scale(ref: ir.Value) -> ir.Value:
         loaded = llvm.load(i16, utils.getelementptr(utils.memref_ptr(ref), [row], i16))
-        bits = arith.shli(arith.extui(ir.IntegerType.get_signless(32), loaded), _i32(16))
-        return arith.select(valid, utils.bitcast(bits, f32), _f32(1.0))
+        bits = arith.shli(arith.extui(ir.IntegerType.get_signless(32), loaded), const(16))
+        return arith.select(valid, utils.bitcast(bits, f32), number(1.0))
 
     value = scale(v_scale)
-    for which, number in enumerate((scale(k_scale), _log2(value), arith.divf(_f32(1.0), value))):
-        index = arith.addi(arith.addi(position, first.registers.item()), _i32(which * padded))
-        llvm.store(number, utils.getelementptr(utils.memref_ptr(columns), [index], f32))
+    for which, values in enumerate((scale(k_scale), _log2(value), arith.divf(number(1.0), value))):
+        index = arith.addi(arith.addi(position, first.registers.item()), const(which * padded))
+        llvm.store(values, utils.getelementptr(utils.memref_ptr(columns), [index], f32))
 
 
 def prepare_keys(_: mgpu.LaunchContext, first: mgpu.FragmentedArray, packed: ir.Value, keys: ir.Value) -> None:
     """INT4 codes [S, H/2] of ``PREPARED_TOKENS`` tokens -> E4M3 [S', H] of ``CODE_UNIT`` times the codes, exactly."""
     slots, stored = ir.MemRefType(packed.type).shape
-    thread = arith.remui(utils.thread_idx(), _i32(PREPARED_TOKENS))
+    thread = arith.remui(utils.thread_idx(), const(PREPARED_TOKENS))
     chunks = stored // 16
     source, target = utils.memref_ptr(packed), utils.memref_ptr(keys)
     for i in range(chunks):
-        unit = arith.addi(thread, _i32(i * PREPARED_TOKENS))
-        token = arith.addi(arith.divui(unit, _i32(chunks)), first.registers.item())
-        column = arith.muli(arith.remui(unit, _i32(chunks)), _i32(16))
-        row = arith.minsi(token, _i32(slots - 1))
-        words = _load_words(source, arith.addi(arith.muli(row, _i32(stored)), column), 4)
-        converted = [_codes_to_e4m3(word) for word in words]
-        offset = arith.addi(arith.muli(token, _i32(2 * stored)), column)
+        unit = arith.addi(thread, const(i * PREPARED_TOKENS))
+        token = arith.addi(arith.divui(unit, const(chunks)), first.registers.item())
+        column = arith.muli(arith.remui(unit, const(chunks)), const(16))
+        row = arith.minsi(token, const(slots - 1))
+        words = load_words(source, arith.addi(arith.muli(row, const(stored)), column), 4)
+        converted = [codes_to_e4m3(word) for word in words]
+        offset = arith.addi(arith.muli(token, const(2 * stored)), column)
         for nibble in range(2):
-            _store_words(target, arith.addi(offset, _i32(nibble * stored)), [pair[nibble] for pair in converted])
+            _store_words(target, arith.addi(offset, const(nibble * stored)), [pair[nibble] for pair in converted])
 
 
 def prepare_values(_: mgpu.LaunchContext, first: mgpu.FragmentedArray, packed: ir.Value, values: ir.Value) -> None:
     """The same codes -> E4M3 V^T [H, S'], tokens in :func:`permute_tokens`' order."""
     slots, stored = ir.MemRefType(packed.type).shape
     padded = ir.MemRefType(values.type).shape[1]
-    thread = arith.remui(utils.thread_idx(), _i32(PREPARED_TOKENS))
-    block = arith.muli(arith.remui(thread, _i32(PREPARED_TOKENS // 16)), _i32(16))
+    thread = arith.remui(utils.thread_idx(), const(PREPARED_TOKENS))
+    block = arith.muli(arith.remui(thread, const(PREPARED_TOKENS // 16)), const(16))
     token = arith.addi(block, first.registers.item())
     source, target = utils.memref_ptr(packed), utils.memref_ptr(values)
     word_columns = stored // 4
     for i in range(-(-word_columns // 16)):
         # Where a row has fewer words than 16, two threads do the same.
-        column = arith.addi(arith.divui(thread, _i32(8)), _i32(16 * i))
-        byte = arith.muli(arith.remui(column, _i32(word_columns)), _i32(4))
+        column = arith.addi(arith.divui(thread, const(8)), const(16 * i))
+        byte = arith.muli(arith.remui(column, const(word_columns)), const(4))
 
         def load(t: int, byte: ir.Value = byte) -> ir.Value:
-            row = arith.minsi(arith.addi(token, _i32(t)), _i32(slots - 1))
-            return _load_words(source, arith.addi(arith.muli(row, _i32(stored)), byte), 1)[0]
+            row = arith.minsi(arith.addi(token, const(t)), const(slots - 1))
+            return load_words(source, arith.addi(arith.muli(row, const(stored)), byte), 1)[0]
 
         channels: dict[tuple[int, int], list[ir.Value]] = {(b, n): [] for b in range(4) for n in range(2)}
         for q in range(4):
             loaded = [load(t) for t in (2 * q, 2 * q + 1, 2 * q + 8, 2 * q + 9)]
-            for b, word in enumerate(_transpose_bytes(loaded, 4)):
-                for n, codes in enumerate(_codes_to_e4m3(word)):
+            for b, word in enumerate(transpose_bytes(loaded, 4)):
+                for n, codes in enumerate(codes_to_e4m3(word)):
                     channels[b, n].append(codes)
         for (b, n), words in channels.items():
-            channel = arith.addi(byte, _i32(b + n * stored))
-            _store_words(target, arith.addi(arith.muli(channel, _i32(padded)), token), words)
+            channel = arith.addi(byte, const(b + n * stored))
+            _store_words(target, arith.addi(arith.muli(channel, const(padded)), token), words)
 
 
 def _store_words(base: ir.Value, offset: ir.Value, words: list[ir.Value]) -> None:

@@ -23,6 +23,9 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf, vector
 
+from pallas_kernels.sm90.inline import const, number, to_e4m3
+from pallas_kernels.sm90.inline import element as element_of
+
 # E4M3 value of the byte that code 1 turns into.
 CODE_UNIT = 2.0**-9
 # Tokens whose probabilities fill whole words of P: 2 (m64 blocks) x 2 (halves) a thread.
@@ -48,30 +51,30 @@ def store_queries(
     rows, words = math.prod(ir.MemRefType(q_smem.type).shape) // head_dim, head_dim // 4
     source, target = utils.memref_ptr(queries), utils.memref_ptr(q_smem)
     i8, i32 = ir.IntegerType.get_signless(8), ir.IntegerType.get_signless(32)
-    thread = arith.remui(utils.thread_idx(), _i32(128))
+    thread = arith.remui(utils.thread_idx(), const(128))
     for i in range(rows * words // 128):
-        unit = arith.addi(thread, _i32(128 * i))
-        row, word = arith.divui(unit, _i32(words)), arith.remui(unit, _i32(words))
+        unit = arith.addi(thread, const(128 * i))
+        row, word = arith.divui(unit, const(words)), arith.remui(unit, const(words))
         global_row = arith.addi(row, first_row.registers.item())
-        valid = arith.cmpi(arith.CmpIPredicate.ult, global_row, _i32(length * group))
-        token = arith.divui(arith.select(valid, global_row, _i32(0)), _i32(group))
-        head = arith.addi(arith.remui(global_row, _i32(group)), first_head.registers.item())
-        index = arith.addi(arith.muli(arith.addi(arith.muli(token, _i32(heads)), head), _i32(words)), word)
-        loaded = arith.select(valid, llvm.load(i32, utils.getelementptr(source, [index], i32)), _i32(0))
+        valid = arith.cmpi(arith.CmpIPredicate.ult, global_row, const(length * group))
+        token = arith.divui(arith.select(valid, global_row, const(0)), const(group))
+        head = arith.addi(arith.remui(global_row, const(group)), first_head.registers.item())
+        index = arith.addi(arith.muli(arith.addi(arith.muli(token, const(heads)), head), const(words)), word)
+        loaded = arith.select(valid, llvm.load(i32, utils.getelementptr(source, [index], i32)), const(0))
         # Word [nibble, q, j] of a row becomes word [nibble, j, q].
-        half, j_words = _i32(words // 2), _i32(words // 8)
+        half, j_words = const(words // 2), const(words // 8)
         rest = arith.remui(word, half)
         moved = arith.addi(
             arith.muli(arith.divui(word, half), half),
-            arith.addi(arith.muli(arith.remui(rest, j_words), _i32(4)), arith.divui(rest, j_words)),
+            arith.addi(arith.muli(arith.remui(rest, j_words), const(4)), arith.divui(rest, j_words)),
         )
-        byte = arith.muli(moved, _i32(4))
-        tile, within = arith.divui(byte, _i32(width)), arith.remui(byte, _i32(width))
-        tile = arith.addi(arith.muli(arith.divui(row, _i32(8)), _i32(head_dim // width)), tile)
-        row = arith.remui(row, _i32(8))
-        swizzled = row if width == 128 else arith.shrui(row, _i32(1))
-        within = arith.xori(within, arith.muli(swizzled, _i32(16)))
-        offset = arith.addi(arith.addi(arith.muli(tile, _i32(8 * width)), arith.muli(row, _i32(width))), within)
+        byte = arith.muli(moved, const(4))
+        tile, within = arith.divui(byte, const(width)), arith.remui(byte, const(width))
+        tile = arith.addi(arith.muli(arith.divui(row, const(8)), const(head_dim // width)), tile)
+        row = arith.remui(row, const(8))
+        swizzled = row if width == 128 else arith.shrui(row, const(1))
+        within = arith.xori(within, arith.muli(swizzled, const(16)))
+        offset = arith.addi(arith.addi(arith.muli(tile, const(8 * width)), arith.muli(row, const(width))), within)
         llvm.store(loaded, utils.getelementptr(target, [offset], i8), alignment=4)
 
 
@@ -91,10 +94,10 @@ def load_query_scales(
     for tile in range(rows // 8):
         values = []
         for e in range(2):
-            row = arith.addi(arith.muli(_thread()[2], _i32(2)), _i32(8 * tile + e))
-            row = arith.minui(arith.addi(row, first_row.registers.item()), _i32(length * group - 1))
-            head = arith.addi(arith.remui(row, _i32(group)), first_head.registers.item())
-            index = arith.addi(arith.muli(arith.divui(row, _i32(group)), _i32(heads)), head)
+            row = arith.addi(arith.muli(thread_position()[2], const(2)), const(8 * tile + e))
+            row = arith.minui(arith.addi(row, first_row.registers.item()), const(length * group - 1))
+            head = arith.addi(arith.remui(row, const(group)), first_head.registers.item())
+            index = arith.addi(arith.muli(arith.divui(row, const(group)), const(heads)), head)
             values.append(llvm.load(f32, utils.getelementptr(utils.memref_ptr(scales), [index], f32)))
         registers[tile] = vector.from_elements(ir.VectorType.get((2,), f32), values)
     layout = mgpu.WGMMA_COL_LAYOUT
@@ -121,22 +124,22 @@ def store_output(
     element = ir.MemRefType(target.type).element_type
     width = head_dim // 64  # channels that lie together in a thread
     registers = output.registers.reshape(width, -1, 2)
-    warp, g, q = _thread()
-    channel = arith.muli(arith.addi(arith.muli(warp, _i32(8)), g), _i32(width))
+    warp, g, q = thread_position()
+    channel = arith.muli(arith.addi(arith.muli(warp, const(8)), g), const(width))
     base = utils.memref_ptr(target)
     for tile, e in np.ndindex(registers.shape[1], 2):
-        row = arith.addi(arith.muli(q, _i32(2)), arith.addi(first_row.registers.item(), _i32(8 * tile + e)))
-        head = arith.addi(arith.remui(row, _i32(group)), first_head.registers.item())
-        index = arith.addi(arith.muli(arith.divui(row, _i32(group)), _i32(heads)), head)
-        index = arith.addi(arith.muli(index, _i32(head_dim)), channel)
-        valid = arith.cmpi(arith.CmpIPredicate.ult, row, _i32(length * group))
+        row = arith.addi(arith.muli(q, const(2)), arith.addi(first_row.registers.item(), const(8 * tile + e)))
+        head = arith.addi(arith.remui(row, const(group)), first_head.registers.item())
+        index = arith.addi(arith.muli(arith.divui(row, const(group)), const(heads)), head)
+        index = arith.addi(arith.muli(index, const(head_dim)), channel)
+        valid = arith.cmpi(arith.CmpIPredicate.ult, row, const(length * group))
         branch = scf.IfOp(valid)
         with ir.InsertionPoint(branch.then_block):
             for h in range(2):
-                values = [_element(registers[b, tile, h], e) for b in range(width)]
+                values = [element_of(registers[b, tile, h], e) for b in range(width)]
                 if element != ir.F32Type.get():
                     values = [arith.truncf(element, value) for value in values]
-                pointer = utils.getelementptr(base, [arith.addi(index, _i32(h * head_dim // 2))], element)
+                pointer = utils.getelementptr(base, [arith.addi(index, const(h * head_dim // 2))], element)
                 together = vector.from_elements(ir.VectorType.get((width,), element), values)
                 llvm.store(together, pointer, alignment=width * utils.bitwidth(element) // 8)
             scf.YieldOp([])
@@ -148,16 +151,16 @@ def store_column_numbers(
     """One number a column -> float32 ``target`` [rows] from ``first_row`` on, as far as it has rows."""
     (rows,) = ir.MemRefType(target.type).shape
     f32 = ir.F32Type.get()
-    warp, g, q = _thread()
+    warp, g, q = thread_position()
     for tile, register in enumerate(numbers.registers.reshape(-1)):
         for e in range(2):
-            row = arith.addi(arith.muli(q, _i32(2)), arith.addi(first_row.registers.item(), _i32(8 * tile + e)))
-            valid = arith.cmpi(arith.CmpIPredicate.ult, row, _i32(rows))
+            row = arith.addi(arith.muli(q, const(2)), arith.addi(first_row.registers.item(), const(8 * tile + e)))
+            valid = arith.cmpi(arith.CmpIPredicate.ult, row, const(rows))
             # The same in every row of the matrix: one thread writes it.
-            first = arith.cmpi(arith.CmpIPredicate.eq, arith.addi(warp, g), _i32(0))
+            first = arith.cmpi(arith.CmpIPredicate.eq, arith.addi(warp, g), const(0))
             branch = scf.IfOp(arith.andi(valid, first))
             with ir.InsertionPoint(branch.then_block):
-                llvm.store(_element(register, e), utils.getelementptr(utils.memref_ptr(target), [row], f32))
+                llvm.store(element_of(register, e), utils.getelementptr(utils.memref_ptr(target), [row], f32))
                 scf.YieldOp([])
 
 
@@ -182,35 +185,35 @@ def combine(
     heads = ir.MemRefType(target.type).shape[1]
     element, f32 = ir.MemRefType(target.type).element_type, ir.F32Type.get()
     quad = ir.VectorType.get((4,), f32)
-    unit_index = arith.addi(arith.muli(block.registers.item(), _i32(128)), arith.remui(utils.thread_idx(), _i32(128)))
-    row = arith.divui(unit_index, _i32(head_dim // 4))
-    channel = arith.muli(arith.remui(unit_index, _i32(head_dim // 4)), _i32(4))
-    inside = scf.IfOp(arith.cmpi(arith.CmpIPredicate.ult, row, _i32(rows)))
+    unit_index = arith.addi(arith.muli(block.registers.item(), const(128)), arith.remui(utils.thread_idx(), const(128)))
+    row = arith.divui(unit_index, const(head_dim // 4))
+    channel = arith.muli(arith.remui(unit_index, const(head_dim // 4)), const(4))
+    inside = scf.IfOp(arith.cmpi(arith.CmpIPredicate.ult, row, const(rows)))
     with ir.InsertionPoint(inside.then_block):
 
         def load(ref: ir.Value, index: ir.Value, result: ir.Type) -> ir.Value:
             return llvm.load(result, utils.getelementptr(utils.memref_ptr(ref), [index], f32))
 
-        at = [arith.addi(row, _i32(split * rows)) for split in range(splits)]
+        at = [arith.addi(row, const(split * rows)) for split in range(splits)]
         peaks, totals = ([load(ref, index, f32) for index in at] for ref in (peak, total))
         highest = functools.reduce(arith.maximumf, peaks)
         one, zero = (arith.constant(f32, ir.FloatAttr.get(f32, value)) for value in (1.0, 0.0))
-        highest = arith.select(arith.cmpf(arith.CmpFPredicate.OEQ, highest, _f32(-math.inf)), zero, highest)
+        highest = arith.select(arith.cmpf(arith.CmpFPredicate.OEQ, highest, number(-math.inf)), zero, highest)
         denominator, summed = zero, [zero] * 4
         for index, own_peak, own_total in zip(at, peaks, totals, strict=True):
             weight = _exp2(arith.subf(own_peak, highest))
-            own = load(partial, arith.addi(arith.muli(index, _i32(head_dim)), channel), quad)
+            own = load(partial, arith.addi(arith.muli(index, const(head_dim)), channel), quad)
             denominator = arith.addf(denominator, arith.mulf(weight, own_total))
-            summed = [arith.addf(x, arith.mulf(weight, _element(own, i))) for i, x in enumerate(summed)]
+            summed = [arith.addf(x, arith.mulf(weight, element_of(own, i))) for i, x in enumerate(summed)]
         positive = arith.cmpf(arith.CmpFPredicate.OGT, denominator, zero)
-        inverse = arith.divf(_f32(unit), arith.select(positive, denominator, one))
+        inverse = arith.divf(number(unit), arith.select(positive, denominator, one))
         inverse = arith.select(positive, inverse, zero)
         values = [arith.mulf(x, inverse) for x in summed]
         if element != f32:
             values = [arith.truncf(element, value) for value in values]
-        head = arith.addi(arith.remui(row, _i32(group)), first_head.registers.item())
-        index = arith.addi(arith.muli(arith.divui(row, _i32(group)), _i32(heads)), head)
-        index = arith.addi(arith.muli(index, _i32(head_dim)), channel)
+        head = arith.addi(arith.remui(row, const(group)), first_head.registers.item())
+        index = arith.addi(arith.muli(arith.divui(row, const(group)), const(heads)), head)
+        index = arith.addi(arith.muli(index, const(head_dim)), channel)
         pointer = utils.getelementptr(utils.memref_ptr(target), [index], element)
         together = vector.from_elements(ir.VectorType.get((4,), element), values)
         llvm.store(together, pointer, alignment=utils.bitwidth(element) // 2)
@@ -226,15 +229,15 @@ def load_keys(_: mgpu.LaunchContext, keys: ir.Value, *, head_dim: int) -> mgpu.F
     tokens, stored = _tokens(keys, head_dim), head_dim // 2
     words = stored // 16
     base = utils.memref_ptr(keys)
-    warp, g, q = _thread()
-    row = arith.addi(arith.muli(warp, _i32(16)), g)
-    offset = arith.addi(arith.muli(row, _i32(stored)), arith.muli(q, _i32(4 * words)))
+    warp, g, q = thread_position()
+    row = arith.addi(arith.muli(warp, const(16)), g)
+    offset = arith.addi(arith.muli(row, const(stored)), arith.muli(q, const(4 * words)))
     tiles = np.empty((tokens // 64, 2 * words, 2), dtype=object)
     for m, h in np.ndindex(tokens // 64, 2):
-        loaded = _load_words(base, arith.addi(offset, _i32((64 * m + 8 * h) * stored)), words)
+        loaded = load_words(base, arith.addi(offset, const((64 * m + 8 * h) * stored)), words)
         for j, word in enumerate(loaded):
-            tiles[m, j, h], tiles[m, words + j, h] = _codes_to_e4m3(word)
-    return _fragments(tiles, (tokens, 2 * stored))
+            tiles[m, j, h], tiles[m, words + j, h] = codes_to_e4m3(word)
+    return fragments(tiles, (tokens, 2 * stored))
 
 
 def load_values(_: mgpu.LaunchContext, values: ir.Value, *, head_dim: int) -> mgpu.FragmentedArray:
@@ -247,18 +250,18 @@ def load_values(_: mgpu.LaunchContext, values: ir.Value, *, head_dim: int) -> mg
     tokens, stored = _tokens(values, head_dim), head_dim // 2
     width = stored // 32  # bytes of a token that a thread takes
     base = utils.memref_ptr(values)
-    warp, g, q = _thread()
-    column = arith.muli(arith.addi(arith.muli(warp, _i32(8)), g), _i32(width))
-    offset = arith.addi(arith.muli(q, _i32(stored)), column)
+    warp, g, q = thread_position()
+    column = arith.muli(arith.addi(arith.muli(warp, const(8)), g), const(width))
+    offset = arith.addi(arith.muli(q, const(stored)), column)
     tiles = np.empty((width, tokens // 16, 2), dtype=object)
     for tile in range(tokens // 16):
         # The column tile holds columns 16 * tile + 4 * q + e: w = tile // 2 % 4, g = 4 * (tile % 2) + q.
         first = tile // 8 * TOKEN_BLOCK + 16 * (tile // 2 % 4) + 4 * (tile % 2)
         token = [first + 64 * (e // 2) + 8 * (e % 2) for e in range(4)]
-        loaded = [_load_narrow(base, arith.addi(offset, _i32(t * stored)), width) for t in token]
-        for b, word in enumerate(_transpose_bytes(loaded, width)):
-            tiles[b, tile, 0], tiles[b, tile, 1] = _codes_to_e4m3(word)
-    return _fragments(tiles, (2 * stored, tokens))
+        loaded = [_load_narrow(base, arith.addi(offset, const(t * stored)), width) for t in token]
+        for b, word in enumerate(transpose_bytes(loaded, width)):
+            tiles[b, tile, 0], tiles[b, tile, 1] = codes_to_e4m3(word)
+    return fragments(tiles, (2 * stored, tokens))
 
 
 def store_probabilities(_: mgpu.LaunchContext, p: mgpu.FragmentedArray, p_smem: ir.Value) -> None:
@@ -270,17 +273,17 @@ def store_probabilities(_: mgpu.LaunchContext, p: mgpu.FragmentedArray, p_smem: 
     blocks, column_tiles = p.shape[0] // TOKEN_BLOCK, p.shape[1] // 8
     registers = p.registers.reshape(blocks, 2, column_tiles, 2)
     base = utils.memref_ptr(p_smem)
-    warp, g, q = _thread()
-    chunk = arith.addi(arith.muli(warp, _i32(2)), arith.shrui(g, _i32(2)))
-    within = arith.muli(arith.andi(g, _i32(3)), _i32(4))
+    warp, g, q = thread_position()
+    chunk = arith.addi(arith.muli(warp, const(2)), arith.shrui(g, const(2)))
+    within = arith.muli(arith.andi(g, const(3)), const(4))
     i8 = ir.IntegerType.get_signless(8)
     for j in range(2):
-        row = arith.addi(arith.muli(q, _i32(2)), _i32(j))  # of 8
-        swizzled = arith.muli(arith.xori(chunk, row), _i32(16))
-        offset = arith.addi(arith.addi(arith.muli(row, _i32(128)), swizzled), within)
+        row = arith.addi(arith.muli(q, const(2)), const(j))  # of 8
+        swizzled = arith.muli(arith.xori(chunk, row), const(16))
+        offset = arith.addi(arith.addi(arith.muli(row, const(128)), swizzled), within)
         for block, tile in np.ndindex(blocks, column_tiles):
-            word = _to_e4m3_word([_element(registers[block, m, tile, h], j) for m in range(2) for h in range(2)])
-            position = arith.addi(offset, _i32((tile * blocks + block) * 8 * 128))
+            word = to_e4m3([element_of(registers[block, m, tile, h], j) for m in range(2) for h in range(2)])
+            position = arith.addi(offset, const((tile * blocks + block) * 8 * 128))
             llvm.store(word, utils.getelementptr(base, [position], i8), alignment=4)
 
 
@@ -288,22 +291,22 @@ def _tokens(packed: ir.Value, head_dim: int) -> int:
     return math.prod(ir.MemRefType(packed.type).shape) // (head_dim // 2)
 
 
-def _thread() -> tuple[ir.Value, ir.Value, ir.Value]:
+def thread_position() -> tuple[ir.Value, ir.Value, ir.Value]:
     """(w, g, q) of the thread in its warpgroup."""
-    thread = arith.remui(utils.thread_idx(), _i32(128))
-    lane = arith.remui(thread, _i32(32))
-    return arith.divui(thread, _i32(32)), arith.divui(lane, _i32(4)), arith.remui(lane, _i32(4))
+    thread = arith.remui(utils.thread_idx(), const(128))
+    lane = arith.remui(thread, const(32))
+    return arith.divui(thread, const(32)), arith.divui(lane, const(4)), arith.remui(lane, const(4))
 
 
-def _codes_to_e4m3(word: ir.Value) -> tuple[ir.Value, ir.Value]:
+def codes_to_e4m3(word: ir.Value) -> tuple[ir.Value, ir.Value]:
     """Four bytes of two INT4 codes -> four E4M3 bytes each of the low and of the high codes."""
-    left, right = arith.shli(word, _i32(4)), arith.shrui(word, _i32(4))
-    low = arith.ori(arith.andi(word, _i32(0x07070707)), arith.andi(left, _i32(0x80808080)))
-    high = arith.ori(arith.andi(right, _i32(0x07070707)), arith.andi(word, _i32(0x80808080)))
+    left, right = arith.shli(word, const(4)), arith.shrui(word, const(4))
+    low = arith.ori(arith.andi(word, const(0x07070707)), arith.andi(left, const(0x80808080)))
+    high = arith.ori(arith.andi(right, const(0x07070707)), arith.andi(word, const(0x80808080)))
     return low, high
 
 
-def _transpose_bytes(loaded: list[ir.Value], width: int) -> list[ir.Value]:
+def transpose_bytes(loaded: list[ir.Value], width: int) -> list[ir.Value]:
     """Word b holds byte b of each of the four words ``loaded``, for b < width."""
     t0, t1, t2, t3 = loaded
     if width == 1:
@@ -316,30 +319,16 @@ def _transpose_bytes(loaded: list[ir.Value], width: int) -> list[ir.Value]:
     return result
 
 
-def _to_e4m3_word(elements: list[ir.Value]) -> ir.Value:
-    """Four float32 -> one word of E4M3, the first in the lowest byte."""
-    # A conversion puts its first operand in the upper byte.
-    assembly = """{
-        .reg .b16 low, high;
-        cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
-        cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
-        mov.b32 $0, {low, high};
-    }"""
-    word = llvm.inline_asm(ir.IntegerType.get_signless(32), elements, assembly, "=r,f,f,f,f")
-    assert isinstance(word, ir.Value)
-    return word
-
-
-def _load_words(base: ir.Value, offset: ir.Value, words: int) -> list[ir.Value]:
+def load_words(base: ir.Value, offset: ir.Value, words: int) -> list[ir.Value]:
     """``words`` consecutive 32-bit words of shared memory, by loads of up to 16 bytes."""
     i8, i32 = ir.IntegerType.get_signless(8), ir.IntegerType.get_signless(32)
     per_load = min(words, 4)
     vector_type = ir.VectorType.get((per_load,), i32)
     result = []
     for first in range(0, words, per_load):
-        pointer = utils.getelementptr(base, [arith.addi(offset, _i32(4 * first))], i8)
+        pointer = utils.getelementptr(base, [arith.addi(offset, const(4 * first))], i8)
         loaded = llvm.load(vector_type, pointer, alignment=4 * per_load)
-        result += [_element(loaded, i) for i in range(per_load)]
+        result += [element_of(loaded, i) for i in range(per_load)]
     return result
 
 
@@ -351,7 +340,7 @@ def _load_narrow(base: ir.Value, offset: ir.Value, width: int) -> ir.Value:
     return loaded if width == 4 else arith.extui(i32, loaded)
 
 
-def _fragments(tiles: np.ndarray, shape: tuple[int, int]) -> mgpu.FragmentedArray:
+def fragments(tiles: np.ndarray, shape: tuple[int, int]) -> mgpu.FragmentedArray:
     """Words [rows/64, columns/16, half] as an E4M3 array in WGMMA_8BIT layout."""
     e4m3 = ir.VectorType.get((4,), ir.Float8E4M3FNType.get())
     registers = np.empty(tiles.shape, dtype=object)
@@ -363,13 +352,9 @@ def _fragments(tiles: np.ndarray, shape: tuple[int, int]) -> mgpu.FragmentedArra
     )
 
 
-def _element(vec: ir.Value, i: int) -> ir.Value:
-    return vector.extract(vec, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
-
-
 def _prmt(a: ir.Value, b: ir.Value, selector: int) -> ir.Value:
     """Bytes of ``a`` (0-3) and ``b`` (4-7) picked by the selector's nibbles, lowest byte first."""
-    return utils.prmt(a, b, _i32(selector))
+    return utils.prmt(a, b, const(selector))
 
 
 def _exp2(x: ir.Value) -> ir.Value:
@@ -377,12 +362,3 @@ def _exp2(x: ir.Value) -> ir.Value:
     result = llvm.inline_asm(f32, [x], "ex2.approx.ftz.f32 $0, $1;", "=f,f")
     assert isinstance(result, ir.Value)
     return result
-
-
-def _f32(value: float) -> ir.Value:
-    f32 = ir.F32Type.get()
-    return arith.constant(f32, ir.FloatAttr.get(f32, value))
-
-
-def _i32(value: int) -> ir.Value:
-    return utils.c(value, ir.IntegerType.get_signless(32))

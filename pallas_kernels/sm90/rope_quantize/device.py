@@ -14,7 +14,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf
 
 from pallas_kernels import formats
-from pallas_kernels.sm90.inline import SCALAR, const, i32, inlined
+from pallas_kernels.sm90.inline import SCALAR, const, i32, inlined, to_e4m3
 from pallas_kernels.sm90.rope_quantize import registers as emit
 
 CACHE = ("key", "key_scale", "value", "value_scale")
@@ -238,7 +238,7 @@ class _Warp:
         row = emit.quotients(row, scale)
         index = arith.addi(arith.muli(token.index, const(problem.heads)), group.head)
         for offset, half in zip((0, problem.head_dim // 2), row, strict=True):
-            words = [emit.to_e4m3(half[i : i + 4]) for i in (0, 4)]
+            words = [to_e4m3(half[i : i + 4]) for i in (0, 4)]
             emit.store(self.address("query", index, problem.head_dim, emit.PAIRS, offset), words, group.exists)
         self.store_scale("query_scale", index, 4, arith.bitcast(i32(), scale), group)
 

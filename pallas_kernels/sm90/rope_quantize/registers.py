@@ -148,14 +148,6 @@ def quotients(row: Row, scale: ir.Value) -> Row:
     return row.map(lambda x: arith.mulf(x, inverse))
 
 
-def to_e4m3(four: Sequence[ir.Value]) -> ir.Value:
-    code = (
-        "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; "
-        "cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }"
-    )
-    return asm([i32()], list(four), code, "=r,f,f,f,f", volatile=False)[0]
-
-
 def to_int4(low: Sequence[ir.Value], high: Sequence[ir.Value]) -> ir.Value:
     """Four bytes of ``formats.pack_int4`` from four elements of each half."""
     magnitudes = [_gather_bytes([_magnitude(x) for x in half], 0) for half in (low, high)]
