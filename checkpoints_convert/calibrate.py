@@ -20,8 +20,11 @@ from fireq_jax.models.llama import DecoderLayer
 from fireq_jax.models.parameters import Block, fuse_block, with_parameters
 from fireq_jax.models.rope import rope_tables
 from fireq_jax.quantization import recipes
-from fireq_jax.quantization.smoothing import KeyMoments, KeyStatistics
+from fireq_jax.quantization.key_smoothing import KeyMoments, KeyStatistics
 
+# Of all tokens, one in so many is kept in KeyStatistics.sample; a prime, so that over a few sequences
+# every position comes up.
+SAMPLE_STRIDE = 13
 LINEAR_INPUTS = ("qkv_input", "o_input", "gate_up_input", "down_input")
 
 
@@ -35,11 +38,12 @@ class ChannelStatistics(NamedTuple):
 class BlockStatistics(NamedTuple):
     """What calibration measures of one block.
 
-    ``inputs`` is keyed by ``LINEAR_INPUTS``.
+    ``inputs`` is keyed by ``LINEAR_INPUTS``; ``values`` are second moments of each head's values.
     """
 
     inputs: dict[str, ChannelStatistics]
     keys: KeyStatistics
+    values: Float[Array, "kv_heads H H"]
 
 
 class Calibrator:
@@ -112,7 +116,11 @@ def block_step(
     moments = KeyMoments(
         jnp.mean(key, axis=(0, 1)), jnp.mean(jnp.square(key), axis=(0, 1)), jnp.mean(jnp.square(grouped), axis=(0, 2))
     )
-    return output, BlockStatistics(inputs, KeyStatistics(pair_max, channel_max, moments))
+    sample = key.reshape(-1, *key.shape[2:])[::SAMPLE_STRIDE]
+    values = (
+        jnp.einsum("btki,btkj->kij", seen["value"], seen["value"], precision="highest") / seen["value"][..., 0, 0].size
+    )
+    return output, BlockStatistics(inputs, KeyStatistics(pair_max, channel_max, moments, sample), values)
 
 
 def _channel_statistics(x: Float[Array, "B T K"]) -> ChannelStatistics:
@@ -133,6 +141,8 @@ def _combine(batches: list[BlockStatistics]) -> BlockStatistics:
     def reduce(function: Callable[..., Array], values: list[Any]) -> Any:
         return jax.tree.map(lambda *leaves: function(jnp.stack(leaves), axis=0), *values)
 
-    largest = reduce(jnp.max, [batch.keys._replace(moments=None) for batch in batches])
-    keys = largest._replace(moments=reduce(jnp.mean, [batch.keys.moments for batch in batches]))
-    return BlockStatistics(inputs, keys)
+    largest = reduce(jnp.max, [batch.keys._replace(moments=None, sample=None) for batch in batches])
+    moments = reduce(jnp.mean, [batch.keys.moments for batch in batches])
+    sample = jnp.concatenate([batch.keys.sample for batch in batches])
+    values = jnp.mean(jnp.stack([batch.values for batch in batches]), axis=0)
+    return BlockStatistics(inputs, largest._replace(moments=moments, sample=sample), values)

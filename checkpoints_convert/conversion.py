@@ -30,7 +30,8 @@ from fireq_jax.huggingface import HuggingFaceCheckpoint, block_shapes
 from fireq_jax.models.llama import linear_names
 from fireq_jax.models.parameters import Parameter, fuse_block, global_parameters, layer_parameters
 from fireq_jax.quantization.config import QuantizationConfig, SmoothingConfig
-from fireq_jax.quantization.smoothing import KeyStatistics, key_scales, smooth_block
+from fireq_jax.quantization.key_smoothing import KeyStatistics, key_transform
+from fireq_jax.quantization.smoothing import smooth_block
 from pallas_kernels import formats
 from pallas_kernels.quantized_tensor import QuantizedTensor
 
@@ -163,11 +164,11 @@ def _convert_block(
         _save_array(_hidden_path(work, index + 1), output)
         del output, hidden
     if quantization.smoothing is not None:
-        keys = None if statistics is None else statistics.keys
-        inputs = None
+        keys = inputs = values = None
         if statistics is not None:
+            keys, values = statistics.keys, statistics.values
             inputs = {name: channels.mean_abs for name, channels in statistics.inputs.items()}
-        smoothed = smooth_block(block, keys, config, quantization.smoothing, inputs)
+        smoothed = smooth_block(block, keys, config, quantization.smoothing, inputs, values)
         _save_arrays(work / f"smoothing.{index}.npz", smoothing_effect(block, smoothed, keys, quantization.smoothing))
         block = smoothed
         del smoothed
@@ -216,7 +217,8 @@ def smoothing_effect(
 
     Returns:
         ``<linear>.before`` and ``<linear>.after``, float32 [K]; with measured keys also
-        ``keys.before``, ``keys.pre_rope`` (after N) and ``keys.post_rope`` (after N and S), [kv_heads, H].
+        ``keys.before``, ``keys.pre_rope`` (after N) and ``keys.post_rope`` (after N and S), [kv_heads, H],
+        before pairs are turned.
     """
     effect = {}
     for moment, block in (("before", before), ("after", after)):
@@ -225,7 +227,8 @@ def smoothing_effect(
                 absmax = formats.finite_absmax(weight, axis=0)
                 effect[f"{name.removesuffix('.weight')}.{moment}"] = np.asarray(absmax)
     if keys is not None:
-        pre_rope, post_rope = key_scales(keys, smoothing)
+        pairs, post_rope = key_transform(keys, smoothing)
+        pre_rope = jnp.tile(pairs.scale, (1, 2))
         effect["keys.before"] = np.asarray(keys.channel_max)
         effect["keys.pre_rope"] = np.asarray(keys.channel_max * pre_rope)
         effect["keys.post_rope"] = np.asarray(keys.channel_max * pre_rope * post_rope)

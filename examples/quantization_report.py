@@ -66,11 +66,11 @@ def rows() -> dict[str, QuantizationConfig]:
         "query exponent": {"query_exponent": 0.0},
         "rms of key pairs": {"pair_statistic": "max"},
         "N altogether": {"pre_rope": False},
-        "value rotation": {"value_rotation": False},
+        "value basis": {"value_basis": "channels"},
     }
     for piece, change in pieces.items():
         result[f"plus, float weights - {piece}"] = replace(cache, smoothing=replace(smoothing, **change))
-    result["plus, float weights - KV clip"] = replace(cache, kv_clip=1.0)
+    result["plus, float weights - KV clip"] = replace(cache, key_clip=1.0, value_clip=1.0)
     result["plus, float weights + KV groups of 64"] = replace(cache, kv_group_size=64)
     result["plus, float weights, FP8 KV"] = replace(cache, kv_format="fp8")
     return result

@@ -93,10 +93,8 @@ class Attention(nnx.Module):
         query, key, value = self._project(x, rope, tap)
         quantization = self.quantization
         stored_key, stored_value = (
-            formats.quantize_kv(
-                jnp.swapaxes(rows, 1, 2), quantization.kv_format, quantization.kv_group_size, quantization.kv_clip
-            )
-            for rows in (key, value)
+            formats.quantize_kv(jnp.swapaxes(rows, 1, 2), quantization.kv_format, quantization.kv_group_size, clip)
+            for rows, clip in ((key, quantization.key_clip), (value, quantization.value_clip))
         )
         scaled_query = formats.quantize_fp8(query) if quantization.query_format == "fp8" else ScaledArray(query, None)
         new_cache = None
@@ -128,6 +126,7 @@ class Attention(nnx.Module):
         packed = self.qkv_proj(x).reshape(*x.shape[:2], heads + 2 * kv_heads, self.head_dim)
         query, key, value = jnp.split(packed, [heads, heads + kv_heads], axis=2)
         tap("key_before_rope", key)
+        tap("value", value)
         query, key = apply_rope(query, *rope), apply_rope(key, *rope)
         tap("key_after_rope", key)
         tap("query_after_rope", query)
