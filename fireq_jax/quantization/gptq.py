@@ -158,6 +158,13 @@ def compensate(
     return WeightCodes(codes, scales, channel_scale * jnp.where(fit > 0, fit, 1.0))
 
 
+def inverse_factor(hessian: Float[Array, "K K"]) -> Float[Array, "K K"]:
+    """The upper triangular U with H^-1 = U^T U, from one factorization: read backwards, H is L L^T and U is L^-1."""
+    lower = jnp.linalg.cholesky(hessian[::-1, ::-1])
+    identity = jnp.eye(len(hessian), dtype=hessian.dtype)
+    return jax.scipy.linalg.solve_triangular(lower, identity, lower=True)[::-1, ::-1]
+
+
 def _gptq(
     weight: Float[Array, "N K"],
     hessian: Float[Array, "K K"],
@@ -167,9 +174,7 @@ def _gptq(
     search: bool,
 ) -> tuple[Int[Array, "N K"], Float[Array, "N G"]]:
     n, k = weight.shape
-    factor = jax.scipy.linalg.cho_factor(hessian, lower=True)
-    inverse = jax.scipy.linalg.cho_solve(factor, jnp.eye(k, dtype=hessian.dtype))
-    upper = jnp.linalg.cholesky(inverse).T  # inverse = upper^T upper
+    upper = inverse_factor(hessian)
 
     def group_step(weight: Array, group: Array) -> tuple[Array, tuple[Array, Array]]:
         begin = group * group_size

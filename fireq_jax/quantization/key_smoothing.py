@@ -29,13 +29,25 @@ class KeyMoments(NamedTuple):
     query_square: Float[Array, "kv_heads H"]  # of q_i^2
 
 
+class KeySample(NamedTuple):
+    """Some of the keys, after RoPE, and what an error in them costs the block's output.
+
+    An error e of a pair of key s moves the score of a query t by q_t e, and the output (through
+    softmax, to first order) by weight_ts |o_proj (v_s - output_t)| times that. ``reads`` is the sum
+    over the sequence's queries of the squares, for e = 1: (weight_ts |..| |q_t|)^2 by pair.
+    """
+
+    keys: Float[Array, "tokens kv_heads H"]
+    reads: Float[Array, "tokens kv_heads half"]
+
+
 class KeyStatistics(NamedTuple):
     """Largest magnitudes of a block's keys over the calibration tokens, their moments, and some keys."""
 
     pair_max: Float[Array, "kv_heads half"]  # of sqrt(k_i^2 + k_{i + H/2}^2), before RoPE
     channel_max: Float[Array, "kv_heads H"]  # of |k_i|, after RoPE
     moments: KeyMoments | None = None
-    sample: Float[Array, "tokens kv_heads H"] | None = None  # after RoPE
+    sample: KeySample | None = None
 
 
 class PairTransform(NamedTuple):
@@ -86,34 +98,29 @@ def key_transform(keys: KeyStatistics, smoothing: SmoothingConfig) -> tuple[Pair
         return PairTransform(pre_rope), post_rope
     if keys.sample is None:
         raise ValueError("fit_pairs needs a sample of the keys; calibrate first")
-    sample = keys.sample - _moments(keys).mean if smoothing.key_offset else keys.sample
-    return fit_pairs(pre_rope, sample, pair_norm(_moments(keys).query_square)), post_rope
+    centered = keys.sample.keys - _moments(keys).mean if smoothing.key_offset else keys.sample.keys
+    return fit_pairs(pre_rope, keys.sample._replace(keys=centered)), post_rope
 
 
 @jax.jit
-def fit_pairs(
-    start: Float[Array, "kv_heads half"],
-    keys: Float[Array, "tokens kv_heads H"],
-    queries: Float[Array, "kv_heads half"],
-) -> PairTransform:
-    """N and angles of the pairs for the least error of the scores, by gradient descent.
+def fit_pairs(start: Float[Array, "kv_heads half"], sample: KeySample) -> PairTransform:
+    """N and angles of the pairs for the least error of the block's output, by gradient descent.
 
-    A token's keys are rounded in steps of their largest magnitude, and a pair's share of that error
-    reaches a score through the queries divided by its N: mean(max_i |k_i|^2) * sum_p (q_p / N_p)^2,
-    for each head. A turn spreads a pair with one large member over both; RoPE commutes with it.
+    A token's key is rounded in steps of its largest magnitude, so that the cost of token s is
+    max_i |k_si|^2 * sum_p reads_sp / N_p^2. A turn spreads a pair with one large member over both;
+    RoPE commutes with it.
 
     Args:
         start: N to start from.
-        keys: rotated keys of some tokens, less their offset.
-        queries: root mean square of each pair of the queries.
+        sample: some of the rotated keys, less their offset.
     """
     tiny = jnp.finfo(jnp.float32).tiny
 
     def cost(fitted: tuple[Array, Array]) -> Float[Array, ""]:
         scale = jnp.exp(fitted[0])
-        largest = jnp.max(jnp.abs(PairTransform(scale, fitted[1]).apply(keys)), axis=-1)
-        step = jnp.log(jnp.mean(jnp.square(largest), axis=0) + tiny)
-        return jnp.sum(step + jnp.log(jnp.sum(jnp.square(queries / scale), axis=-1) + tiny))
+        largest = jnp.max(jnp.abs(PairTransform(scale, fitted[1]).apply(sample.keys)), axis=-1)
+        read = jnp.sum(sample.reads / jnp.square(scale), axis=-1)
+        return jnp.sum(jnp.log(jnp.mean(jnp.square(largest) * read, axis=0) + tiny))
 
     optimizer = optax.adam(optax.cosine_decay_schedule(FIT_RATE, FIT_STEPS))
 
