@@ -275,3 +275,16 @@ def test_clip_shrinks_the_scale_and_only_that() -> None:
     assert errors[1] < errors[0]
     fp8 = [formats.quantize_kv(rows, "fp8", clip=clip).scale for clip in (1.0, 0.93)]
     np.testing.assert_array_equal(fp8[0], fp8[1])
+
+
+def test_unbiased_rows_keep_their_product_with_themselves() -> None:
+    rows = jax.random.normal(jax.random.key(6), (64, 128)).at[3].set(0.0).at[4, 5].set(jnp.inf).at[6].multiply(1e25)
+    plain, unbiased = (formats.quantize_kv(rows, "int4", clip=0.93, unbiased=on) for on in (False, True))
+    np.testing.assert_array_equal(unbiased.values, plain.values)
+    usual = np.delete(np.arange(64), [3, 4, 6])
+    kept = [np.sum(np.asarray(formats.dequantize(x) * rows)[usual], axis=1) for x in (plain, unbiased)]
+    exact = np.sum(np.square(np.asarray(rows)[usual]), axis=1)
+    assert np.mean(kept[0] / exact) < 0.995
+    np.testing.assert_allclose(kept[1], exact, rtol=2**-8)  # a bf16 scale
+    assert bool(jnp.all(jnp.isfinite(formats.dequantize(unbiased))))
+    assert not formats.dequantize(unbiased)[3].any()

@@ -92,10 +92,11 @@ class Attention(nnx.Module):
         tap("qkv_input", x)
         query, key, value = self._project(x, rope, tap)
         quantization = self.quantization
-        stored_key, stored_value = (
-            formats.quantize_kv(jnp.swapaxes(rows, 1, 2), quantization.kv_format, quantization.kv_group_size, clip)
-            for rows, clip in ((key, quantization.key_clip), (value, quantization.value_clip))
+        quantize = functools.partial(
+            formats.quantize_kv, kv_format=quantization.kv_format, group_size=quantization.kv_group_size
         )
+        stored_key = quantize(jnp.swapaxes(key, 1, 2), clip=quantization.key_clip, unbiased=quantization.unbiased_keys)
+        stored_value = quantize(jnp.swapaxes(value, 1, 2), clip=quantization.value_clip)
         scaled_query = formats.quantize_fp8(query) if quantization.query_format == "fp8" else ScaledArray(query, None)
         new_cache = None
         if cache is not None:

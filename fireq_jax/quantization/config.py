@@ -122,6 +122,7 @@ class QuantizationConfig:
         kv_format: keys and values in the cache, "int4", "fp8" or "none".
         kv_group_size: channels that share a key or value scale; None means head_dim.
         key_clip, value_clip: INT4 scales of keys and values are clip * absmax / 7.
+        unbiased_keys: INT4 keys with scales that keep each key's product with itself.
         query_format: "fp8" per token and head, or "none".
         smoothing: rescaling before rounding, or None.
         keep_float: patterns (``fnmatch``) of linear layers left unquantized, such as
@@ -141,6 +142,7 @@ class QuantizationConfig:
     kv_group_size: int | None = None
     key_clip: float = 1.0
     value_clip: float = 1.0
+    unbiased_keys: bool = False
     query_format: ActivationFormat = "fp8"
     smoothing: SmoothingConfig | None = None
     keep_float: tuple[str, ...] = ()

@@ -20,6 +20,7 @@ def fireq_plus() -> QuantizationConfig:
         calibration_stream="quantized",
         key_clip=0.97,
         value_clip=0.91,
+        unbiased_keys=True,
         smoothing=SmoothingConfig(
             pair_statistic="rms",
             query_exponent=0.25,
