@@ -162,6 +162,7 @@ def _channel_statistics(x: Float[Array, "B T K"]) -> ChannelStatistics:
     return ChannelStatistics(jnp.max(magnitude, axis=(0, 1)), jnp.mean(magnitude, axis=(0, 1)))
 
 
+@jax.jit
 def _combine(batches: list[BlockStatistics]) -> BlockStatistics:
     """Statistics of all batches, which are of equal size: maxima of maxima, means of means."""
     inputs = {

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from tqdm.auto import tqdm
 
 from checkpoints_convert.calibrate import BlockStatistics, Calibrator
-from checkpoints_convert.compensation import Compensator
+from checkpoints_convert.compensation import Compensator, compensation_operations
 from fireq_jax import checkpoint
 from fireq_jax.huggingface import HuggingFaceCheckpoint, block_shapes
 from fireq_jax.models.llama import linear_names
@@ -108,7 +108,7 @@ def convert(
     tokens = tokens if needs_calibration(quantization) else None
     fingerprint = _fingerprint(options, source, tokens)
     _check_output(options.output, fingerprint, resume=resume)
-    logger.info("%s", _cost(source, tokens))
+    logger.info("%s", _cost(source, quantization, tokens))
     source.check_finite(progress=progress)
 
     work = options.output / WORK_FOLDER
@@ -222,10 +222,8 @@ def smoothing_effect(
     """
     effect = {}
     for moment, block in (("before", before), ("after", after)):
-        for name, weight in fuse_block(block).items():
-            if name.endswith("proj.weight"):
-                absmax = formats.finite_absmax(weight, axis=0)
-                effect[f"{name.removesuffix('.weight')}.{moment}"] = np.asarray(absmax)
+        for name, absmax in _column_absmax(dict(block)).items():
+            effect[f"{name}.{moment}"] = np.asarray(absmax)
     if keys is not None:
         pairs, post_rope = key_transform(keys, smoothing)
         pre_rope = jnp.tile(pairs.scale, (1, 2))
@@ -233,6 +231,16 @@ def smoothing_effect(
         effect["keys.pre_rope"] = np.asarray(keys.channel_max * pre_rope)
         effect["keys.post_rope"] = np.asarray(keys.channel_max * pre_rope * post_rope)
     return effect
+
+
+@jax.jit
+def _column_absmax(block: Mapping[str, Array]) -> dict[str, Float[Array, " K"]]:
+    """Of each linear layer."""
+    return {
+        name.removesuffix(".weight"): formats.finite_absmax(weight, axis=0)
+        for name, weight in fuse_block(block).items()
+        if name.endswith("proj.weight")
+    }
 
 
 @jax.jit
@@ -317,17 +325,22 @@ def _fingerprint(
     }
 
 
-def _cost(source: HuggingFaceCheckpoint, tokens: Int[np.ndarray, "samples T"] | None) -> str:
+def _cost(
+    source: HuggingFaceCheckpoint, quantization: QuantizationConfig, tokens: Int[np.ndarray, "samples T"] | None
+) -> str:
     config = source.config
     text = f"reads {source.nbytes / 1e9:.2f} GB twice (check, convert) in {config.num_layers} blocks"
     if tokens is None:
         return text + "; no calibration"
     parameters = sum(int(np.prod(shape)) for shape in block_shapes(config).values())
-    operations = 2 * parameters * config.num_layers * tokens.size
-    states = tokens.size * config.hidden_size * 4
+    operations = 2 * parameters * tokens.size
+    states = 2 * tokens.size * config.hidden_size * 4
+    if quantization.measures_inputs:
+        operations += compensation_operations(config, quantization, tokens.size)
+        states *= 2 if quantization.calibration_stream == "quantized" else 1
     return (
-        f"{text}; calibration on {tokens.size} tokens: {operations / 1e12:.2f} TFLOP and "
-        f"{2 * states / 1e9:.2f} GB of hidden states on disk"
+        f"{text}; calibration on {tokens.size} tokens: {operations * config.num_layers / 1e12:.2f} TFLOP and "
+        f"{states / 1e9:.2f} GB of hidden states on disk"
     )
 
 

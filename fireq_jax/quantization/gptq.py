@@ -29,6 +29,9 @@ from pallas_kernels.quantized_tensor import QuantizedTensor
 GPTQ_DAMPING = 0.01
 TARGET_DAMPING = 0.02
 
+# Passes of coordinate descent after GPTQ.
+DESCENT_PASSES = 4
+
 # float32 products throughout: a GPU's default, TF32, is too coarse for sums that nearly cancel.
 _dot = functools.partial(jnp.matmul, precision="highest")
 
@@ -85,6 +88,14 @@ def quantize_measured(weight: Float[Array, "N K"], inputs: InputMoments, config:
     return dataclasses.replace(QuantizedTensor.from_codes(codes), shape=(n, k))
 
 
+def rounding_operations(n: int, k: int) -> int:
+    """About how many operations ``error_compensation`` of an [N, K] weight is: products with a [K, K] matrix.
+
+    Two for the target, one each for GPTQ, for the first gradient and for the refit, and the passes.
+    """
+    return 2 * n * k * k * (5 + DESCENT_PASSES)
+
+
 def damped(hessian: Float[Array, "K K"], damping: float) -> Float[Array, "K K"]:
     """H plus ``damping`` times its mean diagonal: invertible, and less sure of what little text showed."""
     ridge = damping * jnp.mean(jnp.diagonal(hessian))
@@ -124,7 +135,7 @@ def compensate(
     rounding: formats.Rounding = "table",
     search: bool = True,
     damping: float = GPTQ_DAMPING,
-    passes: int = 4,
+    passes: int = DESCENT_PASSES,
 ) -> WeightCodes:
     """INT4 codes that keep the layer's output: GPTQ, then coordinate descent.
 

@@ -8,8 +8,10 @@ Here is FireQ's channel-wise scaling (arXiv 2505.20839, Lambda1-3), with exponen
 are in ``key_smoothing``, values in ``value_smoothing``.
 """
 
+import functools
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -54,7 +56,25 @@ def smooth_block(
     """
     if smoothing.activation_exponent and inputs is None:
         raise ValueError("activation_exponent needs statistics of the inputs; calibrate first")
+    rescaled = _rescale(dict(block), keys, config, smoothing, None if inputs is None else dict(inputs))
+    if smoothing.value_basis == "hadamard":
+        return rotate_values(rescaled, config)
+    if smoothing.value_basis == "balanced":
+        if values is None:
+            raise ValueError("value_basis 'balanced' needs second moments of the values; calibrate first")
+        return balance_values(rescaled, config, values)
+    return rescaled
 
+
+# One program instead of a hundred small ones, each of which a GPU would compile by itself.
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _rescale(
+    block: Block,
+    keys: KeyStatistics | None,
+    config: ModelConfig,
+    smoothing: SmoothingConfig,
+    inputs: Mapping[str, Float[Array, " K"]] | None,
+) -> dict[str, Array]:
     def options(name: str) -> tuple[ColumnStatistic, Float[Array, " K"] | None, float]:
         return smoothing.column_statistic, None if inputs is None else inputs[name], smoothing.activation_exponent
 
@@ -65,12 +85,6 @@ def smooth_block(
         result = balance_norm(result, "post_attention_layernorm.weight", GATE_UP, *options("gate_up_input"))
     if smoothing.value_output and smoothing.value_basis != "balanced":
         result = balance_value_output(result, config, *options("o_input"))
-    if smoothing.value_basis == "hadamard":
-        result = rotate_values(result, config)
-    elif smoothing.value_basis == "balanced":
-        if values is None:
-            raise ValueError("value_basis 'balanced' needs second moments of the values; calibrate first")
-        result = balance_values(result, config, values)
     if smoothing.up_down:
         result = balance_up_down(result, *options("down_input"))
     return smooth_keys(result, keys, config, smoothing) if smoothing.measures_keys else result

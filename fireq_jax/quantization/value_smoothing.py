@@ -7,6 +7,7 @@ import functools
 import math
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
@@ -23,8 +24,8 @@ def rotate_values(block: Mapping[str, Array], config: ModelConfig) -> dict[str, 
 
     QuaRot, arXiv 2404.00456.
     """
-    rotation = jnp.broadcast_to(hadamard(config.head_dim), (config.num_kv_heads, config.head_dim, config.head_dim))
-    return change_value_basis(block, config, rotation, jnp.swapaxes(rotation, 1, 2))
+    rotation = np.broadcast_to(hadamard(config.head_dim), (config.num_kv_heads, config.head_dim, config.head_dim))
+    return change_value_basis(block, config, rotation, rotation.swapaxes(1, 2))
 
 
 def balance_values(
@@ -55,10 +56,11 @@ def balance_values(
     metric = inverse_root @ _power(root @ readers @ root, 0.5) @ inverse_root
     balanced = _power(metric, 0.5)
     _, directions = np.linalg.eigh(balanced @ values @ balanced)
-    basis = np.asarray(hadamard(head_dim), np.float64) @ directions.swapaxes(1, 2) @ balanced
-    return change_value_basis(block, config, jnp.asarray(basis, jnp.float32), np.linalg.inv(basis).astype(np.float32))
+    basis = hadamard(head_dim) @ directions.swapaxes(1, 2) @ balanced
+    return change_value_basis(block, config, basis.astype(np.float32), np.linalg.inv(basis).astype(np.float32))
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def change_value_basis(
     block: Mapping[str, Array],
     config: ModelConfig,
@@ -72,12 +74,12 @@ def change_value_basis(
     columns = output.reshape(-1, kv_heads, heads // kv_heads, head_dim)
     result = {
         **block,
-        "self_attn.o_proj.weight": product("dkgj,kji->dkgi", columns, jnp.asarray(inverse)).reshape(output.shape),
+        "self_attn.o_proj.weight": product("dkgj,kji->dkgi", columns, inverse).reshape(output.shape),
     }
     for name in ("self_attn.v_proj.weight", "self_attn.v_proj.bias"):
         if name in block:
             rows = block[name].reshape(kv_heads, head_dim, -1)
-            result[name] = product("kij,kjd->kid", jnp.asarray(basis), rows).reshape(block[name].shape)
+            result[name] = product("kij,kjd->kid", basis, rows).reshape(block[name].shape)
     return result
 
 
@@ -94,9 +96,9 @@ def _power(matrix: Float[np.ndarray, "kv_heads H H"], exponent: float) -> Float[
     return (vectors * np.maximum(values, np.finfo(np.float64).tiny)[:, None] ** exponent) @ vectors.swapaxes(1, 2)
 
 
-def hadamard(size: int) -> Float[Array, "size size"]:
+def hadamard(size: int) -> Float[np.ndarray, "size size"]:
     """An orthogonal matrix of Sylvester-Hadamard blocks as large as the powers of two in ``size`` allow."""
-    block = jnp.ones((1, 1), jnp.float32)
+    block = np.ones((1, 1))
     while size % (2 * len(block)) == 0:
-        block = jnp.kron(jnp.array([[1.0, 1.0], [1.0, -1.0]], jnp.float32), block)
-    return jnp.kron(jnp.eye(size // len(block), dtype=jnp.float32), block / math.sqrt(len(block)))
+        block = np.kron([[1.0, 1.0], [1.0, -1.0]], block)
+    return np.kron(np.eye(size // len(block)), block / math.sqrt(len(block))).astype(np.float32)
