@@ -122,22 +122,26 @@ def block_step(
         jnp.mean(key, axis=(0, 1)), jnp.mean(jnp.square(key), axis=(0, 1)), jnp.mean(jnp.square(query), axis=(0, 1, 3))
     )
     weight = layer.self_attn.o_proj.weight.get_value()
+    assert isinstance(weight, Array)  # of a float layer
     columns = weight.reshape(-1, *query.shape[2:])
     readers = jnp.einsum("dkgi,dkgj->kgij", columns, columns, precision="highest")
-    sample = jax.lax.map(lambda sequence: _sample_keys(*sequence, readers), (query, key, value, indices))
+    sample = jax.lax.map(lambda sequence: _sample_keys(sequence, readers), (query, key, value, indices))
     sample = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), sample)
     values = jnp.einsum("btki,btkj->kij", value, value, precision="highest") / (value.shape[0] * value.shape[1])
     return output, BlockStatistics(inputs, KeyStatistics(pair_max, channel_max, moments, sample), values)
 
 
 def _sample_keys(
-    query: Float[Array, "T kv_heads group H"],
-    key: Float[Array, "T kv_heads H"],
-    value: Float[Array, "T kv_heads H"],
-    index: Int[Array, ""],
+    sequence: tuple[
+        Float[Array, "T kv_heads group H"], Float[Array, "T kv_heads H"], Float[Array, "T kv_heads H"], Int[Array, ""]
+    ],
     readers: Float[Array, "kv_heads group H H"],
 ) -> KeySample:
-    """Some keys of a sequence, and how its output depends on them; see :class:`KeySample`."""
+    """Some keys of a sequence (its queries, keys, values and number), and how its output depends on them.
+
+    ``readers`` are Gram matrices of o_proj's columns for each query head; see :class:`KeySample`.
+    """
+    query, key, value, index = sequence
     dot = functools.partial(jnp.einsum, precision="highest")
     length = len(key)
     positions = jnp.minimum(index % SAMPLE_STRIDE + SAMPLE_STRIDE * jnp.arange(-(-length // SAMPLE_STRIDE)), length - 1)

@@ -4,7 +4,8 @@
 
 The block has random weights and reads random hidden states (correlated channels); it goes through the
 converter's own steps: calibration, smoothing, compensation. The first block compiles everything, the
-second is timed, and the model's blocks times that is the extrapolation. Reading and writing the checkpoint's files is not in it.
+second is timed, and the model's blocks times that is the extrapolation. Reading and writing the
+checkpoint's files is not in it.
 """
 
 import argparse
