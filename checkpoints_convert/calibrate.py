@@ -142,23 +142,30 @@ def _sample_keys(
     ``readers`` are Gram matrices of o_proj's columns for each query head; see :class:`KeySample`.
     """
     query, key, value, index = sequence
-    dot = functools.partial(jnp.einsum, precision="highest")
-    length = len(key)
+    length, _, head_dim = key.shape
     positions = jnp.minimum(index % SAMPLE_STRIDE + SAMPLE_STRIDE * jnp.arange(-(-length // SAMPLE_STRIDE)), length - 1)
-    scores = dot("tkgh,skh->kgts", query, key) * query.shape[-1] ** -0.5
     visible = jnp.arange(length)[:, None] >= jnp.arange(length)
-    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
-    output = dot("kgts,skh->kgth", weights, value)
-    # |o_proj (v_s - output_t)|^2, multiplied out.
-    read = dot("kgij,skj->kgsi", readers, value[positions])
-    distance = (
-        dot("kgsi,ski->kgs", read, value[positions])[:, :, None]
-        - 2 * dot("kgti,kgsi->kgts", output, read)
-        + dot("kgti,kgij,kgtj->kgt", output, readers, output)[..., None]
-    )
-    sensitivity = jnp.square(weights[..., positions]) * jnp.maximum(distance, 0.0)
-    first, second = jnp.split(jnp.square(query), 2, axis=-1)
-    return KeySample(key[positions], dot("kgts,tkgp->skp", sensitivity, first + second))
+    dot = functools.partial(jnp.einsum, precision="highest")
+
+    def reads_of_head(head: tuple[Array, Array, Array, Array]) -> Float[Array, "tokens half"]:
+        query, key, value, readers = head
+        scores = dot("tgh,sh->gts", query, key) * head_dim**-0.5
+        weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+        output = dot("gts,sh->gth", weights, value)
+        # |o_proj (v_s - output_t)|^2, multiplied out.
+        read = dot("gij,sj->gsi", readers, value[positions])
+        distance = (
+            dot("gsi,si->gs", read, value[positions])[:, None]
+            - 2 * dot("gti,gsi->gts", output, read)
+            + dot("gti,gti->gt", dot("gti,gij->gtj", output, readers), output)[..., None]
+        )
+        sensitivity = jnp.square(weights[..., positions]) * jnp.maximum(distance, 0.0)
+        first, second = jnp.split(jnp.square(query), 2, axis=-1)
+        return dot("gts,tgp->sp", sensitivity, first + second)
+
+    # One kv head at a time: all heads' scores need not fit in memory.
+    heads = jnp.moveaxis(query, 1, 0), jnp.moveaxis(key, 1, 0), jnp.moveaxis(value, 1, 0), readers
+    return KeySample(key[positions], jnp.moveaxis(jax.lax.map(reads_of_head, heads), 0, 1))
 
 
 def _channel_statistics(x: Float[Array, "B T K"]) -> ChannelStatistics:
