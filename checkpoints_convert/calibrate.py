@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.layers import Tap, no_tap
@@ -20,8 +20,10 @@ from fireq_jax.models.llama import DecoderLayer
 from fireq_jax.models.parameters import Block, fuse_block, with_parameters
 from fireq_jax.models.rope import rope_tables
 from fireq_jax.quantization import recipes
-from fireq_jax.quantization.smoothing import KeyMoments, KeyStatistics
+from fireq_jax.quantization.key_smoothing import KeyMoments, KeySample, KeyStatistics
 
+# One token in so many goes into KeyStatistics.sample, from each sequence with another offset.
+SAMPLE_STRIDE = 13
 LINEAR_INPUTS = ("qkv_input", "o_input", "gate_up_input", "down_input")
 
 
@@ -35,11 +37,12 @@ class ChannelStatistics(NamedTuple):
 class BlockStatistics(NamedTuple):
     """What calibration measures of one block.
 
-    ``inputs`` is keyed by ``LINEAR_INPUTS``.
+    ``inputs`` is keyed by ``LINEAR_INPUTS``; ``values`` are second moments of each head's values.
     """
 
     inputs: dict[str, ChannelStatistics]
     keys: KeyStatistics
+    values: Float[Array, "kv_heads H H"]
 
 
 class Calibrator:
@@ -75,7 +78,8 @@ class Calibrator:
         output = np.empty_like(hidden)
         batches: list[BlockStatistics] = []
         for part in batches_of(len(hidden), self.batch_size):
-            result, statistics = block_step(graph, self.config, state, jnp.asarray(hidden[part]))
+            indices = jnp.arange(part.start, part.stop)
+            result, statistics = block_step(graph, self.config, state, jnp.asarray(hidden[part]), indices)
             output[part] = np.asarray(result)
             batches.append(statistics)
         return output, _combine(batches)
@@ -98,21 +102,70 @@ def run_layer(layer: DecoderLayer, config: ModelConfig, hidden: Float[Array, "B 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def block_step(
-    graph: nnx.GraphDef[DecoderLayer], config: ModelConfig, state: nnx.State, hidden: Float[Array, "B T D"]
+    graph: nnx.GraphDef[DecoderLayer],
+    config: ModelConfig,
+    state: nnx.State,
+    hidden: Float[Array, "B T D"],
+    indices: Int[Array, " B"],
 ) -> tuple[Float[Array, "B T D"], BlockStatistics]:
-    """One batch through one block."""
+    """One batch through one block; ``indices`` number its sequences."""
     seen: dict[str, Array] = {}
-    output = run_layer(nnx.merge(graph, state), config, hidden, seen.__setitem__)
+    layer = nnx.merge(graph, state)
+    output = run_layer(layer, config, hidden, seen.__setitem__)
     inputs = {name: _channel_statistics(seen[name]) for name in LINEAR_INPUTS}
     first, second = jnp.split(seen["key_before_rope"], 2, axis=-1)
     pair_max = jnp.max(jnp.hypot(first, second), axis=(0, 1))
-    channel_max = jnp.max(jnp.abs(seen["key_after_rope"]), axis=(0, 1))
-    key, query = seen["key_after_rope"], seen["query_after_rope"]
-    grouped = query.reshape(-1, config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim)
+    key, value = seen["key_after_rope"], seen["value"]
+    channel_max = jnp.max(jnp.abs(key), axis=(0, 1))
+    query = seen["query_after_rope"].reshape(*key.shape[:3], -1, config.head_dim)
     moments = KeyMoments(
-        jnp.mean(key, axis=(0, 1)), jnp.mean(jnp.square(key), axis=(0, 1)), jnp.mean(jnp.square(grouped), axis=(0, 2))
+        jnp.mean(key, axis=(0, 1)), jnp.mean(jnp.square(key), axis=(0, 1)), jnp.mean(jnp.square(query), axis=(0, 1, 3))
     )
-    return output, BlockStatistics(inputs, KeyStatistics(pair_max, channel_max, moments))
+    weight = layer.self_attn.o_proj.weight.get_value()
+    assert isinstance(weight, Array)  # of a float layer
+    columns = weight.reshape(-1, *query.shape[2:])
+    readers = jnp.einsum("dkgi,dkgj->kgij", columns, columns, precision="highest")
+    sample = jax.lax.map(lambda sequence: _sample_keys(sequence, readers), (query, key, value, indices))
+    sample = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), sample)
+    values = jnp.einsum("btki,btkj->kij", value, value, precision="highest") / (value.shape[0] * value.shape[1])
+    return output, BlockStatistics(inputs, KeyStatistics(pair_max, channel_max, moments, sample), values)
+
+
+def _sample_keys(
+    sequence: tuple[
+        Float[Array, "T kv_heads group H"], Float[Array, "T kv_heads H"], Float[Array, "T kv_heads H"], Int[Array, ""]
+    ],
+    readers: Float[Array, "kv_heads group H H"],
+) -> KeySample:
+    """Some keys of a sequence (its queries, keys, values and number), and how its output depends on them.
+
+    ``readers`` are Gram matrices of o_proj's columns for each query head; see :class:`KeySample`.
+    """
+    query, key, value, index = sequence
+    length, _, head_dim = key.shape
+    positions = jnp.minimum(index % SAMPLE_STRIDE + SAMPLE_STRIDE * jnp.arange(-(-length // SAMPLE_STRIDE)), length - 1)
+    visible = jnp.arange(length)[:, None] >= jnp.arange(length)
+    dot = functools.partial(jnp.einsum, precision="highest")
+
+    def reads_of_head(head: tuple[Array, Array, Array, Array]) -> Float[Array, "tokens half"]:
+        query, key, value, readers = head
+        scores = dot("tgh,sh->gts", query, key) * head_dim**-0.5
+        weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+        output = dot("gts,sh->gth", weights, value)
+        # |o_proj (v_s - output_t)|^2, multiplied out.
+        read = dot("gij,sj->gsi", readers, value[positions])
+        distance = (
+            dot("gsi,si->gs", read, value[positions])[:, None]
+            - 2 * dot("gti,gsi->gts", output, read)
+            + dot("gti,gti->gt", dot("gti,gij->gtj", output, readers), output)[..., None]
+        )
+        sensitivity = jnp.square(weights[..., positions]) * jnp.maximum(distance, 0.0)
+        first, second = jnp.split(jnp.square(query), 2, axis=-1)
+        return dot("gts,tgp->sp", sensitivity, first + second)
+
+    # One kv head at a time: all heads' scores need not fit in memory.
+    heads = jnp.moveaxis(query, 1, 0), jnp.moveaxis(key, 1, 0), jnp.moveaxis(value, 1, 0), readers
+    return KeySample(key[positions], jnp.moveaxis(jax.lax.map(reads_of_head, heads), 0, 1))
 
 
 def _channel_statistics(x: Float[Array, "B T K"]) -> ChannelStatistics:
@@ -120,6 +173,7 @@ def _channel_statistics(x: Float[Array, "B T K"]) -> ChannelStatistics:
     return ChannelStatistics(jnp.max(magnitude, axis=(0, 1)), jnp.mean(magnitude, axis=(0, 1)))
 
 
+@jax.jit
 def _combine(batches: list[BlockStatistics]) -> BlockStatistics:
     """Statistics of all batches, which are of equal size: maxima of maxima, means of means."""
     inputs = {
@@ -133,6 +187,8 @@ def _combine(batches: list[BlockStatistics]) -> BlockStatistics:
     def reduce(function: Callable[..., Array], values: list[Any]) -> Any:
         return jax.tree.map(lambda *leaves: function(jnp.stack(leaves), axis=0), *values)
 
-    largest = reduce(jnp.max, [batch.keys._replace(moments=None) for batch in batches])
-    keys = largest._replace(moments=reduce(jnp.mean, [batch.keys.moments for batch in batches]))
-    return BlockStatistics(inputs, keys)
+    largest = reduce(jnp.max, [batch.keys._replace(moments=None, sample=None) for batch in batches])
+    moments = reduce(jnp.mean, [batch.keys.moments for batch in batches])
+    sample = jax.tree.map(lambda *parts: jnp.concatenate(parts), *[batch.keys.sample for batch in batches])
+    values = jnp.mean(jnp.stack([batch.values for batch in batches]), axis=0)
+    return BlockStatistics(inputs, largest._replace(moments=moments, sample=sample), values)

@@ -20,7 +20,7 @@ from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.llama import DecoderLayer
 from fireq_jax.models.parameters import Block, Parameter, fuse_block, layer_parameters, quantize_linear, with_parameters
 from fireq_jax.quantization.config import QuantizationConfig
-from fireq_jax.quantization.gptq import InputMoments
+from fireq_jax.quantization.gptq import InputMoments, rounding_operations
 from pallas_kernels import formats
 
 # Which linear layer reads which of calibrate.LINEAR_INPUTS, in order.
@@ -127,6 +127,29 @@ class Compensator:
             total = moments if total is None else jax.tree.map(jnp.add, total, moments)
         assert total is not None
         return jax.tree.map(lambda x: x / len(parts), total)
+
+
+def compensation_operations(config: ModelConfig, quantization: QuantizationConfig, tokens: int) -> int:
+    """About how many operations :meth:`Compensator.quantize` of one block is.
+
+    Each linear layer's inputs are computed anew, as far as they go (jit drops what comes after them):
+    the layers before it are others by then. Keeping the float model's inputs would save a fifth of
+    that and cost the memory of all of them.
+    """
+    heads, kv_heads, width, inner = config.num_heads, config.num_kv_heads, config.hidden_size, config.intermediate_size
+    shapes = [
+        ((heads + 2 * kv_heads) * config.head_dim, width),
+        (width, heads * config.head_dim),
+        (2 * inner, width),
+        (width, inner),
+    ]
+    sizes = [n * k for n, k in shapes]
+    streams = 2 if quantization.calibration_stream == "quantized" else 1
+    before = sum(sum(sizes[:i]) for i in range(len(sizes)))
+    passes = streams * before + (sum(sizes) if streams == 2 else 0)
+    moments = streams * sum(k * k for _, k in shapes)
+    rounding = sum(rounding_operations(n, k) for n, k in shapes) if quantization.error_compensation else 0
+    return 2 * tokens * (passes + moments) + rounding
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))

@@ -24,13 +24,14 @@ from jaxtyping import Array, Float, Int
 from tqdm.auto import tqdm
 
 from checkpoints_convert.calibrate import BlockStatistics, Calibrator
-from checkpoints_convert.compensation import Compensator
+from checkpoints_convert.compensation import Compensator, compensation_operations
 from fireq_jax import checkpoint
 from fireq_jax.huggingface import HuggingFaceCheckpoint, block_shapes
 from fireq_jax.models.llama import linear_names
 from fireq_jax.models.parameters import Parameter, fuse_block, global_parameters, layer_parameters
 from fireq_jax.quantization.config import QuantizationConfig, SmoothingConfig
-from fireq_jax.quantization.smoothing import KeyStatistics, key_scales, smooth_block
+from fireq_jax.quantization.key_smoothing import KeyStatistics, key_transform
+from fireq_jax.quantization.smoothing import smooth_block
 from pallas_kernels import formats
 from pallas_kernels.quantized_tensor import QuantizedTensor
 
@@ -107,7 +108,7 @@ def convert(
     tokens = tokens if needs_calibration(quantization) else None
     fingerprint = _fingerprint(options, source, tokens)
     _check_output(options.output, fingerprint, resume=resume)
-    logger.info("%s", _cost(source, tokens))
+    logger.info("%s", _cost(source, quantization, tokens))
     source.check_finite(progress=progress)
 
     work = options.output / WORK_FOLDER
@@ -168,11 +169,11 @@ def _convert_block(
         _save_array(_hidden_path(work, index + 1), output)
         del output, hidden
     if quantization.smoothing is not None:
-        keys = None if statistics is None else statistics.keys
-        inputs = None
+        keys = inputs = values = None
         if statistics is not None:
+            keys, values = statistics.keys, statistics.values
             inputs = {name: channels.mean_abs for name, channels in statistics.inputs.items()}
-        smoothed = smooth_block(block, keys, config, quantization.smoothing, inputs)
+        smoothed = smooth_block(block, keys, config, quantization.smoothing, inputs, values)
         _save_arrays(work / f"smoothing.{index}.npz", smoothing_effect(block, smoothed, keys, quantization.smoothing))
         block = smoothed
         del smoothed
@@ -221,20 +222,30 @@ def smoothing_effect(
 
     Returns:
         ``<linear>.before`` and ``<linear>.after``, float32 [K]; with measured keys also
-        ``keys.before``, ``keys.pre_rope`` (after N) and ``keys.post_rope`` (after N and S), [kv_heads, H].
+        ``keys.before``, ``keys.pre_rope`` (after N) and ``keys.post_rope`` (after N and S), [kv_heads, H],
+        before pairs are turned.
     """
     effect = {}
     for moment, block in (("before", before), ("after", after)):
-        for name, weight in fuse_block(block).items():
-            if name.endswith("proj.weight"):
-                absmax = formats.finite_absmax(weight, axis=0)
-                effect[f"{name.removesuffix('.weight')}.{moment}"] = np.asarray(absmax)
+        for name, absmax in _column_absmax(dict(block)).items():
+            effect[f"{name}.{moment}"] = np.asarray(absmax)
     if keys is not None:
-        pre_rope, post_rope = key_scales(keys, smoothing)
+        pairs, post_rope = key_transform(keys, smoothing)
+        pre_rope = jnp.tile(pairs.scale, (1, 2))
         effect["keys.before"] = np.asarray(keys.channel_max)
         effect["keys.pre_rope"] = np.asarray(keys.channel_max * pre_rope)
         effect["keys.post_rope"] = np.asarray(keys.channel_max * pre_rope * post_rope)
     return effect
+
+
+@jax.jit
+def _column_absmax(block: Mapping[str, Array]) -> dict[str, Float[Array, " K"]]:
+    """Of each linear layer."""
+    return {
+        name.removesuffix(".weight"): formats.finite_absmax(weight, axis=0)
+        for name, weight in fuse_block(block).items()
+        if name.endswith("proj.weight")
+    }
 
 
 @jax.jit
@@ -319,17 +330,22 @@ def _fingerprint(
     }
 
 
-def _cost(source: HuggingFaceCheckpoint, tokens: Int[np.ndarray, "samples T"] | None) -> str:
+def _cost(
+    source: HuggingFaceCheckpoint, quantization: QuantizationConfig, tokens: Int[np.ndarray, "samples T"] | None
+) -> str:
     config = source.config
     text = f"reads {source.nbytes / 1e9:.2f} GB twice (check, convert) in {config.num_layers} blocks"
     if tokens is None:
         return text + "; no calibration"
     parameters = sum(int(np.prod(shape)) for shape in block_shapes(config).values())
-    operations = 2 * parameters * config.num_layers * tokens.size
-    states = tokens.size * config.hidden_size * 4
+    operations = 2 * parameters * tokens.size
+    states = 2 * tokens.size * config.hidden_size * 4
+    if quantization.measures_inputs:
+        operations += compensation_operations(config, quantization, tokens.size)
+        states *= 2 if quantization.calibration_stream == "quantized" else 1
     return (
-        f"{text}; calibration on {tokens.size} tokens: {operations / 1e12:.2f} TFLOP and "
-        f"{2 * states / 1e9:.2f} GB of hidden states on disk"
+        f"{text}; calibration on {tokens.size} tokens: {operations * config.num_layers / 1e12:.2f} TFLOP and "
+        f"{states / 1e9:.2f} GB of hidden states on disk"
     )
 
 

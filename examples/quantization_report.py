@@ -63,14 +63,16 @@ def rows() -> dict[str, QuantizationConfig]:
     result["plus, float KV + bf16 scales"] = replace(weights, scale_dtype="bf16")
     pieces = {
         "key offset": {"key_offset": False},
-        "query exponent": {"query_exponent": 0.0},
-        "rms of key pairs": {"pair_statistic": "max"},
-        "N altogether": {"pre_rope": False},
-        "value rotation": {"value_rotation": False},
+        "fit of key pairs": {"fit_pairs": False},
+        "fit of key pairs, query exponent": {"fit_pairs": False, "query_exponent": 0.0},
+        "N altogether": {"fit_pairs": False, "pre_rope": False},
+        "balanced values": {"value_basis": "channels"},
+        "balanced values + Hadamard": {"value_basis": "hadamard"},
     }
     for piece, change in pieces.items():
         result[f"plus, float weights - {piece}"] = replace(cache, smoothing=replace(smoothing, **change))
-    result["plus, float weights - KV clip"] = replace(cache, kv_clip=1.0)
+    result["plus, float weights - unbiased keys"] = replace(cache, unbiased_keys=False)
+    result["plus, float weights - clips"] = replace(cache, key_clip=1.0, value_clip=1.0)
     result["plus, float weights + KV groups of 64"] = replace(cache, kv_group_size=64)
     result["plus, float weights, FP8 KV"] = replace(cache, kv_format="fp8")
     return result

@@ -268,7 +268,12 @@ def from_sign_magnitude(nibbles: UInt8[Array, "..."]) -> Int[Array, "..."]:
 
 
 def quantize_kv(
-    x: Float[Array, "*rows H"], kv_format: KVFormat, group_size: int | None = None, clip: float = 1.0
+    x: Float[Array, "*rows H"],
+    kv_format: KVFormat,
+    group_size: int | None = None,
+    clip: float = 1.0,
+    *,
+    unbiased: bool = False,
 ) -> ScaledArray:
     """Keys or values in cache format, one scale for each row (token and head) and group.
 
@@ -278,6 +283,9 @@ def quantize_kv(
         group_size: channels that share a scale; None means all of H.
         clip: INT4 scales are ``clip * absmax / 7``. Below 1 the largest elements lose up to
             ``1 - clip`` of themselves and all others gain resolution.
+        unbiased: store INT4 rows with the scale for which x . stored = x . x (RaBitQ, arXiv
+            2405.12497): rounding shrinks a row along itself, and so the scores of the queries
+            that look for it.
 
     Raises:
         ValueError: for an unknown format or a group size that does not divide H.
@@ -296,7 +304,13 @@ def quantize_kv(
         scale = absmax_scale(absmax, E4M3_MAX)
         return ScaledArray(to_e4m3(grouped * (1 / scale[..., None])).reshape(x.shape), scale)
     scale = round_group_scale(absmax_scale(clip * absmax, INT4_MAX), "bf16")
-    codes = round_to_int4(grouped * (1 / scale.astype(jnp.float32)[..., None]))
+    scaled = grouped * (1 / scale.astype(jnp.float32)[..., None])
+    codes = round_to_int4(scaled)
+    if unbiased:
+        finite = jnp.where(jnp.isfinite(scaled), scaled, 0.0)
+        energy, kept = jnp.sum(finite * finite, axis=-1), jnp.sum(finite * codes, axis=-1)
+        ratio = jnp.where(kept > 0, energy / jnp.where(kept > 0, kept, 1.0), 1.0)
+        scale = round_group_scale(scale.astype(jnp.float32) * ratio, "bf16")
     return ScaledArray(pack_int4(codes.reshape(x.shape)), scale)
 
 

@@ -24,7 +24,9 @@ def rope_quantize(
     lengths: Int[Array, " B"],
     post_rope_scale: Float[Array, "kv_heads H"] | None = None,
     key_offset: Float[Array, "kv_heads H"] | None = None,
-    kv_clip: float = 1.0,
+    key_clip: float = 1.0,
+    value_clip: float = 1.0,
+    unbiased_keys: bool = False,
     quantize_query: bool = True,
     implementation: dispatch.Implementation = "auto",
 ) -> tuple[ScaledArray, ScaledArray, ScaledArray]:
@@ -41,7 +43,8 @@ def rope_quantize(
         post_rope_scale: float32, FireQ's S: rotated keys are multiplied by it and the queries that
             read them by 1 / S.
         key_offset: float32, subtracted from the scaled keys.
-        kv_clip: see :func:`~pallas_kernels.formats.quantize_kv`.
+        key_clip, value_clip, unbiased_keys: ``clip`` and ``unbiased`` of
+            :func:`~pallas_kernels.formats.quantize_kv`.
         quantize_query: to E4M3 with a float32 scale per token and head; else the dtype of ``packed``.
         implementation: see ``dispatch``.
 
@@ -49,19 +52,20 @@ def rope_quantize(
         The query [B, T, heads, H], and the new key and value cache.
 
     Raises:
-        ValueError: if shapes do not fit together or ``kv_clip`` is not positive.
+        ValueError: if shapes do not fit together or a clip is not positive.
         NotImplementedError: if ``implementation`` names a kernel that cannot run this.
     """
-    _validate(packed, cos, sin, key, value, start, lengths, post_rope_scale, key_offset, kv_clip)
+    _validate(packed, cos, sin, key, value, start, lengths, post_rope_scale, key_offset, (key_clip, value_clip))
     unsupported = sm90.unsupported(packed, cos, key, value, quantize_query)
     if dispatch.resolve("rope_quantize", implementation, unsupported) == "mosaic_gpu":
         return sm90.rope_quantize(
             packed, cos, sin, key, value, start=start, lengths=lengths, post_rope_scale=post_rope_scale,
-            key_offset=key_offset, kv_clip=kv_clip,
+            key_offset=key_offset, key_clip=key_clip, value_clip=value_clip, unbiased_keys=unbiased_keys,
         )  # fmt: skip
     return rope_quantize_reference(
         packed, cos, sin, key, value, start=start, lengths=lengths, post_rope_scale=post_rope_scale,
-        key_offset=key_offset, kv_clip=kv_clip, quantize_query=quantize_query,
+        key_offset=key_offset, key_clip=key_clip, value_clip=value_clip, unbiased_keys=unbiased_keys,
+        quantize_query=quantize_query,
     )  # fmt: skip
 
 
@@ -76,7 +80,9 @@ def rope_quantize_reference(
     lengths: Int[Array, " B"],
     post_rope_scale: Float[Array, "kv_heads H"] | None = None,
     key_offset: Float[Array, "kv_heads H"] | None = None,
-    kv_clip: float = 1.0,
+    key_clip: float = 1.0,
+    value_clip: float = 1.0,
+    unbiased_keys: bool = False,
     quantize_query: bool = True,
 ) -> tuple[ScaledArray, ScaledArray, ScaledArray]:
     """The op in ``jax.numpy``: the kernel's oracle and the path of the other formats."""
@@ -88,11 +94,9 @@ def rope_quantize_reference(
     if key_offset is not None:
         keys -= key_offset
     query = formats.quantize_fp8(queries) if quantize_query else ScaledArray(queries.astype(packed.dtype), None)
-    key, value = (
-        _append(entry, _quantize_as(entry, jnp.swapaxes(rows, 1, 2), kv_clip), start, lengths)
-        for entry, rows in ((key, keys), (value, values))
-    )
-    return query, key, value
+    new_keys = _quantize_as(key, jnp.swapaxes(keys, 1, 2), key_clip, unbiased=unbiased_keys)
+    new_values = _quantize_as(value, jnp.swapaxes(values, 1, 2), value_clip)
+    return query, _append(key, new_keys, start, lengths), _append(value, new_values, start, lengths)
 
 
 def split_heads(packed: Float[Array, "B T packed"], kv_heads: int, cos: Float[Array, "B T half"]) -> list[Array]:
@@ -111,12 +115,14 @@ def apply_rope(
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def _quantize_as(entry: ScaledArray, rows: Float[Array, "*rows H"], clip: float) -> ScaledArray:
+def _quantize_as(
+    entry: ScaledArray, rows: Float[Array, "*rows H"], clip: float, *, unbiased: bool = False
+) -> ScaledArray:
     """``rows`` in the format of a cache entry."""
     if entry.scale is None:
         return ScaledArray(rows.astype(entry.values.dtype), None)
     kv_format: formats.KVFormat = "int4" if entry.values.dtype == jnp.uint8 else "fp8"
-    return formats.quantize_kv(rows, kv_format, rows.shape[-1] // entry.scale.shape[-1], clip)
+    return formats.quantize_kv(rows, kv_format, rows.shape[-1] // entry.scale.shape[-1], clip, unbiased=unbiased)
 
 
 def _append(entry: ScaledArray, rows: ScaledArray, start: Int[Array, " B"], lengths: Int[Array, " B"]) -> ScaledArray:
@@ -139,7 +145,7 @@ def _validate(
     lengths: Array,
     post_rope_scale: Array | None,
     key_offset: Array | None,
-    kv_clip: float,
+    clips: tuple[float, float],
 ) -> None:
     """Raise ValueError unless the operands fit together."""
     if packed.ndim != 3:
@@ -169,5 +175,6 @@ def _validate(
     for name, array in (("post_rope_scale", post_rope_scale), ("key_offset", key_offset)):
         if array is not None and array.shape != (kv_heads, head_dim):
             raise ValueError(f"{name} has shape {array.shape}; expected {(kv_heads, head_dim)}")
-    if kv_clip <= 0:
-        raise ValueError(f"kv_clip is {kv_clip}; expected a positive number")
+    for name, clip in zip(("key_clip", "value_clip"), clips, strict=True):
+        if clip <= 0:
+            raise ValueError(f"{name} is {clip}; expected a positive number")

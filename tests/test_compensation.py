@@ -17,6 +17,7 @@ from checkpoints_convert.conversion import ConversionOptions, convert, needs_cal
 from fireq_jax import LlamaForCausalLM, ModelConfig, QuantizationConfig, recipes
 from fireq_jax.huggingface import block_shapes, expected_shapes, read_config
 from fireq_jax.models.parameters import parameters_of
+from fireq_jax.quantization import gptq
 from pallas_kernels.quantized_tensor import QuantizedTensor
 
 FIELDS = {
@@ -162,6 +163,17 @@ def test_steps_compile_once_for_all_blocks(source: Path, tokens: np.ndarray, tmp
     compensation._moments_step.clear_cache()
     convert(options(source, tmp_path / "plus"), tokens, progress=False)
     assert compensation._moments_step._cache_size() == 4  # one for each linear layer of a block
+
+
+def test_cost_counts_every_pass_that_is_made() -> None:
+    """qkv [128, 64], o [64, 64], gate and up [192, 64], down [64, 96]: 8192, 4096, 12288 and 6144 weights."""
+    before = 0 + 8192 + 12288 + 24576
+    moments = 3 * 64**2 + 96**2
+    rounding = gptq.rounding_operations(128 + 64 + 192, 64) + gptq.rounding_operations(64, 96)
+    found = compensation.compensation_operations(CONFIG, PLUS, tokens=10)
+    assert found == 2 * 10 * (2 * before + 30720 + 2 * moments) + rounding
+    alone = dataclasses.replace(PLUS, calibration_stream="float", error_compensation=False)
+    assert compensation.compensation_operations(CONFIG, alone, tokens=10) == 2 * 10 * (before + moments)
 
 
 def test_it_says_when_text_is_missing(source: Path, tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ class Case:
     lengths: tuple[int, ...] = (1, 1)
     scaled: bool = False
     centered: bool = False
-    clip: float = 1.0
+    clips: tuple[float, float] = (1.0, 1.0)
+    unbiased: bool = False
     quarter_turns: bool = False
     config: sm90.Config | None = None
 
@@ -47,7 +48,12 @@ class Case:
         if not self.quarter_turns:
             made = {"post_rope_scale": random.uniform(0.1, 3, scales), "key_offset": random.standard_normal(scales)}
         wanted = {name: jnp.asarray(made[name], jnp.float32) for name, given in names.items() if given}
-        return {**wanted, "kv_clip": self.clip}
+        return {
+            **wanted,
+            "key_clip": self.clips[0],
+            "value_clip": self.clips[1],
+            "unbiased_keys": self.unbiased,
+        }
 
 
 CASES = {
@@ -58,10 +64,11 @@ CASES = {
     "head_dim 64, odd heads": Case(5, heads=9, kv_heads=3, head_dim=64, starts=(0, 1), lengths=(5, 4)),
     "head_dim 256": Case(3, heads=6, kv_heads=3, head_dim=256, starts=(0, 1), lengths=(3, 2)),
     "S": Case(4, scaled=True, lengths=(4, 3)),
-    "offset, clip": Case(4, centered=True, clip=0.93, lengths=(4, 3)),
+    "offset, clips": Case(4, centered=True, clips=(0.97, 0.91), lengths=(4, 3)),
+    "unbiased keys": Case(4, centered=True, clips=(0.97, 0.91), unbiased=True, lengths=(4, 3)),
     "S and offset, all groups in a warp": Case(4, scaled=True, centered=True, lengths=(4, 3), config=sm90.Config(99)),
     "three groups a warp": Case(7, heads=32, kv_heads=8, lengths=(7, 6), config=sm90.Config(3)),
-    "prompts": Case(700, slots=720, starts=(0, 0, 30), lengths=(700, 12, 699), clip=0.93),
+    "prompts": Case(700, slots=720, starts=(0, 0, 30), lengths=(700, 12, 699), clips=(0.97, 0.91), unbiased=True),
     "quarter turns": Case(64, slots=64, starts=(0, 0), lengths=(64, 64), quarter_turns=True),
     "quarter turns, S, offset": Case(
         64, slots=64, starts=(0, 0), lengths=(64, 64), scaled=True, centered=True, quarter_turns=True
@@ -101,7 +108,7 @@ def arrays(tree: Any) -> list[np.ndarray]:
 @pytest.mark.parametrize(("kv_format", "group"), [("int4", None), ("int4", 32), ("fp8", None), ("none", None)])
 def test_reference_is_the_composition_of_formats(kv_format, group, quantize_query):
     """Rows of a numpy rotation, quantized by ``formats`` and written slot by slot; all other slots stay."""
-    case = Case(4, starts=(0, 38, 7), lengths=(4, 4, 0), scaled=True, centered=True, clip=0.93)
+    case = Case(4, starts=(0, 38, 7), lengths=(4, 4, 0), scaled=True, centered=True, clips=(0.93, 0.9), unbiased=True)
     packed, cos, sin, key, value, start, lengths = operands(case, kv_format, group)
     query, *cache = run(
         rope_quantize, packed, cos, sin, key, value, start, lengths, quantize_query=quantize_query,
@@ -118,10 +125,11 @@ def test_reference_is_the_composition_of_formats(kv_format, group, quantize_quer
     # A float32 rounding may move an element over a rounding boundary: a step of E4M3 or bf16.
     np.testing.assert_allclose(formats.dequantize(query), expected_query, rtol=0.07, atol=1e-3)
 
-    for entry, old, new in zip(
-        cache, (key, value), (turned[:, :, 8:10] * scale - offset, rows[:, :, 10:]), strict=True
-    ):
-        stored = formats.quantize_kv(jnp.asarray(new).swapaxes(1, 2), kv_format, group, 0.93)
+    for entry, old, new, clip, unbiased in zip(
+        cache, (key, value), (turned[:, :, 8:10] * scale - offset, rows[:, :, 10:]), (0.93, 0.9), (True, False),
+        strict=True,
+    ):  # fmt: skip
+        stored = formats.quantize_kv(jnp.asarray(new).swapaxes(1, 2), kv_format, group, clip, unbiased=unbiased)
         stored = jax.tree.map(lambda x, like: x.astype(like.dtype), stored, old)
         for after, before, added in zip(*map(arrays, (entry, old, stored)), strict=True):
             expected = before.copy()
@@ -163,7 +171,8 @@ def test_nothing_is_rounded_between_the_steps():
         ({"lengths": (2, 1)}, r"lengths has shape \(2, 1\)"),
         ({"post_rope_scale": (2, 64)}, r"post_rope_scale has shape \(2, 64\)"),
         ({"key_offset": (8, 128)}, r"key_offset has shape \(8, 128\)"),
-        ({"kv_clip": 0.0}, r"kv_clip is 0\.0"),
+        ({"key_clip": 0.0}, r"key_clip is 0\.0"),
+        ({"value_clip": -1.0}, r"value_clip is -1\.0"),
         ({"implementation": "cuda"}, "'cuda'"),
     ],
 )  # fmt: skip

@@ -11,15 +11,14 @@ from tiny_llama import config_of, tokens_of, weights_of
 from fireq_jax import LlamaForCausalLM, ModelConfig, QuantizationConfig
 from fireq_jax.models import parameters
 from fireq_jax.quantization import SmoothingConfig
-from fireq_jax.quantization.smoothing import (
+from fireq_jax.quantization.key_smoothing import (
     KeyStatistics,
-    balance_norm,
-    column_scale,
-    fold_pre_rope,
+    PairTransform,
+    fold_pairs,
     post_rope_scale,
     pre_rope_scale,
-    smooth_block,
 )
+from fireq_jax.quantization.smoothing import balance_norm, column_scale, smooth_block
 from pallas_kernels import formats
 
 FIELDS = config_of("gqa", num_hidden_layers=1, attention_bias=True, mlp_bias=True)
@@ -205,7 +204,7 @@ def test_pre_rope_scale_equalises_pairs():
 def test_folded_pre_rope_scale_moves_keys_one_way_and_their_queries_the_other():
     """Heads 0, 1 read kv head 0 and heads 2, 3 kv head 1; both members of a pair get one factor; biases too."""
     block, scale = block_of(), jnp.asarray(np.arange(1.0, 13).reshape(2, 6))
-    folded = fold_pre_rope(block, scale, CONFIG)
+    folded = fold_pairs(block, PairTransform(scale), CONFIG)
     for kind in ("weight", "bias"):
         for head in range(4):
             rows = slice(12 * head, 12 * head + 12)

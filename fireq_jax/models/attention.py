@@ -105,7 +105,9 @@ class Attention(nnx.Module):
             lengths=lengths,
             post_rope_scale=None if self.post_rope_scale is None else self.post_rope_scale.get_value(),
             key_offset=None if self.key_offset is None else self.key_offset.get_value(),
-            kv_clip=self.quantization.kv_clip,
+            key_clip=self.quantization.key_clip,
+            value_clip=self.quantization.value_clip,
+            unbiased_keys=self.quantization.unbiased_keys,
             quantize_query=self.quantization.query_format == "fp8",
             implementation=self.implementation,
         )
@@ -129,7 +131,8 @@ class Attention(nnx.Module):
         """What calibration measures on the way; nothing is computed for a tap that nobody reads."""
         if tap is no_tap:
             return
-        query, key, _ = split_heads(packed, self.kv_heads, rope[0])
+        query, key, value = split_heads(packed, self.kv_heads, rope[0])
         tap("key_before_rope", key)
+        tap("value", value)
         tap("key_after_rope", apply_rope(key, *rope))
         tap("query_after_rope", apply_rope(query, *rope))

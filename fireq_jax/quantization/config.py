@@ -12,6 +12,7 @@ ActivationFormat = Literal["fp8", "none"]
 CalibrationStream = Literal["float", "quantized"]
 ColumnStatistic = Literal["mean", "max"]
 PairStatistic = Literal["max", "rms"]
+ValueBasis = Literal["channels", "hadamard", "balanced"]
 
 
 def _check_choice(name: str, value: object, choices: tuple[Any, ...]) -> None:
@@ -48,7 +49,11 @@ class SmoothingConfig:
             queries**exponent / keys**(1 - exponent). 0 flattens the keys whatever reads them.
         key_offset: store keys minus their mean after RoPE, by channel. Scores of a query then all
             change by the same number, which softmax ignores.
-        value_rotation: Hadamard-rotate each head's values, folded into v_proj and o_proj.
+        fit_pairs: take N only as a start: N, and an angle by which each pair is turned, by gradient
+            descent on the error of scores. Needs ``pre_rope`` without S.
+        value_basis: each head's values as their "channels" are, rotated by a "hadamard" matrix, or
+            "balanced": in the basis where rounding costs the block's output least (in place of
+            Lambda1). Folded into v_proj and o_proj.
     """
 
     qkv_input: bool = True
@@ -64,11 +69,13 @@ class SmoothingConfig:
     pair_statistic: PairStatistic = "max"
     query_exponent: float = 0.0
     key_offset: bool = False
-    value_rotation: bool = False
+    fit_pairs: bool = False
+    value_basis: ValueBasis = "channels"
 
     def __post_init__(self) -> None:
         _check_choice("column_statistic", self.column_statistic, get_args(ColumnStatistic))
         _check_choice("pair_statistic", self.pair_statistic, get_args(PairStatistic))
+        _check_choice("value_basis", self.value_basis, get_args(ValueBasis))
         for name in ("activation_exponent", "query_exponent"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 to 1")
@@ -77,6 +84,10 @@ class SmoothingConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
         if self.post_rope_channels < 0:
             raise ValueError(f"post_rope_channels is {self.post_rope_channels}; expected 0 or more")
+        if self.fit_pairs and (self.post_rope_channels or not self.pre_rope):
+            raise ValueError(
+                f"fit_pairs needs pre_rope and no post_rope_channels, not {self.pre_rope} and {self.post_rope_channels}"
+            )
 
     @property
     def measures_keys(self) -> bool:
@@ -86,7 +97,7 @@ class SmoothingConfig:
     @property
     def measures_text(self) -> bool:
         """Whether it needs any statistics of calibration text."""
-        return self.measures_keys or self.activation_exponent > 0
+        return self.measures_keys or self.activation_exponent > 0 or self.value_basis == "balanced"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +121,8 @@ class QuantizationConfig:
             each layer then makes up for as well.
         kv_format: keys and values in the cache, "int4", "fp8" or "none".
         kv_group_size: channels that share a key or value scale; None means head_dim.
-        kv_clip: INT4 scales of keys and values are kv_clip * absmax / 7.
+        key_clip, value_clip: INT4 scales of keys and values are clip * absmax / 7.
+        unbiased_keys: INT4 keys with scales that keep each key's product with itself.
         query_format: "fp8" per token and head, or "none".
         lm_head_format: "fp8" (per channel, and FP8 inputs per token) or "none" (as in the
             checkpoint). A tied head becomes a second, FP8 copy of the embedding.
@@ -130,7 +142,9 @@ class QuantizationConfig:
     calibration_stream: CalibrationStream = "float"
     kv_format: formats.KVFormat = "int4"
     kv_group_size: int | None = None
-    kv_clip: float = 1.0
+    key_clip: float = 1.0
+    value_clip: float = 1.0
+    unbiased_keys: bool = False
     query_format: ActivationFormat = "fp8"
     lm_head_format: ActivationFormat = "none"
     smoothing: SmoothingConfig | None = None
@@ -149,8 +163,9 @@ class QuantizationConfig:
         _check_choice("lm_head_format", self.lm_head_format, get_args(ActivationFormat))
         if self.kv_group_size is not None and self.kv_group_size < 1:
             raise ValueError(f"kv_group_size is {self.kv_group_size}; expected a positive number or None")
-        if not 0 < self.kv_clip <= 1:
-            raise ValueError(f"kv_clip is {self.kv_clip}; expected more than 0 and at most 1")
+        for name in ("key_clip", "value_clip"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0 and at most 1")
         if self.measures_inputs and self.weight_format != "int4":
             raise ValueError(
                 f"scale_search and error_compensation need weight_format 'int4', not {self.weight_format!r}"

@@ -29,6 +29,9 @@ from pallas_kernels.quantized_tensor import QuantizedTensor
 GPTQ_DAMPING = 0.01
 TARGET_DAMPING = 0.02
 
+# Passes of coordinate descent after GPTQ.
+DESCENT_PASSES = 4
+
 # float32 products throughout: a GPU's default, TF32, is too coarse for sums that nearly cancel.
 _dot = functools.partial(jnp.matmul, precision="highest")
 
@@ -85,6 +88,14 @@ def quantize_measured(weight: Float[Array, "N K"], inputs: InputMoments, config:
     return dataclasses.replace(QuantizedTensor.from_codes(codes), shape=(n, k))
 
 
+def rounding_operations(n: int, k: int) -> int:
+    """About how many operations ``error_compensation`` of an [N, K] weight is: products with a [K, K] matrix.
+
+    Two for the target, one each for GPTQ, for the first gradient and for the refit, and the passes.
+    """
+    return 2 * n * k * k * (5 + DESCENT_PASSES)
+
+
 def damped(hessian: Float[Array, "K K"], damping: float) -> Float[Array, "K K"]:
     """H plus ``damping`` times its mean diagonal: invertible, and less sure of what little text showed."""
     ridge = damping * jnp.mean(jnp.diagonal(hessian))
@@ -124,7 +135,7 @@ def compensate(
     rounding: formats.Rounding = "table",
     search: bool = True,
     damping: float = GPTQ_DAMPING,
-    passes: int = 4,
+    passes: int = DESCENT_PASSES,
 ) -> WeightCodes:
     """INT4 codes that keep the layer's output: GPTQ, then coordinate descent.
 
@@ -158,6 +169,13 @@ def compensate(
     return WeightCodes(codes, scales, channel_scale * jnp.where(fit > 0, fit, 1.0))
 
 
+def inverse_factor(hessian: Float[Array, "K K"]) -> Float[Array, "K K"]:
+    """The upper triangular U with H^-1 = U^T U, from one factorization: read backwards, H is L L^T and U is L^-1."""
+    lower = jnp.linalg.cholesky(hessian[::-1, ::-1])
+    identity = jnp.eye(len(hessian), dtype=hessian.dtype)
+    return jax.scipy.linalg.solve_triangular(lower, identity, lower=True)[::-1, ::-1]
+
+
 def _gptq(
     weight: Float[Array, "N K"],
     hessian: Float[Array, "K K"],
@@ -167,9 +185,7 @@ def _gptq(
     search: bool,
 ) -> tuple[Int[Array, "N K"], Float[Array, "N G"]]:
     n, k = weight.shape
-    factor = jax.scipy.linalg.cho_factor(hessian, lower=True)
-    inverse = jax.scipy.linalg.cho_solve(factor, jnp.eye(k, dtype=hessian.dtype))
-    upper = jnp.linalg.cholesky(inverse).T  # inverse = upper^T upper
+    upper = inverse_factor(hessian)
 
     def group_step(weight: Array, group: Array) -> tuple[Array, tuple[Array, Array]]:
         begin = group * group_size

@@ -12,15 +12,22 @@ def fireq() -> QuantizationConfig:
 
 
 def fireq_plus() -> QuantizationConfig:
-    """``fireq``'s bits and kernels, fewer errors: searched scales, GPTQ, balanced and centred keys, rotated values."""
+    """``fireq``'s bits and kernels, fewer errors: searched scales, GPTQ, fitted and centred keys, balanced values."""
     return QuantizationConfig(
         rounding="table",
         scale_search=True,
         error_compensation=True,
         calibration_stream="quantized",
-        kv_clip=0.93,
+        key_clip=0.97,
+        value_clip=0.91,
+        unbiased_keys=True,
         smoothing=SmoothingConfig(
-            pair_statistic="rms", query_exponent=0.25, post_rope_channels=0, key_offset=True, value_rotation=True
+            pair_statistic="rms",
+            query_exponent=0.25,
+            post_rope_channels=0,
+            key_offset=True,
+            fit_pairs=True,
+            value_basis="balanced",
         ),
     )
 

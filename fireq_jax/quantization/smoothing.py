@@ -4,40 +4,26 @@ Every function takes and returns a block: a dict of float32 arrays by Hugging Fa
 the layer prefix (``self_attn.q_proj.weight`` [out, in] ...). The float model computes the same
 before and after; what changes is how well its weights and keys survive INT4.
 
-FireQ (arXiv 2505.20839): channel-wise scaling (Lambda1-3) and RoPE-aware scaling (N, S). The
-exponents, the key offset and the rotation of values are beyond it.
+Here is FireQ's channel-wise scaling (arXiv 2505.20839, Lambda1-3), with exponents beyond it; keys
+are in ``key_smoothing``, values in ``value_smoothing``.
 """
 
-import math
+import functools
 from collections.abc import Mapping
-from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.quantization.config import ColumnStatistic, SmoothingConfig
+from fireq_jax.quantization.key_smoothing import KeyStatistics, smooth_keys
+from fireq_jax.quantization.value_smoothing import balance_values, rotate_values
 
 Block = Mapping[str, Array]
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
-
-
-class KeyMoments(NamedTuple):
-    """Means over the calibration tokens, after RoPE; of a kv head's queries over all its query heads."""
-
-    mean: Float[Array, "kv_heads H"]  # of k_i
-    square: Float[Array, "kv_heads H"]  # of k_i^2
-    query_square: Float[Array, "kv_heads H"]  # of q_i^2
-
-
-class KeyStatistics(NamedTuple):
-    """Largest magnitudes of a block's keys over the calibration tokens, and their moments."""
-
-    pair_max: Float[Array, "kv_heads half"]  # of sqrt(k_i^2 + k_{i + H/2}^2), before RoPE
-    channel_max: Float[Array, "kv_heads H"]  # of |k_i|, after RoPE
-    moments: KeyMoments | None = None
 
 
 def smooth_block(
@@ -46,6 +32,7 @@ def smooth_block(
     config: ModelConfig,
     smoothing: SmoothingConfig,
     inputs: Mapping[str, Float[Array, " K"]] | None = None,
+    values: Float[Array, "kv_heads H H"] | None = None,
 ) -> dict[str, Array]:
     """Apply every rescaling that ``smoothing`` asks for.
 
@@ -56,6 +43,7 @@ def smooth_block(
         smoothing: which rescalings, with their constants.
         inputs: mean magnitude of each input channel by ``qkv_input``, ``o_input``,
             ``gate_up_input`` and ``down_input``; needed for ``activation_exponent`` only.
+        values: second moments of each head's values; needed for ``value_basis`` "balanced" only.
 
     Returns:
         The rescaled block; with post-RoPE scaling also ``self_attn.post_rope_scale``, float32
@@ -68,7 +56,25 @@ def smooth_block(
     """
     if smoothing.activation_exponent and inputs is None:
         raise ValueError("activation_exponent needs statistics of the inputs; calibrate first")
+    rescaled = _rescale(dict(block), keys, config, smoothing, None if inputs is None else dict(inputs))
+    if smoothing.value_basis == "hadamard":
+        return rotate_values(rescaled, config)
+    if smoothing.value_basis == "balanced":
+        if values is None:
+            raise ValueError("value_basis 'balanced' needs second moments of the values; calibrate first")
+        return balance_values(rescaled, config, values)
+    return rescaled
 
+
+# One program instead of a hundred small ones, each of which a GPU would compile by itself.
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _rescale(
+    block: Block,
+    keys: KeyStatistics | None,
+    config: ModelConfig,
+    smoothing: SmoothingConfig,
+    inputs: Mapping[str, Float[Array, " K"]] | None,
+) -> dict[str, Array]:
     def options(name: str) -> tuple[ColumnStatistic, Float[Array, " K"] | None, float]:
         return smoothing.column_statistic, None if inputs is None else inputs[name], smoothing.activation_exponent
 
@@ -77,49 +83,11 @@ def smooth_block(
         result = balance_norm(result, "input_layernorm.weight", QKV, *options("qkv_input"))
     if smoothing.gate_up_input:
         result = balance_norm(result, "post_attention_layernorm.weight", GATE_UP, *options("gate_up_input"))
-    if smoothing.value_output:
+    if smoothing.value_output and smoothing.value_basis != "balanced":
         result = balance_value_output(result, config, *options("o_input"))
-    if smoothing.value_rotation:
-        result = rotate_values(result, config)
     if smoothing.up_down:
         result = balance_up_down(result, *options("down_input"))
     return smooth_keys(result, keys, config, smoothing) if smoothing.measures_keys else result
-
-
-def smooth_keys(
-    block: Block, keys: KeyStatistics | None, config: ModelConfig, smoothing: SmoothingConfig
-) -> dict[str, Array]:
-    """N, S and the key offset; see :func:`smooth_block`."""
-    if keys is None:
-        raise ValueError("RoPE-aware scaling needs key statistics; calibrate first")
-    result = dict(block)
-    pre_rope, post_rope = key_scales(keys, smoothing)
-    if smoothing.pre_rope:
-        result = fold_pre_rope(result, pre_rope[:, : config.head_dim // 2], config)
-    if smoothing.post_rope_channels:
-        result["self_attn.post_rope_scale"] = post_rope
-    if smoothing.key_offset:
-        result["self_attn.key_offset"] = _moments(keys).mean * pre_rope * post_rope
-    return result
-
-
-def key_scales(
-    keys: KeyStatistics, smoothing: SmoothingConfig
-) -> tuple[Float[Array, "kv_heads H"], Float[Array, "kv_heads H"]]:
-    """N and S as :func:`smooth_block` applies them: factors of each channel of the rotated keys."""
-    post_rope, outlier_pairs = post_rope_scale(keys.channel_max, smoothing.post_rope_channels, smoothing.beta)
-    if not smoothing.pre_rope:
-        return jnp.ones_like(post_rope), post_rope
-    pre_rope = pre_rope_scale(key_pair_magnitude(keys, smoothing), outlier_pairs, smoothing.alpha)
-    if smoothing.query_exponent:
-        pre_rope = favour_queries(pre_rope, outlier_pairs, _moments(keys), smoothing.query_exponent)
-    return jnp.tile(pre_rope, (1, 2)), post_rope
-
-
-def _moments(keys: KeyStatistics) -> KeyMoments:
-    if keys.moments is None:
-        raise ValueError("this smoothing needs the moments of the keys; calibrate first")
-    return keys.moments
 
 
 def column_scale(
@@ -204,106 +172,6 @@ def balance_up_down(
         **block,
         "mlp.down_proj.weight": block["mlp.down_proj.weight"] * scale,
         **_scale_rows(block, "mlp.up_proj", 1 / scale),
-    }
-
-
-def rotate_values(block: Block, config: ModelConfig) -> dict[str, Array]:
-    """Hadamard-rotate each head's values: v_proj's rows by R, o_proj's columns by its inverse.
-
-    A rotated value is close to Gaussian: no channel stands out in the scale that its token shares
-    (QuaRot, arXiv 2404.00456). Attention averages values linearly, so nothing is left to undo.
-    """
-    heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-    rotation = hadamard(head_dim)
-
-    def rotate_rows(rows: Float[Array, "*rest"]) -> Float[Array, "*rest"]:
-        split = rows.reshape(kv_heads, head_dim, -1)
-        return jnp.einsum("ij,kjd->kid", rotation, split).reshape(rows.shape)
-
-    output = block["self_attn.o_proj.weight"]
-    rotated = jnp.einsum("dhj,ij->dhi", output.reshape(-1, heads, head_dim), rotation)
-    result = {
-        **block,
-        "self_attn.v_proj.weight": rotate_rows(block["self_attn.v_proj.weight"]),
-        "self_attn.o_proj.weight": rotated.reshape(output.shape),
-    }
-    if "self_attn.v_proj.bias" in block:
-        result["self_attn.v_proj.bias"] = rotate_rows(block["self_attn.v_proj.bias"])
-    return result
-
-
-def hadamard(size: int) -> Float[Array, "size size"]:
-    """An orthogonal matrix of Sylvester-Hadamard blocks as large as the powers of two in ``size`` allow."""
-    block = jnp.ones((1, 1), jnp.float32)
-    while size % (2 * len(block)) == 0:
-        block = jnp.kron(jnp.array([[1.0, 1.0], [1.0, -1.0]], jnp.float32), block)
-    return jnp.kron(jnp.eye(size // len(block), dtype=jnp.float32), block / math.sqrt(len(block)))
-
-
-def key_pair_magnitude(keys: KeyStatistics, smoothing: SmoothingConfig) -> Float[Array, "kv_heads half"]:
-    """What N equalises: each rotary pair's largest norm, or its root mean square after the offset."""
-    if smoothing.pair_statistic == "max":
-        return keys.pair_max
-    moments = _moments(keys)
-    square = moments.square - jnp.square(moments.mean) if smoothing.key_offset else moments.square
-    return pair_norm(jnp.maximum(square, 0.0))
-
-
-def pair_norm(square: Float[Array, "kv_heads H"]) -> Float[Array, "kv_heads half"]:
-    """Root of the summed squares of the two members of each rotary pair."""
-    first, second = jnp.split(square, 2, axis=-1)
-    return jnp.sqrt(first + second)
-
-
-def favour_queries(
-    scale: Float[Array, "kv_heads half"],
-    excluded: Bool[Array, "kv_heads half"],
-    moments: KeyMoments,
-    exponent: float,
-) -> Float[Array, "kv_heads half"]:
-    """N = queries^exponent * scale^(1 - exponent): more of a token's INT4 range for pairs that are read."""
-    queries = pair_norm(moments.query_square)
-    usable = ~excluded & (queries > 0)
-    return jnp.where(usable, jnp.where(usable, queries, 1.0) ** exponent * scale ** (1 - exponent), scale)
-
-
-def post_rope_scale(
-    channel_max: Float[Array, "kv_heads H"], channels: int, beta: float
-) -> tuple[Float[Array, "kv_heads H"], Bool[Array, "kv_heads half"]]:
-    """S: scale of rotated keys, beta / absmax for outlier channels and their pair partners, else 1.
-
-    Returns:
-        The scale, and the rotary pairs that hold an outlier channel.
-    """
-    kv_heads, head_dim = channel_max.shape
-    if channels > head_dim:
-        raise ValueError(f"post_rope_channels is {channels}; head_dim is only {head_dim}")
-    order = jnp.argsort(-channel_max, axis=1)
-    rank = jnp.argsort(order, axis=1)
-    pairs = jnp.any((rank < channels).reshape(kv_heads, 2, head_dim // 2), axis=1)
-    usable = jnp.tile(pairs, (1, 2)) & (channel_max > 0)
-    return jnp.where(usable, beta / jnp.where(usable, channel_max, 1.0), 1.0), pairs
-
-
-def pre_rope_scale(
-    pair_max: Float[Array, "kv_heads half"], excluded: Bool[Array, "kv_heads half"], alpha: float
-) -> Float[Array, "kv_heads half"]:
-    """N: alpha / largest norm of each rotary pair; 1 for excluded pairs and for pairs always 0."""
-    usable = ~excluded & (pair_max > 0)
-    return jnp.where(usable, alpha / jnp.where(usable, pair_max, 1.0), 1.0)
-
-
-def fold_pre_rope(block: Block, scale: Float[Array, "kv_heads half"], config: ModelConfig) -> dict[str, Array]:
-    """Multiply k_proj's rows by N and divide the rows of the queries that meet them.
-
-    Both members of a pair get the same factor, so it commutes with the rotation.
-    """
-    keys = jnp.tile(scale, (1, 2))
-    queries = jnp.repeat(keys, config.num_heads // config.num_kv_heads, axis=0)
-    return {
-        **block,
-        **_scale_rows(block, "self_attn.k_proj", keys.reshape(-1)),
-        **_scale_rows(block, "self_attn.q_proj", 1 / queries.reshape(-1)),
     }
 
 

@@ -30,7 +30,9 @@ class Problem:
     kv_heads: int
     head_dim: int
     capacity: int
-    kv_clip: float
+    key_clip: float
+    value_clip: float
+    unbiased_keys: bool
 
     @property
     def tokens(self) -> int:
@@ -234,7 +236,7 @@ class _Warp:
 
     def store_query(self, token: Token, group: Group, row: emit.Row) -> None:
         problem = self.problem
-        scale = emit.absmax_scale(emit.finite_absmax(row, problem.lanes), 1.0 / formats.E4M3_MAX)
+        scale = emit.absmax_scale(emit.finite_absmax(row, problem.lanes), emit.constant(1.0 / formats.E4M3_MAX))
         row = emit.quotients(row, scale)
         index = arith.addi(arith.muli(token.index, const(problem.heads)), group.head)
         for offset, half in zip((0, problem.head_dim // 2), row, strict=True):
@@ -244,9 +246,22 @@ class _Warp:
 
     def store_codes(self, token: Token, group: Group, row: emit.Row) -> None:
         problem = self.problem
-        factor = float(np.float32(problem.kv_clip) * np.float32(1.0 / formats.INT4_MAX))
+        key_factor, value_factor = (
+            emit.constant(float(np.float32(clip) * np.float32(1.0 / formats.INT4_MAX)))
+            for clip in (problem.key_clip, problem.value_clip)
+        )
+        factor = arith.select(group.is_key, key_factor, value_factor)
         rounded = emit.to_bf16(emit.absmax_scale(emit.finite_absmax(row, problem.lanes), factor))
-        row = emit.quotients(row, arith.bitcast(ir.F32Type.get(), arith.shli(rounded, const(16))))
+        scale = emit.from_bf16(rounded)
+        row = emit.quotients(row, scale)
+        if problem.unbiased_keys:
+            [scale] = emit.choose(
+                group.is_key,
+                lambda: [arith.mulf(scale, emit.energy_over_kept(row, problem.lanes))],
+                lambda: [scale],
+                1,
+            )
+            rounded = emit.to_bf16(scale)
         words = [emit.to_int4(row.low[i : i + 4], row.high[i : i + 4]) for i in (0, 4)]
         sequence = arith.addi(arith.muli(token.sequence, const(problem.kv_heads)), group.head)
         capacity = arith.constant(ir.IntegerType.get_signless(64), problem.capacity)

@@ -68,7 +68,7 @@ def unsupported(packed: Array, cos: Array, key: ScaledArray, value: ScaledArray,
     return None
 
 
-@functools.partial(jax.jit, static_argnames=("kv_clip", "config"))
+@functools.partial(jax.jit, static_argnames=("key_clip", "value_clip", "unbiased_keys", "config"))
 def rope_quantize(
     packed: Float[Array, "B T packed"],
     cos: Float[Array, "B T half"],
@@ -80,7 +80,9 @@ def rope_quantize(
     lengths: Int[Array, " B"],
     post_rope_scale: Float[Array, "kv_heads H"] | None = None,
     key_offset: Float[Array, "kv_heads H"] | None = None,
-    kv_clip: float = 1.0,
+    key_clip: float = 1.0,
+    value_clip: float = 1.0,
+    unbiased_keys: bool = False,
     config: Config | None = None,
 ) -> tuple[ScaledArray, ScaledArray, ScaledArray]:
     """Queries and the new caches; arguments as :func:`~pallas_kernels.rope_quantize.rope_quantize`."""
@@ -94,7 +96,9 @@ def rope_quantize(
         kv_heads=kv_heads,
         head_dim=head_dim,
         capacity=capacity,
-        kv_clip=kv_clip,
+        key_clip=key_clip,
+        value_clip=value_clip,
+        unbiased_keys=unbiased_keys,
     )
     config = config or default_config(problem.tokens, problem.groups)
     parts = -(-problem.groups // config.groups)

@@ -113,9 +113,14 @@ def to_bf16(x: ir.Value) -> ir.Value:
     return arith.select(arith.cmpi(arith.CmpIPredicate.eq, word, const(0)), tiny, word)
 
 
-def absmax_scale(absmax: ir.Value, factor: float) -> ir.Value:
+def from_bf16(word: ir.Value) -> ir.Value:
+    """float32 of the bf16 in a word's low half."""
+    return arith.bitcast(ir.F32Type.get(), arith.shli(word, const(16)))
+
+
+def absmax_scale(absmax: ir.Value, factor: ir.Value) -> ir.Value:
     """``formats.absmax_scale``; ``factor`` is the limit's reciprocal."""
-    scale = arith.mulf(absmax, constant(factor))
+    scale = arith.mulf(absmax, factor)
     normal = arith.cmpf(arith.CmpFPredicate.OGE, scale, constant(float(np.finfo(np.float32).tiny)))
     return arith.select(normal, scale, constant(1.0))
 
@@ -125,11 +130,29 @@ def finite_absmax(row: Row, lanes: int) -> ir.Value:
     largest = constant(0.0)
     for x in row.elements:
         largest = _larger_if_finite(largest, x)
+    return _over_lanes(arith.maxnumf, largest, lanes)
+
+
+def energy_over_kept(row: Row, lanes: int) -> ir.Value:
+    """x . x over x . codes for a row x that was divided by its scale: ``formats.quantize_kv``'s ``unbiased``."""
+    energy, kept = constant(0.0), constant(0.0)
+    for x in row.elements:
+        magnitude = _larger_if_finite(constant(0.0), x)
+        energy = fma(magnitude, magnitude, energy)
+        kept = fma(magnitude, _rounded(magnitude), kept)
+    energy, kept = (_over_lanes(arith.addf, x, lanes) for x in (energy, kept))
+    positive = arith.cmpf(arith.CmpFPredicate.OGT, kept, constant(0.0))
+    ratio = arith.divf(energy, arith.select(positive, kept, constant(1.0)))
+    return arith.select(positive, ratio, constant(1.0))
+
+
+def _over_lanes(combine: Callable[[ir.Value, ir.Value], ir.Value], x: ir.Value, lanes: int) -> ir.Value:
+    """``combine`` of ``lanes`` neighbouring lanes' numbers, in all of them."""
     distance = lanes // 2
     while distance:
-        largest = arith.maxnumf(largest, utils.shfl_bfly(largest, distance))
+        x = combine(x, utils.shfl_bfly(x, distance))
         distance //= 2
-    return largest
+    return x
 
 
 def _larger_if_finite(largest: ir.Value, x: ir.Value) -> ir.Value:
@@ -163,11 +186,21 @@ def to_int4(low: Sequence[ir.Value], high: Sequence[ir.Value]) -> ir.Value:
 
 def _magnitude(x: ir.Value) -> ir.Value:
     """|x| rounded to nearest even and at most 7, in the low byte; 0 for NaN, which saturation flushes."""
+    return arith.bitcast(i32(), _above_2_23(x))
+
+
+def _rounded(x: ir.Value) -> ir.Value:
+    """The same as float32."""
+    return arith.subf(_above_2_23(x), constant(2.0**23))
+
+
+def _above_2_23(x: ir.Value) -> ir.Value:
+    """2^23 + |x|, where float32 has no fractions: rounded to nearest even; |x| is at most 7, NaN is 0."""
     code = (
         "{ .reg .f32 a; abs.f32 a, $1; mul.rn.sat.f32 a, a, 0f3E000000; min.f32 a, a, 0f3F600000; "  # / 8, 7 / 8
-        "fma.rn.f32 a, a, 0f41000000, 0f4B000000; mov.b32 $0, a; }"  # * 8 + 2^23
+        "fma.rn.f32 $0, a, 0f41000000, 0f4B000000; }"  # * 8 + 2^23
     )
-    return asm([i32()], [x], code, "=r,f", volatile=False)[0]
+    return asm([ir.F32Type.get()], [x], code, "=f,f", volatile=False)[0]
 
 
 def _gather_bytes(four: Sequence[ir.Value], byte: int) -> ir.Value:
