@@ -49,6 +49,8 @@ def rows() -> dict[str, QuantizationConfig]:
             f"{name}, float KV": weights_only(recipe),
             f"{name}, float weights": cache_only(recipe),
         }
+    for codebook in ("fp4", "nf4"):
+        result[f"plus, float KV + {codebook}"] = replace(weights, weight_format=codebook)
     pieces = {
         "error compensation": {"error_compensation": False},
         "scale search": {"scale_search": False},

@@ -7,6 +7,9 @@ E4M3
     ``float8_e4m3fn``: largest finite value 448, smallest normal 2^-6, smallest subnormal 2^-9.
     Casts round to nearest, ties to even, and saturate: +-Inf becomes +-448. NaN stays NaN, so
     that a broken activation shows instead of turning into a plausible number.
+FP4, NF4
+    The same codes -7..7, which stand for other magnitudes (``CODEBOOKS``): E2M1's, or quantiles of
+    the normal distribution (QLoRA, arXiv 2305.14314, here the same on both sides of 0).
 INT4
     Integers -7..7 (sign and magnitude; -8 does not exist), so that negation is exact and a
     group's fifteen values are its eight magnitudes with a sign.
@@ -41,7 +44,15 @@ PROBABILITY_SCALE = 256.0
 ScaleDtype = Literal["e4m3", "bf16"]
 ChannelScale = Literal["per_channel", "per_tensor_pow2"]
 Rounding = Literal["nearest", "table"]
+Codebook = Literal["int4", "fp4", "nf4"]
 KVFormat = Literal["int4", "fp8", "none"]
+
+# What codes 0..7 of a weight stand for, in units of its group's scale.
+CODEBOOKS: dict[Codebook, tuple[float, ...]] = {
+    "int4": (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0),
+    "fp4": (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0),
+    "nf4": (0.0, 0.6374, 1.2934, 1.9911, 2.7644, 3.6755, 4.8734, 7.0),
+}
 
 
 class ScaledArray(NamedTuple):
@@ -117,20 +128,20 @@ def dequantize(x: ScaledArray) -> Float[Array, "*rows H"]:
 
 
 class WeightCodes(NamedTuple):
-    """An INT4 weight before packing: W[n, k] ~= channel_scale[n] * value(codes[n, k], group_scale)."""
+    """A 4-bit weight before packing: W[n, k] ~= channel_scale[n] * value(codes[n, k], group_scale)."""
 
     codes: Int[Array, "N K"]  # int8, -7..7
     group_scale: Float[Array, "N G"]  # E4M3 or bf16, > 0; G = K / group_size
     channel_scale: Float[Array, " N"]  # float32, > 0
 
 
-def weight_table(group_scale: Float[Array, "..."]) -> Float[Array, "... 8"]:
+def weight_table(group_scale: Float[Array, "..."], codebook: Codebook = "int4") -> Float[Array, "... 8"]:
     """The eight magnitudes that codes 0..7 stand for, float32.
 
-    With E4M3 scales they are fp8(i * sigma), rounded as the kernel's table is; with bf16 scales
-    i * sigma, exact, because the kernel multiplies the group's FP32 partial sum instead.
+    With E4M3 scales they are fp8(c * sigma), c from the codebook, rounded as the kernel's table is; with
+    bf16 scales c * sigma, exact, because the kernel multiplies the group's FP32 partial sum instead.
     """
-    magnitudes = jnp.arange(INT4_MAX + 1, dtype=jnp.float32) * group_scale.astype(jnp.float32)[..., None]
+    magnitudes = jnp.asarray(CODEBOOKS[codebook], jnp.float32) * group_scale.astype(jnp.float32)[..., None]
     if group_scale.dtype == E4M3:
         magnitudes = round_to_e4m3(magnitudes)
     return magnitudes
@@ -160,13 +171,15 @@ def _next_power_of_two(x: Float[Array, ""]) -> Float[Array, ""]:
     return jax.lax.bitcast_convert_type((bits + mantissa) & ~mantissa, jnp.float32)
 
 
-def round_group_scale(scale: Float[Array, "..."], dtype: ScaleDtype) -> Float[Array, "..."]:
+def round_group_scale(
+    scale: Float[Array, "..."], dtype: ScaleDtype, codebook: Codebook = "int4"
+) -> Float[Array, "..."]:
     """Round positive group scales to their storage type, never to 0.
 
     A zero scale would erase a whole group; the smallest positive value of the type loses less.
     """
     if dtype == "e4m3":
-        rounded = to_e4m3(jnp.minimum(scale, E4M3_MAX / INT4_MAX))
+        rounded = to_e4m3(jnp.minimum(scale, E4M3_MAX / CODEBOOKS[codebook][-1]))
         return jnp.where(rounded == 0, jnp.asarray(E4M3_MIN_SUBNORMAL, E4M3), rounded)
     if dtype == "bf16":
         rounded = jax.lax.reduce_precision(scale.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
@@ -174,18 +187,23 @@ def round_group_scale(scale: Float[Array, "..."], dtype: ScaleDtype) -> Float[Ar
     raise ValueError(f"scale dtype is {dtype!r}; expected one of {get_args(ScaleDtype)}")
 
 
-def encode_weight(
-    scaled: Float[Array, "N G g"], group_scale: Float[Array, "N G"], rounding: Rounding
-) -> Int[Array, "N G g"]:
-    """INT4 codes of channel-scaled weights under rounded group scales.
+def largest_scale(scaled: Float[Array, "*rows g"], codebook: Codebook = "int4") -> Float[Array, " *rows"]:
+    """The float32 scale with which the codebook's largest magnitude meets the group's."""
+    return absmax_scale(finite_absmax(scaled), CODEBOOKS[codebook][-1])
 
-    "nearest" rounds w / sigma to the nearest integer; "table" picks the nearest of the values
-    the kernel will really use, fp8(i * sigma), which is never worse.
+
+def encode_weight(
+    scaled: Float[Array, "N G g"], group_scale: Float[Array, "N G"], rounding: Rounding, codebook: Codebook = "int4"
+) -> Int[Array, "N G g"]:
+    """Codes -7..7 of channel-scaled weights under rounded group scales.
+
+    "nearest" takes the codebook's nearest magnitude to w / sigma (for INT4 the nearest integer); "table"
+    the nearest of the values the kernel will really use, fp8(c * sigma), which is never worse.
     """
-    if rounding == "nearest":
+    if rounding == "nearest" and codebook == "int4":
         return round_to_int4(scaled / group_scale.astype(jnp.float32)[..., None])
-    if rounding == "table":
-        table = weight_table(group_scale)
+    if rounding in ("nearest", "table"):
+        table = weight_table(group_scale if rounding == "table" else group_scale.astype(jnp.float32), codebook)
         midpoints = (table[..., 1:] + table[..., :-1]) / 2
         magnitude = jnp.zeros(scaled.shape, jnp.int8)
         for i in range(INT4_MAX):
@@ -201,8 +219,9 @@ def quantize_weight(
     scale_dtype: ScaleDtype = "e4m3",
     channel_scale: ChannelScale = "per_channel",
     rounding: Rounding = "nearest",
+    codebook: Codebook = "int4",
 ) -> WeightCodes:
-    """INT4 codes with a scale for each group of ``group_size`` inputs and each output channel.
+    """Codes -7..7 with a scale for each group of ``group_size`` inputs and each output channel.
 
     Scales round first; codes are computed from the rounded scales.
 
@@ -215,25 +234,30 @@ def quantize_weight(
     weight = weight.astype(jnp.float32)
     channel = weight_channel_scale(weight, channel_scale)
     scaled = (weight / channel[:, None]).reshape(n, k // group_size, group_size)
-    group_scale = round_group_scale(absmax_scale(finite_absmax(scaled), INT4_MAX), scale_dtype)
-    codes = encode_weight(scaled, group_scale, rounding)
+    group_scale = round_group_scale(largest_scale(scaled, codebook), scale_dtype, codebook)
+    codes = encode_weight(scaled, group_scale, rounding, codebook)
     return WeightCodes(codes.reshape(n, k), group_scale, channel)
 
 
-def decode_weight(codes: Int[Array, "N K"], group_scale: Float[Array, "N G"]) -> Float[Array, "N K"]:
+def decode_weight(
+    codes: Int[Array, "N K"], group_scale: Float[Array, "N G"], codebook: Codebook = "int4"
+) -> Float[Array, "N K"]:
     """The float32 values that the tensor cores see: sign(q) * table[|q|], without channel scale."""
     n, k = codes.shape
     groups = group_scale.shape[1]
-    values = codes.astype(jnp.float32).reshape(n, groups, k // groups)
+    values = codes.astype(jnp.float32)
+    if codebook != "int4":
+        values = jnp.sign(values) * jnp.asarray(CODEBOOKS[codebook], jnp.float32)[jnp.abs(codes)]
+    values = values.reshape(n, groups, k // groups)
     values = values * group_scale.astype(jnp.float32)[..., None]
     if group_scale.dtype == E4M3:
         values = round_to_e4m3(values)
     return values.reshape(n, k)
 
 
-def dequantize_weight(weight: WeightCodes) -> Float[Array, "N K"]:
+def dequantize_weight(weight: WeightCodes, codebook: Codebook = "int4") -> Float[Array, "N K"]:
     """float32 weight that the codes stand for."""
-    return decode_weight(weight.codes, weight.group_scale) * weight.channel_scale[:, None]
+    return decode_weight(weight.codes, weight.group_scale, codebook) * weight.channel_scale[:, None]
 
 
 # --- keys and values ------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Key
 
 from pallas_kernels import formats, layouts
 
-WeightFormat = Literal["int4", "fp8"]
+WeightFormat = Literal["int4", "fp4", "nf4", "fp8"]
 
 
 @jax.tree_util.register_dataclass
@@ -18,12 +18,12 @@ class QuantizedTensor:
     """W [N, K] in 4 or 8 bits. N', K' are N, K rounded up to whole 64 x 128 tiles.
 
     Attributes:
-        values: "int4": uint32 [N'/64, K'/128, 2, 128, 4], fragment order (see ``layouts``);
+        values: 4 bits: uint32 [N'/64, K'/128, 2, 128, 4], fragment order (see ``layouts``);
             "fp8": E4M3 [N, K].
-        group_scale: "int4": E4M3 or bf16 [K'/group_size, N']; "fp8": None.
-        channel_scale: float32 [N'] ("int4") or [N] ("fp8").
+        group_scale: 4 bits: E4M3 or bf16 [K'/group_size, N']; "fp8": None.
+        channel_scale: float32 [N'] (4 bits) or [N] ("fp8").
         shape: (N, K), as the caller sees the matrix.
-        format: "int4" or "fp8".
+        format: "int4", or another of ``formats.CODEBOOKS``; or "fp8".
 
     Padded codes are 0 and padded scales 1, so that padding contributes exactly nothing.
     """
@@ -47,8 +47,8 @@ class QuantizedTensor:
         return formats.nbytes(self)
 
     @classmethod
-    def from_codes(cls, weight: formats.WeightCodes) -> Self:
-        """Pack INT4 codes and scales ([N, K], [N, G], [N]).
+    def from_codes(cls, weight: formats.WeightCodes, codebook: formats.Codebook = "int4") -> Self:
+        """Pack 4-bit codes and scales ([N, K], [N, G], [N]).
 
         Raises:
             ValueError: if the groups are not of 64 or 128 inputs each.
@@ -64,7 +64,7 @@ class QuantizedTensor:
             constant_values=jnp.ones((), weight.group_scale.dtype),
         )
         channel_scale = jnp.pad(weight.channel_scale, (0, pad_n), constant_values=1)
-        return cls(layouts.pack_weight(weight.codes), group_scale, channel_scale, (n, k), "int4")
+        return cls(layouts.pack_weight(weight.codes), group_scale, channel_scale, (n, k), codebook)
 
     @classmethod
     def random(
@@ -93,12 +93,12 @@ class QuantizedTensor:
             group = jnp.arange(padded_k // group_size)[:, None] * group_size
             scale = jnp.where((group < k) & (jnp.arange(padded_n) < n), scale, 1.0)
             channel = jnp.where(jnp.arange(padded_n) < n, channel, 1.0)
-        return cls(codes, formats.round_group_scale(scale, scale_dtype), channel, shape, format)
+        return cls(codes, formats.round_group_scale(scale, scale_dtype, format), channel, shape, format)
 
     def codes(self) -> formats.WeightCodes:
-        """The unpacked INT4 codes and scales, without padding."""
+        """The unpacked 4-bit codes and scales, without padding."""
         if self.group_scale is None:
-            raise ValueError(f"codes() needs format 'int4'; this tensor has {self.format!r}")
+            raise ValueError(f"codes() needs a format of 4 bits; this tensor has {self.format!r}")
         n, k = self.shape
         group_scale = self.group_scale[: -(-k // self.group_size), :n].T
         return formats.WeightCodes(layouts.unpack_weight(self.values, n, k), group_scale, self.channel_scale[:n])
@@ -110,7 +110,7 @@ class QuantizedTensor:
         weight = self.codes()
         k = self.shape[1]
         codes = jnp.pad(weight.codes, ((0, 0), (0, -k % self.group_size)))
-        return formats.decode_weight(codes, weight.group_scale)[:, :k]
+        return formats.decode_weight(codes, weight.group_scale, self.format)[:, :k]
 
     def dequantize(self) -> Float[Array, "N K"]:
         """float32 matrix that the codes stand for."""
@@ -142,7 +142,12 @@ def quantize(
         raise ValueError(f"group_size is {group_size}; expected 64 or 128")
     padded = jnp.pad(weight, ((0, 0), (0, layouts.padded_shape(n, k)[1] - k)))
     codes = formats.quantize_weight(
-        padded, group_size=group_size, scale_dtype=scale_dtype, channel_scale=channel_scale, rounding=rounding
+        padded,
+        group_size=group_size,
+        scale_dtype=scale_dtype,
+        channel_scale=channel_scale,
+        rounding=rounding,
+        codebook=format,
     )
-    packed = QuantizedTensor.from_codes(codes)
+    packed = QuantizedTensor.from_codes(codes, format)
     return dataclasses.replace(packed, shape=(n, k))

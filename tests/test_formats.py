@@ -164,6 +164,18 @@ def test_largest_magnitude_never_saturates(channel_scale, scale_dtype):
     assert len(np.unique(np.asarray(codes.channel_scale))) == (1 if channel_scale == "per_tensor_pow2" else 24)
 
 
+def test_codebooks_are_eight_rising_magnitudes():
+    """FP4's are E2M1's, and NF4's the quantiles at equal steps of probability up to QLoRA's 0.9677, largest 7."""
+    for magnitudes in formats.CODEBOOKS.values():
+        assert len(magnitudes) == 8
+        assert magnitudes[0] == 0
+        assert np.all(np.diff(magnitudes) > 0)
+    every = np.arange(8, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    np.testing.assert_array_equal(formats.CODEBOOKS["fp4"], every)
+    quantiles = np.asarray(jax.scipy.stats.norm.ppf(np.linspace(0.5, 0.9677083, 8)))
+    np.testing.assert_allclose(formats.CODEBOOKS["nf4"], 7 * quantiles / quantiles[-1], atol=1e-4)
+
+
 def test_table_is_what_the_tensor_core_reads():
     """decode_weight(q) = sign(q) * table[|q|] = fp8(q * sigma), for every scale and code."""
     q = np.tile(np.arange(-7, 8, dtype=np.int8), (len(GROUP_SCALES), 1))
@@ -185,16 +197,18 @@ def test_bf16_scales_are_exact():
     np.testing.assert_array_equal(np.asarray(formats.to_e4m3(jnp.asarray(q)), np.float32), q)
 
 
-def test_table_rounding_finds_the_nearest_value_and_is_never_worse():
+@pytest.mark.parametrize("codebook", formats.CODEBOOKS)
+def test_table_rounding_finds_the_nearest_value_and_is_never_worse(codebook):
     """Exhaustive over the E4M3 scales: 15 candidates by brute force."""
     sigma = jnp.asarray(GROUP_SCALES[:, None]).astype(E4M3)
     scaled = GROUP_SCALES[:, None] * np.linspace(-8, 8, 401, dtype=np.float32)
-    candidates = np.asarray(decode_weight(jnp.tile(jnp.arange(-7, 8, dtype=jnp.int8), (len(sigma), 1)), sigma))
+    every = jnp.tile(jnp.arange(-7, 8, dtype=jnp.int8), (len(sigma), 1))
+    candidates = np.asarray(formats.decode_weight(every, sigma, codebook))
     best = np.abs(scaled[..., None] - candidates[:, None]).min(axis=-1)
 
     def error(rounding):
-        codes = formats.encode_weight(jnp.asarray(scaled)[:, None], sigma, rounding)[:, 0]
-        return np.abs(scaled - np.asarray(decode_weight(codes, sigma)))
+        codes = formats.encode_weight(jnp.asarray(scaled)[:, None], sigma, rounding, codebook)[:, 0]
+        return np.abs(scaled - np.asarray(formats.decode_weight(codes, sigma, codebook)))
 
     np.testing.assert_array_equal(error("table"), best)
     assert np.all(error("nearest") >= best)

@@ -42,6 +42,16 @@ def test_output_of_unseen_inputs_is_closer_than_by_rounding_alone() -> None:
     assert errors[2] < 0.95 * errors[1]
 
 
+@pytest.mark.parametrize("codebook", ["fp4", "nf4"])
+def test_other_codebooks_are_compensated_too(codebook: formats.Codebook) -> None:
+    weight, hessian, unseen = weight_of(), moments_of(inputs_of()), inputs_of(seed=2)
+    rounded = search_weight(weight, jnp.diagonal(hessian), codebook=codebook)
+    channel = formats.weight_channel_scale(weight, "per_channel")
+    kept = compensate(weight, hessian, channel, codebook=codebook)
+    errors = [output_error(formats.dequantize_weight(codes, codebook), weight, unseen) for codes in (rounded, kept)]
+    assert errors[1] < 0.85 * errors[0]
+
+
 def test_descent_never_undoes() -> None:
     weight, hessian = weight_of(), moments_of(inputs_of())
     channel = formats.weight_channel_scale(weight, "per_channel")

@@ -38,6 +38,21 @@ def test_memory_is_4_bits_a_weight_and_the_scales(scale_dtype, scale_bytes, grou
     assert tensor.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(tensor))
 
 
+@pytest.mark.parametrize("format", ["fp4", "nf4"])
+def test_other_codebooks_pack_the_same_way(format):
+    w = weight((70, 200))
+    tensor = quantize(w, format=format, rounding="table")
+    assert tensor.nbytes == quantize(w).nbytes
+    wide = np.pad(w, ((0, 0), (0, 56)))
+    expected = formats.quantize_weight(wide, rounding="table", codebook=format)
+    values = formats.dequantize_weight(expected, format)[:, :200]
+    np.testing.assert_allclose(dequantize(tensor), values, rtol=1e-6)
+    # Between a group's largest magnitudes the steps are at most 2/6 (FP4) and 2.2/7 of its largest weight.
+    assert np.max(np.abs(values - w)) < 0.19 * np.abs(w).max()
+    random = QuantizedTensor.random(jax.random.key(0), (128, 256), format=format)
+    assert jnp.isfinite(random.dequantize()).all()
+
+
 def test_fp8_memory_is_a_byte_a_weight_and_a_scale_a_channel():
     assert quantize(weight((70, 200)), format="fp8").nbytes == 70 * 200 + 70 * 4
 

@@ -83,7 +83,7 @@ def quantize_linear(
     ``inputs`` are second moments of the layer's inputs, for a config that ``measures_inputs``.
     """
     if quantization.weight_format == "none":
-        raise ValueError("weight_format is 'none'; expected 'int4' or 'fp8'")
+        raise ValueError("weight_format is 'none'; expected a format of 4 or 8 bits")
     if quantization.measures_inputs:
         if inputs is None:
             raise ValueError("scale_search and error_compensation need the moments of the layer's inputs; calibrate")

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self, get_args
 
 from pallas_kernels import formats
 
-WeightFormat = Literal["int4", "fp8", "none"]
+WeightFormat = Literal["int4", "fp4", "nf4", "fp8", "none"]
 ActivationFormat = Literal["fp8", "none"]
 CalibrationStream = Literal["float", "quantized"]
 ColumnStatistic = Literal["mean", "max"]
@@ -105,7 +105,8 @@ class QuantizationConfig:
     """How weights, activations, keys, values and queries are stored and computed with.
 
     Attributes:
-        weight_format: "int4", "fp8" (per channel) or "none" (as in the checkpoint).
+        weight_format: "int4", or "fp4" or "nf4" (other magnitudes for the same codes, which the Hopper
+            kernel does not read yet), "fp8" (per channel) or "none" (as in the checkpoint).
         activation_format: "fp8" per token, or "none" (W4A16).
         group_size: inputs that share an INT4 scale, 64 or 128.
         scale_dtype: type of the group scales, "e4m3" or "bf16".
@@ -166,9 +167,10 @@ class QuantizationConfig:
         for name in ("key_clip", "value_clip"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0 and at most 1")
-        if self.measures_inputs and self.weight_format != "int4":
+        if self.measures_inputs and self.weight_format not in formats.CODEBOOKS:
             raise ValueError(
-                f"scale_search and error_compensation need weight_format 'int4', not {self.weight_format!r}"
+                f"scale_search and error_compensation need one of weight_format {tuple(formats.CODEBOOKS)}, "
+                f"not {self.weight_format!r}"
             )
         if self.weight_format == "fp8" and self.activation_format != "fp8":
             raise ValueError("weight_format 'fp8' needs activation_format 'fp8'")

@@ -48,7 +48,10 @@ class InputMoments(NamedTuple):
 
 
 def quantize_measured(weight: Float[Array, "N K"], inputs: InputMoments, config: QuantizationConfig) -> QuantizedTensor:
-    """Quantize and pack an INT4 weight by ``scale_search`` and ``error_compensation``."""
+    """Quantize and pack a 4-bit weight by ``scale_search`` and ``error_compensation``."""
+    codebook = config.weight_format
+    assert codebook != "fp8"
+    assert codebook != "none"
     n, k = weight.shape
     extra = layouts.padded_shape(n, k)[1] - k
     weight = weight.astype(jnp.float32)
@@ -65,6 +68,7 @@ def quantize_measured(weight: Float[Array, "N K"], inputs: InputMoments, config:
             scale_dtype=config.scale_dtype,
             channel_scale=config.channel_scale,
             rounding=config.rounding,
+            codebook=codebook,
         )
     else:
         channel = formats.weight_channel_scale(weight, config.channel_scale)
@@ -75,6 +79,7 @@ def quantize_measured(weight: Float[Array, "N K"], inputs: InputMoments, config:
                 group_size=config.group_size,
                 scale_dtype=config.scale_dtype,
                 rounding=config.rounding,
+                codebook=codebook,
             )
         codes = compensate(
             weight,
@@ -83,9 +88,10 @@ def quantize_measured(weight: Float[Array, "N K"], inputs: InputMoments, config:
             group_size=config.group_size,
             scale_dtype=config.scale_dtype,
             rounding=config.rounding,
+            codebook=codebook,
             search=config.scale_search,
         )
-    return dataclasses.replace(QuantizedTensor.from_codes(codes), shape=(n, k))
+    return dataclasses.replace(QuantizedTensor.from_codes(codes, codebook), shape=(n, k))
 
 
 def rounding_operations(n: int, k: int) -> int:
@@ -124,7 +130,7 @@ def compensated_target(
     return weight + jax.scipy.linalg.cho_solve(factor, _dot(weight, cross - hessian).T).T
 
 
-@functools.partial(jax.jit, static_argnames=("group_size", "scale_dtype", "rounding", "search", "damping"))
+@functools.partial(jax.jit, static_argnames=("group_size", "scale_dtype", "rounding", "codebook", "search", "damping"))
 def compensate(
     weight: Float[Array, "N K"],
     hessian: Float[Array, "K K"],
@@ -133,17 +139,18 @@ def compensate(
     group_size: int = 128,
     scale_dtype: formats.ScaleDtype = "e4m3",
     rounding: formats.Rounding = "table",
+    codebook: formats.Codebook = "int4",
     search: bool = True,
     damping: float = GPTQ_DAMPING,
     passes: int = DESCENT_PASSES,
 ) -> WeightCodes:
-    """INT4 codes that keep the layer's output: GPTQ, then coordinate descent.
+    """Codes that keep the layer's output: GPTQ, then coordinate descent.
 
     Args:
         weight: float32; K a multiple of ``group_size``.
         hessian: X^T X of the layer's inputs, any positive factor.
         channel_scale: float32 scale of each channel.
-        group_size, scale_dtype, rounding: as in ``formats.quantize_weight``.
+        group_size, scale_dtype, rounding, codebook: as in ``formats.quantize_weight``.
         search: group scales by search instead of from the largest weight.
         damping: see :func:`damped`.
         passes: coordinate descent passes after GPTQ.
@@ -153,12 +160,12 @@ def compensate(
     """
     hessian = damped(hessian, damping)
     normal = weight / channel_scale[:, None]
-    codes, scales = _gptq(normal, hessian, group_size, scale_dtype, rounding, search)
-    values = formats.decode_weight(codes, scales)
+    codes, scales = _gptq(normal, hessian, group_size, scale_dtype, rounding, codebook, search)
+    values = formats.decode_weight(codes, scales, codebook)
 
     def descend(_: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         codes, values = state
-        return _descend(normal, codes, values, scales, hessian, rounding)
+        return _descend(normal, codes, values, scales, hessian, rounding, codebook)
 
     codes, values = jax.lax.fori_loop(0, passes, descend, (codes, values))
     if not search:
@@ -182,6 +189,7 @@ def _gptq(
     group_size: int,
     scale_dtype: formats.ScaleDtype,
     rounding: formats.Rounding,
+    codebook: formats.Codebook,
     search: bool,
 ) -> tuple[Int[Array, "N K"], Float[Array, "N G"]]:
     n, k = weight.shape
@@ -194,16 +202,16 @@ def _gptq(
         columns = jax.lax.dynamic_slice(weight, (0, begin), (n, group_size))
         if search:
             importance = 1 / jnp.square(jnp.diagonal(local))
-            scale, _ = search_group_scale(columns[:, None], importance, scale_dtype, rounding)
+            scale, _ = search_group_scale(columns[:, None], importance, scale_dtype, rounding, codebook)
         else:
-            scale = formats.absmax_scale(formats.finite_absmax(columns), formats.INT4_MAX)
-            scale = formats.round_group_scale(scale, scale_dtype)[:, None]
+            scale = formats.largest_scale(columns, codebook)
+            scale = formats.round_group_scale(scale, scale_dtype, codebook)[:, None]
 
         def column_step(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             columns, errors, codes = state
             column = columns[:, i]
-            code = formats.encode_weight(column[:, None, None], scale, rounding)[:, 0]
-            error = (column - formats.decode_weight(code, scale)[:, 0]) / local[i, i]
+            code = formats.encode_weight(column[:, None, None], scale, rounding, codebook)[:, 0]
+            error = (column - formats.decode_weight(code, scale, codebook)[:, 0]) / local[i, i]
             columns = columns - error[:, None] * local[i]
             return columns, errors.at[:, i].set(error), codes.at[:, i].set(code[:, 0])
 
@@ -222,6 +230,7 @@ def _descend(
     scales: Float[Array, "N G"],
     hessian: Float[Array, "K K"],
     rounding: formats.Rounding,
+    codebook: formats.Codebook,
 ) -> tuple[Int[Array, "N K"], Float[Array, "N K"]]:
     n, k = weight.shape
     group_size = k // scales.shape[1]
@@ -238,8 +247,8 @@ def _descend(
         def column_step(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             current, slope, codes = state
             best = current[:, i] - slope[:, i] / local[i, i]
-            code = formats.encode_weight(best[:, None, None], scale, rounding)[:, 0]
-            value = formats.decode_weight(code, scale)[:, 0]
+            code = formats.encode_weight(best[:, None, None], scale, rounding, codebook)[:, 0]
+            value = formats.decode_weight(code, scale, codebook)[:, 0]
             slope = slope + (value - current[:, i])[:, None] * local[i]
             return current.at[:, i].set(value), slope, codes.at[:, i].set(code[:, 0])
 

@@ -1,4 +1,4 @@
-"""Scales of INT4 weights by search, with the rounding that the kernel will really do.
+"""Scales of 4-bit weights by search, with the rounding that the kernel will really do.
 
 ``absmax / 7`` wastes a group's codes on its largest weight, and the kernel's table fp8(i * sigma)
 has gaps that depend on sigma's mantissa. Both are seen by trying scales and keeping the one with
@@ -25,6 +25,7 @@ def search_group_scale(
     importance: Float[Array, "*N G g"],
     scale_dtype: formats.ScaleDtype,
     rounding: formats.Rounding,
+    codebook: formats.Codebook = "int4",
 ) -> tuple[Float[Array, "N G"], Float[Array, "N G"]]:
     """The scale of each group with the least weighted error.
 
@@ -32,26 +33,26 @@ def search_group_scale(
         scaled: weights divided by their channel scales.
         importance: weight of each element's squared error; broadcast over N.
         scale_dtype: type of the scales.
-        rounding: how codes will be chosen.
+        rounding, codebook: how codes will be chosen, and what they will stand for.
 
     Returns:
         Group scales, and the weighted squared error of each group.
     """
-    largest = formats.absmax_scale(formats.finite_absmax(scaled), formats.INT4_MAX)
+    largest = formats.largest_scale(scaled, codebook)
 
     def error_of(scale: Float[Array, "N G"]) -> Float[Array, "N G"]:
-        codes = formats.encode_weight(scaled, scale, rounding)
+        codes = formats.encode_weight(scaled, scale, rounding, codebook)
         n, groups, size = scaled.shape
-        values = formats.decode_weight(codes.reshape(n, groups * size), scale).reshape(scaled.shape)
+        values = formats.decode_weight(codes.reshape(n, groups * size), scale, codebook).reshape(scaled.shape)
         return jnp.sum(importance * jnp.square(values - scaled), axis=-1)
 
     def step(best: tuple[Array, Array], ratio: Array) -> tuple[tuple[Array, Array], None]:
-        scale = formats.round_group_scale(largest * ratio, scale_dtype)
+        scale = formats.round_group_scale(largest * ratio, scale_dtype, codebook)
         error = error_of(scale)
         better = error < best[1]
         return (jnp.where(better, scale, best[0]), jnp.where(better, error, best[1])), None
 
-    start = formats.round_group_scale(largest, scale_dtype), jnp.full(largest.shape, jnp.inf)
+    start = formats.round_group_scale(largest, scale_dtype, codebook), jnp.full(largest.shape, jnp.inf)
     best, _ = jax.lax.scan(step, start, jnp.asarray(CLIP_RATIOS))
     return best
 
@@ -63,6 +64,7 @@ def search_channel_scale(
     group_size: int,
     scale_dtype: formats.ScaleDtype,
     rounding: formats.Rounding,
+    codebook: formats.Codebook = "int4",
 ) -> Float[Array, " N"]:
     """The float32 scale of each channel under which its searched group scales err least."""
     base = formats.weight_channel_scale(weight, "per_channel")
@@ -71,7 +73,7 @@ def search_channel_scale(
     def step(best: tuple[Array, Array], octave: Array) -> tuple[tuple[Array, Array], None]:
         channel = base * jnp.exp2(octave)
         scaled = (weight / channel[:, None]).reshape(-1, *groups)
-        _, errors = search_group_scale(scaled, importance.reshape(groups), scale_dtype, rounding)
+        _, errors = search_group_scale(scaled, importance.reshape(groups), scale_dtype, rounding, codebook)
         error = jnp.sum(errors, axis=1) * jnp.square(channel)
         better = error < best[1]
         return (jnp.where(better, channel, best[0]), jnp.where(better, error, best[1])), None
@@ -89,22 +91,23 @@ def search_weight(
     scale_dtype: formats.ScaleDtype = "e4m3",
     channel_scale: formats.ChannelScale = "per_channel",
     rounding: formats.Rounding = "table",
+    codebook: formats.Codebook = "int4",
 ) -> WeightCodes:
-    """INT4 codes under searched scales: ``formats.quantize_weight`` with less weighted error.
+    """Codes under searched scales: ``formats.quantize_weight`` with less weighted error.
 
     Args:
         weight: float32; K a multiple of ``group_size``.
         importance: of each input's error: the mean square of its activations.
-        group_size, scale_dtype, channel_scale, rounding: as in ``formats.quantize_weight``.
+        group_size, scale_dtype, channel_scale, rounding, codebook: as in ``formats.quantize_weight``.
     """
     n, k = weight.shape
     if channel_scale == "per_channel":
         channel = search_channel_scale(
-            weight, importance, group_size=group_size, scale_dtype=scale_dtype, rounding=rounding
+            weight, importance, group_size=group_size, scale_dtype=scale_dtype, rounding=rounding, codebook=codebook
         )
     else:
         channel = formats.weight_channel_scale(weight, channel_scale)
     scaled = (weight / channel[:, None]).reshape(n, k // group_size, group_size)
-    group_scale, _ = search_group_scale(scaled, importance.reshape(-1, group_size), scale_dtype, rounding)
-    codes = formats.encode_weight(scaled, group_scale, rounding)
+    group_scale, _ = search_group_scale(scaled, importance.reshape(-1, group_size), scale_dtype, rounding, codebook)
+    codes = formats.encode_weight(scaled, group_scale, rounding, codebook)
     return WeightCodes(codes.reshape(n, k), group_scale, channel)
