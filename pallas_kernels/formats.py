@@ -47,11 +47,12 @@ Rounding = Literal["nearest", "table"]
 Codebook = Literal["int4", "fp4", "nf4"]
 KVFormat = Literal["int4", "fp8", "none"]
 
-# What codes 0..7 of a weight stand for, in units of its group's scale.
+# What codes 0..7 of a weight stand for, in units of its group's scale. No magnitude has more than seven
+# significant bits, so that float16 holds its product with an E4M3 scale exactly, as the kernel's table needs.
 CODEBOOKS: dict[Codebook, tuple[float, ...]] = {
     "int4": (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0),
     "fp4": (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0),
-    "nf4": (0.0, 0.6374, 1.2934, 1.9911, 2.7644, 3.6755, 4.8734, 7.0),
+    "nf4": (0.0, 0.640625, 1.296875, 1.984375, 2.75, 3.6875, 4.875, 7.0),
 }
 
 

@@ -61,8 +61,11 @@ def _unsupported(
 ) -> str | None:
     """Why the Hopper kernel cannot run this, or None."""
     values = x.values if isinstance(x, ScaledArray) else x
-    if weight.format != "int4":
-        return f"the weight's format is {weight.format!r}, not 'int4'"
+    if weight.format == "fp8":
+        return "the weight is FP8, which XLA multiplies at full speed"
+    assert weight.group_scale is not None
+    if weight.format == "nf4" and weight.group_scale.dtype != formats.E4M3:
+        return "with bf16 scales codes are multiplied as E4M3 numbers, which NF4's magnitudes are not"
     if values.dtype not in (formats.E4M3, jnp.bfloat16):
         return f"x has dtype {values.dtype}, not {jnp.dtype(formats.E4M3)} or bfloat16"
     if out_dtype != jnp.bfloat16:
@@ -83,6 +86,7 @@ def _matmul_sm90(
 ) -> Array:
     values, x_scale = x if isinstance(x, ScaledArray) else (x, None)
     assert weight.group_scale is not None
+    assert weight.format != "fp8"
     n, k = weight.shape
     padded_k = weight.values.shape[1] * layouts.TILE_K
     rows = values.shape[:-1]
@@ -108,6 +112,7 @@ def _matmul_sm90(
         bias=bias,
         residual=None if residual is None else residual.reshape(-1, residual.shape[-1]),
         silu_mul=activation == "silu_mul",
+        codebook=weight.format,
     )
     return y.reshape(*rows, y.shape[-1])
 

@@ -170,10 +170,12 @@ def test_codebooks_are_eight_rising_magnitudes():
         assert len(magnitudes) == 8
         assert magnitudes[0] == 0
         assert np.all(np.diff(magnitudes) > 0)
+        mantissas, _ = np.frexp(magnitudes)
+        np.testing.assert_array_equal(mantissas * 2**7, np.round(mantissas * 2**7))
     every = np.arange(8, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
     np.testing.assert_array_equal(formats.CODEBOOKS["fp4"], every)
     quantiles = np.asarray(jax.scipy.stats.norm.ppf(np.linspace(0.5, 0.9677083, 8)))
-    np.testing.assert_allclose(formats.CODEBOOKS["nf4"], 7 * quantiles / quantiles[-1], atol=1e-4)
+    np.testing.assert_allclose(formats.CODEBOOKS["nf4"], 7 * quantiles / quantiles[-1], atol=2**-6)
 
 
 def test_table_is_what_the_tensor_core_reads():

@@ -52,6 +52,9 @@ CASES: dict[str, tuple[int, int, int, dict, Config]] = {
     "four-warpgroups": (13, 1088, 1024, {}, Config(16, warpgroups=4, stages=2, k_tiles=4, store_m=16)),
     "sixty-one": (61, 1088, 1024, {"residual": True}, Config(64, warpgroups=4, stages=5, store_m=16)),
     "batched-group-64": (13, 512, 2048, {"group_size": 64}, Config(16, stages=2, k_tiles=4)),
+    "fp4": (300, 512, 1024, {"format": "fp4"}, PREFILL),
+    "nf4-few": (13, 512, 2048, {"format": "nf4", "group_size": 64}, DecodeConfig(16, k_warpgroups=2)),
+    "fp4-bf16-scale": (30, 512, 1152, {"format": "fp4", "scale_dtype": "bf16"}, DecodeConfig(32, k_warpgroups=2)),
     "one-token": (1, 1000, 1024, {}, DecodeConfig(8)),
     "decode-ring": (13, 1088, 4096, {"bias": True}, DecodeConfig(16, depth=5, stages=3)),
     "decode-rest": (13, 320, 1280, {"residual": True}, DecodeConfig(16, warpgroups=3, depth=3)),
@@ -92,6 +95,7 @@ def _operands(
     n,
     k,
     *,
+    format="int4",
     group_size=128,
     scale_dtype="e4m3",
     x_dtype=formats.E4M3,
@@ -101,7 +105,9 @@ def _operands(
     seed=0,
 ):
     keys = jax.random.split(jax.random.key(seed), 4)
-    weight = QuantizedTensor.random(keys[0], (n, k), group_size=group_size, scale_dtype=scale_dtype, std=0.05)
+    weight = QuantizedTensor.random(
+        keys[0], (n, k), format=format, group_size=group_size, scale_dtype=scale_dtype, std=0.05
+    )
     x = jax.random.normal(keys[1], (m, k))
     x = formats.quantize_fp8(x) if x_dtype == formats.E4M3 else x.astype(x_dtype)
     options = {}
@@ -124,6 +130,7 @@ def _kernel(x, weight, config, **options):
         n=weight.shape[0],
         config=config,
         x_scale=None if scale is None else scale[:, 0],
+        codebook=weight.format,
         **options,
     )
 
@@ -243,7 +250,11 @@ def test_an_unknown_device_has_no_tuned_configs():
         ({"residual": jnp.zeros((2, 64), jnp.float32)}, "residual has dtype float32"),
         ({"x": jnp.zeros((2, 128), jnp.float16)}, "x has dtype float16"),
         ({"x": jnp.zeros((0, 128), jnp.bfloat16)}, "x is empty"),
-        ({"weight": QuantizedTensor.random(jax.random.key(0), (64, 128), format="fp8")}, "format is 'fp8'"),
+        ({"weight": QuantizedTensor.random(jax.random.key(0), (64, 128), format="fp8")}, "the weight is FP8"),
+        (
+            {"weight": QuantizedTensor.random(jax.random.key(0), (64, 128), format="nf4", scale_dtype="bf16")},
+            "NF4's magnitudes are not",
+        ),
     ],
 )
 def test_what_the_kernel_cannot_run_is_named(change, message):

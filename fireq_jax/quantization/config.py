@@ -105,8 +105,8 @@ class QuantizationConfig:
     """How weights, activations, keys, values and queries are stored and computed with.
 
     Attributes:
-        weight_format: "int4", or "fp4" or "nf4" (other magnitudes for the same codes, which the Hopper
-            kernel does not read yet), "fp8" (per channel) or "none" (as in the checkpoint).
+        weight_format: "int4", or "fp4" or "nf4" (other magnitudes for the same codes), "fp8" (per
+            channel) or "none" (as in the checkpoint).
         activation_format: "fp8" per token, or "none" (W4A16).
         group_size: inputs that share an INT4 scale, 64 or 128.
         scale_dtype: type of the group scales, "e4m3" or "bf16".

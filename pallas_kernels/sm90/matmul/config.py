@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import layouts
+from pallas_kernels import formats, layouts
 
 Values = Literal["e4m3", "bf16"]
 NUM_SMS = 132
@@ -129,6 +129,7 @@ class Problem:
         scale_in_table: group scales are E4M3 and part of the dequantized weights; else they are
             bf16 and multiply each group's float32 sum.
         silu_mul: gate and up channels alternate in blocks of 8; y is SiLU(gate) * up.
+        codebook: what the weight's codes stand for.
     """
 
     m: int
@@ -139,6 +140,7 @@ class Problem:
     values: Values
     scale_in_table: bool
     silu_mul: bool
+    codebook: formats.Codebook = "int4"
 
     @property
     def halves(self) -> int:

@@ -276,7 +276,7 @@ class _Warpgroup:
         if problem.scale_in_table:
             if ring is not None:
                 scales = tuple(weights.read_four_scales(ring.at[pl.ds(4 * g, 4)]) for g in range(problem.groups))
-            sets = tuple(weights.build_tables(four) for four in scales)
+            sets = tuple(weights.build_tables(four, problem.codebook) for four in scales)
             tables = weights.tables_by_tile(sets, CHUNK, problem.groups)
 
             def all_tiles(acc_ref: Any) -> jax.Array:

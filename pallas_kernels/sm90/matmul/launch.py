@@ -33,6 +33,7 @@ def matmul(
     bias: Float[Array, " n"] | None = None,
     residual: Float[Array, "M n_out"] | None = None,
     silu_mul: bool = False,
+    codebook: formats.Codebook = "int4",
 ) -> Float[Array, "M n_out"]:
     """y = activation(x_scale * channel_scale * (x W^T) + bias) + residual in bfloat16.
 
@@ -48,6 +49,7 @@ def matmul(
         bias: float32 or bfloat16.
         residual: bfloat16, added last in float32.
         silu_mul: gate and up rows alternate in blocks of 8; the result is SiLU(gate) * up, n / 2.
+        codebook: what codes stand for; with bfloat16 ``group_scale`` E4M3 numbers ("int4", "fp4").
 
     Returns:
         bfloat16; n_out is n, or n / 2 for ``silu_mul``.
@@ -66,6 +68,7 @@ def matmul(
         values="e4m3" if x.dtype == formats.E4M3 else "bf16",
         scale_in_table=group_scale.dtype == formats.E4M3,
         silu_mul=silu_mul,
+        codebook=codebook,
     )
     if problem.values == "bf16":
         x = weights.interleave_columns(x)

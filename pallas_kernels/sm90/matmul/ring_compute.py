@@ -117,7 +117,7 @@ class Consumer:
 
     def _build(self, scales: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         """The table sets of a unit's scales."""
-        return tuple(weights.build_tables(four) for four in scales)
+        return tuple(weights.build_tables(four, self.problem.codebook) for four in scales)
 
     def _tables(self, sets: tuple[jax.Array, ...]) -> weights.Tables | None:
         return weights.tables_by_tile(sets, self._unit, self.problem.groups) if sets else None

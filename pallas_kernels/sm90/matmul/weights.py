@@ -34,37 +34,41 @@ from pallas_kernels.sm90.inline import (
 )
 from pallas_kernels.sm90.matmul.config import Problem, Values
 
-# Codes 0..7 as E4M3, one a byte: the table of a weight whose group scales are applied elsewhere.
-_UNIT_TABLE = 0x44403800, 0x4E4C4A48
+
+def _unit_table(codebook: formats.Codebook) -> tuple[ir.Value, ir.Value]:
+    """Codes 0..3 and 4..7 as E4M3, one a byte: the table of a weight whose group scales are applied elsewhere."""
+    low, high = np.asarray(formats.CODEBOOKS[codebook], formats.E4M3).view("<u4")
+    return const(int(low)), const(int(high))
 
 
-def _table(sigma: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """fp8(i * sigma) for i = 0..3 and 4..7, one a byte, from an E4M3 sigma (in 32 bits).
+def _table(sigma: ir.Value, codebook: formats.Codebook) -> tuple[ir.Value, ir.Value]:
+    """fp8(c * sigma) for the codebook's magnitudes 0..3 and 4..7, one a byte, from an E4M3 sigma (in 32 bits).
 
-    The products are exact in float16 (7 significant bits, 2^-9 to 448), so each is rounded once.
+    The products are exact in float16 (4 bits by 7, 2^-10 to 448), so each is rounded once.
     """
+    halves = [int(bits) for bits in np.asarray(formats.CODEBOOKS[codebook], np.float16).view(np.uint16)]
+
+    def products(first: int) -> str:
+        return f"""
+        mov.b32 c, 0x{halves[first + 1]:04X}{halves[first]:04X};
+        mul.rn.f16x2 p, f, c;
+        cvt.rn.satfinite.e4m3x2.f16x2 p{first}, p;"""
+
+    # Magnitudes 0 and 1 are no work.
+    first = "shl.b16 p0, s, 8;" if formats.CODEBOOKS[codebook][:2] == (0.0, 1.0) else products(0)
     low, high = asm(
         [i32(), i32()],
         [sigma],
-        """{
-        .reg .b16 s, c23, c45, c67, low;
-        .reg .b32 twice, f, i, p;
+        f"""{{
+        .reg .b16 s, p0, p2, p4, p6;
+        .reg .b32 twice, f, c, p;
         mul.lo.u32 twice, $2, 257;
         cvt.u16.u32 s, twice;
-        cvt.rn.f16x2.e4m3x2 f, s;
-        mov.b32 i, 0x42004000;
-        mul.rn.f16x2 p, f, i;
-        cvt.rn.satfinite.e4m3x2.f16x2 c23, p;
-        mov.b32 i, 0x45004400;
-        mul.rn.f16x2 p, f, i;
-        cvt.rn.satfinite.e4m3x2.f16x2 c45, p;
-        mov.b32 i, 0x47004600;
-        mul.rn.f16x2 p, f, i;
-        cvt.rn.satfinite.e4m3x2.f16x2 c67, p;
-        shl.b16 low, s, 8;
-        mov.b32 $0, {low, c23};
-        mov.b32 $1, {c45, c67};
-        }""",
+        cvt.rn.f16x2.e4m3x2 f, s;{products(2)}{products(4)}{products(6)}
+        {first}
+        mov.b32 $0, {{p0, p2}};
+        mov.b32 $1, {{p4, p6}};
+        }}""",
         "=r,=r,r",
         volatile=False,
     )
@@ -221,7 +225,7 @@ def read_four_scales(ref: Any) -> jax.Array:
     return inline(ref)
 
 
-def build_tables(scales: jax.Array) -> jax.Array:
+def build_tables(scales: jax.Array, codebook: formats.Codebook) -> jax.Array:
     """Tables of ``load_four_scales``'s groups, one in each of four threads, int32 [512], for ``operand``."""
 
     @inlined(
@@ -230,7 +234,7 @@ def build_tables(scales: jax.Array) -> jax.Array:
     )
     def inline(_: Any, scales: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
         sigmas = [llvm.extractelement(v, const(0)) for v in scales.registers]
-        return raw_array([word for sigma in sigmas for word in _table(sigma)], _FOUR)
+        return raw_array([word for sigma in sigmas for word in _table(sigma, codebook)], _FOUR)
 
     return inline(scales)
 
@@ -243,16 +247,23 @@ def _from_lane(tables: mgpu.FragmentedArray, lane4: int) -> list[tuple[ir.Value,
     return [(words[0], words[1]), (words[2], words[3])]
 
 
-def operand(words: jax.Array, tables: list[tuple[jax.Array, int]] | None, values: Values, part: slice) -> jax.Array:
+def operand(
+    words: jax.Array,
+    tables: list[tuple[jax.Array, int]] | None,
+    values: Values,
+    part: slice,
+    codebook: formats.Codebook,
+) -> jax.Array:
     """Columns ``part`` (0:64, 64:128 or both) of a packed tile as WGMMA's A: [64, columns].
 
     Args:
         words: from ``load_words``.
         tables: for each group of the tile's 128 inputs, (``build_tables(...)``, which of the four);
-            None: codes as they are.
+            None: the codebook's magnitudes as they are.
         values: type of the result. For "bf16" the columns of each 16 are in the order of
             ``interleave_columns``.
         part: columns.
+        codebook: what codes stand for.
     """
     layout = plgpu.Layout.WGMMA_8BIT if values == "e4m3" else plgpu.Layout.WGMMA
     dtype = formats.E4M3 if values == "e4m3" else jnp.bfloat16
@@ -267,7 +278,7 @@ def operand(words: jax.Array, tables: list[tuple[jax.Array, int]] | None, values
         packed = [llvm.extractelement(v, const(0)) for v in words.registers]
         halves = [i for i in range(2) if part.start <= 64 * i < part.stop]
         if tables is None:
-            unit = const(_UNIT_TABLE[0]), const(_UNIT_TABLE[1])
+            unit = _unit_table(codebook)
             by_half = {i: [unit, unit] for i in halves}
         else:
             # With one group, both halves of the columns have it.
@@ -326,7 +337,8 @@ def multiply(
     """
     columns = layouts.TILE_K // problem.halves
     for i in range(problem.halves) if half is None else (half,):
-        weight = operand(words, tables, problem.values, slice(i * columns, (i + 1) * columns))
+        part = slice(i * columns, (i + 1) * columns)
+        weight = operand(words, tables, problem.values, part, problem.codebook)
         plgpu.wgmma(acc_ref, weight, jax_compat.transpose_ref(x_ref(i)))
 
 
