@@ -11,6 +11,7 @@ from checkpoints_convert.calibration_data import calibration_batches
 from checkpoints_convert.conversion import ConversionOptions, convert, needs_calibration
 from fireq_jax.quantization import recipes
 from fireq_jax.tokenizer import load_tokenizer
+from pallas_kernels import formats
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--batch-size", type=int, default=8, help="windows a calibration step (default: 8)")
     parse.add_argument("--dtype", default="bfloat16", help="of what stays unquantized (default: bfloat16)")
     parse.add_argument("--kv-format", choices=["int4", "fp8", "none"], help="overrides the recipe's cache format")
+    parse.add_argument("--weight-format", choices=list(formats.CODEBOOKS), help="overrides a recipe's 4-bit weights")
     parse.add_argument("--lm-head-format", choices=["fp8", "none"], help="overrides the recipe's lm_head")
     parse.add_argument(
         "--keep-float",
@@ -58,6 +60,10 @@ def run(args: argparse.Namespace) -> None:
     quantization = recipes.by_name(args.recipe)
     if args.kv_format is not None:
         quantization = quantization.with_kv_format(args.kv_format)
+    if args.weight_format is not None:
+        if quantization.weight_format not in formats.CODEBOOKS:
+            raise ValueError(f"--weight-format {args.weight_format}: recipe {args.recipe!r} has no 4-bit weights")
+        quantization = dataclasses.replace(quantization, weight_format=args.weight_format)
     if args.lm_head_format is not None:
         quantization = dataclasses.replace(quantization, lm_head_format=args.lm_head_format)
     quantization = dataclasses.replace(quantization, keep_float=quantization.keep_float + tuple(args.keep_float))

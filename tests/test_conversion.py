@@ -224,6 +224,17 @@ def test_an_fp8_head_is_stored_as_such(source: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(head.dequantize(), exact, rtol=2**-4, atol=np.abs(exact).max() / 448 * 2**-10)
 
 
+def test_other_magnitudes_are_stored_and_read_back(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert main(["--model", str(source), "--output", str(output), "--recipe", "rtn", "--weight-format", "nf4"]) == 0
+    down = parameters_of(LlamaForCausalLM.from_pretrained(output))["layers.1.mlp.down_proj.weight"]
+    assert isinstance(down, QuantizedTensor)
+    assert down.format == "nf4"
+    exact = load_file(source / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+    error = np.linalg.norm(np.asarray(down.dequantize()) - exact) / np.linalg.norm(exact)
+    assert 0.05 < error < 0.12  # 15 levels of normal weights
+
+
 @pytest.mark.parametrize("recipe", ["rtn", "w4a16", "w8a8_fp8", "none"])
 def test_recipes_without_calibration_need_no_text(source: Path, tmp_path: Path, recipe: str) -> None:
     command = ["--model", str(source), "--output", str(tmp_path / "out"), "--recipe", recipe, "--dtype", "float32"]
@@ -239,6 +250,7 @@ def test_recipes_without_calibration_need_no_text(source: Path, tmp_path: Path, 
         (["--recipe", "fireq"], "--calibration"),
         (["--recipe", "rtn", "--keep-float", "layers.9.*"], "layers.9"),
         (["--recipe", "rtn", "--dtype", "float8"], "'float8'"),
+        (["--recipe", "w8a8_fp8", "--weight-format", "nf4"], "'w8a8_fp8' has no 4-bit weights"),
     ],
 )
 def test_command_line_errors_quote_the_value_and_write_nothing(
