@@ -20,6 +20,7 @@ from fireq_jax.models.llama import DecoderLayer
 from fireq_jax.models.parameters import Block, fuse_block, with_parameters
 from fireq_jax.models.rope import rope_tables
 from fireq_jax.quantization import recipes
+from fireq_jax.quantization.config import QuantizationConfig
 from fireq_jax.quantization.key_smoothing import KeyMoments, KeySample, KeyStatistics
 
 # One token in so many goes into KeyStatistics.sample, from each sequence with another offset.
@@ -59,11 +60,7 @@ class Calibrator:
             raise ValueError(f"batch_size is {batch_size}; expected a positive number of sequences")
         self.config = config
         self.batch_size = batch_size
-        self._layer = nnx.eval_shape(
-            lambda: DecoderLayer(
-                "layers.0", config, recipes.none(), dtype=jnp.float32, implementation="xla", rngs=nnx.Rngs(0)
-            )
-        )
+        self._layer = abstract_layer(config, recipes.none())
 
     def run(
         self, block: Block, hidden: Float[np.ndarray, "samples T D"]
@@ -83,6 +80,15 @@ class Calibrator:
             output[part] = np.asarray(result)
             batches.append(statistics)
         return output, _combine(batches)
+
+
+def abstract_layer(config: ModelConfig, quantization: QuantizationConfig) -> DecoderLayer:
+    """The shapes of a float32 decoder layer called "layers.0", whichever layer's parameters it is to take."""
+    return nnx.eval_shape(
+        lambda: DecoderLayer(
+            "layers.0", config, quantization, dtype=jnp.float32, implementation="xla", rngs=nnx.Rngs(0)
+        )
+    )
 
 
 def batches_of(samples: int, batch_size: int) -> list[slice]:

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from checkpoints_convert.calibrate import LINEAR_INPUTS, batches_of, run_layer
+from checkpoints_convert.calibrate import LINEAR_INPUTS, abstract_layer, batches_of, run_layer
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.llama import DecoderLayer
 from fireq_jax.models.parameters import Block, Parameter, fuse_block, layer_parameters, quantize_linear, with_parameters
@@ -40,15 +40,7 @@ class Compensator:
     def __init__(self, config: ModelConfig, quantization: QuantizationConfig, batch_size: int) -> None:
         self.config, self.quantization, self.batch_size = config, quantization, batch_size
         self.follows_quantized = quantization.calibration_stream == "quantized"
-        self._float = dataclasses.replace(
-            quantization,
-            weight_format="none",
-            activation_format="none",
-            kv_format="none",
-            query_format="none",
-            scale_search=False,
-            error_compensation=False,
-        )
+        self._float = quantization.with_float_weights().with_kv_format("none")
 
     def quantize(
         self, block: Block, index: int, hidden: Hidden, quantized_hidden: Hidden, dtype: jax.typing.DTypeLike
@@ -93,15 +85,9 @@ class Compensator:
         """The block with the linear layers of ``done`` quantized and float32 otherwise."""
         left = tuple(f"layers.0.{linear}" for linear in LINEARS if f"{linear}.weight" not in done)
         staged = dataclasses.replace(quantization, keep_float=left)
-        # Always "layers.0": the name is part of what jit compiles for.
-        abstract = nnx.eval_shape(
-            lambda: DecoderLayer(
-                "layers.0", self.config, staged, dtype=jnp.float32, implementation="xla", rngs=nnx.Rngs(0)
-            )
-        )
         parameters = layer_parameters(block, index, self._float, jnp.float32)
         own = {name.split(".", 2)[2]: value for name, value in parameters.items()}
-        return with_parameters(abstract, {**own, **done})
+        return with_parameters(abstract_layer(self.config, staged), {**own, **done})
 
     def _moments(
         self, exact: DecoderLayer, seen: DecoderLayer, tap: str, hidden: Hidden, quantized_hidden: Hidden

@@ -40,14 +40,14 @@ def rows() -> dict[str, QuantizationConfig]:
     replace, plus = dataclasses.replace, recipes.fireq_plus()
     smoothing = plus.smoothing
     assert smoothing is not None
-    weights, cache = weights_only(plus), cache_only(plus)
+    weights, cache = plus.with_kv_format("none"), plus.with_float_weights()
     result = {}
     for name in ("rtn", "fireq", "fireq_plus"):
         recipe = recipes.by_name(name)
         result |= {
             name: recipe,
-            f"{name}, float KV": weights_only(recipe),
-            f"{name}, float weights": cache_only(recipe),
+            f"{name}, float KV": recipe.with_kv_format("none"),
+            f"{name}, float weights": recipe.with_float_weights(),
         }
     for codebook in ("fp4", "nf4"):
         result[f"plus, float KV + {codebook}"] = replace(weights, weight_format=codebook)
@@ -78,18 +78,6 @@ def rows() -> dict[str, QuantizationConfig]:
     result["plus, float weights + KV groups of 64"] = replace(cache, kv_group_size=64)
     result["plus, float weights, FP8 KV"] = replace(cache, kv_format="fp8")
     return result
-
-
-def weights_only(config: QuantizationConfig) -> QuantizationConfig:
-    """The config with float queries, keys and values."""
-    return dataclasses.replace(config, kv_format="none", query_format="none")
-
-
-def cache_only(config: QuantizationConfig) -> QuantizationConfig:
-    """The config with float weights and activations."""
-    return dataclasses.replace(
-        config, weight_format="none", activation_format="none", scale_search=False, error_compensation=False
-    )
 
 
 @dataclasses.dataclass(frozen=True)

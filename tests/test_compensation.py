@@ -1,22 +1,20 @@
 """Compensation inside the converter: right moments, better blocks, resumable, compiled once."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from small_checkpoint import parameter_bytes, write_checkpoint
 
 from checkpoints_convert import compensation, conversion
 from checkpoints_convert.calibrate import Calibrator
 from checkpoints_convert.compensation import Compensator
 from checkpoints_convert.conversion import ConversionOptions, convert, needs_calibration
 from fireq_jax import LlamaForCausalLM, ModelConfig, QuantizationConfig, recipes
-from fireq_jax.huggingface import block_shapes, expected_shapes, read_config
-from fireq_jax.models.parameters import parameters_of
+from fireq_jax.huggingface import block_shapes
 from fireq_jax.quantization import gptq
 from pallas_kernels.quantized_tensor import QuantizedTensor
 
@@ -51,16 +49,7 @@ def without_smoothing(**changes: object) -> QuantizationConfig:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("source") / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(FIELDS))
-    rng = np.random.default_rng(0)
-    tensors = {
-        name: np.ones(shape, np.float32) if "norm" in name else rng.normal(0, 0.1, shape).astype(np.float32)
-        for name, shape in expected_shapes(read_config(folder)).items()
-    }
-    save_file(tensors, folder / "model.safetensors")
-    return folder
+    return write_checkpoint(tmp_path_factory.mktemp("source") / "model", FIELDS, 0.1)
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +66,6 @@ def converted(source: Path, tokens: np.ndarray, tmp_path_factory: pytest.TempPat
 
 def options(model: Path, output: Path) -> ConversionOptions:
     return ConversionOptions(model, output, "fireq_plus", PLUS, dtype="float32", batch_size=4)
-
-
-def parameter_bytes(folder: Path) -> dict[str, bytes]:
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=jnp.float32)
-    leaves = jax.tree_util.tree_leaves_with_path(parameters_of(model))
-    return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
 
 
 def block_error(quantization: QuantizationConfig) -> float:

@@ -9,17 +9,16 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from small_checkpoint import parameter_bytes, write_checkpoint
 
 from checkpoints_convert import conversion
 from checkpoints_convert.conversion import ConversionOptions, convert
 from checkpoints_convert.convert_and_quantize import main
 from fireq_jax import LlamaForCausalLM, QuantizationConfig, recipes
-from fireq_jax.huggingface import expected_shapes, read_config
 from fireq_jax.models.parameters import parameters_of
 from pallas_kernels.quantized_tensor import QuantizedTensor
 
@@ -30,22 +29,9 @@ CONFIG = {
 }  # fmt: skip
 
 
-def write_checkpoint(folder: Path, **changes: np.ndarray) -> Path:
-    """A random checkpoint in Hugging Face form; ``changes`` replace tensors by name."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    random = np.random.default_rng(0)
-    tensors = {
-        name: np.ones(shape, np.float32) if "norm" in name else random.normal(0, 0.05, shape).astype(np.float32)
-        for name, shape in expected_shapes(read_config(folder)).items()
-    }
-    save_file(tensors | changes, folder / "model.safetensors")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("source") / "model")
+    return write_checkpoint(tmp_path_factory.mktemp("source") / "model", CONFIG, 0.05)
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +48,6 @@ def converted(source: Path, tokens: np.ndarray, tmp_path_factory: pytest.TempPat
 
 def options(model: Path, output: Path, quantization: QuantizationConfig | None = None) -> ConversionOptions:
     return ConversionOptions(model, output, "fireq", quantization or recipes.fireq(), dtype="float32", batch_size=4)
-
-
-def parameter_bytes(folder: Path) -> dict[str, bytes]:
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=jnp.float32)
-    leaves = jax.tree_util.tree_leaves_with_path(parameters_of(model))
-    return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
 
 
 def test_converted_folder_is_enough_to_run_and_close_to_the_source(source: Path, converted: Path) -> None:
@@ -198,7 +178,7 @@ def test_non_finite_tensor_stops_it_before_anything_is_written(
     name = "model.layers.1.mlp.up_proj.weight"
     bad = np.zeros((100, 72), np.float32)
     bad[3, 5] = value
-    model = write_checkpoint(tmp_path / "model", **{name: bad})
+    model = write_checkpoint(tmp_path / "model", CONFIG, 0.05, **{name: bad})
     with pytest.raises(ValueError, match=rf"{name}.*\(3, 5\)"):
         convert(options(model, tmp_path / "out"), tokens, progress=False)
     assert not (tmp_path / "out").exists()

@@ -202,6 +202,12 @@ class QuantizationConfig:
         """The same with another cache format; queries are FP8 exactly if keys and values are stored so or smaller."""
         return dataclasses.replace(self, kv_format=kv_format, query_format="none" if kv_format == "none" else "fp8")
 
+    def with_float_weights(self) -> Self:
+        """The same with weights and activations as they are."""
+        return dataclasses.replace(
+            self, weight_format="none", activation_format="none", scale_search=False, error_compensation=False
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; :meth:`from_dict` reads them back."""
         fields = dataclasses.asdict(self)
