@@ -94,6 +94,18 @@ def number(value: float) -> ir.Value:
     return arith.constant(ir.F32Type.get(), ir.FloatAttr.get(ir.F32Type.get(), value))
 
 
+def reciprocal(x: ir.Value) -> ir.Value:
+    """1 / x of a float32, rounded to nearest."""
+    return asm([ir.F32Type.get()], [x], "rcp.rn.f32 $0, $1;", "=f,f", volatile=False)[0]
+
+
+def absmax_scale(absmax: ir.Value, factor: ir.Value) -> ir.Value:
+    """``formats.absmax_scale``; ``factor`` is the limit's reciprocal."""
+    scale = arith.mulf(absmax, factor)
+    normal = arith.cmpf(arith.CmpFPredicate.OGE, scale, number(float(np.finfo(np.float32).tiny)))
+    return arith.select(normal, scale, number(1.0))
+
+
 def to_e4m3(elements: Sequence[ir.Value]) -> ir.Value:
     """Four float32 -> one word of E4M3, the first in the lowest byte; saturating."""
     # A conversion puts its first operand in the upper byte.

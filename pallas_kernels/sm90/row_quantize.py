@@ -25,11 +25,13 @@ from pallas_kernels.formats import ScaledArray
 from pallas_kernels.sm90.inline import (
     SCALAR,
     WARPGROUP,
+    absmax_scale,
     asm,
     const,
     i32,
     inlined,
     number,
+    reciprocal,
     shared_address,
     to_e4m3,
 )
@@ -164,11 +166,8 @@ def _quantize_row(
         largest = _tree(_larger, [math.absf(element) for elements in held for element in elements])
     largest, total = _over_block(largest, total, partials, warpgroups)
 
-    # The rules of formats: absmax_scale, reciprocals.
-    row_scale = arith.mulf(largest, number(1 / formats.E4M3_MAX))
-    normal = arith.cmpf(arith.CmpFPredicate.OGE, row_scale, number(float(jnp.finfo(jnp.float32).tiny)))
-    row_scale = arith.select(normal, row_scale, number(1.0))
-    (inverse,) = asm([_f32()], [row_scale], "rcp.rn.f32 $0, $1;", "=f,f", volatile=False)
+    row_scale = absmax_scale(largest, number(1 / formats.E4M3_MAX))
+    inverse = reciprocal(row_scale)
 
     target = _address(values, row, width)
     for i, elements in zip(index, held, strict=True):

@@ -14,7 +14,16 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf
 
 from pallas_kernels import formats
-from pallas_kernels.sm90.inline import SCALAR, const, i32, inlined, to_e4m3
+from pallas_kernels.sm90.inline import (
+    SCALAR,
+    absmax_scale,
+    const,
+    i32,
+    inlined,
+    number,
+    reciprocal,
+    to_e4m3,
+)
 from pallas_kernels.sm90.rope_quantize import registers as emit
 
 CACHE = ("key", "key_scale", "value", "value_scale")
@@ -221,7 +230,7 @@ class _Warp:
         if "post_rope_scale" not in self.refs:
             return row
         kv_head = arith.divui(group.head, const(self.problem.heads // self.problem.kv_heads))
-        inverse = self.by_channel("post_rope_scale", kv_head).map(emit.reciprocal)
+        inverse = self.by_channel("post_rope_scale", kv_head).map(reciprocal)
         return row.map(arith.mulf, inverse)
 
     def rotated_key(self, token: Token, group: Group, row: emit.Row) -> emit.Row:
@@ -236,7 +245,7 @@ class _Warp:
 
     def store_query(self, token: Token, group: Group, row: emit.Row) -> None:
         problem = self.problem
-        scale = emit.absmax_scale(emit.finite_absmax(row, problem.lanes), emit.constant(1.0 / formats.E4M3_MAX))
+        scale = absmax_scale(emit.finite_absmax(row, problem.lanes), number(1.0 / formats.E4M3_MAX))
         row = emit.quotients(row, scale)
         index = arith.addi(arith.muli(token.index, const(problem.heads)), group.head)
         for offset, half in zip((0, problem.head_dim // 2), row, strict=True):
@@ -247,11 +256,11 @@ class _Warp:
     def store_codes(self, token: Token, group: Group, row: emit.Row) -> None:
         problem = self.problem
         key_factor, value_factor = (
-            emit.constant(float(np.float32(clip) * np.float32(1.0 / formats.INT4_MAX)))
+            number(float(np.float32(clip) * np.float32(1.0 / formats.INT4_MAX)))
             for clip in (problem.key_clip, problem.value_clip)
         )
         factor = arith.select(group.is_key, key_factor, value_factor)
-        rounded = emit.to_bf16(emit.absmax_scale(emit.finite_absmax(row, problem.lanes), factor))
+        rounded = emit.to_bf16(absmax_scale(emit.finite_absmax(row, problem.lanes), factor))
         scale = emit.from_bf16(rounded)
         row = emit.quotients(row, scale)
         if problem.unbiased_keys:

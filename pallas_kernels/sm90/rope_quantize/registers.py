@@ -7,12 +7,11 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf
 
-from pallas_kernels.sm90.inline import asm, const, i32
+from pallas_kernels.sm90.inline import asm, const, i32, number, reciprocal
 
 PAIRS = 8  # (i, i + H/2) that a lane holds: 16 bytes of bf16 of each half
 
@@ -53,10 +52,6 @@ def choose(
         with ir.InsertionPoint(block):
             scf.yield_(emit())
     return list(branch.results)
-
-
-def constant(value: float) -> ir.Value:
-    return arith.constant(ir.F32Type.get(), float(np.float32(value)))
 
 
 def wide(x: ir.Value) -> ir.Value:
@@ -118,16 +113,9 @@ def from_bf16(word: ir.Value) -> ir.Value:
     return arith.bitcast(ir.F32Type.get(), arith.shli(word, const(16)))
 
 
-def absmax_scale(absmax: ir.Value, factor: ir.Value) -> ir.Value:
-    """``formats.absmax_scale``; ``factor`` is the limit's reciprocal."""
-    scale = arith.mulf(absmax, factor)
-    normal = arith.cmpf(arith.CmpFPredicate.OGE, scale, constant(float(np.finfo(np.float32).tiny)))
-    return arith.select(normal, scale, constant(1.0))
-
-
 def finite_absmax(row: Row, lanes: int) -> ir.Value:
     """``formats.finite_absmax`` of a row that ``lanes`` neighbouring lanes share."""
-    largest = constant(0.0)
+    largest = number(0.0)
     for x in row.elements:
         largest = _larger_if_finite(largest, x)
     return _over_lanes(arith.maxnumf, largest, lanes)
@@ -135,15 +123,15 @@ def finite_absmax(row: Row, lanes: int) -> ir.Value:
 
 def energy_over_kept(row: Row, lanes: int) -> ir.Value:
     """x . x over x . codes for a row x that was divided by its scale: ``formats.quantize_kv``'s ``unbiased``."""
-    energy, kept = constant(0.0), constant(0.0)
+    energy, kept = number(0.0), number(0.0)
     for x in row.elements:
-        magnitude = _larger_if_finite(constant(0.0), x)
+        magnitude = _larger_if_finite(number(0.0), x)
         energy = fma(magnitude, magnitude, energy)
         kept = fma(magnitude, _rounded(magnitude), kept)
     energy, kept = (_over_lanes(arith.addf, x, lanes) for x in (energy, kept))
-    positive = arith.cmpf(arith.CmpFPredicate.OGT, kept, constant(0.0))
-    ratio = arith.divf(energy, arith.select(positive, kept, constant(1.0)))
-    return arith.select(positive, ratio, constant(1.0))
+    positive = arith.cmpf(arith.CmpFPredicate.OGT, kept, number(0.0))
+    ratio = arith.divf(energy, arith.select(positive, kept, number(1.0)))
+    return arith.select(positive, ratio, number(1.0))
 
 
 def _over_lanes(combine: Callable[[ir.Value, ir.Value], ir.Value], x: ir.Value, lanes: int) -> ir.Value:
@@ -159,10 +147,6 @@ def _larger_if_finite(largest: ir.Value, x: ir.Value) -> ir.Value:
     """max(largest, |x|); x * 0 + x is NaN for an infinity, and the maximum passes over NaN."""
     code = "{ .reg .f32 y; fma.rn.f32 y, $2, 0f00000000, $2; abs.f32 y, y; max.f32 $0, $1, y; }"
     return asm([ir.F32Type.get()], [largest, x], code, "=f,f,f", volatile=False)[0]
-
-
-def reciprocal(x: ir.Value) -> ir.Value:
-    return asm([ir.F32Type.get()], [x], "rcp.rn.f32 $0, $1;", "=f,f", volatile=False)[0]
 
 
 def quotients(row: Row, scale: ir.Value) -> Row:
@@ -191,7 +175,7 @@ def _magnitude(x: ir.Value) -> ir.Value:
 
 def _rounded(x: ir.Value) -> ir.Value:
     """The same as float32."""
-    return arith.subf(_above_2_23(x), constant(2.0**23))
+    return arith.subf(_above_2_23(x), number(2.0**23))
 
 
 def _above_2_23(x: ir.Value) -> ir.Value:
