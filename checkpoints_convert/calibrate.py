@@ -22,6 +22,7 @@ from fireq_jax.models.rope import rope_tables
 from fireq_jax.quantization import recipes
 from fireq_jax.quantization.config import QuantizationConfig
 from fireq_jax.quantization.key_smoothing import KeyMoments, KeySample, KeyStatistics
+from pallas_kernels.split_sum import finished
 
 # One token in so many goes into KeyStatistics.sample, from each sequence with another offset.
 SAMPLE_STRIDE = 13
@@ -103,7 +104,7 @@ def run_layer(layer: DecoderLayer, config: ModelConfig, hidden: Float[Array, "B 
     start, lengths = jnp.zeros((batch,), jnp.int32), jnp.full((batch,), length, jnp.int32)
     rope = rope_tables(config, jnp.broadcast_to(jnp.arange(length), (batch, length)), lengths)
     output, _ = layer(hidden, rope, start=start, lengths=lengths, tap=tap)
-    return output
+    return finished(output)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

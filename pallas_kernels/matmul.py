@@ -6,6 +6,7 @@
 FireQ (arXiv 2505.20839), INT4 x FP8 kernel; the epilogues are ours.
 """
 
+import dataclasses
 from typing import get_args
 
 import jax
@@ -18,6 +19,7 @@ from pallas_kernels.matmul_epilogue import Activation, epilogue
 from pallas_kernels.quantized_tensor import QuantizedTensor
 from pallas_kernels.sm90.matmul import launch
 from pallas_kernels.sm90.matmul.config import choose
+from pallas_kernels.split_sum import SplitSum, finished
 
 
 def matmul(
@@ -50,6 +52,29 @@ def matmul(
         ValueError: if shapes or dtypes do not fit together.
         NotImplementedError: if ``implementation`` names a kernel that cannot run this.
     """
+    y = deferred_matmul(
+        x,
+        weight,
+        bias=bias,
+        activation=activation,
+        residual=residual,
+        out_dtype=out_dtype,
+        implementation=implementation,
+    )
+    return finished(y)
+
+
+def deferred_matmul(
+    x: ScaledArray | Float[Array, "*rows K"],
+    weight: QuantizedTensor,
+    *,
+    bias: Float[Array, " N"] | None = None,
+    activation: Activation = "none",
+    residual: Float[Array, "*rows N_out"] | None = None,
+    out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    implementation: dispatch.Implementation = "auto",
+) -> Float[Array, "*rows N_out"] | SplitSum:
+    """``matmul``, or where its kernel cuts K the parts of the result, for who reads it to add up."""
     _validate(x, weight, bias, activation, residual)
     if dispatch.resolve("matmul", implementation, _unsupported(x, weight, residual, out_dtype)) == "mosaic_gpu":
         return _matmul_sm90(x, weight, bias, activation, residual)
@@ -83,7 +108,7 @@ def _matmul_sm90(
     bias: Array | None,
     activation: Activation,
     residual: Array | None,
-) -> Array:
+) -> Array | SplitSum:
     values, x_scale = x if isinstance(x, ScaledArray) else (x, None)
     assert weight.group_scale is not None
     assert weight.format != "fp8"
@@ -114,7 +139,7 @@ def _matmul_sm90(
         silu_mul=activation == "silu_mul",
         codebook=weight.format,
     )
-    return y.reshape(*rows, y.shape[-1])
+    return dataclasses.replace(y, rows=rows) if isinstance(y, SplitSum) else y.reshape(*rows, y.shape[-1])
 
 
 def matmul_reference(

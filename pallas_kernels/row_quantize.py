@@ -2,6 +2,7 @@
 
     quantize_rows:      scale = absmax(x) / 448,                values = fp8(x / scale)
     rms_norm_quantize:  scale = absmax(x w) / 448 / rms(x),     values = fp8(x w / absmax(x w) * 448)
+    sum_norm_quantize:  the same of x that a matmul left in parts, and x
 
 RMSNorm divides a row by one number, its rms, and so does quantization: the rms is left to the
 scale. The values are those of x * weight in float32, there is no bf16 rounding in between, and
@@ -17,6 +18,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import dispatch, formats
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.sm90 import row_quantize as sm90
+from pallas_kernels.split_sum import SplitSum
 
 
 def quantize_rows(x: Float[Array, "*rows D"], *, implementation: dispatch.Implementation = "auto") -> ScaledArray:
@@ -64,16 +66,41 @@ def rms_norm_quantize(
         NotImplementedError: if ``implementation`` names a kernel that cannot run this.
     """
     _validate_rows(x)
-    if weight.shape != x.shape[-1:] or weight.dtype != jnp.float32:
-        raise ValueError(
-            f"weight has shape {weight.shape} and dtype {weight.dtype}; expected float32 {x.shape[-1:]} "
-            f"for x of shape {x.shape}"
-        )
-    if not eps > 0:
-        raise ValueError(f"eps is {eps}; expected a positive number")
+    _validate_norm(x.shape, weight, eps)
     if dispatch.resolve("rms_norm_quantize", implementation, sm90.unsupported(x)) == "mosaic_gpu":
         return sm90.rms_norm_quantize(x, weight, eps=eps)
     return rms_norm_quantize_reference(x, weight, eps)
+
+
+def sum_norm_quantize(
+    total: SplitSum,
+    weight: Float[Array, " D"],
+    eps: float,
+    *,
+    implementation: dispatch.Implementation = "auto",
+) -> tuple[ScaledArray, Float[Array, "*rows D"]]:
+    """``rms_norm_quantize`` of ``total.finish()``, and that.
+
+    Args:
+        total: D sums a row.
+        weight: float32 [D].
+        eps: added to the mean square, positive.
+        implementation: see ``dispatch``.
+
+    Returns:
+        FP8 rows as ``rms_norm_quantize`` makes them, and bfloat16 x [*rows, D].
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit together or ``eps`` is not positive.
+        NotImplementedError: if ``implementation`` names a kernel that cannot run this.
+    """
+    if total.activation != "none":
+        raise ValueError(f"the sum's activation is {total.activation!r}; expected 'none'")
+    _validate_norm((*total.rows, total.n), weight, eps)
+    if dispatch.resolve("sum_norm_quantize", implementation, sm90.unsupported(total)) == "mosaic_gpu":
+        return sm90.sum_norm_quantize(total, weight, eps=eps)
+    x = total.finish()
+    return rms_norm_quantize(x, weight, eps), x
 
 
 def rms_norm_quantize_reference(x: Float[Array, "*rows D"], weight: Float[Array, " D"], eps: float) -> ScaledArray:
@@ -90,3 +117,13 @@ def rms_norm_quantize_reference(x: Float[Array, "*rows D"], weight: Float[Array,
 def _validate_rows(x: Array) -> None:
     if x.ndim < 1 or x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise ValueError(f"x has shape {x.shape} and dtype {x.dtype}; expected [*rows, D] bfloat16, float16 or float32")
+
+
+def _validate_norm(shape: tuple[int, ...], weight: Array, eps: float) -> None:
+    if weight.shape != shape[-1:] or weight.dtype != jnp.float32:
+        raise ValueError(
+            f"weight has shape {weight.shape} and dtype {weight.dtype}; expected float32 {shape[-1:]} "
+            f"for x of shape {shape}"
+        )
+    if not eps > 0:
+        raise ValueError(f"eps is {eps}; expected a positive number")

@@ -13,10 +13,12 @@ from make_golden import GOLDEN, KEPT, reference_logits
 from tiny_llama import CASES, config_of, tokens_of, weights_of
 
 from fireq_jax import LlamaForCausalLM, ModelConfig, QuantizationConfig, recipes
-from fireq_jax.models import parameters
+from fireq_jax.models import llama, parameters
 from fireq_jax.models.llama import linear_names
 from pallas_kernels import formats
+from pallas_kernels.matmul import matmul
 from pallas_kernels.quantized_tensor import QuantizedTensor
+from pallas_kernels.split_sum import SplitSum
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 forward = nnx.jit(lambda model, tokens, mask=None: model(tokens, mask))
@@ -213,7 +215,7 @@ def test_a_norm_quantizes_only_what_is_multiplied_as_fp8():
     for recipe in (recipes.fireq(), recipes.none(), dataclasses.replace(recipes.fireq(), keep_float=("*.qkv_proj",))):
         layer = build(config_of("gqa"), recipe).layers[0]
         x = jax.random.normal(jax.random.key(0), (2, 3, layer.input_layernorm.weight.get_value().shape[0]))
-        rows = layer.input_layernorm.input_of(layer.self_attn.qkv_proj, x, taps.__setitem__, str(recipe))
+        rows, _ = layer.input_layernorm.input_of(layer.self_attn.qkv_proj, x, taps.__setitem__, str(recipe))
         expected = layer.input_layernorm(x)
         if recipe == recipes.fireq():
             assert str(recipe) not in taps
@@ -221,6 +223,36 @@ def test_a_norm_quantizes_only_what_is_multiplied_as_fp8():
         else:
             np.testing.assert_array_equal(taps[str(recipe)], expected)
             np.testing.assert_array_equal(rows, expected)
+
+
+def test_sums_that_matmuls_leave_in_parts_are_added_by_who_reads_them(monkeypatch):
+    """The logits are those of whole matmuls, whatever reads the sums: a norm and quantization, or a norm alone."""
+
+    def in_parts(x, weight, *, activation, residual, **options):
+        if residual is None:
+            return matmul(x, weight, activation=activation, **options)
+        unscaled = jnp.einsum("...k,nk->...n", x.values.astype(jnp.float32), weight.unscaled())
+        left_in_parts.append(weight.shape)
+        flat = unscaled.reshape(-1, weight.shape[0])
+        parts = jnp.stack([flat / 4, flat / 2, flat / 4])
+        scale, rows = weight.channel_scale[: weight.shape[0]], unscaled.shape[:-1]
+        left = residual.reshape(flat.shape)
+        return SplitSum(parts, scale, x.scale.reshape(-1), None, left, rows, weight.shape[0], activation)
+
+    tokens = tokens_of(config_of("gqa"))
+    for keep_float in ((), ("*.qkv_proj", "layers.1.mlp.gate_up_proj")):
+        quantization = dataclasses.replace(recipes.fireq(), keep_float=keep_float)
+        model = build(config_of("gqa"), quantization, dtype=jnp.bfloat16)
+        expected = np.asarray(model(tokens))
+        left_in_parts: list[tuple[int, int]] = []
+        with monkeypatch.context() as patch:
+            patch.setattr("fireq_jax.models.layers.deferred_matmul", in_parts)
+            llama._run_layer.clear_cache()
+            found = np.asarray(model(tokens))
+        llama._run_layer.clear_cache()
+        assert left_in_parts
+        # Where the sum falls on another side of a bf16 or FP8 step.
+        assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 0.02
 
 
 def test_keep_float_leaves_layers_as_they_are():

@@ -12,11 +12,26 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pallas_kernels import formats
-from pallas_kernels.row_quantize import quantize_rows, rms_norm_quantize, rms_norm_quantize_reference
+from pallas_kernels.matmul_epilogue import epilogue
+from pallas_kernels.row_quantize import (
+    quantize_rows,
+    rms_norm_quantize,
+    rms_norm_quantize_reference,
+    sum_norm_quantize,
+)
 from pallas_kernels.sm90 import row_quantize as sm90
+from pallas_kernels.split_sum import SplitSum
 
 EPS = 1e-5
 SHAPES = [(1, 4096), (5, 4096), (64, 14336), (300, 4096), (301, 5120), (3, 136), (2, 3, 1000), (7, 8), (9, 28672)]
+# (rows, D, padded D, parts)
+SUMS = [
+    ((1,), 4096, 4096, 8),
+    ((16, 1), 4096, 4096, 4),
+    ((5,), 8192, 8192, 2),
+    ((3,), 136, 192, 3),
+    ((2, 2), 1000, 1024, 4),
+]
 CONFIGS = [None, *(sm90.Config(warpgroups) for warpgroups in (1, 2, 3, 4, 7, 8))]
 
 
@@ -47,10 +62,26 @@ def weight_of(width: int) -> jax.Array:
     return jax.random.uniform(jax.random.key(1), (width,), minval=0.1, maxval=2)
 
 
+def random_sum(rows: tuple[int, ...], n: int, padded: int, parts: int, **changes) -> SplitSum:
+    """Parts as a matmul of FP8 rows leaves them, larger than their sum; what pads them is NaN."""
+    keys = jax.random.split(jax.random.key(parts), 4)
+    count = int(np.prod(rows))
+    values = 100 * jax.random.normal(keys[0], (parts, count, padded))
+    operands = {
+        "parts": values.at[..., n:].set(jnp.nan),
+        "channel_scale": jnp.exp(jax.random.normal(keys[1], (padded,))) / 100,
+        "x_scale": jnp.exp(jax.random.normal(keys[2], (count,))),
+        "residual": random_rows((count, n)),
+        "bias": None,
+        "activation": "none",
+    }
+    return SplitSum(rows=rows, n=n, **(operands | changes))
+
+
 def on_cpu(function, *arguments):
     """The reference with exact reciprocals: XLA's on a GPU may be an ulp off."""
     with jax.default_device(jax.devices("cpu")[0]):
-        return jax.jit(function)(*(jnp.asarray(np.asarray(x)) for x in arguments))
+        return jax.jit(function)(*jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), arguments))
 
 
 def assert_same_numbers(actual, expected):
@@ -97,6 +128,31 @@ def test_normalized_rows_that_are_not_finite_show():
     broken = np.isnan(formats.dequantize(rows)).all(-1)
     assert broken.tolist() == [False, True, True, True, True, True, True, False, True, False]
     assert not np.asarray(formats.dequantize(rows)[0]).any()
+
+
+@pytest.mark.parametrize("activation", ["none", "silu_mul"])
+@pytest.mark.parametrize("optional", [True, False])
+def test_a_sum_is_finished_as_a_matmul_would_have(activation, optional):
+    n = 96 if activation == "silu_mul" else 48
+    rows = {"residual": random_rows((6, 48)), "bias": jnp.linspace(-1, 1, n)}
+    total = random_sum(
+        (2, 3), n, 128, 4, activation=activation, **(rows if optional else dict.fromkeys((*rows, "x_scale")))
+    )
+    y = np.asarray(total.parts, np.float64).sum(0)[:, :n] * np.asarray(total.channel_scale, np.float64)[:n]
+    if optional:
+        y = y * np.asarray(total.x_scale)[:, None]
+    expected = epilogue(jnp.asarray(y, jnp.float32), total.bias, activation, total.residual)
+    assert total.finish().shape == (2, 3, 48)
+    # bf16's half step, and float32 sums of parts that are larger than what is left of them.
+    np.testing.assert_allclose(total.finish().reshape(6, 48).astype(np.float32), expected, rtol=2**-8, atol=1e-3)
+
+
+def test_norm_of_a_sum_is_the_norm_of_what_it_finishes_as():
+    total, weight = random_sum((2, 3), 48, 64, 4), weight_of(48)
+    rows, x = sum_norm_quantize(total, weight, EPS)
+    assert_same_numbers(x, total.finish())
+    for actual, expected in zip(rows, rms_norm_quantize(x, weight, EPS), strict=True):
+        assert_same_numbers(actual, expected)
 
 
 @pytest.mark.parametrize(
@@ -147,6 +203,20 @@ def test_kernel_normalizes_as_the_reference_does(shape):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "n", "padded", "parts"), SUMS)
+def test_kernel_adds_parts_up_as_the_reference_does(rows, n, padded, parts):
+    """The sum's steps are the reference's but for fused multiply-adds: x is at most a bf16 step away."""
+    total, weight = random_sum(rows, n, padded, parts), weight_of(n)
+    quantized, x = sm90.sum_norm_quantize(total, weight, eps=EPS)
+    expected = on_cpu(lambda total: total.finish(), total).astype(np.float32)
+    np.testing.assert_allclose(np.asarray(x, np.float32), expected, rtol=2**-7, atol=1e-3)
+    assert np.mean(np.asarray(x, np.float32) == expected) > 0.99
+    exact = on_cpu(functools.partial(rms_norm_quantize_reference, eps=EPS), x, weight)
+    assert_same_numbers(quantized.values, exact.values)
+    np.testing.assert_allclose(quantized.scale, exact.scale, rtol=2e-6)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_configuration_gives_the_same_rows(config):
     x, weight = random_rows((13, 4104)), weight_of(4104)
@@ -172,6 +242,15 @@ def test_kernels_lower_for_cuda(shape):
         values, scale = exported.out_avals
         assert (values.shape, scale.shape) == (shape, (*shape[:-1], 1))
         assert exported.mlir_module().count("stablehlo.custom_call @mosaic_gpu") == 1
+
+
+@pytest.mark.parametrize(("rows", "n", "padded", "parts"), SUMS)
+def test_kernel_of_a_sum_lowers_for_cuda(rows, n, padded, parts):
+    total, weight = jax.eval_shape(lambda: (random_sum(rows, n, padded, parts), weight_of(n)))
+    normalize = jax.jit(functools.partial(sm90.sum_norm_quantize, eps=EPS))
+    exported = jax.export.export(normalize, platforms=["cuda"])(total, weight)
+    assert [aval.shape for aval in exported.out_avals] == [(*rows, n), (*rows, 1), (*rows, n)]
+    assert exported.mlir_module().count("stablehlo.custom_call @mosaic_gpu") == 1
 
 
 @pytest.mark.parametrize("width", [8, 4096, 8192, 8200, 14336, 28672, sm90.MAX_WIDTH])
@@ -201,3 +280,24 @@ def test_a_named_kernel_never_falls_back(x, reason):
     with pytest.raises(NotImplementedError, match=reason):
         quantize_rows(x, implementation="mosaic_gpu")
     assert quantize_rows(x).values.shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"x_scale": None}, "not of FP8 rows"),
+        ({"bias": jnp.ones(64)}, "has a bias"),
+        ({"residual": None}, "no bfloat16 residual"),
+    ],
+)
+def test_a_named_kernel_does_not_finish_other_sums(changes, reason):
+    total = random_sum((2,), 64, 64, 2, **changes)
+    with pytest.raises(NotImplementedError, match=reason):
+        sum_norm_quantize(total, weight_of(64), EPS, implementation="mosaic_gpu")
+    assert sum_norm_quantize(total, weight_of(64), EPS)[1].shape == (2, 64)
+
+
+def test_norm_of_an_activated_sum_is_refused():
+    total = random_sum((2,), 64, 64, 2, activation="silu_mul", residual=None)
+    with pytest.raises(ValueError, match="'silu_mul'; expected 'none'"):
+        sum_norm_quantize(total, weight_of(32), EPS)

@@ -33,6 +33,7 @@ from pallas_kernels.sm90.matmul.config import (
     smem_bytes,
     to_json,
 )
+from pallas_kernels.split_sum import finished
 
 TUNED = Path(__file__).parents[2] / "pallas_kernels" / "tuned"
 LLAMA = ("6144x4096", "4096x4096", "28672x4096", "4096x14336", "22016x4096", "4096x11008", "57344x8192", "8192x28672")
@@ -42,7 +43,7 @@ LLAMA = ("6144x4096", "4096x4096", "28672x4096", "4096x14336", "22016x4096", "40
 def _matmul(x: formats.ScaledArray, weight: QuantizedTensor, *, n: int, config: Config | DecodeConfig) -> jax.Array:
     assert x.scale is not None
     assert weight.group_scale is not None
-    return launch.matmul(
+    y = launch.matmul(
         x.values,
         weight.values,
         weight.group_scale,
@@ -51,6 +52,7 @@ def _matmul(x: formats.ScaledArray, weight: QuantizedTensor, *, n: int, config: 
         config=config,
         x_scale=x.scale.reshape(-1),
     )
+    return finished(y)
 
 
 def candidates(m: int, n: int, k: int) -> Iterator[Config | DecodeConfig]:

@@ -16,6 +16,7 @@ from pallas_kernels.dispatch import Implementation
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.rope_quantize import apply_rope, rope_quantize, split_heads
+from pallas_kernels.split_sum import SplitSum
 
 # Chunks of at most this many queries go to the decode kernel.
 DECODE_QUERIES = 16
@@ -71,7 +72,7 @@ class Attention(nnx.Module):
         cache: LayerCache | None = None,
         capacity: int | None = None,
         tap: Tap = no_tap,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+    ) -> tuple[Float[Array, "B T D"] | SplitSum, LayerCache | None]:
         """Attention of a chunk, plus ``residual``.
 
         Args:
@@ -86,7 +87,7 @@ class Attention(nnx.Module):
             tap: sees the intermediate values that calibration measures.
 
         Returns:
-            [B, T, D], and the new cache if ``cache`` or ``capacity`` was given.
+            [B, T, D], maybe still in parts, and the new cache if ``cache`` or ``capacity`` was given.
         """
         packed = self.qkv_proj(x)
         self._show(packed, rope, tap)
@@ -125,7 +126,7 @@ class Attention(nnx.Module):
         attention = attend(query, *rows, query_start=None if cache is None else start)
         merged = attention.reshape(*residual.shape[:2], self.heads * self.head_dim)
         tap("o_input", merged)
-        return self.o_proj(merged, residual=residual), new_cache
+        return self.o_proj.deferred(merged, residual=residual), new_cache
 
     def _show(self, packed: Float[Array, "B T packed"], rope: tuple[Array, Array], tap: Tap) -> None:
         """What calibration measures on the way; nothing is computed for a tap that nobody reads."""

@@ -12,9 +12,10 @@ from fireq_jax.quantization.config import QuantizationConfig
 from pallas_kernels import layouts
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.formats import ScaledArray
-from pallas_kernels.matmul import Activation, epilogue, matmul
+from pallas_kernels.matmul import Activation, deferred_matmul, epilogue
 from pallas_kernels.quantized_tensor import QuantizedTensor
-from pallas_kernels.row_quantize import quantize_rows, rms_norm_quantize
+from pallas_kernels.row_quantize import quantize_rows, rms_norm_quantize, sum_norm_quantize
+from pallas_kernels.split_sum import SplitSum, finished
 
 Tap = Callable[[str, Array], None]
 
@@ -81,12 +82,22 @@ class Linear(nnx.Module):
         residual: Float[Array, "*rows N_out"] | None = None,
     ) -> Float[Array, "*rows N_out"]:
         """activation(x W^T + bias) + residual; sums in float32. FP8 rows only where it ``takes_fp8``."""
+        return finished(self.deferred(x, activation=activation, residual=residual))
+
+    def deferred(
+        self,
+        x: ScaledArray | Float[Array, "*rows K"],
+        *,
+        activation: Activation = "none",
+        residual: Float[Array, "*rows N_out"] | None = None,
+    ) -> Float[Array, "*rows N_out"] | SplitSum:
+        """The same, maybe with the last sum left to the norm that reads it."""
         weight = self.weight.get_value()
         bias = None if self.bias is None else self.bias.get_value()
         if isinstance(weight, QuantizedTensor):
             if self.fp8_activations and not isinstance(x, ScaledArray):
                 x = quantize_rows(x, implementation=self.implementation)
-            return matmul(
+            return deferred_matmul(
                 x,
                 weight,
                 bias=bias,
@@ -120,13 +131,18 @@ class RMSNorm(nnx.Module):
         """Normalized rows in FP8, with no other rounding."""
         return rms_norm_quantize(x, self.weight.get_value(), self.eps, implementation=self.implementation)
 
-    def input_of(self, linear: Linear, x: Float[Array, "*rows D"], tap: Tap, name: str) -> ScaledArray | Array:
-        """Normalized rows as ``linear`` takes them; ``tap`` sees them unless they exist only in FP8."""
+    def input_of(
+        self, linear: Linear, x: Float[Array, "*rows D"] | SplitSum, tap: Tap, name: str
+    ) -> tuple[ScaledArray | Float[Array, "*rows D"], Float[Array, "*rows D"]]:
+        """Normalized rows as ``linear`` takes them, and x; ``tap`` sees them unless they exist only in FP8."""
+        if linear.takes_fp8 and isinstance(x, SplitSum) and x.bias is None:
+            return sum_norm_quantize(x, self.weight.get_value(), self.eps, implementation=self.implementation)
+        x = finished(x)
         if linear.takes_fp8:
-            return self.quantized(x)
+            return self.quantized(x), x
         normalized = self(x)
         tap(name, normalized)
-        return normalized
+        return normalized, x
 
 
 class MLP(nnx.Module):
@@ -153,8 +169,8 @@ class MLP(nnx.Module):
 
     def __call__(
         self, x: ScaledArray | Float[Array, "B T D"], residual: Float[Array, "B T D"], tap: Tap = no_tap
-    ) -> Float[Array, "B T D"]:
+    ) -> Float[Array, "B T D"] | SplitSum:
         """MLP of ``x`` (``RMSNorm.input_of`` gate_up_proj), plus ``residual``."""
         hidden = self.gate_up_proj(x, activation="silu_mul")[..., : self.intermediate_size]
         tap("down_input", hidden)
-        return self.down_proj(hidden, residual=residual)
+        return self.down_proj.deferred(hidden, residual=residual)

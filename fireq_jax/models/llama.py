@@ -25,6 +25,7 @@ from pallas_kernels import formats
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.matmul import matmul
 from pallas_kernels.quantized_tensor import QuantizedTensor
+from pallas_kernels.split_sum import SplitSum, finished
 
 Positions = Literal["all", "last"]
 
@@ -60,7 +61,7 @@ class DecoderLayer(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B T D"],
+        x: Float[Array, "B T D"] | SplitSum,
         rope: tuple[Float[Array, "B T half"], Float[Array, "B T half"]],
         *,
         start: Int[Array, " B"],
@@ -68,13 +69,13 @@ class DecoderLayer(nnx.Module):
         cache: LayerCache | None = None,
         capacity: int | None = None,
         tap: Tap = no_tap,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+    ) -> tuple[Float[Array, "B T D"] | SplitSum, LayerCache | None]:
         """One block; arguments as in :class:`~fireq_jax.models.attention.Attention`."""
-        normalized = self.input_layernorm.input_of(self.self_attn.qkv_proj, x, tap, "qkv_input")
+        normalized, x = self.input_layernorm.input_of(self.self_attn.qkv_proj, x, tap, "qkv_input")
         x, new_cache = self.self_attn(
             normalized, x, rope, start=start, lengths=lengths, cache=cache, capacity=capacity, tap=tap
         )
-        normalized = self.post_attention_layernorm.input_of(self.mlp.gate_up_proj, x, tap, "gate_up_input")
+        normalized, x = self.post_attention_layernorm.input_of(self.mlp.gate_up_proj, x, tap, "gate_up_input")
         return self.mlp(normalized, x, tap), new_cache
 
 
@@ -220,13 +221,14 @@ class LlamaForCausalLM(nnx.Module):
     ) -> tuple[Array, KVCache | None]:
         start = jnp.zeros_like(lengths) if cache is None else cache.lengths
         rope = rope_tables(self.config, start[:, None] + jnp.arange(tokens.shape[1]), start + lengths)
-        x = self.embed_tokens.get_value()[tokens]
+        x: Array | SplitSum = self.embed_tokens.get_value()[tokens]
         entries: list[LayerCache | None] = []
         for i, layer in enumerate(self.layers):
             entry = None if cache is None else cache.layers[i]
             graph, state = nnx.split(layer)
             x, entry = _run_layer(graph, state, x, rope, start, lengths, entry, capacity)
             entries.append(entry)
+        x = finished(x)
         if positions == "last":
             x = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
         new_cache = None
@@ -248,13 +250,13 @@ class LlamaForCausalLM(nnx.Module):
 def _run_layer(
     graph: nnx.GraphDef[DecoderLayer],
     state: nnx.State,
-    x: Float[Array, "B T D"],
+    x: Float[Array, "B T D"] | SplitSum,
     rope: tuple[Float[Array, "B T half"], Float[Array, "B T half"]],
     start: Int[Array, " B"],
     lengths: Int[Array, " B"],
     cache: LayerCache | None,
     capacity: int | None,
-) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+) -> tuple[Float[Array, "B T D"] | SplitSum, LayerCache | None]:
     layer = nnx.merge(graph, state)
     return layer(x, rope, start=start, lengths=lengths, cache=cache, capacity=capacity)
 

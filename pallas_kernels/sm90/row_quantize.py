@@ -4,12 +4,15 @@ A thread block takes one row. It loads the row once, 8 elements (16 bytes) a thr
 holds it in registers; warps reduce by shuffles, the block through shared memory; then the row is
 multiplied by its scale's reciprocal, cast and stored, 8 bytes a thread and step. A row has as few
 warpgroups as its registers fit in: many rows want several blocks on a multiprocessor, so that one's
-loads hide another's reduction, and one row wants few partial results to wait for.
+loads hide another's reduction, and one row wants few partial results to wait for. A row that a
+matmul left in parts (``SplitSum``) is added up as it is loaded; it has a thread for each 8 elements,
+so that all of its parts are on their way at once.
 """
 
 import dataclasses
 import functools
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -17,7 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, llvm, math
+from jaxlib.mlir.dialects import arith, gpu, llvm
+from jaxlib.mlir.dialects import math as math_ops
 from jaxtyping import Array, Float
 
 from pallas_kernels import formats
@@ -35,6 +39,7 @@ from pallas_kernels.sm90.inline import (
     shared_address,
     to_e4m3,
 )
+from pallas_kernels.split_sum import SplitSum
 
 CHUNK = 8  # elements of a load
 MAX_WARPGROUPS = 8
@@ -57,26 +62,41 @@ class Config:
             raise ValueError(f"warpgroups is {self.warpgroups}; expected 1 to {MAX_WARPGROUPS}")
 
 
-def default_config(width: int) -> Config:
-    """The fewest warpgroups that hold a row of ``width`` elements."""
-    return Config(-(-width // (CHUNK * WARPGROUP * MAX_CHUNKS)))
+def default_config(width: int, *, parts: bool = False) -> Config:
+    """The fewest warpgroups that hold a row of ``width`` elements, or a part of it in a load a thread."""
+    warpgroups = -(-width // (CHUNK * WARPGROUP * (1 if parts else MAX_CHUNKS)))
+    return Config(min(warpgroups, MAX_WARPGROUPS) if parts else warpgroups)
 
 
-def unsupported(x: Array) -> str | None:
+def unsupported(x: Array | SplitSum) -> str | None:
     """Why the kernel cannot run these rows, or None."""
+    if isinstance(x, SplitSum):
+        return _unsupported_sum(x)
     if x.dtype != jnp.bfloat16:
         return f"x has dtype {x.dtype}, not bfloat16"
     if x.size == 0:
         return "x is empty"
-    if x.shape[-1] % CHUNK or x.shape[-1] > MAX_WIDTH:
-        return f"rows have {x.shape[-1]} elements, not a multiple of {CHUNK} up to {MAX_WIDTH}"
+    return _unsupported_width(x.shape[-1])
+
+
+def _unsupported_sum(total: SplitSum) -> str | None:
+    if total.x_scale is None or total.bias is not None or total.activation != "none":
+        return "the sum is not of FP8 rows, or has a bias or an activation"
+    if total.residual is None or total.residual.dtype != jnp.bfloat16:
+        return "the sum has no bfloat16 residual"
+    return _unsupported_width(total.n)
+
+
+def _unsupported_width(width: int) -> str | None:
+    if width % CHUNK or width > MAX_WIDTH:
+        return f"rows have {width} elements, not a multiple of {CHUNK} up to {MAX_WIDTH}"
     return None
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def quantize_rows(x: Float[Array, "*rows D"], *, config: Config | None = None) -> ScaledArray:
     """bf16 rows in FP8; see ``row_quantize.quantize_rows``."""
-    return _launch(x, None, 0.0, config)
+    return _launch(x.shape, {"x": x.reshape(-1, x.shape[-1])}, config or default_config(x.shape[-1]))[0]
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "config"))
@@ -84,58 +104,88 @@ def rms_norm_quantize(
     x: Float[Array, "*rows D"], weight: Float[Array, " D"], *, eps: float, config: Config | None = None
 ) -> ScaledArray:
     """Normalized bf16 rows in FP8; see ``row_quantize.rms_norm_quantize``."""
-    return _launch(x, weight, eps, config)
+    operands = {"x": x.reshape(-1, x.shape[-1]), "weight": weight}
+    return _launch(x.shape, operands, config or default_config(x.shape[-1]), eps)[0]
 
 
-def _launch(x: Array, weight: Array | None, eps: float, config: Config | None) -> ScaledArray:
-    width = x.shape[-1]
-    flat = x.reshape(-1, width)
-    rows = flat.shape[0]
-    config = config or default_config(width)
+@functools.partial(jax.jit, static_argnames=("eps", "config"))
+def sum_norm_quantize(
+    total: SplitSum, weight: Float[Array, " D"], *, eps: float, config: Config | None = None
+) -> tuple[ScaledArray, Float[Array, "*rows D"]]:
+    """Normalized sums in FP8, and the sums in bf16; see ``row_quantize.sum_norm_quantize``."""
+    operands = {
+        "parts": total.parts,
+        "channel_scale": total.channel_scale,
+        "x_scale": total.x_scale,
+        "residual": total.residual,
+        "weight": weight,
+    }
+    rows, x = _launch((*total.rows, total.n), operands, config or default_config(total.n, parts=True), eps)
+    assert x is not None
+    return rows, x
+
+
+def _launch(
+    shape: tuple[int, ...], operands: dict[str, Any], config: Config, eps: float = 0.0
+) -> tuple[ScaledArray, Array | None]:
+    """FP8 rows of ``shape``, and the sums of "parts" if there are any."""
+    *rows, width = shape
+    flat = math.prod(rows), width
     if config.warpgroups * WARPGROUP * CHUNK * MAX_CHUNKS < width:
         raise ValueError(f"config is {config}; expected more warpgroups for rows of {width} elements")
-    values, scale = plgpu.kernel(
-        functools.partial(_kernel, warpgroups=config.warpgroups, eps=eps),
-        out_type=(jax.ShapeDtypeStruct(flat.shape, formats.E4M3), jax.ShapeDtypeStruct((rows,), jnp.float32)),
-        grid=(rows,),
+    out_types = {
+        "values": jax.ShapeDtypeStruct(flat, formats.E4M3),
+        "scale": jax.ShapeDtypeStruct(flat[:1], jnp.float32),
+    }
+    name = "rms_norm_quantize" if "weight" in operands else "quantize_rows"
+    if "parts" in operands:
+        out_types["x"] = jax.ShapeDtypeStruct(flat, jnp.bfloat16)
+        name = "sum_norm_quantize"
+    results = plgpu.kernel(
+        functools.partial(_kernel, names=(*operands, *out_types), warpgroups=config.warpgroups, eps=eps),
+        out_type=tuple(out_types.values()),
+        grid=flat[:1],
         grid_names=("row",),
         num_threads=config.warpgroups,
         thread_name="warpgroup",
-        scratch_types={"partials_smem": plgpu.SMEM((2 * 4 * config.warpgroups,), jnp.float32)},
-        kernel_name="quantize_rows" if weight is None else "rms_norm_quantize",
+        scratch_types={"partials": plgpu.SMEM((2 * 4 * config.warpgroups,), jnp.float32)},
+        kernel_name=name,
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-    )(flat, *(() if weight is None else (weight,)))
-    return ScaledArray(values.reshape(x.shape), scale.reshape(*x.shape[:-1], 1))
+    )(*operands.values())
+    values, scale, *x = results
+    return ScaledArray(values.reshape(shape), scale.reshape(*rows, 1)), x[0].reshape(shape) if x else None
 
 
 # --- device code ------------------------------------------------------------------------------------
 
 
-def _kernel(x_gmem, *refs, partials_smem, warpgroups: int, eps: float):
-    *weight_gmem, values_gmem, scale_gmem = refs
-    arguments = (x_gmem, *weight_gmem, values_gmem, scale_gmem, partials_smem)
+class _Refs(NamedTuple):
+    """What a kernel reads, writes and shares; it has some of it."""
 
-    @inlined(arg_types=(*(plgpu.RefType() for _ in arguments), SCALAR))
-    def inline(_: Any, x: ir.Value, *rest: Any) -> None:
-        *weight, values, scale, partials, row = rest
-        row = row.registers.item()
-        _quantize_row(x, weight[0] if weight else None, values, scale, partials, row, warpgroups, eps)
+    values: ir.Value  # E4M3 [rows, D]
+    scale: ir.Value  # float32 [rows]
+    partials: ir.Value  # float32 [2 * warps], shared
+    x: ir.Value  # bf16 [rows, D]; written if there are parts
+    weight: ir.Value | None = None  # float32 [D]
+    parts: ir.Value | None = None  # float32 [P, rows, N]
+    channel_scale: ir.Value | None = None  # float32 [N]
+    x_scale: ir.Value | None = None  # float32 [rows]
+    residual: ir.Value | None = None  # bf16 [rows, D]
 
-    inline(*arguments, lax.axis_index("row"))
+
+def _kernel(*refs, names: tuple[str, ...], partials, warpgroups: int, eps: float):
+    @inlined(arg_types=(*(plgpu.RefType() for _ in (*names, "partials")), SCALAR))
+    def inline(_: Any, *arguments: Any) -> None:
+        *memory, row = arguments
+        named = _Refs(**dict(zip((*names, "partials"), memory, strict=True)))
+        _quantize_row(named, row.registers.item(), warpgroups, eps)
+
+    inline(*refs, partials, lax.axis_index("row"))
 
 
-def _quantize_row(
-    x: ir.Value,
-    weight: ir.Value | None,
-    values: ir.Value,
-    scale: ir.Value,
-    partials: ir.Value,
-    row: ir.Value,
-    warpgroups: int,
-    eps: float,
-) -> None:
-    """Row ``row`` of x [rows, D] to values [rows, D] and scale [rows]."""
-    (_, width), threads = ir.MemRefType(x.type).shape, WARPGROUP * warpgroups
+def _quantize_row(refs: _Refs, row: ir.Value, warpgroups: int, eps: float) -> None:
+    """Row ``row`` of ``refs.x``, or of its parts, to values and scale."""
+    (_, width), threads = ir.MemRefType(refs.values.type).shape, WARPGROUP * warpgroups
     thread, chunks = utils.thread_idx(), width // CHUNK
     steps = -(-chunks // threads)
     index = [arith.addi(thread, const(step * threads)) for step in range(steps)]
@@ -144,17 +194,19 @@ def _quantize_row(
     if inside is not None:
         index[-1] = arith.minui(index[-1], const(chunks - 1))
 
-    source = _address(x, row, 2 * width)
-    loaded = [_load(_offset(source, i, 2 * CHUNK), i32()) for i in index]
+    source = _address(refs.x, row, 2 * width)
+    if refs.parts is None:
+        loaded = [_load(_offset(source, i, 2 * CHUNK), i32()) for i in index]
+    else:
+        loaded = [_add_parts(refs, row, i) for i in index]
     factors: list[list[ir.Value]] = []
-    if weight is not None:
-        start = _address(weight)
-        places = [_offset(start, i, 4 * CHUNK) for i in index]
-        factors = [_load(place, _f32()) + _load(place, _f32(), 16) for place in places]
+    if refs.weight is not None:
+        start = _address(refs.weight)
+        factors = [_load_eight(_offset(start, i, 4 * CHUNK)) for i in index]
 
     held = [[element for word in words for element in _unpack(word)] for words in loaded]
     total = None
-    if weight is None:
+    if refs.weight is None:
         largest = _finite_absmax([word for words in loaded for word in words])
     else:
         squares = [_sum_of_squares(elements) for elements in held]
@@ -163,13 +215,13 @@ def _quantize_row(
         total = _tree(arith.addf, squares)
         held = [[arith.mulf(e, f) for e, f in zip(*pair, strict=True)] for pair in zip(held, factors, strict=True)]
         # Inf may count: the scale of a row with Inf is NaN, whatever its values.
-        largest = _tree(_larger, [math.absf(element) for elements in held for element in elements])
-    largest, total = _over_block(largest, total, partials, warpgroups)
+        largest = _tree(_larger, [math_ops.absf(element) for elements in held for element in elements])
+    largest, total = _over_block(largest, total, refs.partials, warpgroups)
 
     row_scale = absmax_scale(largest, number(1 / formats.E4M3_MAX))
     inverse = reciprocal(row_scale)
 
-    target = _address(values, row, width)
+    target = _address(refs.values, row, width)
     for i, elements in zip(index, held, strict=True):
         scaled = [arith.mulf(e, inverse) for e in elements]
         codes = [to_e4m3(scaled[j : j + 4]) for j in range(0, CHUNK, 4)]
@@ -178,7 +230,32 @@ def _quantize_row(
     with utils.when(arith.cmpi(arith.CmpIPredicate.eq, thread, const(0))):
         if total is not None:
             row_scale = arith.mulf(row_scale, _inverse_rms(total, width, eps))
-        asm([], [_address(scale, row, 4), row_scale], "st.global.f32 [$0], $1;", "l,f", volatile=True)
+        asm([], [_address(refs.scale, row, 4), row_scale], "st.global.f32 [$0], $1;", "l,f", volatile=True)
+
+
+def _add_parts(refs: _Refs, row: ir.Value, index: ir.Value) -> list[ir.Value]:
+    """Write the row's ``index``-th eight sums to x as ``SplitSum.finish`` makes them; its four words."""
+    assert refs.parts is not None
+    assert refs.channel_scale is not None
+    assert refs.x_scale is not None
+    assert refs.residual is not None
+    parts, rows, padded = ir.MemRefType(refs.parts.type).shape
+    _, width = ir.MemRefType(refs.x.type).shape
+    start = _offset(_address(refs.parts, row, 4 * padded), index, 4 * CHUNK)
+    loaded = [_load_eight(start, 4 * rows * padded * part) for part in range(parts)]
+    channel_scale = _load_eight(_offset(_address(refs.channel_scale), index, 4 * CHUNK))
+    residual = _load(_offset(_address(refs.residual, row, 2 * width), index, 2 * CHUNK), i32())
+    (x_scale,) = asm([_f32()], [_address(refs.x_scale, row, 4)], "ld.global.nc.f32 $0, [$1];", "=f,l", volatile=True)
+
+    sums = loaded[0]
+    for more in loaded[1:]:
+        sums = [arith.addf(*pair) for pair in zip(sums, more, strict=True)]
+    sums = [arith.mulf(arith.mulf(*pair), x_scale) for pair in zip(sums, channel_scale, strict=True)]
+    before = [element for word in residual for element in _unpack(word)]
+    words = _pack([arith.addf(*pair) for pair in zip(sums, before, strict=True)])
+    place = _offset(_address(refs.x, row, 2 * width), index, 2 * CHUNK)
+    asm([], [place, *words], "st.global.v4.b32 [$0], {$1, $2, $3, $4};", "l,r,r,r,r", volatile=True)
+    return words
 
 
 def _over_block(
@@ -228,7 +305,7 @@ def _finite_absmax(words: list[ir.Value]) -> ir.Value:
 def _sum_of_squares(elements: list[ir.Value]) -> ir.Value:
     total = arith.mulf(elements[0], elements[0])
     for element in elements[1:]:
-        total = math.fma(element, element, total)
+        total = math_ops.fma(element, element, total)
     return total
 
 
@@ -238,7 +315,7 @@ def _inverse_rms(total: ir.Value, width: int, eps: float) -> ir.Value:
     (inverse,) = asm(
         [_f32()], [arith.addf(mean_square, number(eps))], "rsqrt.approx.f32 $0, $1;", "=f,f", volatile=False
     )
-    return math.fma(mean_square, number(0.0), inverse)
+    return math_ops.fma(mean_square, number(0.0), inverse)
 
 
 def _larger(x: ir.Value, y: ir.Value) -> ir.Value:
@@ -257,6 +334,18 @@ def _unpack(word: ir.Value) -> tuple[ir.Value, ir.Value]:
     """The two bf16 numbers of a word as float32, the low one first."""
     halves = arith.shli(word, const(16)), arith.andi(word, const(0xFFFF0000))
     return arith.bitcast(_f32(), halves[0]), arith.bitcast(_f32(), halves[1])
+
+
+def _pack(elements: list[ir.Value]) -> list[ir.Value]:
+    """float32 numbers as words of two bf16, rounded to nearest."""
+    pairs = zip(elements[::2], elements[1::2], strict=True)
+    code = "cvt.rn.bf16x2.f32 $0, $2, $1;"
+    return [asm([i32()], [low, high], code, "=r,f,f", volatile=False)[0] for low, high in pairs]
+
+
+def _load_eight(address: ir.Value, offset: int = 0) -> list[ir.Value]:
+    """Eight float32."""
+    return _load(address, _f32(), offset) + _load(address, _f32(), offset + 16)
 
 
 def _load(address: ir.Value, element: ir.Type, offset: int = 0) -> list[ir.Value]:

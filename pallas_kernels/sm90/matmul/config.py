@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import formats, layouts
+from pallas_kernels.split_sum import MAX_PARTS
 
 Values = Literal["e4m3", "bf16"]
 NUM_SMS = 132
@@ -83,7 +84,7 @@ class DecodeConfig:
         warpgroups: of a CTA.
         k_warpgroups: of these, so many share 64 output channels, each with a part of K.
         split_k: CTAs that share output channels, each with a part of K. Above one, their sums go
-            to GMEM and what remains to be done with them is left to XLA.
+            to GMEM for the next pass over the rows to add up (``SplitSum``).
         depth: packed tiles (4 KB) that a warpgroup has in flight.
         stages: chunks of ``CHUNK`` tiles of x that the ring holds.
     """
@@ -100,8 +101,8 @@ class DecodeConfig:
             raise ValueError(f"tile_m is {self.tile_m}; expected a multiple of 8 from 8 to {MOST_DECODED}")
         if not 1 <= self.warpgroups <= 8 or self.k_warpgroups < 1 or self.warpgroups % self.k_warpgroups:
             raise ValueError(f"{self}: expected 1 to 8 warpgroups, a multiple of k_warpgroups")
-        if not 1 <= self.split_k <= 16:
-            raise ValueError(f"split_k is {self.split_k}; expected 1 to 16")
+        if not 1 <= self.split_k <= MAX_PARTS:
+            raise ValueError(f"split_k is {self.split_k}; expected 1 to {MAX_PARTS}")
         if not 2 <= self.stages <= 32 or self.depth < 1:
             raise ValueError(f"{self}: expected 2 to 32 stages and a depth of at least 1")
 
@@ -239,7 +240,7 @@ def _few_tokens(tile_m: int, n: int, k: int, values: Values, scale_in_table: boo
     k_warpgroups = 2 if tiles_n <= NUM_SMS and (values == "e4m3" or tile_m <= 32) else 1
     ctas = -(-tiles_n * k_warpgroups // warpgroups)
     # Parts of K of at least a chunk.
-    split_k = max(1, min(8, ctas_per_sm * NUM_SMS // ctas, k // (layouts.TILE_K * k_warpgroups * CHUNK)))
+    split_k = max(1, min(MAX_PARTS, ctas_per_sm * NUM_SMS // ctas, k // (layouts.TILE_K * k_warpgroups * CHUNK)))
     return fill(DecodeConfig(tile_m, warpgroups, k_warpgroups, split_k), k, values, ctas_per_sm)
 
 

@@ -8,17 +8,16 @@ FireQ (arXiv 2505.20839), INT4 x FP8 kernel; mapping and packing are ours (see `
 """
 
 import dataclasses
-import functools
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, UInt32
 
 from pallas_kernels import formats, layouts
-from pallas_kernels.matmul_epilogue import epilogue
 from pallas_kernels.sm90.matmul import decode, ring, weights
 from pallas_kernels.sm90.matmul.config import Config, DecodeConfig, Problem
 from pallas_kernels.sm90.matmul.output import Operands
+from pallas_kernels.split_sum import SplitSum
 
 
 def matmul(
@@ -34,7 +33,7 @@ def matmul(
     residual: Float[Array, "M n_out"] | None = None,
     silu_mul: bool = False,
     codebook: formats.Codebook = "int4",
-) -> Float[Array, "M n_out"]:
+) -> Float[Array, "M n_out"] | SplitSum:
     """y = activation(x_scale * channel_scale * (x W^T) + bias) + residual in bfloat16.
 
     Args:
@@ -52,7 +51,7 @@ def matmul(
         codebook: what codes stand for; with bfloat16 ``group_scale`` E4M3 numbers ("int4", "fp4").
 
     Returns:
-        bfloat16; n_out is n, or n / 2 for ``silu_mul``.
+        bfloat16, n_out being n, or n / 2 for ``silu_mul``; with ``config.split_k`` > 1 what y is to be summed from.
     """
     m, k = x.shape
     n_out = n // 2 if silu_mul else n
@@ -87,26 +86,11 @@ def matmul(
     if isinstance(config, DecodeConfig):
         y = decode.kernel(problem, config, tuple(arrays))(*arrays.values())
         if split:
-            return _finish(y[..., :n], channel_scale[:n], x_scale, bias, residual, silu_mul)
+            activation = "silu_mul" if silu_mul else "none"
+            return SplitSum(y, channel_scale, x_scale, bias, residual, rows=(m,), n=n, activation=activation)
     else:
         if not problem.scale_in_table:
             # Each group's sum is multiplied by its scale, so it must be a sum of its own.
             config = dataclasses.replace(config, promote=1)
         y = ring.kernel(problem, config, tuple(arrays))(*arrays.values())
     return y[:, :n_out] if n_stored != n_out else y
-
-
-def _finish(
-    parts: Float[Array, "parts M n"],
-    channel_scale: Float[Array, " n"],
-    x_scale: Float[Array, " M"] | None,
-    bias: Float[Array, " n"] | None,
-    residual: Float[Array, "M n_out"] | None,
-    silu_mul: bool,
-) -> Float[Array, "M n_out"]:
-    """y from unscaled sums over parts of K, for XLA to fuse with what uses y."""
-    # One addition after the other, which XLA fuses with anything; a reduction it might not.
-    y = functools.reduce(jnp.add, [parts[i] for i in range(parts.shape[0])]) * channel_scale
-    if x_scale is not None:
-        y = y * x_scale[:, None]
-    return epilogue(y, bias, "silu_mul" if silu_mul else "none", residual).astype(jnp.bfloat16)

@@ -1,0 +1,63 @@
+"""A matmul's result whose sum over K is still in parts, for the next pass over its rows to add up.
+
+    y[m, n] = activation(x_scale[m] * channel_scale[n] * sum_p parts[p, m, n] + bias[n]) + residual[m, n]
+
+With few tokens several CTAs share a tile's K. A kernel that only adds their sums costs as much as
+one that reads the result anyway: ``row_quantize.sum_norm_quantize`` adds on its way.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.matmul_epilogue import Activation, epilogue
+
+MAX_PARTS = 8  # a row's are all on their way to registers at once
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("parts", "channel_scale", "x_scale", "bias", "residual"),
+    meta_fields=("rows", "n", "activation"),
+)
+@dataclasses.dataclass(frozen=True)
+class SplitSum:
+    """The operands of y; made by ``matmul`` with ``deferred=True``.
+
+    Attributes:
+        parts: float32 [P, M, N], unscaled sums over parts of K; M is the product of ``rows``.
+        channel_scale: float32 [N].
+        x_scale: float32 [M], or None.
+        bias: [n], or None.
+        residual: [M, n_out], added last, or None.
+        rows: leading axes of y.
+        n: output channels before the activation; N is n rounded up to whole tiles.
+        activation: as in ``matmul``; n_out is n, or n / 2 for "silu_mul".
+    """
+
+    parts: Float[Array, "P M N"]
+    channel_scale: Float[Array, " N"]
+    x_scale: Float[Array, " M"] | None
+    bias: Float[Array, " n"] | None
+    residual: Float[Array, "M n_out"] | None
+    rows: tuple[int, ...]
+    n: int
+    activation: Activation
+
+    def finish(self) -> Float[Array, "*rows n_out"]:
+        """y in bfloat16, summed by XLA."""
+        # One addition after the other, which XLA fuses with anything; a reduction it might not.
+        parts = (self.parts[i, :, : self.n] for i in range(self.parts.shape[0]))
+        y = functools.reduce(jnp.add, parts) * self.channel_scale[: self.n]
+        if self.x_scale is not None:
+            y = y * self.x_scale[:, None]
+        y = epilogue(y, self.bias, self.activation, self.residual)
+        return y.astype(jnp.bfloat16).reshape(*self.rows, -1)
+
+
+def finished(x: Array | SplitSum) -> Array:
+    """x, summed if it is in parts."""
+    return x.finish() if isinstance(x, SplitSum) else x
