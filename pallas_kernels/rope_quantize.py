@@ -11,10 +11,11 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import dispatch, formats
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.sm90.rope_quantize import launch as sm90
+from pallas_kernels.split_sum import SplitSum, finished
 
 
 def rope_quantize(
-    packed: Float[Array, "B T packed"],
+    packed: Float[Array, "B T packed"] | SplitSum,
     cos: Float[Array, "B T half"],
     sin: Float[Array, "B T half"],
     key: ScaledArray,
@@ -33,7 +34,8 @@ def rope_quantize(
     """The queries of a chunk, and the cache with the chunk's keys and values in it.
 
     Args:
-        packed: the heads of q, k and v side by side, (heads + 2 kv_heads) * H columns.
+        packed: the heads of q, k and v side by side, (heads + 2 kv_heads) * H columns; or what
+            they are the sum of.
         cos, sin: float32, of each token's position.
         key, value: the layer's cache [B, kv_heads, S, ...] in any of the cache formats; the new
             rows are quantized to the format it has. Donate it, and it is updated in place.
@@ -63,7 +65,7 @@ def rope_quantize(
             key_offset=key_offset, key_clip=key_clip, value_clip=value_clip, unbiased_keys=unbiased_keys,
         )  # fmt: skip
     return rope_quantize_reference(
-        packed, cos, sin, key, value, start=start, lengths=lengths, post_rope_scale=post_rope_scale,
+        finished(packed), cos, sin, key, value, start=start, lengths=lengths, post_rope_scale=post_rope_scale,
         key_offset=key_offset, key_clip=key_clip, value_clip=value_clip, unbiased_keys=unbiased_keys,
         quantize_query=quantize_query,
     )  # fmt: skip
@@ -136,7 +138,7 @@ def _append(entry: ScaledArray, rows: ScaledArray, start: Int[Array, " B"], leng
 
 
 def _validate(
-    packed: Array,
+    packed: Array | SplitSum,
     cos: Array,
     sin: Array,
     key: ScaledArray,
@@ -148,9 +150,10 @@ def _validate(
     clips: tuple[float, float],
 ) -> None:
     """Raise ValueError unless the operands fit together."""
-    if packed.ndim != 3:
-        raise ValueError(f"packed has shape {packed.shape}; expected [B, T, (heads + 2 kv_heads) * H]")
-    batch, length, columns = packed.shape
+    shape = packed.shape if isinstance(packed, jax.Array) else (*packed.rows, packed.n)
+    if len(shape) != 3:
+        raise ValueError(f"packed has shape {shape}; expected [B, T, (heads + 2 kv_heads) * H]")
+    batch, length, columns = shape
     if cos.shape != sin.shape or cos.shape[:2] != (batch, length) or cos.ndim != 3:
         raise ValueError(f"cos has shape {cos.shape} and sin {sin.shape}; expected ({batch}, {length}, H / 2)")
     head_dim = 2 * cos.shape[-1]

@@ -3,7 +3,7 @@
     y[m, n] = activation(x_scale[m] * channel_scale[n] * sum_p parts[p, m, n] + bias[n]) + residual[m, n]
 
 With few tokens several CTAs share a tile's K. A kernel that only adds their sums costs as much as
-one that reads the result anyway: ``row_quantize.sum_norm_quantize`` adds on its way.
+one that reads the result anyway: ``row_quantize`` and ``rope_quantize`` add on their way.
 """
 
 import dataclasses

@@ -226,17 +226,17 @@ def test_a_norm_quantizes_only_what_is_multiplied_as_fp8():
 
 
 def test_sums_that_matmuls_leave_in_parts_are_added_by_who_reads_them(monkeypatch):
-    """The logits are those of whole matmuls, whatever reads the sums: a norm and quantization, or a norm alone."""
+    """The logits are those of whole matmuls, whatever reads the sums: a norm, with or without quantization, or RoPE."""
 
     def in_parts(x, weight, *, activation, residual, **options):
-        if residual is None:
+        if activation != "none":
             return matmul(x, weight, activation=activation, **options)
         unscaled = jnp.einsum("...k,nk->...n", x.values.astype(jnp.float32), weight.unscaled())
         left_in_parts.append(weight.shape)
         flat = unscaled.reshape(-1, weight.shape[0])
         parts = jnp.stack([flat / 4, flat / 2, flat / 4])
         scale, rows = weight.channel_scale[: weight.shape[0]], unscaled.shape[:-1]
-        left = residual.reshape(flat.shape)
+        left = None if residual is None else residual.reshape(flat.shape)
         return SplitSum(parts, scale, x.scale.reshape(-1), None, left, rows, weight.shape[0], activation)
 
     tokens = tokens_of(config_of("gqa"))

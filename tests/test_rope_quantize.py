@@ -15,11 +15,15 @@ from pallas_kernels import formats
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.rope_quantize import rope_quantize, rope_quantize_reference
 from pallas_kernels.sm90.rope_quantize import launch as sm90
+from pallas_kernels.split_sum import SplitSum, finished
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Shapes and options; ``quarter_turns``: cos and sin are 0 and 1, so that no rotation rounds."""
+    """Shapes and options.
+
+    ``quarter_turns``: cos and sin are 0 and 1, so that no rotation rounds. ``parts``: so many are left to add up.
+    """
 
     length: int = 1
     heads: int = 8
@@ -33,6 +37,7 @@ class Case:
     clips: tuple[float, float] = (1.0, 1.0)
     unbiased: bool = False
     quarter_turns: bool = False
+    parts: int = 0
     config: sm90.Config | None = None
 
     @property
@@ -69,6 +74,9 @@ CASES = {
     "S and offset, all groups in a warp": Case(4, scaled=True, centered=True, lengths=(4, 3), config=sm90.Config(99)),
     "three groups a warp": Case(7, heads=32, kv_heads=8, lengths=(7, 6), config=sm90.Config(3)),
     "prompts": Case(700, slots=720, starts=(0, 0, 30), lengths=(700, 12, 699), clips=(0.97, 0.91), unbiased=True),
+    "a sum": Case(heads=32, kv_heads=8, starts=(0, 39, 5), lengths=(1, 1, 1), parts=2),
+    "a sum, S and offset": Case(5, 9, 3, 64, scaled=True, centered=True, lengths=(5, 4), parts=8, quarter_turns=True),
+    "a sum, three groups a warp": Case(7, heads=32, kv_heads=8, lengths=(7, 6), parts=4, config=sm90.Config(3)),
     "quarter turns": Case(64, slots=64, starts=(0, 0), lengths=(64, 64), quarter_turns=True),
     "quarter turns, S, offset": Case(
         64, slots=64, starts=(0, 0), lengths=(64, 64), scaled=True, centered=True, quarter_turns=True
@@ -89,7 +97,19 @@ def operands(case: Case, kv_format: formats.KVFormat = "int4", group: int | None
         cos, sin = (jnp.broadcast_to(x, angles.shape).astype(jnp.float32) for x in (~turned, turned))
     shape = (case.batch, case.kv_heads, case.slots, case.head_dim)
     cache = [formats.quantize_kv(jax.random.normal(key, shape, dtype), kv_format, group) for key in keys[2:4]]
+    packed = random_sum(case, columns) if case.parts else packed
     return packed, cos, sin, *cache, jnp.asarray(case.starts, jnp.int32), jnp.asarray(case.lengths, jnp.int32)
+
+
+def random_sum(case: Case, columns: int) -> SplitSum:
+    """What a matmul of FP8 rows leaves of ``columns`` numbers of size 1; what pads them is NaN."""
+    rows, keys = (case.batch, case.length), jax.random.split(jax.random.key(case.parts), 3)
+    count = case.batch * case.length
+    parts = jax.random.normal(keys[0], (case.parts, count, columns + 64)).at[..., columns:].set(jnp.nan)
+    scales = (
+        jax.random.uniform(key, (size,), minval=0.5) for key, size in zip(keys[1:], (columns + 64, count), strict=True)
+    )
+    return SplitSum(parts, *scales, None, None, rows, columns, "none")
 
 
 def run(function: Any, packed: Any, cos: Any, sin: Any, key: Any, value: Any, start: Any, lengths: Any, **options: Any):
@@ -215,6 +235,20 @@ def test_unsupported_operands_have_a_reason():
         assert reason in str(sm90.unsupported(packed, cos, key, value, True))
 
 
+def test_a_sum_is_read_as_what_it_adds_up_to():
+    packed, *others = operands(CASES["a sum"])
+    whole, parts = (run(rope_quantize, x, *others, implementation="xla") for x in (packed.finish(), packed))
+    for one, two in zip(*map(arrays, (whole, parts)), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_sums_that_the_kernel_cannot_add_up_have_a_reason():
+    packed, cos, _, key, value, *_ = operands(CASES["a sum"])
+    assert sm90.unsupported(packed, cos, key, value, True) is None
+    for changes, reason in (({"x_scale": None}, "FP8"), ({"bias": cos}, "bias"), ({"residual": cos}, "residual")):
+        assert reason in str(sm90.unsupported(dataclasses.replace(packed, **changes), cos, key, value, True))
+
+
 def test_a_named_kernel_never_falls_back():
     with pytest.raises(NotImplementedError, match="not INT4"):
         run(rope_quantize, *operands(Case(), "fp8"), implementation="mosaic_gpu")
@@ -240,7 +274,8 @@ def compare(case: Case, inputs: Any) -> None:
     XLA may fuse other multiplications into sums: float32 ulps, which take a few elements over a
     rounding boundary (a code, a step of E4M3) and a few maxima to the next scale.
     """
-    reference = jax.jit(functools.partial(run, rope_quantize_reference, **case.options))(*inputs)
+    packed, *others = inputs
+    reference = jax.jit(functools.partial(run, rope_quantize_reference, **case.options))(finished(packed), *others)
     kernel = jax.jit(functools.partial(run, sm90.rope_quantize, config=case.config, **case.options))(*inputs)
     for ours, expected in zip(*map(arrays, (kernel, reference)), strict=True):
         if case.quarter_turns:

@@ -16,7 +16,7 @@ from pallas_kernels.dispatch import Implementation
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.rope_quantize import apply_rope, rope_quantize, split_heads
-from pallas_kernels.split_sum import SplitSum
+from pallas_kernels.split_sum import SplitSum, finished
 
 # Chunks of at most this many queries go to the decode kernel.
 DECODE_QUERIES = 16
@@ -89,7 +89,7 @@ class Attention(nnx.Module):
         Returns:
             [B, T, D], maybe still in parts, and the new cache if ``cache`` or ``capacity`` was given.
         """
-        packed = self.qkv_proj(x)
+        packed = self.qkv_proj.deferred(x)
         self._show(packed, rope, tap)
         batch, length = residual.shape[:2]
         entry = cache
@@ -128,11 +128,11 @@ class Attention(nnx.Module):
         tap("o_input", merged)
         return self.o_proj.deferred(merged, residual=residual), new_cache
 
-    def _show(self, packed: Float[Array, "B T packed"], rope: tuple[Array, Array], tap: Tap) -> None:
+    def _show(self, packed: Float[Array, "B T packed"] | SplitSum, rope: tuple[Array, Array], tap: Tap) -> None:
         """What calibration measures on the way; nothing is computed for a tap that nobody reads."""
         if tap is no_tap:
             return
-        query, key, value = split_heads(packed, self.kv_heads, rope[0])
+        query, key, value = split_heads(finished(packed), self.kv_heads, rope[0])
         tap("key_before_rope", key)
         tap("value", value)
         tap("key_after_rope", apply_rope(key, *rope))

@@ -91,13 +91,13 @@ class Linear(nnx.Module):
         activation: Activation = "none",
         residual: Float[Array, "*rows N_out"] | None = None,
     ) -> Float[Array, "*rows N_out"] | SplitSum:
-        """The same, maybe with the last sum left to the norm that reads it."""
+        """The same, maybe with the last sum left to the pass that reads it."""
         weight = self.weight.get_value()
         bias = None if self.bias is None else self.bias.get_value()
         if isinstance(weight, QuantizedTensor):
             if self.fp8_activations and not isinstance(x, ScaledArray):
                 x = quantize_rows(x, implementation=self.implementation)
-            return deferred_matmul(
+            y = deferred_matmul(
                 x,
                 weight,
                 bias=bias,
@@ -106,6 +106,8 @@ class Linear(nnx.Module):
                 out_dtype=self.dtype,
                 implementation=self.implementation,
             )
+            # The kernels that add up sums know FP8 rows without a bias.
+            return y if bias is None and self.fp8_activations else finished(y)
         assert not isinstance(x, ScaledArray)
         return epilogue(matmul_float(x, weight), bias, activation, residual).astype(self.dtype)
 
@@ -135,7 +137,7 @@ class RMSNorm(nnx.Module):
         self, linear: Linear, x: Float[Array, "*rows D"] | SplitSum, tap: Tap, name: str
     ) -> tuple[ScaledArray | Float[Array, "*rows D"], Float[Array, "*rows D"]]:
         """Normalized rows as ``linear`` takes them, and x; ``tap`` sees them unless they exist only in FP8."""
-        if linear.takes_fp8 and isinstance(x, SplitSum) and x.bias is None:
+        if linear.takes_fp8 and isinstance(x, SplitSum):
             return sum_norm_quantize(x, self.weight.get_value(), self.eps, implementation=self.implementation)
         x = finished(x)
         if linear.takes_fp8:

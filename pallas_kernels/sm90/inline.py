@@ -30,6 +30,11 @@ def i32() -> ir.Type:
     return ir.IntegerType.get_signless(32)
 
 
+def f32() -> ir.Type:
+    """float32."""
+    return ir.F32Type.get()
+
+
 def const(value: int) -> ir.Value:
     """A 32-bit constant, 0 <= value < 2^32."""
     return arith.constant(i32(), ir.IntegerAttr.get(i32(), value - (1 << 32) if value >= 1 << 31 else value))
@@ -81,7 +86,7 @@ def load_word(ref: ir.Value, index: ir.Value) -> ir.Value:
 
 def to_float(word: ir.Value, bits: int) -> ir.Value:
     """float32 of a word that holds a float32 or (16 bits) a bfloat16."""
-    return arith.bitcast(ir.F32Type.get(), word if bits == 32 else arith.shli(word, const(16)))
+    return arith.bitcast(f32(), word if bits == 32 else arith.shli(word, const(16)))
 
 
 def element(vec: ir.Value, i: int) -> ir.Value:
@@ -91,12 +96,12 @@ def element(vec: ir.Value, i: int) -> ir.Value:
 
 def number(value: float) -> ir.Value:
     """A float32 constant."""
-    return arith.constant(ir.F32Type.get(), ir.FloatAttr.get(ir.F32Type.get(), value))
+    return arith.constant(f32(), ir.FloatAttr.get(f32(), value))
 
 
 def reciprocal(x: ir.Value) -> ir.Value:
     """1 / x of a float32, rounded to nearest."""
-    return asm([ir.F32Type.get()], [x], "rcp.rn.f32 $0, $1;", "=f,f", volatile=False)[0]
+    return asm([f32()], [x], "rcp.rn.f32 $0, $1;", "=f,f", volatile=False)[0]
 
 
 def absmax_scale(absmax: ir.Value, factor: ir.Value) -> ir.Value:

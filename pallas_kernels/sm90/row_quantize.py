@@ -12,7 +12,7 @@ so that all of its parts are on their way at once.
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -20,18 +20,20 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, llvm
+from jaxlib.mlir.dialects import arith, gpu
 from jaxlib.mlir.dialects import math as math_ops
 from jaxtyping import Array, Float
 
 from pallas_kernels import formats
 from pallas_kernels.formats import ScaledArray
+from pallas_kernels.sm90 import split_sum
 from pallas_kernels.sm90.inline import (
     SCALAR,
     WARPGROUP,
     absmax_scale,
     asm,
     const,
+    f32,
     i32,
     inlined,
     number,
@@ -39,6 +41,7 @@ from pallas_kernels.sm90.inline import (
     shared_address,
     to_e4m3,
 )
+from pallas_kernels.sm90.memory import address, load, load_eight, offset, pack, unpack
 from pallas_kernels.split_sum import SplitSum
 
 CHUNK = 8  # elements of a load
@@ -80,11 +83,9 @@ def unsupported(x: Array | SplitSum) -> str | None:
 
 
 def _unsupported_sum(total: SplitSum) -> str | None:
-    if total.x_scale is None or total.bias is not None or total.activation != "none":
-        return "the sum is not of FP8 rows, or has a bias or an activation"
     if total.residual is None or total.residual.dtype != jnp.bfloat16:
         return "the sum has no bfloat16 residual"
-    return _unsupported_width(total.n)
+    return split_sum.unsupported(total) or _unsupported_width(total.n)
 
 
 def _unsupported_width(width: int) -> str | None:
@@ -113,13 +114,7 @@ def sum_norm_quantize(
     total: SplitSum, weight: Float[Array, " D"], *, eps: float, config: Config | None = None
 ) -> tuple[ScaledArray, Float[Array, "*rows D"]]:
     """Normalized sums in FP8, and the sums in bf16; see ``row_quantize.sum_norm_quantize``."""
-    operands = {
-        "parts": total.parts,
-        "channel_scale": total.channel_scale,
-        "x_scale": total.x_scale,
-        "residual": total.residual,
-        "weight": weight,
-    }
+    operands = {**split_sum.operands(total), "residual": total.residual, "weight": weight}
     rows, x = _launch((*total.rows, total.n), operands, config or default_config(total.n, parts=True), eps)
     assert x is not None
     return rows, x
@@ -128,7 +123,7 @@ def sum_norm_quantize(
 def _launch(
     shape: tuple[int, ...], operands: dict[str, Any], config: Config, eps: float = 0.0
 ) -> tuple[ScaledArray, Array | None]:
-    """FP8 rows of ``shape``, and the sums of "parts" if there are any."""
+    """FP8 rows of ``shape``, and x where it is summed from "parts"."""
     *rows, width = shape
     flat = math.prod(rows), width
     if config.warpgroups * WARPGROUP * CHUNK * MAX_CHUNKS < width:
@@ -159,33 +154,25 @@ def _launch(
 # --- device code ------------------------------------------------------------------------------------
 
 
-class _Refs(NamedTuple):
-    """What a kernel reads, writes and shares; it has some of it."""
-
-    values: ir.Value  # E4M3 [rows, D]
-    scale: ir.Value  # float32 [rows]
-    partials: ir.Value  # float32 [2 * warps], shared
-    x: ir.Value  # bf16 [rows, D]; written if there are parts
-    weight: ir.Value | None = None  # float32 [D]
-    parts: ir.Value | None = None  # float32 [P, rows, N]
-    channel_scale: ir.Value | None = None  # float32 [N]
-    x_scale: ir.Value | None = None  # float32 [rows]
-    residual: ir.Value | None = None  # bf16 [rows, D]
-
-
 def _kernel(*refs, names: tuple[str, ...], partials, warpgroups: int, eps: float):
     @inlined(arg_types=(*(plgpu.RefType() for _ in (*names, "partials")), SCALAR))
     def inline(_: Any, *arguments: Any) -> None:
         *memory, row = arguments
-        named = _Refs(**dict(zip((*names, "partials"), memory, strict=True)))
-        _quantize_row(named, row.registers.item(), warpgroups, eps)
+        _quantize_row(dict(zip((*names, "partials"), memory, strict=True)), row.registers.item(), warpgroups, eps)
 
     inline(*refs, partials, lax.axis_index("row"))
 
 
-def _quantize_row(refs: _Refs, row: ir.Value, warpgroups: int, eps: float) -> None:
-    """Row ``row`` of ``refs.x``, or of its parts, to values and scale."""
-    (_, width), threads = ir.MemRefType(refs.values.type).shape, WARPGROUP * warpgroups
+def _quantize_row(refs: dict[str, ir.Value], row: ir.Value, warpgroups: int, eps: float) -> None:
+    """Row ``row`` of x, or of what it is the sum of, to values and scale; normalized if there is a weight.
+
+    Args:
+        refs: in global memory, by the names of ``_launch``; ``partials``, float32 [2 * warps], is shared.
+        row: which.
+        warpgroups: of the block.
+        eps: of the norm.
+    """
+    (_, width), threads = ir.MemRefType(refs["values"].type).shape, WARPGROUP * warpgroups
     thread, chunks = utils.thread_idx(), width // CHUNK
     steps = -(-chunks // threads)
     index = [arith.addi(thread, const(step * threads)) for step in range(steps)]
@@ -194,21 +181,18 @@ def _quantize_row(refs: _Refs, row: ir.Value, warpgroups: int, eps: float) -> No
     if inside is not None:
         index[-1] = arith.minui(index[-1], const(chunks - 1))
 
-    source = _address(refs.x, row, 2 * width)
-    if refs.parts is None:
-        loaded = [_load(_offset(source, i, 2 * CHUNK), i32()) for i in index]
+    if "parts" in refs:
+        loaded = [_add_up(refs, row, i) for i in index]
     else:
-        loaded = [_add_parts(refs, row, i) for i in index]
-    factors: list[list[ir.Value]] = []
-    if refs.weight is not None:
-        start = _address(refs.weight)
-        factors = [_load_eight(_offset(start, i, 4 * CHUNK)) for i in index]
-
-    held = [[element for word in words for element in _unpack(word)] for words in loaded]
+        start = address(refs["x"], row, 2 * width)
+        loaded = [load(offset(start, i, 2 * CHUNK), i32()) for i in index]
+    held = [unpack(words) for words in loaded]
     total = None
-    if refs.weight is None:
+    if "weight" not in refs:
         largest = _finite_absmax([word for words in loaded for word in words])
     else:
+        start = address(refs["weight"])
+        factors = [load_eight(offset(start, i, 4 * CHUNK)) for i in index]
         squares = [_sum_of_squares(elements) for elements in held]
         if inside is not None:
             squares[-1] = arith.select(inside, squares[-1], number(0.0))
@@ -216,44 +200,30 @@ def _quantize_row(refs: _Refs, row: ir.Value, warpgroups: int, eps: float) -> No
         held = [[arith.mulf(e, f) for e, f in zip(*pair, strict=True)] for pair in zip(held, factors, strict=True)]
         # Inf may count: the scale of a row with Inf is NaN, whatever its values.
         largest = _tree(_larger, [math_ops.absf(element) for elements in held for element in elements])
-    largest, total = _over_block(largest, total, refs.partials, warpgroups)
+    largest, total = _over_block(largest, total, refs["partials"], warpgroups)
 
     row_scale = absmax_scale(largest, number(1 / formats.E4M3_MAX))
     inverse = reciprocal(row_scale)
 
-    target = _address(refs.values, row, width)
+    target = address(refs["values"], row, width)
     for i, elements in zip(index, held, strict=True):
         scaled = [arith.mulf(e, inverse) for e in elements]
         codes = [to_e4m3(scaled[j : j + 4]) for j in range(0, CHUNK, 4)]
-        asm([], [_offset(target, i, CHUNK), *codes], "st.global.v2.b32 [$0], {$1, $2};", "l,r,r", volatile=True)
+        asm([], [offset(target, i, CHUNK), *codes], "st.global.v2.b32 [$0], {$1, $2};", "l,r,r", volatile=True)
 
     with utils.when(arith.cmpi(arith.CmpIPredicate.eq, thread, const(0))):
         if total is not None:
             row_scale = arith.mulf(row_scale, _inverse_rms(total, width, eps))
-        asm([], [_address(refs.scale, row, 4), row_scale], "st.global.f32 [$0], $1;", "l,f", volatile=True)
+        asm([], [address(refs["scale"], row, 4), row_scale], "st.global.f32 [$0], $1;", "l,f", volatile=True)
 
 
-def _add_parts(refs: _Refs, row: ir.Value, index: ir.Value) -> list[ir.Value]:
-    """Write the row's ``index``-th eight sums to x as ``SplitSum.finish`` makes them; its four words."""
-    assert refs.parts is not None
-    assert refs.channel_scale is not None
-    assert refs.x_scale is not None
-    assert refs.residual is not None
-    parts, rows, padded = ir.MemRefType(refs.parts.type).shape
-    _, width = ir.MemRefType(refs.x.type).shape
-    start = _offset(_address(refs.parts, row, 4 * padded), index, 4 * CHUNK)
-    loaded = [_load_eight(start, 4 * rows * padded * part) for part in range(parts)]
-    channel_scale = _load_eight(_offset(_address(refs.channel_scale), index, 4 * CHUNK))
-    residual = _load(_offset(_address(refs.residual, row, 2 * width), index, 2 * CHUNK), i32())
-    (x_scale,) = asm([_f32()], [_address(refs.x_scale, row, 4)], "ld.global.nc.f32 $0, [$1];", "=f,l", volatile=True)
-
-    sums = loaded[0]
-    for more in loaded[1:]:
-        sums = [arith.addf(*pair) for pair in zip(sums, more, strict=True)]
-    sums = [arith.mulf(arith.mulf(*pair), x_scale) for pair in zip(sums, channel_scale, strict=True)]
-    before = [element for word in residual for element in _unpack(word)]
-    words = _pack([arith.addf(*pair) for pair in zip(sums, before, strict=True)])
-    place = _offset(_address(refs.x, row, 2 * width), index, 2 * CHUNK)
+def _add_up(refs: dict[str, ir.Value], row: ir.Value, index: ir.Value) -> list[ir.Value]:
+    """The row's ``index``-th eight sums plus residual, written to x; the four words of bf16 that were written."""
+    _, width = ir.MemRefType(refs["x"].type).shape
+    residual = load(offset(address(refs["residual"], row, 2 * width), index, 2 * CHUNK), i32())
+    sums = split_sum.add_up(refs, row, index)
+    words = pack([arith.addf(*pair) for pair in zip(sums, unpack(residual), strict=True)])
+    place = offset(address(refs["x"], row, 2 * width), index, 2 * CHUNK)
     asm([], [place, *words], "st.global.v4.b32 [$0], {$1, $2, $3, $4};", "l,r,r,r,r", volatile=True)
     return words
 
@@ -265,7 +235,7 @@ def _over_block(
     warps, thread = 4 * warpgroups, utils.thread_idx()
     # Floats that are not negative order as their bits do.
     bits = asm([i32()], [largest], "redux.sync.max.u32 $0, $1, 0xffffffff;", "=r,f", volatile=True)
-    found = [arith.bitcast(_f32(), bits[0])]
+    found = [arith.bitcast(f32(), bits[0])]
     if total is not None:
         for distance in (16, 8, 4, 2, 1):
             total = arith.addf(total, utils.shfl_bfly(total, distance))
@@ -281,7 +251,7 @@ def _over_block(
         numbers = []
         for warp in range(0, warps, 4):
             code = f"ld.shared.v4.f32 {{$0, $1, $2, $3}}, [$4 + {4 * (warps * i + warp)}];"
-            numbers += asm([_f32()] * 4, [shared], code, "=f,=f,=f,=f,r", volatile=True)
+            numbers += asm([f32()] * 4, [shared], code, "=f,=f,=f,=f,r", volatile=True)
         results.append(_tree(combine, numbers))
     return results[0], results[1] if total is not None else None
 
@@ -299,7 +269,7 @@ def _finite_absmax(words: list[ir.Value]) -> ir.Value:
     largest = const(0)
     for word in words:
         (largest,) = asm([i32()], [largest, word], code, "=r,r,r", volatile=False)
-    return _larger(*_unpack(largest))
+    return _larger(*unpack([largest]))
 
 
 def _sum_of_squares(elements: list[ir.Value]) -> ir.Value:
@@ -313,7 +283,7 @@ def _inverse_rms(total: ir.Value, width: int, eps: float) -> ir.Value:
     """1 / sqrt(total / width + eps), within 2 ulp; NaN if ``total`` is not finite."""
     mean_square = arith.mulf(total, number(1 / width))
     (inverse,) = asm(
-        [_f32()], [arith.addf(mean_square, number(eps))], "rsqrt.approx.f32 $0, $1;", "=f,f", volatile=False
+        [f32()], [arith.addf(mean_square, number(eps))], "rsqrt.approx.f32 $0, $1;", "=f,f", volatile=False
     )
     return math_ops.fma(mean_square, number(0.0), inverse)
 
@@ -328,47 +298,3 @@ def _tree(combine: Any, numbers: list[ir.Value]) -> ir.Value:
         return numbers[0]
     middle = len(numbers) // 2
     return combine(_tree(combine, numbers[:middle]), _tree(combine, numbers[middle:]))
-
-
-def _unpack(word: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """The two bf16 numbers of a word as float32, the low one first."""
-    halves = arith.shli(word, const(16)), arith.andi(word, const(0xFFFF0000))
-    return arith.bitcast(_f32(), halves[0]), arith.bitcast(_f32(), halves[1])
-
-
-def _pack(elements: list[ir.Value]) -> list[ir.Value]:
-    """float32 numbers as words of two bf16, rounded to nearest."""
-    pairs = zip(elements[::2], elements[1::2], strict=True)
-    code = "cvt.rn.bf16x2.f32 $0, $2, $1;"
-    return [asm([i32()], [low, high], code, "=r,f,f", volatile=False)[0] for low, high in pairs]
-
-
-def _load_eight(address: ir.Value, offset: int = 0) -> list[ir.Value]:
-    """Eight float32."""
-    return _load(address, _f32(), offset) + _load(address, _f32(), offset + 16)
-
-
-def _load(address: ir.Value, element: ir.Type, offset: int = 0) -> list[ir.Value]:
-    """16 bytes of read-only global memory as four numbers."""
-    kind, register = ("f32", "=f") if element == _f32() else ("b32", "=r")
-    code = f"ld.global.nc.v4.{kind} {{$0, $1, $2, $3}}, [$4 + {offset}];"
-    return asm([element] * 4, [address], code, f"{register},{register},{register},{register},l", volatile=True)
-
-
-def _address(ref: ir.Value, row: ir.Value | None = None, row_bytes: int = 0) -> ir.Value:
-    """Where row ``row`` of ``ref`` begins in global memory; 64 bits, which a large array needs."""
-    start = llvm.ptrtoint(_i64(), utils.memref_ptr(ref))
-    return start if row is None else _offset(start, row, row_bytes)
-
-
-def _offset(start: ir.Value, index: ir.Value, size: int) -> ir.Value:
-    wide = arith.muli(arith.extui(_i64(), index), arith.constant(_i64(), ir.IntegerAttr.get(_i64(), size)))
-    return arith.addi(start, wide)
-
-
-def _f32() -> ir.Type:
-    return ir.F32Type.get()
-
-
-def _i64() -> ir.Type:
-    return ir.IntegerType.get_signless(64)

@@ -14,10 +14,12 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf
 
 from pallas_kernels import formats
+from pallas_kernels.sm90 import memory, split_sum
 from pallas_kernels.sm90.inline import (
     SCALAR,
     absmax_scale,
     const,
+    f32,
     i32,
     inlined,
     number,
@@ -141,7 +143,7 @@ class _Warp:
         problem = self.problem
         sequence = arith.divui(index, const(problem.length))
         offset = arith.remui(index, const(problem.length))
-        start, length = (emit.load(self.address(name, sequence, 4), 1)[0] for name in ("start", "lengths"))
+        start, length = (memory.load(self.address(name, sequence, 4), i32(), 1)[0] for name in ("start", "lengths"))
         slot = arith.addi(start, offset)
         # A negative slot is a large unsigned number.
         stored = arith.andi(
@@ -177,20 +179,31 @@ class _Warp:
 
     def load(self, token: ir.Value, group: Group) -> list[ir.Value]:
         """The lane's bf16 pairs: four words of the first half, four of the second."""
+        if "parts" in self.refs:
+            return self.add_up(token, group)
         problem = self.problem
         heads, size = problem.heads + 2 * problem.kv_heads, 2 * problem.head_dim
         row = arith.addi(arith.muli(token, const(heads)), group.packed_head)
         return [
             word
             for offset in (0, size // 2)
-            for word in emit.load(self.address("packed", row, size, 2 * emit.PAIRS, offset), 4)
+            for word in memory.load(self.address("packed", row, size, 2 * emit.PAIRS, offset), i32())
         ]
+
+    def add_up(self, token: ir.Value, group: Group) -> list[ir.Value]:
+        """The same, summed from parts."""
+        halves = arith.muli(group.packed_head, const(2))
+        places = [
+            arith.addi(arith.muli(arith.addi(halves, const(half)), const(self.problem.lanes)), self.part)
+            for half in (0, 1)
+        ]
+        return [word for place in places for word in memory.pack(split_sum.add_up(self.refs, token, place))]
 
     def floats(self, name: str, row: ir.Value, columns: int, first: int) -> list[ir.Value]:
         """The lane's emit.PAIRS of the float32 columns from ``first`` on."""
         offsets = (4 * first, 4 * first + 16)
-        words = [w for at in offsets for w in emit.load(self.address(name, row, 4 * columns, 4 * emit.PAIRS, at), 4)]
-        return [arith.bitcast(ir.F32Type.get(), word) for word in words]
+        starts = [self.address(name, row, 4 * columns, 4 * emit.PAIRS, at) for at in offsets]
+        return [number for start in starts for number in memory.load(start, f32())]
 
     def by_channel(self, name: str, kv_head: ir.Value) -> emit.Row:
         """The lane's part of a [kv_heads, H] parameter."""

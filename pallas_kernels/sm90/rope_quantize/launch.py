@@ -3,7 +3,8 @@
 A lane holds eight pairs (i, i + H/2) of a row (one head of one token): 16 bytes of each half, so
 that RoPE and the packing of two codes into a byte need no other lane, and only the row's largest
 magnitude is shuffled. A warp takes 512 / H heads of a token at a time: a group. It keeps the
-token's cos and sin in registers, goes through its groups and loads one ahead.
+token's cos and sin in registers, goes through its groups and loads one ahead. What a matmul left
+in parts (``SplitSum``) is added up as it is loaded.
 
 The caches are refs that the kernel writes into: where their buffers are donated nothing is copied.
 """
@@ -21,7 +22,9 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import formats
 from pallas_kernels.formats import ScaledArray
+from pallas_kernels.sm90 import split_sum
 from pallas_kernels.sm90.rope_quantize import device
+from pallas_kernels.split_sum import SplitSum
 
 HEAD_DIMS = (64, 128, 256)
 
@@ -50,9 +53,16 @@ def default_config(tokens: int, groups: int) -> Config:
     return Config(-(-groups // -(-groups // most)))  # the same for all warps of a token
 
 
-def unsupported(packed: Array, cos: Array, key: ScaledArray, value: ScaledArray, quantize_query: bool) -> str | None:
+def unsupported(
+    packed: Array | SplitSum, cos: Array, key: ScaledArray, value: ScaledArray, quantize_query: bool
+) -> str | None:
     """Why the kernel cannot run these operands, or None."""
-    if packed.dtype != jnp.bfloat16:
+    if isinstance(packed, SplitSum):
+        if packed.residual is not None:
+            return "the sum has a residual"
+        if reason := split_sum.unsupported(packed):
+            return reason
+    elif packed.dtype != jnp.bfloat16:
         return f"packed is {packed.dtype}, not bfloat16"
     if cos.dtype != jnp.float32:
         return f"cos is {cos.dtype}, not float32"
@@ -70,7 +80,7 @@ def unsupported(packed: Array, cos: Array, key: ScaledArray, value: ScaledArray,
 
 @functools.partial(jax.jit, static_argnames=("key_clip", "value_clip", "unbiased_keys", "config"))
 def rope_quantize(
-    packed: Float[Array, "B T packed"],
+    packed: Float[Array, "B T packed"] | SplitSum,
     cos: Float[Array, "B T half"],
     sin: Float[Array, "B T half"],
     key: ScaledArray,
@@ -86,7 +96,7 @@ def rope_quantize(
     config: Config | None = None,
 ) -> tuple[ScaledArray, ScaledArray, ScaledArray]:
     """Queries and the new caches; arguments as :func:`~pallas_kernels.rope_quantize.rope_quantize`."""
-    batch, length, columns = packed.shape
+    batch, length, columns = packed.shape if isinstance(packed, jax.Array) else (*packed.rows, packed.n)
     head_dim = 2 * cos.shape[-1]
     _, kv_heads, capacity, _ = key.values.shape
     problem = device.Problem(
@@ -105,7 +115,8 @@ def rope_quantize(
     blocks = -(-problem.tokens * parts // (4 * config.warpgroups))
     optional = {"post_rope_scale": post_rope_scale, "key_offset": key_offset}
     optional = {name: x.astype(jnp.float32) for name, x in optional.items() if x is not None}
-    names = ("packed", "cos", "sin", "start", "lengths", *optional, *device.CACHE, "query", "query_scale")
+    source = split_sum.operands(packed) if isinstance(packed, SplitSum) else {"packed": packed}
+    names = (*source, "cos", "sin", "start", "lengths", *optional, *device.CACHE, "query", "query_scale")
 
     def kernel(*refs):
         block = lax.axis_index("block")
@@ -123,7 +134,7 @@ def rope_quantize(
         name="rope_quantize",
     )
     query, query_scale = launch(
-        packed, cos, sin, start.astype(jnp.int32), lengths.astype(jnp.int32), *optional.values(), *caches
+        *source.values(), cos, sin, start.astype(jnp.int32), lengths.astype(jnp.int32), *optional.values(), *caches
     )
     key_values, key_scale, value_values, value_scale = (jax.freeze(ref) for ref in caches)
     return ScaledArray(query, query_scale), ScaledArray(key_values, key_scale), ScaledArray(value_values, value_scale)

@@ -11,7 +11,8 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf
 
-from pallas_kernels.sm90.inline import asm, const, i32, number, reciprocal
+from pallas_kernels.sm90.inline import asm, const, f32, i32, number, reciprocal
+from pallas_kernels.sm90.memory import unpack
 
 PAIRS = 8  # (i, i + H/2) that a lane holds: 16 bytes of bf16 of each half
 
@@ -46,7 +47,7 @@ def choose(
     count: int = 0,
 ) -> list[ir.Value]:
     """The ``count`` float32 of whichever function's code ``condition`` selects."""
-    branch = scf.IfOp(condition, [ir.F32Type.get()] * count, has_else=True)
+    branch = scf.IfOp(condition, [f32()] * count, has_else=True)
     for block, emit in ((branch.then_block, then), (branch.else_block, otherwise)):
         assert block is not None
         with ir.InsertionPoint(block):
@@ -72,14 +73,6 @@ def fma(x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
     return llvm.intr_fma(x, y, z)
 
 
-def load(address: ir.Value, words: int) -> list[ir.Value]:
-    """32-bit words of memory that this kernel does not write. In order, so that none is put off."""
-    if words == 1:
-        return asm([i32()], [address], "ld.global.nc.b32 $0, [$1];", "=r,l", volatile=True)
-    assert words == 4
-    return asm([i32()] * 4, [address], "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", volatile=True)
-
-
 def store(address: ir.Value, words: Sequence[ir.Value], condition: ir.Value, bits: int = 32) -> None:
     """One word (or its low 16 bits) or two, where ``condition`` holds."""
     operands = [address, *words, arith.extui(i32(), condition)]
@@ -95,9 +88,7 @@ def store(address: ir.Value, words: Sequence[ir.Value], condition: ir.Value, bit
 
 def unpacked(words: Sequence[ir.Value]) -> Row:
     """float32 of two bf16 a word, four words of each half."""
-    both = [(arith.shli(word, const(16)), arith.andi(word, const(0xFFFF0000))) for word in words]
-    halves = ([arith.bitcast(ir.F32Type.get(), x) for pair in both[i : i + 4] for x in pair] for i in (0, 4))
-    return Row(*halves)
+    return Row(unpack(words[:4]), unpack(words[4:]))
 
 
 def to_bf16(x: ir.Value) -> ir.Value:
@@ -110,7 +101,7 @@ def to_bf16(x: ir.Value) -> ir.Value:
 
 def from_bf16(word: ir.Value) -> ir.Value:
     """float32 of the bf16 in a word's low half."""
-    return arith.bitcast(ir.F32Type.get(), arith.shli(word, const(16)))
+    return arith.bitcast(f32(), arith.shli(word, const(16)))
 
 
 def finite_absmax(row: Row, lanes: int) -> ir.Value:
@@ -146,7 +137,7 @@ def _over_lanes(combine: Callable[[ir.Value, ir.Value], ir.Value], x: ir.Value, 
 def _larger_if_finite(largest: ir.Value, x: ir.Value) -> ir.Value:
     """max(largest, |x|); x * 0 + x is NaN for an infinity, and the maximum passes over NaN."""
     code = "{ .reg .f32 y; fma.rn.f32 y, $2, 0f00000000, $2; abs.f32 y, y; max.f32 $0, $1, y; }"
-    return asm([ir.F32Type.get()], [largest, x], code, "=f,f,f", volatile=False)[0]
+    return asm([f32()], [largest, x], code, "=f,f,f", volatile=False)[0]
 
 
 def quotients(row: Row, scale: ir.Value) -> Row:
@@ -184,7 +175,7 @@ def _above_2_23(x: ir.Value) -> ir.Value:
         "{ .reg .f32 a; abs.f32 a, $1; mul.rn.sat.f32 a, a, 0f3E000000; min.f32 a, a, 0f3F600000; "  # / 8, 7 / 8
         "fma.rn.f32 $0, a, 0f41000000, 0f4B000000; }"  # * 8 + 2^23
     )
-    return asm([ir.F32Type.get()], [x], code, "=f,f", volatile=False)[0]
+    return asm([f32()], [x], code, "=f,f", volatile=False)[0]
 
 
 def _gather_bytes(four: Sequence[ir.Value], byte: int) -> ir.Value:

@@ -1,0 +1,53 @@
+"""Rows in global memory, eight numbers at a time, for kernels that load and store them themselves."""
+
+from collections.abc import Sequence
+
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+
+from pallas_kernels.sm90.inline import asm, const, f32, i32
+
+
+def address(ref: ir.Value, row: ir.Value | None = None, row_bytes: int = 0) -> ir.Value:
+    """Where row ``row`` of ``ref`` begins; 64 bits, which a large array needs."""
+    start = llvm.ptrtoint(_i64(), utils.memref_ptr(ref))
+    return start if row is None else offset(start, row, row_bytes)
+
+
+def offset(start: ir.Value, index: ir.Value, size: int) -> ir.Value:
+    """start + index * size."""
+    wide = arith.muli(arith.extui(_i64(), index), arith.constant(_i64(), ir.IntegerAttr.get(_i64(), size)))
+    return arith.addi(start, wide)
+
+
+def load(address: ir.Value, element: ir.Type, count: int = 4, offset: int = 0) -> list[ir.Value]:
+    """One or four 32-bit numbers of memory that the kernel does not write. In order, so that none is put off."""
+    kind, register = ("f32", "=f") if element == f32() else ("b32", "=r")
+    if count == 1:
+        return asm([element], [address], f"ld.global.nc.{kind} $0, [$1 + {offset}];", f"{register},l", volatile=True)
+    assert count == 4
+    code = f"ld.global.nc.v4.{kind} {{$0, $1, $2, $3}}, [$4 + {offset}];"
+    return asm([element] * 4, [address], code, ",".join([register] * 4 + ["l"]), volatile=True)
+
+
+def load_eight(address: ir.Value, offset: int = 0) -> list[ir.Value]:
+    """Eight float32."""
+    return [number for at in (offset, offset + 16) for number in load(address, f32(), offset=at)]
+
+
+def unpack(words: Sequence[ir.Value]) -> list[ir.Value]:
+    """float32 of two bf16 a word, the low one first."""
+    halves = [half for word in words for half in (arith.shli(word, const(16)), arith.andi(word, const(0xFFFF0000)))]
+    return [arith.bitcast(f32(), half) for half in halves]
+
+
+def pack(elements: Sequence[ir.Value]) -> list[ir.Value]:
+    """The inverse; rounds to nearest even."""
+    pairs = zip(elements[::2], elements[1::2], strict=True)
+    code = "cvt.rn.bf16x2.f32 $0, $2, $1;"
+    return [asm([i32()], [low, high], code, "=r,f,f", volatile=False)[0] for low, high in pairs]
+
+
+def _i64() -> ir.Type:
+    return ir.IntegerType.get_signless(64)

@@ -1,0 +1,42 @@
+"""Adding up, in a kernel that reads a row, what a matmul left in parts (``pallas_kernels.split_sum``)."""
+
+from collections.abc import Mapping
+
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith
+from jaxtyping import Array
+
+from pallas_kernels.sm90.inline import f32
+from pallas_kernels.sm90.memory import address, load, load_eight, offset
+from pallas_kernels.split_sum import SplitSum
+
+EIGHT = 8  # channels that a thread adds up at once
+
+
+def unsupported(total: SplitSum) -> str | None:
+    """Why a kernel cannot add this up, or None."""
+    if total.x_scale is None or total.bias is not None or total.activation != "none":
+        return "the sum is not of FP8 rows, or has a bias or an activation"
+    return None
+
+
+def operands(total: SplitSum) -> dict[str, Array]:
+    """What :func:`add_up` reads: float32 parts [P, M, N], channel_scale [N] and x_scale [M]."""
+    assert total.x_scale is not None
+    return {"parts": total.parts, "channel_scale": total.channel_scale, "x_scale": total.x_scale}
+
+
+def add_up(refs: Mapping[str, ir.Value], row: ir.Value, index: ir.Value) -> list[ir.Value]:
+    """The ``index``-th eight of a row's sums, times both scales, in float32.
+
+    Each step is rounded as in ``SplitSum.finish``. All loads come before the first sum.
+    """
+    parts, rows, columns = ir.MemRefType(refs["parts"].type).shape
+    start = offset(address(refs["parts"], row, 4 * columns), index, 4 * EIGHT)
+    loaded = [load_eight(start, 4 * rows * columns * part) for part in range(parts)]
+    channel_scale = load_eight(offset(address(refs["channel_scale"]), index, 4 * EIGHT))
+    (x_scale,) = load(address(refs["x_scale"], row, 4), f32(), 1)
+    sums = loaded[0]
+    for more in loaded[1:]:
+        sums = [arith.addf(*pair) for pair in zip(sums, more, strict=True)]
+    return [arith.mulf(arith.mulf(*pair), x_scale) for pair in zip(sums, channel_scale, strict=True)]
