@@ -1,5 +1,8 @@
 """The whole model on the Hopper kernels: it lowers without a GPU, and agrees with plain XLA on one."""
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,15 +20,15 @@ CONFIG = ModelConfig(
 CAPACITY = 256
 
 
-def parts(implementation: dispatch.Implementation) -> tuple[nnx.GraphDef, nnx.State]:
-    model = nnx.eval_shape(lambda: LlamaForCausalLM(CONFIG, recipes.fireq(), implementation=implementation))
+def parts(config: ModelConfig = CONFIG) -> tuple[nnx.GraphDef, nnx.State]:
+    model = nnx.eval_shape(lambda: LlamaForCausalLM(config, recipes.fireq(), implementation="mosaic_gpu"))
     return nnx.split(model)
 
 
 @pytest.mark.parametrize("phase", ["prefill", "extend"])
 def test_lowers_for_cuda_with_every_op_a_kernel(phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_not_hopper", lambda: None)
-    graph, state = parts("mosaic_gpu")
+    graph, state = parts()
     lengths = jax.ShapeDtypeStruct((2,), jnp.int32)
     if phase == "prefill":
         tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32)
@@ -40,6 +43,19 @@ def test_lowers_for_cuda_with_every_op_a_kernel(phase: str, monkeypatch: pytest.
     # Four matmuls, one attention, and what makes the matmuls' inputs (the two norms are one function);
     # a named implementation would have raised rather than fall back.
     assert module.count("stablehlo.custom_call @mosaic_gpu") >= 8
+
+
+def test_norms_add_up_what_matmuls_leave_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_not_hopper", lambda: None)
+    wide = dataclasses.replace(CONFIG, hidden_size=4096, intermediate_size=4096, num_layers=2, num_heads=32)
+    graph, state = parts(wide)
+    tokens, lengths = jax.ShapeDtypeStruct((2, 1), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
+    cache = jax.eval_shape(lambda: KVCache.create(wide, recipes.fireq(), 2, CAPACITY))
+    function = jax.jit(lambda s, t, n, c: nnx.merge(graph, s).extend(t, n, c))
+    module = jax.export.export(function, platforms=["cuda"])(state, tokens, lengths, cache).mlir_module()
+    calls = re.findall(r"call @(\w+)", module)
+    # Both norms after attention and the second layer's first.
+    assert len([name for name in calls if name.startswith("sum_norm_quantize")]) == 3
 
 
 def logits_of(model: LlamaForCausalLM) -> np.ndarray:

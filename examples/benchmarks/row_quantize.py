@@ -2,12 +2,13 @@
 
     PYTHONPATH=. python examples/benchmarks/row_quantize.py
 
-Prints a Markdown table. GB/s counts the bytes that must move (bf16 in, FP8 and scales out), beside
+Prints Markdown tables. GB/s counts the bytes that must move (bf16 in, FP8 and scales out), beside
 the bandwidth of XLA's copy in this run; for few rows, where time is the launch, XLA's copy of the
 same rows (bf16 out) is the measure.
 """
 
 import argparse
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,8 @@ import jax.numpy as jnp
 from timing import device_time, kernel_times
 
 from pallas_kernels import formats
-from pallas_kernels.row_quantize import quantize_rows, rms_norm_quantize
+from pallas_kernels.row_quantize import quantize_rows, rms_norm_quantize, sum_norm_quantize
+from pallas_kernels.split_sum import SplitSum
 
 EPS = 1e-5
 SHAPES = ["1x4096", "16x4096", "64x4096", "1x14336", "16x14336", "64x14336", "16384x4096", "16384x14336"]
@@ -52,9 +54,46 @@ def inputs(rows: int, width: int) -> list[tuple[jax.Array]]:
     return [(jax.random.normal(key, (rows, width)).astype(jnp.bfloat16),) for key in keys]
 
 
+def random_sum(rows: int, width: int, parts: int) -> SplitSum:
+    """What a matmul of FP8 rows leaves to be added up."""
+    keys = jax.random.split(jax.random.key(rows + width + parts), 4)
+    return SplitSum(
+        parts=jax.random.normal(keys[0], (parts, rows, width)),
+        channel_scale=jax.random.uniform(keys[1], (width,)),
+        x_scale=jax.random.uniform(keys[2], (rows,)),
+        bias=None,
+        residual=jax.random.normal(keys[3], (rows, width)).astype(jnp.bfloat16),
+        rows=(rows,),
+        n=width,
+        activation="none",
+    )
+
+
+def time_sums(shapes: list[str], parts: list[int]) -> None:
+    """Table of a norm that adds up a matmul's sums, against XLA's sum and the norm's kernel after it."""
+    print("\n| sum, norm, quantize | parts | us | XLA's sum, norm us | saved us |")
+    print("|---|---|---|---|---|")
+    for shape, count in itertools.product(shapes, parts):
+        rows, width = map(int, shape.split("x"))
+        weight = jax.random.uniform(jax.random.key(0), (width,)) + 0.5
+
+        def one(total: SplitSum, weight: jax.Array) -> Any:
+            return sum_norm_quantize(total, weight, EPS, implementation="mosaic_gpu")
+
+        def two(total: SplitSum, weight: jax.Array) -> Any:
+            x = total.finish()
+            return rms_norm_quantize(x, weight, EPS, implementation="mosaic_gpu"), x
+
+        arguments = [(random_sum(rows, width, count), weight)]
+        ours, peer = (device_time(jax.jit(function), arguments) for function in (one, two))
+        print(f"| {shape} | {count} | {ours:.2f} | {peer:.2f} | {peer - ours:.2f} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="rows x D")
+    parser.add_argument("--sums", nargs="*", default=["1x4096", "16x4096", "64x4096"], help="rows x D of sums")
+    parser.add_argument("--parts", nargs="+", type=int, default=[2, 4, 8])
     args = parser.parse_args()
     bandwidth = copy_bandwidth()
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}, copy {bandwidth / 1e12:.2f} TB/s\n")
@@ -75,6 +114,7 @@ def main() -> None:
                 f"| {copy:.2f} | {peer:.2f} | {kernels} | {peer / ours:.2f} |",
                 flush=True,
             )
+    time_sums(args.sums, args.parts)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     PYTHONPATH=. python examples/benchmarks/tune_matmul.py --shapes 28672x4096 4096x14336 --tokens 16 4096
 
 Each bucket of tokens gets the fastest of about ten candidates, whose results must be the
-reference's. Existing entries of other shapes and buckets are kept.
+reference's; with few tokens the norm that follows counts, because it adds up sums over parts of K.
+Existing entries of other shapes and buckets are kept.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from timing import device_time
 from pallas_kernels import formats, layouts
 from pallas_kernels.matmul import matmul_reference
 from pallas_kernels.quantized_tensor import QuantizedTensor
+from pallas_kernels.sm90 import row_quantize
 from pallas_kernels.sm90.matmul import launch
 from pallas_kernels.sm90.matmul.config import (
     MOST_DECODED,
@@ -33,14 +35,17 @@ from pallas_kernels.sm90.matmul.config import (
     smem_bytes,
     to_json,
 )
-from pallas_kernels.split_sum import finished
+from pallas_kernels.split_sum import SplitSum
 
 TUNED = Path(__file__).parents[2] / "pallas_kernels" / "tuned"
 LLAMA = ("6144x4096", "4096x4096", "28672x4096", "4096x14336", "22016x4096", "4096x11008", "57344x8192", "8192x28672")
 
 
 @functools.partial(jax.jit, static_argnames=("n", "config"))
-def _matmul(x: formats.ScaledArray, weight: QuantizedTensor, *, n: int, config: Config | DecodeConfig) -> jax.Array:
+def _matmul(
+    x: formats.ScaledArray, weight: QuantizedTensor, residual: jax.Array, *, n: int, config: Config | DecodeConfig
+) -> tuple[jax.Array, formats.ScaledArray | None]:
+    """The matmul; for few tokens with the norm that reads it and adds up what it leaves in parts."""
     assert x.scale is not None
     assert weight.group_scale is not None
     y = launch.matmul(
@@ -51,8 +56,13 @@ def _matmul(x: formats.ScaledArray, weight: QuantizedTensor, *, n: int, config: 
         n=n,
         config=config,
         x_scale=x.scale.reshape(-1),
+        residual=residual,
     )
-    return finished(y)
+    gain = jnp.ones((n,), jnp.float32)
+    if isinstance(y, SplitSum):
+        rows, y = row_quantize.sum_norm_quantize(y, gain, eps=1e-5)
+        return y, rows
+    return y, row_quantize.rms_norm_quantize(y, gain, eps=1e-5) if x.values.shape[0] <= MOST_DECODED else None
 
 
 def candidates(m: int, n: int, k: int) -> Iterator[Config | DecodeConfig]:
@@ -82,11 +92,12 @@ def tune(m: int, n: int, k: int) -> Config | DecodeConfig:
     keys = jax.random.split(jax.random.key(0), copies + 1)
     weights = [QuantizedTensor.random(key, (n, k)) for key in keys[1:]]
     x = formats.quantize_fp8(jax.random.normal(keys[0], (m, k)))
-    expected = jax.jit(matmul_reference)(x, weights[0]).astype(jnp.float32)
+    residual = jax.random.normal(keys[0], (m, n)).astype(jnp.bfloat16)
+    expected = jax.jit(matmul_reference)(x, weights[0], residual=residual).astype(jnp.float32)
     usable = [config for config in candidates(m, n, k) if smem_bytes(config, k, "e4m3") <= SMEM_BYTES]
 
     def build(config: Config | DecodeConfig) -> jax.Array:
-        return jax.block_until_ready(_matmul(x, weights[0], n=n, config=config)).astype(jnp.float32)
+        return jax.block_until_ready(_matmul(x, weights[0], residual, n=n, config=config))[0].astype(jnp.float32)
 
     with ThreadPoolExecutor(12) as pool:
         results = list(pool.map(build, usable))
@@ -94,7 +105,7 @@ def tune(m: int, n: int, k: int) -> Config | DecodeConfig:
         difference = jnp.linalg.norm(y - expected) / jnp.linalg.norm(expected)
         if not difference < 5e-3:  # Both are rounded to bf16, and sum in different orders.
             raise RuntimeError(f"{n}x{k}, {m} tokens: {config} differs from the reference by {difference:.1e}")
-    arguments = [(x, weight) for weight in weights]
+    arguments = [(x, weight, residual) for weight in weights]
     # Kernels under some tens of microseconds vary from burst to burst: the better of two counts.
     rounds, burst_us = (2, 2000) if m <= MOST_DECODED else (1, 8000)
     times = {
