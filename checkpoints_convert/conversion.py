@@ -7,7 +7,6 @@ done when its Orbax checkpoint is committed; the folder is complete when ``fireq
 
 import dataclasses
 import hashlib
-import json
 import logging
 import resource
 import shutil
@@ -25,7 +24,7 @@ from tqdm.auto import tqdm
 
 from checkpoints_convert.calibrate import BlockStatistics, Calibrator
 from checkpoints_convert.compensation import Compensator, compensation_operations
-from fireq_jax import checkpoint
+from fireq_jax import checkpoint, json_files
 from fireq_jax.huggingface import HuggingFaceCheckpoint, block_shapes
 from fireq_jax.models.llama import linear_names
 from fireq_jax.models.parameters import Parameter, fuse_block, global_parameters, layer_parameters
@@ -113,7 +112,7 @@ def convert(
 
     work = options.output / WORK_FOLDER
     work.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_json(work / "options.json", fingerprint)
+    json_files.write_json(work / "options.json", fingerprint)
     _convert_globals(source, options, tokens, work)
     calibrator = Calibrator(config, options.batch_size)
     compensator = Compensator(config, quantization, options.batch_size) if quantization.measures_inputs else None
@@ -186,7 +185,7 @@ def _convert_block(
         "bytes": formats.nbytes(parameters),
         "seconds": round(time.perf_counter() - started, 3),
     }
-    checkpoint.write_json(work / f"block.{index}.json", report)
+    json_files.write_json(work / f"block.{index}.json", report)
     checkpoint.save_part(options.output, f"layers.{index}", parameters)
     for path in (_hidden_path(work, index), _quantized_hidden_path(work, index)):
         path.unlink(missing_ok=True)
@@ -261,7 +260,7 @@ def _finish(
     seconds: float,
 ) -> dict[str, Any]:
     config = source.config
-    blocks = {f"layers.{i}": json.loads((work / f"block.{i}.json").read_text()) for i in range(config.num_layers)}
+    blocks = {f"layers.{i}": json_files.read_json(work / f"block.{i}.json") for i in range(config.num_layers)}
     report = {
         "model": str(options.model),
         "recipe": options.recipe,
@@ -286,7 +285,7 @@ def _finish(
     for name in COMPANION_FILES:
         if (options.model / name).is_file():
             shutil.copyfile(options.model / name, options.output / name)
-    checkpoint.write_json(options.output / "report.json", report)
+    json_files.write_json(options.output / "report.json", report)
     checkpoint.write_manifest(options.output, config, options.quantization)
     shutil.rmtree(work)
     return report
@@ -311,7 +310,7 @@ def _check_output(output: Path, fingerprint: Mapping[str, Any], *, resume: bool)
         raise ValueError(f"{output} is not empty and not an interrupted conversion; give another output folder")
     if not resume:
         raise ValueError(f"{output} holds an interrupted conversion; use --resume to go on, or remove it")
-    before = json.loads(options.read_text(encoding="utf-8"))
+    before = json_files.read_json(options)
     if changed := sorted(key for key in fingerprint if before.get(key) != fingerprint[key]):
         key = changed[0]
         raise ValueError(f"cannot resume {output}: {key} was {before.get(key)!r} and is now {fingerprint[key]!r}")

@@ -10,7 +10,6 @@ A converted folder holds::
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +21,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import Array
 
 from fireq_jax.huggingface import HuggingFaceCheckpoint
+from fireq_jax.json_files import read_json, write_json
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.parameters import Parameter, global_parameters, layer_parameters
 from fireq_jax.quantization import recipes
@@ -91,10 +91,7 @@ def read_manifest(folder: Path) -> tuple[ModelConfig, QuantizationConfig]:
         ValueError: for another format version, or unknown or invalid entries.
     """
     path = folder / MANIFEST
-    try:
-        fields = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not a JSON object: {error}") from error
+    fields = read_json(path)
     if fields.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{path} has format {fields.get('format_version')}; expected {FORMAT_VERSION}")
     if set(fields) != (expected := {"format_version", "model", "quantization"}):
@@ -106,13 +103,6 @@ def write_manifest(folder: Path, config: ModelConfig, quantization: Quantization
     """Mark a folder complete."""
     fields = {"format_version": FORMAT_VERSION, "model": config.to_dict(), "quantization": quantization.to_dict()}
     write_json(folder / MANIFEST, fields)
-
-
-def write_json(path: Path, fields: Mapping[str, Any]) -> None:
-    """Write JSON aside, then rename: the file is never half there."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-    aside.replace(path)
 
 
 def save_part(folder: Path, part: str, parameters: Mapping[str, Parameter]) -> None:

@@ -4,7 +4,6 @@ Tensors are read one by one, so that a caller never holds more than it asked for
 unpickled: .bin files go through torch's weights-only loader, and need torch installed.
 """
 
-import json
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from safetensors import safe_open
 from tqdm.auto import tqdm
 
+from fireq_jax.json_files import read_json
 from fireq_jax.models.config import ModelConfig
 
 # The one table of checkpoint names: Hugging Face -> the name it has here.
@@ -50,21 +50,11 @@ def read_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json; expected a Hugging Face checkpoint folder")
-    fields = _read_json(path)
+    fields = read_json(path)
     generation = folder / "generation_config.json"
-    if generation.is_file() and (eos := _read_json(generation).get("eos_token_id")) is not None:
+    if generation.is_file() and (eos := read_json(generation).get("eos_token_id")) is not None:
         fields["eos_token_id"] = eos
     return ModelConfig.from_huggingface(fields)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} holds a JSON {type(fields).__name__}; expected an object")
-    return fields
 
 
 def block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -199,7 +189,7 @@ def _locate_tensors(folder: Path) -> dict[str, Path]:
         index = folder / f"{stem}{suffix}.index.json"
         single = folder / f"{stem}{suffix}"
         if index.is_file():
-            weight_map = _read_json(index).get("weight_map")
+            weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise ValueError(f"{index} has no weight_map; expected tensor names and their files")
             files = {name: folder / file for name, file in weight_map.items()}

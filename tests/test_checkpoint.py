@@ -13,6 +13,7 @@ from flax import nnx
 from tiny_llama import config_of
 
 from fireq_jax import LlamaForCausalLM, ModelConfig, QuantizationConfig, checkpoint, recipes
+from fireq_jax.json_files import write_json
 from fireq_jax.models.parameters import parameters_of
 
 CONFIG = ModelConfig.from_huggingface(config_of("mha_tied", num_hidden_layers=2, attention_bias=True))
@@ -161,7 +162,7 @@ def test_manifest_keys_are_all_known(copy, change, quoted):
 
 def test_manifest_that_is_not_json(copy):
     (copy / checkpoint.MANIFEST).write_text("{")
-    with pytest.raises(ValueError, match=r"fireq\.json is not a JSON object"):
+    with pytest.raises(ValueError, match=r"fireq\.json is not valid JSON"):
         LlamaForCausalLM.from_pretrained(copy)
 
 
@@ -208,9 +209,9 @@ def test_a_part_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_json_is_written_as_a_whole(tmp_path):
     path = tmp_path / "report.json"
-    checkpoint.write_json(path, {"a": 1})
+    write_json(path, {"a": 1})
     with pytest.raises(TypeError):
-        checkpoint.write_json(path, {"a": object()})
+        write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
 

@@ -94,7 +94,8 @@ def test_interrupted_conversion_is_visibly_incomplete_and_resumes_to_the_same_re
     source: Path, tokens: np.ndarray, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail_at: str
 ) -> None:
     name, _, count = fail_at.partition(":")
-    original, calls = getattr(conversion.checkpoint, name), 0
+    owner = conversion.json_files if name == "write_json" else conversion.checkpoint
+    original, calls = getattr(owner, name), 0
 
     def interrupt(*args: object, **kwargs: object) -> None:
         nonlocal calls
@@ -105,7 +106,7 @@ def test_interrupted_conversion_is_visibly_incomplete_and_resumes_to_the_same_re
 
     output = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(conversion.checkpoint, name, interrupt)
+        patch.setattr(owner, name, interrupt)
         with pytest.raises(KeyboardInterrupt):
             convert(options(source, output), tokens, progress=False)
     with pytest.raises(ValueError, match=r"unfinished conversion|no config"):

@@ -163,8 +163,8 @@ def test_invalid_input_exits_with_2_and_a_message(capsys, folder, arguments, mes
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("generation_config.json", "{", "generation_config.json is not JSON"),
-        ("generation_config.json", "[1]", "generation_config.json holds a list; expected a JSON object"),
+        ("generation_config.json", "{", "generation_config.json is not valid JSON"),
+        ("generation_config.json", "[1]", "generation_config.json holds a JSON list; expected an object"),
         ("tokenizer.json", "{}", "transformers cannot read its tokenizer"),
     ],
 )

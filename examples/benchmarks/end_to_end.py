@@ -24,7 +24,7 @@ from flax import nnx
 from timing import kernel_times
 
 from fireq_jax import LlamaForCausalLM, ModelConfig, recipes
-from fireq_jax.checkpoint import write_json
+from fireq_jax.json_files import write_json
 from fireq_jax.models import KVCache, RopeConfig
 from fireq_jax.models.llama import DecoderLayer
 from fireq_jax.models.parameters import parameters_of, with_parameters

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from fireq_jax.checkpoint import write_json
 from fireq_jax.evaluation.comparison import evaluate, format_table
 from fireq_jax.evaluation.plots import plot_smoothing
+from fireq_jax.json_files import write_json
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.formats import KVFormat
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from fireq_jax.generation.generate import generate, stream
 from fireq_jax.generation.sampling import SamplingConfig, SamplingOptions
+from fireq_jax.json_files import read_json
 from fireq_jax.models.llama import LlamaForCausalLM
 from fireq_jax.tokenizer import load_tokenizer
 from pallas_kernels import formats
@@ -106,15 +107,7 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
         ValueError: naming the file, if it is not a JSON object.
     """
     path = folder / "generation_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} holds a {type(fields).__name__}; expected a JSON object")
-    return fields
+    return read_json(path) if path.is_file() else {}
 
 
 def sampling_options(defaults: dict[str, Any], given: dict[str, Any]) -> SamplingOptions:
