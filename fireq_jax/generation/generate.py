@@ -127,16 +127,29 @@ def stream(
 
 
 def _steps(model: LlamaForCausalLM, request: "_Request", max_new_tokens: int) -> Iterator[StreamStep]:
+    """The next step starts before a step's tokens are fetched, so that the device does not wait for the host.
+
+    Only the first token comes before its next step, which may have to be compiled.
+    """
     graphdef, params = nnx.split(model)
-    cache, progress = _prefill(graphdef, params, request.tokens, request.lengths, request.choice, request.capacity)
+    cache, ahead = _prefill(graphdef, params, request.tokens, request.lengths, request.choice, request.capacity)
+
+    def start_next() -> _Progress:
+        nonlocal cache
+        cache, following, _, _ = _decode(graphdef, params, cache, ahead, request.choice, 1)
+        return following
+
     active = np.ones(len(request.tokens), bool)
     for step in range(max_new_tokens):
-        if step:
-            cache, progress, _, _ = _decode(graphdef, params, cache, progress, request.choice, 1)
-        tokens, running = jax.device_get((progress.tokens, progress.running))
+        current, more = ahead, step + 1 < max_new_tokens
+        if more and step > 0:
+            ahead = start_next()
+        tokens, running = jax.device_get((current.tokens, current.running))
         yield StreamStep(tokens, active)
         if not running.any():
             return
+        if more and step == 0:
+            ahead = start_next()
         active = running
 
 
