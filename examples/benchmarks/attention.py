@@ -123,9 +123,9 @@ def random_cache(seed: int, batch: int, slots: int) -> tuple[ScaledArray, Scaled
 
 def time_decode(quick: bool) -> None:
     print("decode, one token: us and GB/s for each Config, then bf16 caches")
-    shapes = [(batch, slots) for batch in (1, 16, 64) for slots in (4096, 16384, 65536)]
+    shapes = [(batch, slots) for batch in (1, 16, 64) for slots in (1024, 4096, 16384, 65536)]
     if quick:
-        shapes = [(1, 65536), (16, 4096), (64, 16384)]
+        shapes = [(1, 1024), (16, 1024), (1, 65536), (16, 4096), (64, 16384)]
     for batch, slots in shapes:
         size = batch * slots * 2 * KV_HEADS * (HEAD_DIM // 2 + 2)
         copies = max(1, min(8, -(-4 * L2_BYTES // size)))
