@@ -32,6 +32,7 @@ from fireq_jax.quantization import QuantizationConfig
 from pallas_kernels import formats
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.quantized_tensor import QuantizedTensor
+from pallas_kernels.sm90 import early_start
 
 MODELS = {
     "llama3-8b": ModelConfig(
@@ -151,7 +152,8 @@ class Measurement:
             cache = jax.eval_shape(lambda b=batch, c=context: self._cache(b, c))
             lowered["decode", batch, context] = program.lower(self.state, self._abstract(batch), cache)
         with ThreadPoolExecutor(8) as pool:
-            compiled = pool.map(lambda program: program.compile(), lowered.values())
+            options = {"xla_gpu_enable_command_buffer": ""} if args.no_graphs else None
+            compiled = pool.map(lambda program: program.compile(compiler_options=options), lowered.values())
             self.programs = dict(zip(lowered, compiled, strict=True))
         print(f"{recipe}: {len(lowered)} programs compiled in {time.perf_counter() - begin:.1f} s", flush=True)
 
@@ -249,6 +251,8 @@ def main() -> None:
     parser.add_argument("--decode", type=shapes, default=shapes("1x1024,16x1024,64x1024,256x1024,1x8192,64x8192"))
     parser.add_argument("--implementation", default="auto")
     parser.add_argument("--lm-head", choices=["none", "fp8"], default="none", help="fp8: quantize lm_head as well")
+    parser.add_argument("--no-graphs", action="store_true", help="launch each kernel by itself, not in CUDA graphs")
+    parser.add_argument("--early-start", action="store_true", help="see pallas_kernels/sm90/early_start.py")
     parser.add_argument("--profile", action="store_true", help="list the kernels of each shape")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--bandwidth", type=float, default=4.68e12, help="bytes/s that a read can reach")
@@ -256,6 +260,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
+    early_start.ENABLED = args.early_start
     device = jax.devices()[0].device_kind
     print(f"{args.model} on {device}, JAX {jax.__version__}", flush=True)
     rows: list[Row] = []
