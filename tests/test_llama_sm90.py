@@ -12,7 +12,8 @@ from flax import nnx
 from fireq_jax import LlamaForCausalLM, ModelConfig, recipes
 from fireq_jax.models import KVCache
 from fireq_jax.models.parameters import parameters_of, with_parameters
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, jax_compat
+from pallas_kernels.sm90 import early_start
 
 CONFIG = ModelConfig(
     vocab_size=64, hidden_size=256, intermediate_size=384, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=128,
@@ -57,6 +58,21 @@ def test_norms_add_up_what_matmuls_leave_in_parts(monkeypatch: pytest.MonkeyPatc
     calls = re.findall(r"call @(\w+)", module)
     # Both norms after attention and the second layer's first.
     assert len([name for name in calls if name.startswith("sum_norm_quantize")]) == 3
+
+
+def test_every_kernel_of_a_step_can_start_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """JAX launches a kernel so because it waits; one that did not would let the next overtake those before it."""
+    monkeypatch.setattr(dispatch, "_not_hopper", lambda: None)
+    monkeypatch.setattr(early_start, "ENABLED", True)
+    graph, state = parts(WIDE)
+    # A batch that no other test has: what is traced here must not be found elsewhere.
+    tokens, lengths = jax.ShapeDtypeStruct((7, 1), jnp.int32), jax.ShapeDtypeStruct((7,), jnp.int32)
+    cache = jax.eval_shape(lambda: KVCache.create(WIDE, recipes.fireq(), 7, CAPACITY))
+    function = jax.jit(lambda s, t, n, c: nnx.merge(graph, s).extend(t, n, c))
+    module = jax.export.export(function, platforms=["cuda"])(state, tokens, lengths, cache).mlir_module()
+    kernels = module.count("stablehlo.custom_call @mosaic_gpu")
+    assert module.count("griddepcontrol.wait") == kernels > 10
+    assert module.count("mosaic_gpu.uses_pdl") == (kernels if jax_compat.JAX_VERSION >= (0, 11) else 0)
 
 
 def logits_of(model: LlamaForCausalLM) -> np.ndarray:
