@@ -119,7 +119,8 @@ class QuantizationConfig:
             each weight (GPTQ, then coordinate descent).
         learned_steps: steps of gradient descent, block by block, on INT4 codes, channel scales and
             RMSNorm gains for the block's output on calibration text, from what the choices above
-            made of them. 0 learns nothing.
+            made of them: slower, in place of error_compensation rather than on top of it. 0
+            learns nothing.
         calibration_stream: what scale_search, error_compensation and learned_steps calibrate on:
             the float model's activations, or the quantized model's, whose distance to the float
             model's each layer then makes up for as well.
