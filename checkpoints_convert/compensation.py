@@ -2,7 +2,8 @@
 
 Each layer is rounded with the second moments of its own inputs. With ``calibration_stream``
 "quantized" these inputs come out of the layers already quantized, blocks before included, while
-the float model runs beside it and says what should come out.
+the float model runs beside it and says what should come out. ``reconstruction`` then learns from
+the rounded block.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from checkpoints_convert.calibrate import LINEAR_INPUTS, abstract_layer, batches_of, run_layer
+from checkpoints_convert.reconstruction import reconstruct, reconstruction_operations
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.llama import DecoderLayer
 from fireq_jax.models.parameters import Block, Parameter, fuse_block, layer_parameters, quantize_linear, with_parameters
@@ -29,11 +31,11 @@ Hidden = Float[np.ndarray, "samples T D"]
 
 
 class Compensator:
-    """Quantizes blocks by the moments of their inputs.
+    """Quantizes blocks by what they do to calibration text.
 
     Args:
         config: the architecture.
-        quantization: a config that ``measures_inputs``.
+        quantization: a config that ``reads_text``.
         batch_size: sequences a step, at most.
     """
 
@@ -65,29 +67,52 @@ class Compensator:
         for linear, tap in zip(LINEARS, LINEAR_INPUTS, strict=True):
             if self.quantization.keeps_float(f"layers.{index}.{linear}"):
                 continue
-            seen = self._layer(index, block, done, self.quantization) if self.follows_quantized else exact
-            moments = self._moments(exact, seen, tap, hidden, quantized_hidden)
+            moments = None
+            if self.quantization.measures_inputs:
+                seen = self._layer(index, block, done, self.quantization) if self.follows_quantized else exact
+                moments = self._moments(exact, seen, tap, hidden, quantized_hidden)
             done[f"{linear}.weight"] = quantize_linear(fused[f"{linear}.weight"], self.quantization, moments)
+        if self.quantization.learned_steps:
+            done |= reconstruct(
+                self.config,
+                self._staged(done, self.quantization),
+                {**self._own_parameters(index, block), **done},
+                fused,
+                quantized_hidden,
+                self._run(exact, hidden),
+                batch_size=self.batch_size,
+                index=index,
+            )
         parameters = layer_parameters(block, index, self._float, dtype)
         parameters |= {f"layers.{index}.{name}": value for name, value in done.items()}
         if not self.follows_quantized:
             return parameters, None
-        layer = self._layer(index, block, done, self.quantization)
+        return parameters, self._run(self._layer(index, block, done, self.quantization), quantized_hidden)
+
+    def _run(self, layer: DecoderLayer, hidden: Hidden) -> Hidden:
+        """The layer's output."""
         graph, state = nnx.split(layer)
-        output = np.empty_like(quantized_hidden)
+        output = np.empty_like(hidden)
         for part in batches_of(len(output), self.batch_size):
-            output[part] = np.asarray(_output(graph, self.config, state, jnp.asarray(quantized_hidden[part])))
-        return parameters, output
+            output[part] = np.asarray(_output(graph, self.config, state, jnp.asarray(hidden[part])))
+        return output
 
     def _layer(
         self, index: int, block: Block, done: Mapping[str, Parameter], quantization: QuantizationConfig
     ) -> DecoderLayer:
         """The block with the linear layers of ``done`` quantized and float32 otherwise."""
+        staged = self._staged(done, quantization)
+        return with_parameters(abstract_layer(self.config, staged), {**self._own_parameters(index, block), **done})
+
+    def _staged(self, done: Mapping[str, Parameter], quantization: QuantizationConfig) -> QuantizationConfig:
+        """The config of a layer called "layers.0" in which only the linear layers of ``done`` are quantized."""
         left = tuple(f"layers.0.{linear}" for linear in LINEARS if f"{linear}.weight" not in done)
-        staged = dataclasses.replace(quantization, keep_float=left)
+        return dataclasses.replace(quantization, keep_float=left)
+
+    def _own_parameters(self, index: int, block: Block) -> dict[str, Parameter]:
+        """The block's parameters in float32, by name without prefix."""
         parameters = layer_parameters(block, index, self._float, jnp.float32)
-        own = {name.split(".", 2)[2]: value for name, value in parameters.items()}
-        return with_parameters(abstract_layer(self.config, staged), {**own, **done})
+        return {name.split(".", 2)[2]: value for name, value in parameters.items()}
 
     def _moments(
         self, exact: DecoderLayer, seen: DecoderLayer, tap: str, hidden: Hidden, quantized_hidden: Hidden
@@ -115,10 +140,10 @@ class Compensator:
         return jax.tree.map(lambda x: x / len(parts), total)
 
 
-def compensation_operations(config: ModelConfig, quantization: QuantizationConfig, tokens: int) -> int:
-    """About how many operations :meth:`Compensator.quantize` of one block is.
+def compensation_operations(config: ModelConfig, quantization: QuantizationConfig, samples: int, length: int) -> int:
+    """About how many operations :meth:`Compensator.quantize` of one block is, on ``samples`` of ``length`` tokens.
 
-    Each linear layer's inputs are computed anew, as far as they go (jit drops what comes after them):
+    For moments each linear layer's inputs are computed anew, as far as they go (jit drops what comes after them):
     the layers before it are others by then. Keeping the float model's inputs would save a fifth of
     that and cost the memory of all of them.
     """
@@ -131,11 +156,13 @@ def compensation_operations(config: ModelConfig, quantization: QuantizationConfi
     ]
     sizes = [n * k for n, k in shapes]
     streams = 2 if quantization.calibration_stream == "quantized" else 1
-    before = sum(sum(sizes[:i]) for i in range(len(sizes)))
+    before = sum(sum(sizes[:i]) for i in range(len(sizes))) if quantization.measures_inputs else 0
     passes = streams * before + (sum(sizes) if streams == 2 else 0)
-    moments = streams * sum(k * k for _, k in shapes)
+    moments = streams * sum(k * k for _, k in shapes) if quantization.measures_inputs else 0
     rounding = sum(rounding_operations(n, k) for n, k in shapes) if quantization.error_compensation else 0
-    return 2 * tokens * (passes + moments) + rounding
+    steps = quantization.learned_steps
+    learning = reconstruction_operations(sum(sizes), steps, samples, length) if steps else 0
+    return 2 * samples * length * (passes + moments) + rounding + learning
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))

@@ -74,7 +74,7 @@ class ConversionOptions:
 def needs_calibration(quantization: QuantizationConfig) -> bool:
     """Whether a config measures anything on text."""
     smoothing = quantization.smoothing
-    return quantization.measures_inputs or (smoothing is not None and smoothing.measures_text)
+    return quantization.reads_text or (smoothing is not None and smoothing.measures_text)
 
 
 def convert(
@@ -104,6 +104,8 @@ def convert(
         raise ValueError(f"recipe {options.recipe!r} measures keys on text; give calibration text")
     if tokens is not None:
         _check_tokens(tokens, config.vocab_size, config.max_position_embeddings)
+        if quantization.learned_steps and len(tokens) < 2:
+            raise ValueError(f"learned_steps needs at least 2 calibration sequences, not {len(tokens)}")
     tokens = tokens if needs_calibration(quantization) else None
     fingerprint = _fingerprint(options, source, tokens)
     _check_output(options.output, fingerprint, resume=resume)
@@ -115,7 +117,7 @@ def convert(
     json_files.write_json(work / "options.json", fingerprint)
     _convert_globals(source, options, tokens, work)
     calibrator = Calibrator(config, options.batch_size)
-    compensator = Compensator(config, quantization, options.batch_size) if quantization.measures_inputs else None
+    compensator = Compensator(config, quantization, options.batch_size) if quantization.reads_text else None
     first = _blocks_done(options.output, config.num_layers)
     for index in tqdm(
         range(first, config.num_layers),
@@ -339,8 +341,8 @@ def _cost(
     parameters = sum(int(np.prod(shape)) for shape in block_shapes(config).values())
     operations = 2 * parameters * tokens.size
     states = 2 * tokens.size * config.hidden_size * 4
-    if quantization.measures_inputs:
-        operations += compensation_operations(config, quantization, tokens.size)
+    if quantization.reads_text:
+        operations += compensation_operations(config, quantization, *tokens.shape)
         states *= 2 if quantization.calibration_stream == "quantized" else 1
     return (
         f"{text}; calibration on {tokens.size} tokens: {operations * config.num_layers / 1e12:.2f} TFLOP and "

@@ -33,6 +33,8 @@ from fireq_jax.text_data import load_tokens
 from fireq_jax.tokenizer import load_tokenizer
 
 TINY = Path(__file__).parent / "tiny_llama"
+# Of the rows that learn.
+LEARNED_STEPS = 200
 
 
 def rows() -> dict[str, QuantizationConfig]:
@@ -51,6 +53,11 @@ def rows() -> dict[str, QuantizationConfig]:
         }
     for codebook in ("fp4", "nf4"):
         result[f"plus, float KV + {codebook}"] = replace(weights, weight_format=codebook)
+    learned = {"learned_steps": LEARNED_STEPS}
+    result["fireq, learned"] = replace(recipes.fireq(), **learned)
+    for name, whole in (("plus", plus), ("plus, float KV", weights)):
+        result[f"{name} + learned"] = replace(whole, **learned)
+        result[f"{name} - error compensation + learned"] = replace(whole, **learned, error_compensation=False)
     pieces = {
         "error compensation": {"error_compensation": False},
         "scale search": {"scale_search": False},

@@ -153,10 +153,10 @@ def test_cost_counts_every_pass_that_is_made() -> None:
     before = 0 + 8192 + 12288 + 24576
     moments = 3 * 64**2 + 96**2
     rounding = gptq.rounding_operations(128 + 64 + 192, 64) + gptq.rounding_operations(64, 96)
-    found = compensation.compensation_operations(CONFIG, PLUS, tokens=10)
+    found = compensation.compensation_operations(CONFIG, PLUS, samples=5, length=2)
     assert found == 2 * 10 * (2 * before + 30720 + 2 * moments) + rounding
     alone = dataclasses.replace(PLUS, calibration_stream="float", error_compensation=False)
-    assert compensation.compensation_operations(CONFIG, alone, tokens=10) == 2 * 10 * (before + moments)
+    assert compensation.compensation_operations(CONFIG, alone, samples=5, length=2) == 2 * 10 * (before + moments)
 
 
 def test_it_says_when_text_is_missing(source: Path, tmp_path: Path) -> None:

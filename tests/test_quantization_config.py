@@ -56,6 +56,8 @@ def test_unknown_recipe_lists_all_of_them():
         ({"value_clip": 1.5}, r"value_clip is 1\.5"),
         ({"calibration_stream": "both"}, "'both'"),
         ({"weight_format": "fp8", "scale_search": True}, "need one of weight_format .*, not 'fp8'"),
+        ({"learned_steps": -1}, "learned_steps is -1"),
+        ({"weight_format": "fp8", "learned_steps": 10}, "learned_steps need one of weight_format .*, not 'fp8'"),
         ({"query_format": "bf16"}, "'bf16'"),
         ({"weight_format": "fp8", "activation_format": "none"}, "'fp8' needs"),
         ({"weight_format": "none"}, "'fp8' needs quantized weights"),

@@ -69,7 +69,7 @@ def quantize_block(config: ModelConfig, recipe: str, hidden: np.ndarray, batch_s
         keys, values = statistics.keys, statistics.values
         block = timed("smoothing", lambda: smooth_block(block, keys, config, smoothing, inputs, values))
     del statistics
-    if quantization.measures_inputs:
+    if quantization.reads_text:
         compensator = Compensator(config, quantization, batch_size)
         timed("compensation", lambda: compensator.quantize(block, 0, hidden, hidden, jnp.bfloat16))
 

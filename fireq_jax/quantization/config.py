@@ -117,9 +117,13 @@ class QuantizationConfig:
             calibration text, instead of from the largest weight.
         error_compensation: INT4 codes that keep a layer's output on calibration text, instead of
             each weight (GPTQ, then coordinate descent).
-        calibration_stream: what scale_search and error_compensation calibrate on: the float
-            model's activations, or the quantized model's, whose distance to the float model's
-            each layer then makes up for as well.
+        learned_steps: steps of gradient descent, block by block, on INT4 codes, channel scales and
+            RMSNorm gains for the block's output on calibration text, from what the choices above
+            made of them: slower, in place of error_compensation rather than on top of it. 0
+            learns nothing.
+        calibration_stream: what scale_search, error_compensation and learned_steps calibrate on:
+            the float model's activations, or the quantized model's, whose distance to the float
+            model's each layer then makes up for as well.
         kv_format: keys and values in the cache, "int4", "fp8" or "none".
         kv_group_size: channels that share a key or value scale; None means head_dim.
         key_clip, value_clip: INT4 scales of keys and values are clip * absmax / 7.
@@ -140,6 +144,7 @@ class QuantizationConfig:
     rounding: formats.Rounding = "nearest"
     scale_search: bool = False
     error_compensation: bool = False
+    learned_steps: int = 0
     calibration_stream: CalibrationStream = "float"
     kv_format: formats.KVFormat = "int4"
     kv_group_size: int | None = None
@@ -167,10 +172,12 @@ class QuantizationConfig:
         for name in ("key_clip", "value_clip"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0 and at most 1")
-        if self.measures_inputs and self.weight_format not in formats.CODEBOOKS:
+        if self.learned_steps < 0:
+            raise ValueError(f"learned_steps is {self.learned_steps}; expected 0 or more")
+        if self.reads_text and self.weight_format not in formats.CODEBOOKS:
             raise ValueError(
-                f"scale_search and error_compensation need one of weight_format {tuple(formats.CODEBOOKS)}, "
-                f"not {self.weight_format!r}"
+                f"scale_search, error_compensation and learned_steps need one of weight_format "
+                f"{tuple(formats.CODEBOOKS)}, not {self.weight_format!r}"
             )
         if self.weight_format == "fp8" and self.activation_format != "fp8":
             raise ValueError("weight_format 'fp8' needs activation_format 'fp8'")
@@ -181,6 +188,11 @@ class QuantizationConfig:
     def measures_inputs(self) -> bool:
         """Whether rounding a weight needs the second moments of its inputs."""
         return self.scale_search or self.error_compensation
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether quantizing weights needs calibration text."""
+        return self.measures_inputs or self.learned_steps > 0
 
     def keeps_float(self, name: str) -> bool:
         """Whether the linear layer ``name`` stays unquantized."""
@@ -205,7 +217,12 @@ class QuantizationConfig:
     def with_float_weights(self) -> Self:
         """The same with weights and activations as they are."""
         return dataclasses.replace(
-            self, weight_format="none", activation_format="none", scale_search=False, error_compensation=False
+            self,
+            weight_format="none",
+            activation_format="none",
+            scale_search=False,
+            error_compensation=False,
+            learned_steps=0,
         )
 
     def to_dict(self) -> dict[str, Any]:
