@@ -1,6 +1,6 @@
 """Attention kernels on a Hopper GPU: errors against float32, and times against cuDNN and XLA.
 
-    python examples/benchmarks/attention.py [check] [decode] [prefill] [--quick]
+    python examples/benchmarks/attention.py [check] [decode] [queries] [prefill] [--quick]
 
 Times are medians over repetitions of a loop inside one jit, over rotating buffers larger than the
 L2 cache where the cache is smaller than that. They include every pass of the op: decode's
@@ -29,6 +29,7 @@ SCALE = HEAD_DIM**-0.5
 L2_BYTES = 60 << 20
 
 DECODE_CONFIGS = (decode.Config(), decode.Config(block_kv=128, stages=3, warpgroups=4))
+PAGE = 256
 PREFILL_CONFIGS = (prefill.Config(), prefill.Config(pipeline=1))
 
 
@@ -152,6 +153,38 @@ def time_decode(quick: bool) -> None:
         print(line, flush=True)
 
 
+def time_few_queries() -> None:
+    """Several queries a sequence, and the cache in pages, against one query over a cache in one piece."""
+    print("decode of several tokens, and in pages of 256 slots in random order: us, and over one token's")
+    for batch, slots in ((1, 16384), (16, 4096), (64, 4096)):
+        key, value = random_cache(0, batch, slots)
+        lengths, one = jnp.full((batch,), slots, jnp.int32), None
+        pages = batch * slots // PAGE
+        table = jax.random.permutation(jax.random.key(1), pages).astype(jnp.int32).reshape(batch, -1)
+        line = f"  {batch:3d} x {slots:6d}"
+        for length, paged in ((1, False), (1, True), (4, False), (8, False), (16, False), (16, True)):
+            q = formats.quantize_fp8(jax.random.normal(jax.random.key(0), (batch, length, HEADS, HEAD_DIM)))
+            rows = jax.tree.map(in_pages, (key, value)) if paged else (key, value)
+            run = functools.partial(
+                decode.decode_attention,
+                query_start=lengths - length,
+                kv_lengths=lengths,
+                scale=SCALE,
+                page_table=table if paged else None,
+            )
+            us = median_ms(run, [(q, *rows)], 200) * 1e3
+            one = one or us
+            line += f" | T {length:2d}{' paged' if paged else ''} {us:7.1f} us {us / one:5.2f}"
+        print(line, flush=True)
+
+
+def in_pages(x: jax.Array) -> jax.Array:
+    """[B, kv_heads, S, X] -> [pages, kv_heads, PAGE, X]."""
+    batch, kv_heads, slots, columns = x.shape
+    cut = x.reshape(batch, kv_heads, slots // PAGE, PAGE, columns).swapaxes(1, 2)
+    return cut.reshape(-1, kv_heads, PAGE, columns)
+
+
 def time_prefill() -> None:
     print("prefill, causal: ms and TFLOP/s for each Config, the kernel without preparation, then bf16")
     for batch, length in ((16, 1024), (4, 4096), (1, 16384)):
@@ -190,20 +223,22 @@ def bf16_operands(seed: int, batch: int, length: int, slots: int) -> tuple[jax.A
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["check", "decode", "prefill"], metavar="check|decode|prefill")
+    parser.add_argument("what", nargs="*", default=list(MEASUREMENTS), metavar="|".join(MEASUREMENTS))
     parser.add_argument("--quick", action="store_true", help="fewer decode shapes, cuDNN alone as baseline")
     arguments = parser.parse_args()
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}")
     for what in arguments.what:
-        if what == "check":
-            check_all()
-        elif what == "decode":
-            time_decode(arguments.quick)
-        elif what == "prefill":
-            time_prefill()
-        else:
-            parser.error(f"unknown measurement {what!r}; expected check, decode or prefill")
+        if what not in MEASUREMENTS:
+            parser.error(f"unknown measurement {what!r}; expected some of {list(MEASUREMENTS)}")
+        MEASUREMENTS[what](arguments.quick)
 
+
+MEASUREMENTS: dict[str, Callable[[bool], None]] = {
+    "check": lambda _: check_all(),
+    "decode": time_decode,
+    "queries": lambda _: time_few_queries(),
+    "prefill": lambda _: time_prefill(),
+}
 
 if __name__ == "__main__":
     main()
