@@ -28,7 +28,12 @@ HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 SCALE = HEAD_DIM**-0.5
 L2_BYTES = 60 << 20
 
-DECODE_CONFIGS = (decode.Config(), decode.Config(block_kv=128, stages=3, warpgroups=4))
+DECODE_CONFIGS = (
+    decode.Config(),
+    decode.Config(block_kv=128, stages=3, warpgroups=4),
+    decode.Config(block_kv=128, stages=2, warpgroups=2),
+    decode.Config(block_kv=128, stages=2, warpgroups=1),
+)
 PAGE = 256
 PREFILL_CONFIGS = (prefill.Config(), prefill.Config(pipeline=1))
 
