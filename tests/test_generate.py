@@ -8,7 +8,7 @@ from flax import nnx
 
 from fireq_jax import LlamaForCausalLM, ModelConfig, generate, recipes
 from fireq_jax.generation import stream
-from fireq_jax.generation.generate import BUCKET, _decode, _prefill, _prepare
+from fireq_jax.generation.generate import BUCKET, _decode, _prefill, _prepare, _split
 
 VOCAB = 97
 PROMPTS = [[11, 12, 13, 14, 15], [3], [40, 2, 77]]
@@ -197,10 +197,10 @@ def test_nearby_lengths_share_a_compilation(model):
 
 def test_the_cache_is_donated(model):
     request = _prepare(model, PROMPTS[:1], None, 4, None, None, None, None, {})
-    graphdef, params = nnx.split(model)
+    graph, params = _split(model)
 
-    cache, progress = _prefill(graphdef, params, request.tokens, request.lengths, request.choice, request.capacity)
-    kept, *_ = _decode(graphdef, params, cache, progress, request.choice, 3)
+    cache, progress = _prefill(graph, params, request.tokens, request.lengths, request.choice, request.capacity)
+    kept, *_ = _decode(graph, params, cache, progress, request.choice, 3)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(cache))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((kept, params)))
 

@@ -95,10 +95,10 @@ def generate(
     request = _prepare(
         model, input_ids, attention_mask, max_new_tokens, eos_token_ids, pad_token_id, key, cache_capacity, sampling
     )
-    graphdef, params = nnx.split(model)
-    cache, progress = _prefill(graphdef, params, request.tokens, request.lengths, request.choice, request.capacity)
+    graph, params = _split(model)
+    cache, progress = _prefill(graph, params, request.tokens, request.lengths, request.choice, request.capacity)
     first = progress.tokens[:, None]
-    _, progress, new_tokens, lengths = _decode(graphdef, params, cache, progress, request.choice, max_new_tokens - 1)
+    _, progress, new_tokens, lengths = _decode(graph, params, cache, progress, request.choice, max_new_tokens - 1)
     sequences = jnp.concatenate([request.prompt, first, new_tokens[:, : max_new_tokens - 1]], axis=1)
     return GenerationOutput(sequences, 1 + lengths, ~progress.running)
 
@@ -131,12 +131,12 @@ def _steps(model: LlamaForCausalLM, request: "_Request", max_new_tokens: int) ->
 
     Only the first token comes before its next step, which may have to be compiled.
     """
-    graphdef, params = nnx.split(model)
-    cache, ahead = _prefill(graphdef, params, request.tokens, request.lengths, request.choice, request.capacity)
+    graph, params = _split(model)
+    cache, ahead = _prefill(graph, params, request.tokens, request.lengths, request.choice, request.capacity)
 
     def start_next() -> _Progress:
         nonlocal cache
-        cache, following, _, _ = _decode(graphdef, params, cache, ahead, request.choice, 1)
+        cache, following, _, _ = _decode(graph, params, cache, ahead, request.choice, 1)
         return following
 
     active = np.ones(len(request.tokens), bool)
@@ -151,6 +151,24 @@ def _steps(model: LlamaForCausalLM, request: "_Request", max_new_tokens: int) ->
         if more and step == 0:
             ahead = start_next()
         active = running
+
+
+class _Graph:
+    """A module graph that is hashed once: that takes as long as a decoding step of a large model."""
+
+    def __init__(self, definition: nnx.GraphDef[LlamaForCausalLM]) -> None:
+        self.definition, self._hash = definition, hash(definition)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Graph) and self.definition == other.definition
+
+
+def _split(model: LlamaForCausalLM) -> tuple[_Graph, Any]:
+    definition, params = nnx.split(model)
+    return _Graph(definition), params
 
 
 class _Choice(NamedTuple):
@@ -184,16 +202,16 @@ class _Progress(NamedTuple):
     seen: Bool[Array, "B V"] | None
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "capacity"))
+@functools.partial(jax.jit, static_argnames=("graph", "capacity"))
 def _prefill(
-    graphdef: nnx.GraphDef[LlamaForCausalLM],
+    graph: _Graph,
     params: Any,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
     choice: _Choice,
     capacity: int,
 ) -> tuple[KVCache, _Progress]:
-    logits, cache = nnx.merge(graphdef, params).prefill(tokens, lengths, capacity)
+    logits, cache = nnx.merge(graph.definition, params).prefill(tokens, lengths, capacity)
     batch, vocabulary = logits.shape
     seen = None
     if choice.sampling.repetition_penalty is not None:
@@ -202,9 +220,9 @@ def _prefill(
     return cache, _choose(logits, cache, jnp.ones((batch,), bool), seen, choice)
 
 
-@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache")
 def _decode(
-    graphdef: nnx.GraphDef[LlamaForCausalLM],
+    graph: _Graph,
     params: Any,
     cache: KVCache,
     progress: _Progress,
@@ -219,7 +237,7 @@ def _decode(
         The cache, in the argument's memory; where the sequences are; the new tokens, as wide as
         the cache so that ``count`` is not compiled in; and how many of each sequence are new.
     """
-    model = nnx.merge(graphdef, params)
+    model = nnx.merge(graph.definition, params)
     batch = progress.tokens.shape[0]
 
     def unfinished(carry: tuple) -> Bool[Array, ""]:
