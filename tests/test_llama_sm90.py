@@ -105,3 +105,31 @@ def test_kernels_are_as_near_to_float32_as_xla(config: ModelConfig) -> None:
         for implementation in ("mosaic_gpu", "xla")
     )
     assert 0 < kernels < 1.5 * xla < 0.2
+
+
+@pytest.mark.gpu
+def test_kernels_that_start_early_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit over many steps: a kernel that did not wait would read what is not there yet."""
+    model = LlamaForCausalLM(WIDE, recipes.fireq(), implementation="mosaic_gpu", rngs=nnx.Rngs(0))
+    graph, state = nnx.split(model)
+
+    def steps(state: nnx.State, tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, jax.Array, KVCache]:
+        def step(_: int, carry: tuple[jax.Array, jax.Array, KVCache]) -> tuple[jax.Array, jax.Array, KVCache]:
+            tokens, _, cache = carry
+            logits, cache = nnx.merge(graph, state).extend(tokens[:, None], jnp.ones_like(tokens), cache)
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32), logits, cache
+
+        logits = jnp.zeros((len(tokens), WIDE.vocab_size), jnp.float32)
+        return jax.lax.fori_loop(0, CAPACITY - 1, step, (tokens, logits, cache))
+
+    def run(early: bool) -> list[np.ndarray]:
+        monkeypatch.setattr(early_start, "ENABLED", early)
+        jax.clear_caches()
+        arguments = state, jnp.arange(3, dtype=jnp.int32), KVCache.create(WIDE, recipes.fireq(), 3, CAPACITY)
+        # One by one: in a CUDA graph no kernel starts early.
+        program = jax.jit(steps).lower(*arguments).compile(compiler_options={"xla_gpu_enable_command_buffer": ""})
+        return [np.asarray(x) for x in jax.tree.leaves(program(*arguments))]
+
+    for late, early in zip(run(False), run(True), strict=True):
+        np.testing.assert_array_equal(early.view(np.uint8), late.view(np.uint8))
+    jax.clear_caches()
