@@ -28,8 +28,8 @@ from fireq_jax import checkpoint, json_files
 from fireq_jax.huggingface import HuggingFaceCheckpoint, block_shapes
 from fireq_jax.models.llama import linear_names
 from fireq_jax.models.parameters import Parameter, fuse_block, global_parameters, layer_parameters
-from fireq_jax.quantization.config import QuantizationConfig, SmoothingConfig
-from fireq_jax.quantization.key_smoothing import KeyStatistics, key_transform
+from fireq_jax.quantization.config import QuantizationConfig
+from fireq_jax.quantization.key_smoothing import KeyStatistics, KeyTransform, key_transform
 from fireq_jax.quantization.smoothing import smooth_block
 from pallas_kernels import formats
 from pallas_kernels.quantized_tensor import QuantizedTensor
@@ -170,12 +170,13 @@ def _convert_block(
         _save_array(_hidden_path(work, index + 1), output)
         del output, hidden
     if quantization.smoothing is not None:
-        keys = inputs = values = None
+        keys = inputs = values = transform = None
         if statistics is not None:
             keys, values = statistics.keys, statistics.values
             inputs = {name: channels.mean_abs for name, channels in statistics.inputs.items()}
-        smoothed = smooth_block(block, keys, config, quantization.smoothing, inputs, values)
-        _save_arrays(work / f"smoothing.{index}.npz", smoothing_effect(block, smoothed, keys, quantization.smoothing))
+            transform = key_transform(keys, quantization.smoothing)
+        smoothed = smooth_block(block, keys, config, quantization.smoothing, inputs, values, transform)
+        _save_arrays(work / f"smoothing.{index}.npz", smoothing_effect(block, smoothed, keys, transform))
         block = smoothed
         del smoothed
     if compensator is None:
@@ -217,7 +218,10 @@ def _weight_errors(block: Mapping[str, Array], index: int, parameters: Mapping[s
 
 
 def smoothing_effect(
-    before: Mapping[str, Array], after: Mapping[str, Array], keys: KeyStatistics | None, smoothing: SmoothingConfig
+    before: Mapping[str, Array],
+    after: Mapping[str, Array],
+    keys: KeyStatistics | None,
+    transform: KeyTransform | None,
 ) -> dict[str, np.ndarray]:
     """Channel absmax before and after smoothing, for plots.
 
@@ -230,12 +234,11 @@ def smoothing_effect(
     for moment, block in (("before", before), ("after", after)):
         for name, absmax in _column_absmax(dict(block)).items():
             effect[f"{name}.{moment}"] = np.asarray(absmax)
-    if keys is not None:
-        pairs, post_rope = key_transform(keys, smoothing)
-        pre_rope = jnp.tile(pairs.scale, (1, 2))
+    if keys is not None and transform is not None:
+        pre_rope = jnp.tile(transform.pairs.scale, (1, 2))
         effect["keys.before"] = np.asarray(keys.channel_max)
         effect["keys.pre_rope"] = np.asarray(keys.channel_max * pre_rope)
-        effect["keys.post_rope"] = np.asarray(keys.channel_max * pre_rope * post_rope)
+        effect["keys.post_rope"] = np.asarray(keys.channel_max * pre_rope * transform.post_rope_scale)
     return effect
 
 

@@ -5,6 +5,7 @@ outlier channels after RoPE, and an offset moves all keys of a head. N and S are
 2505.20839); balancing N against the queries, fitting it and the offset are beyond it.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -69,37 +70,57 @@ class PairTransform(NamedTuple):
         return PairTransform(1 / self.scale, self.angle)
 
 
+class KeyTransform(NamedTuple):
+    """What :func:`smooth_keys` does to the keys: N before RoPE, S after it, and what is then subtracted."""
+
+    pairs: PairTransform
+    post_rope_scale: Float[Array, "kv_heads H"]
+    offset: Float[Array, "kv_heads H"] | None
+
+
 def smooth_keys(
-    block: Mapping[str, Array], keys: KeyStatistics | None, config: ModelConfig, smoothing: SmoothingConfig
+    block: Mapping[str, Array], transform: KeyTransform, config: ModelConfig, smoothing: SmoothingConfig
 ) -> dict[str, Array]:
     """N, S and the key offset; see :func:`~fireq_jax.quantization.smoothing.smooth_block`."""
-    if keys is None:
-        raise ValueError("RoPE-aware scaling needs key statistics; calibrate first")
     result = dict(block)
-    pairs, post_rope = key_transform(keys, smoothing)
     if smoothing.pre_rope:
-        result = fold_pairs(result, pairs, config)
+        result = fold_pairs(result, transform.pairs, config)
     if smoothing.post_rope_channels:
-        result["self_attn.post_rope_scale"] = post_rope
-    if smoothing.key_offset:
-        result["self_attn.key_offset"] = pairs.apply(_moments(keys).mean) * post_rope
+        result["self_attn.post_rope_scale"] = transform.post_rope_scale
+    if transform.offset is not None:
+        result["self_attn.key_offset"] = transform.offset
     return result
 
 
-def key_transform(keys: KeyStatistics, smoothing: SmoothingConfig) -> tuple[PairTransform, Float[Array, "kv_heads H"]]:
-    """N (with the angles, if these are fitted) and S as :func:`smooth_keys` applies them."""
+@functools.partial(jax.jit, static_argnums=1)
+def key_transform(keys: KeyStatistics | None, smoothing: SmoothingConfig) -> KeyTransform:
+    """N (with the angles, if these are fitted), S and the offset.
+
+    Raises:
+        ValueError: if statistics are missing.
+    """
+    if keys is None:
+        raise ValueError("RoPE-aware scaling needs key statistics; calibrate first")
     post_rope, outlier_pairs = post_rope_scale(keys.channel_max, smoothing.post_rope_channels, smoothing.beta)
+    pairs = _pair_transform(keys, outlier_pairs, smoothing)
+    offset = pairs.apply(_moments(keys).mean) * post_rope if smoothing.key_offset else None
+    return KeyTransform(pairs, post_rope, offset)
+
+
+def _pair_transform(
+    keys: KeyStatistics, outlier_pairs: Bool[Array, "kv_heads half"], smoothing: SmoothingConfig
+) -> PairTransform:
     if not smoothing.pre_rope:
-        return PairTransform(jnp.ones_like(keys.pair_max)), post_rope
+        return PairTransform(jnp.ones_like(keys.pair_max))
     pre_rope = pre_rope_scale(key_pair_magnitude(keys, smoothing), outlier_pairs, smoothing.alpha)
     if smoothing.query_exponent:
         pre_rope = favour_queries(pre_rope, outlier_pairs, _moments(keys), smoothing.query_exponent)
     if not smoothing.fit_pairs:
-        return PairTransform(pre_rope), post_rope
+        return PairTransform(pre_rope)
     if keys.sample is None:
         raise ValueError("fit_pairs needs a sample of the keys; calibrate first")
     centered = keys.sample.keys - _moments(keys).mean if smoothing.key_offset else keys.sample.keys
-    return fit_pairs(pre_rope, keys.sample._replace(keys=centered)), post_rope
+    return fit_pairs(pre_rope, keys.sample._replace(keys=centered))
 
 
 @jax.jit

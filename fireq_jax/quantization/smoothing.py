@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.quantization.config import ColumnStatistic, SmoothingConfig
-from fireq_jax.quantization.key_smoothing import KeyStatistics, smooth_keys
+from fireq_jax.quantization.key_smoothing import KeyStatistics, KeyTransform, key_transform, smooth_keys
 from fireq_jax.quantization.value_smoothing import balance_values, rotate_values
 
 Block = Mapping[str, Array]
@@ -33,6 +33,7 @@ def smooth_block(
     smoothing: SmoothingConfig,
     inputs: Mapping[str, Float[Array, " K"]] | None = None,
     values: Float[Array, "kv_heads H H"] | None = None,
+    transform: KeyTransform | None = None,
 ) -> dict[str, Array]:
     """Apply every rescaling that ``smoothing`` asks for.
 
@@ -44,6 +45,7 @@ def smooth_block(
         inputs: mean magnitude of each input channel by ``qkv_input``, ``o_input``,
             ``gate_up_input`` and ``down_input``; needed for ``activation_exponent`` only.
         values: second moments of each head's values; needed for ``value_basis`` "balanced" only.
+        transform: ``key_transform`` of the keys, if the caller has it.
 
     Returns:
         The rescaled block; with post-RoPE scaling also ``self_attn.post_rope_scale``, float32
@@ -56,7 +58,9 @@ def smooth_block(
     """
     if smoothing.activation_exponent and inputs is None:
         raise ValueError("activation_exponent needs statistics of the inputs; calibrate first")
-    rescaled = _rescale(dict(block), keys, config, smoothing, None if inputs is None else dict(inputs))
+    if smoothing.measures_keys and transform is None:
+        transform = key_transform(keys, smoothing)
+    rescaled = _rescale(dict(block), transform, config, smoothing, None if inputs is None else dict(inputs))
     if smoothing.value_basis == "hadamard":
         return rotate_values(rescaled, config)
     if smoothing.value_basis == "balanced":
@@ -70,7 +74,7 @@ def smooth_block(
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _rescale(
     block: Block,
-    keys: KeyStatistics | None,
+    transform: KeyTransform | None,
     config: ModelConfig,
     smoothing: SmoothingConfig,
     inputs: Mapping[str, Float[Array, " K"]] | None,
@@ -87,7 +91,7 @@ def _rescale(
         result = balance_value_output(result, config, *options("o_input"))
     if smoothing.up_down:
         result = balance_up_down(result, *options("down_input"))
-    return smooth_keys(result, keys, config, smoothing) if smoothing.measures_keys else result
+    return result if transform is None else smooth_keys(result, transform, config, smoothing)
 
 
 def column_scale(
