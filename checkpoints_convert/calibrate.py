@@ -26,6 +26,7 @@ from pallas_kernels.split_sum import finished
 
 # One token in so many goes into KeyStatistics.sample, from each sequence with another offset.
 SAMPLE_STRIDE = 13
+Hidden = Float[np.ndarray, "samples T D"]  # of calibration text, between two blocks
 LINEAR_INPUTS = ("qkv_input", "o_input", "gate_up_input", "down_input")
 
 
@@ -63,9 +64,7 @@ class Calibrator:
         self.batch_size = batch_size
         self._layer = abstract_layer(config, recipes.none())
 
-    def run(
-        self, block: Block, hidden: Float[np.ndarray, "samples T D"]
-    ) -> tuple[Float[np.ndarray, "samples T D"], BlockStatistics]:
+    def run(self, block: Block, hidden: Hidden) -> tuple[Hidden, BlockStatistics]:
         """Output of a block for all samples, and its statistics.
 
         Args:

@@ -16,18 +16,17 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from checkpoints_convert.calibrate import LINEAR_INPUTS, abstract_layer, batches_of, run_layer
+from checkpoints_convert.calibrate import LINEAR_INPUTS, Hidden, abstract_layer, batches_of, run_layer
 from checkpoints_convert.reconstruction import reconstruct, reconstruction_operations
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.llama import DecoderLayer
-from fireq_jax.models.parameters import Block, Parameter, fuse_block, layer_parameters, quantize_linear, with_parameters
+from fireq_jax.models.parameters import Block, Parameter, layer_parameters, quantize_linear, with_parameters
 from fireq_jax.quantization.config import QuantizationConfig
 from fireq_jax.quantization.gptq import InputMoments, rounding_operations
 from pallas_kernels import formats
 
 # Which linear layer reads which of calibrate.LINEAR_INPUTS, in order.
 LINEARS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
-Hidden = Float[np.ndarray, "samples T D"]
 
 
 class Compensator:
@@ -61,23 +60,23 @@ class Compensator:
             Parameters by full name; the block's output in the quantized model, None if
             calibration does not follow it.
         """
-        exact = self._layer(index, block, {}, self._float)
-        fused = fuse_block(block)
+        own = self._own_parameters(index, block)
+        exact = self._layer(own, {}, self._float)
         done: dict[str, Parameter] = {}
         for linear, tap in zip(LINEARS, LINEAR_INPUTS, strict=True):
             if self.quantization.keeps_float(f"layers.{index}.{linear}"):
                 continue
             moments = None
             if self.quantization.measures_inputs:
-                seen = self._layer(index, block, done, self.quantization) if self.follows_quantized else exact
+                seen = self._layer(own, done, self.quantization) if self.follows_quantized else exact
                 moments = self._moments(exact, seen, tap, hidden, quantized_hidden)
-            done[f"{linear}.weight"] = quantize_linear(fused[f"{linear}.weight"], self.quantization, moments)
+            done[f"{linear}.weight"] = quantize_linear(own[f"{linear}.weight"], self.quantization, moments)
         if self.quantization.learned_steps:
             done |= reconstruct(
                 self.config,
                 self._staged(done, self.quantization),
-                {**self._own_parameters(index, block), **done},
-                fused,
+                {**own, **done},
+                own,
                 quantized_hidden,
                 self._run(exact, hidden),
                 batch_size=self.batch_size,
@@ -87,7 +86,7 @@ class Compensator:
         parameters |= {f"layers.{index}.{name}": value for name, value in done.items()}
         if not self.follows_quantized:
             return parameters, None
-        return parameters, self._run(self._layer(index, block, done, self.quantization), quantized_hidden)
+        return parameters, self._run(self._layer(own, done, self.quantization), quantized_hidden)
 
     def _run(self, layer: DecoderLayer, hidden: Hidden) -> Hidden:
         """The layer's output."""
@@ -98,21 +97,20 @@ class Compensator:
         return output
 
     def _layer(
-        self, index: int, block: Block, done: Mapping[str, Parameter], quantization: QuantizationConfig
+        self, own: Mapping[str, Array], done: Mapping[str, Parameter], quantization: QuantizationConfig
     ) -> DecoderLayer:
-        """The block with the linear layers of ``done`` quantized and float32 otherwise."""
-        staged = self._staged(done, quantization)
-        return with_parameters(abstract_layer(self.config, staged), {**self._own_parameters(index, block), **done})
+        """The block with the linear layers of ``done`` quantized and its ``own`` parameters otherwise."""
+        return with_parameters(abstract_layer(self.config, self._staged(done, quantization)), {**own, **done})
 
     def _staged(self, done: Mapping[str, Parameter], quantization: QuantizationConfig) -> QuantizationConfig:
         """The config of a layer called "layers.0" in which only the linear layers of ``done`` are quantized."""
         left = tuple(f"layers.0.{linear}" for linear in LINEARS if f"{linear}.weight" not in done)
         return dataclasses.replace(quantization, keep_float=left)
 
-    def _own_parameters(self, index: int, block: Block) -> dict[str, Parameter]:
+    def _own_parameters(self, index: int, block: Block) -> dict[str, Array]:
         """The block's parameters in float32, by name without prefix."""
         parameters = layer_parameters(block, index, self._float, jnp.float32)
-        return {name.split(".", 2)[2]: value for name, value in parameters.items()}
+        return {name.split(".", 2)[2]: value for name, value in parameters.items() if isinstance(value, Array)}
 
     def _moments(
         self, exact: DecoderLayer, seen: DecoderLayer, tap: str, hidden: Hidden, quantized_hidden: Hidden

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from checkpoints_convert.calibrate import BlockStatistics, Calibrator
 from checkpoints_convert.compensation import Compensator, compensation_operations
+from checkpoints_convert.reconstruction import check_sequences
 from fireq_jax import checkpoint, json_files
 from fireq_jax.huggingface import HuggingFaceCheckpoint, block_shapes
 from fireq_jax.models.llama import linear_names
@@ -104,8 +105,8 @@ def convert(
         raise ValueError(f"recipe {options.recipe!r} measures keys on text; give calibration text")
     if tokens is not None:
         _check_tokens(tokens, config.vocab_size, config.max_position_embeddings)
-        if quantization.learned_steps and len(tokens) < 2:
-            raise ValueError(f"learned_steps needs at least 2 calibration sequences, not {len(tokens)}")
+        if quantization.learned_steps:
+            check_sequences(len(tokens))
     tokens = tokens if needs_calibration(quantization) else None
     fingerprint = _fingerprint(options, source, tokens)
     _check_output(options.output, fingerprint, resume=resume)

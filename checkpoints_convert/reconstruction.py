@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from checkpoints_convert.calibrate import abstract_layer, batches_of, run_layer
+from checkpoints_convert.calibrate import Hidden, abstract_layer, batches_of, run_layer
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.parameters import Parameter, with_parameters
 from fireq_jax.quantization.config import QuantizationConfig
@@ -33,7 +33,6 @@ from pallas_kernels.quantized_tensor import QuantizedTensor
 
 # One sequence in so many judges; a step learns from one of the others.
 HELD_OUT = 8
-Hidden = Float[np.ndarray, "samples T D"]
 logger = logging.getLogger(__name__)
 
 
@@ -64,8 +63,7 @@ def reconstruct(
         ValueError: if there are not two sequences, one to learn from and one to judge by.
     """
     samples, steps = len(hidden), quantization.learned_steps
-    if samples < 2:
-        raise ValueError(f"learned_steps needs at least 2 calibration sequences, not {samples}")
+    check_sequences(samples)
     origins = {
         name: origin(value, weights[name]) for name, value in start.items() if isinstance(value, QuantizedTensor)
     }
@@ -94,6 +92,12 @@ def reconstruct(
     before, after = error(start), error({**start, **learned})
     logger.info("block %d: error of held-out text %.3g, %.3g after %d steps", index, before, after, steps)
     return learned if after < before else {}
+
+
+def check_sequences(samples: int) -> None:
+    """Raise ValueError unless there is a sequence to learn from and one to judge by."""
+    if samples < 2:
+        raise ValueError(f"learned_steps needs at least 2 calibration sequences, not {samples}")
 
 
 def reconstruction_operations(parameters: int, steps: int, samples: int, length: int) -> int:
