@@ -17,6 +17,7 @@ from pallas_kernels import dispatch, formats, layouts
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.matmul_epilogue import Activation, epilogue
 from pallas_kernels.quantized_tensor import QuantizedTensor
+from pallas_kernels.sm90 import split_sum
 from pallas_kernels.sm90.matmul import launch
 from pallas_kernels.sm90.matmul.config import choose
 from pallas_kernels.split_sum import SplitSum, finished
@@ -74,10 +75,11 @@ def deferred_matmul(
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
     implementation: dispatch.Implementation = "auto",
 ) -> Float[Array, "*rows N_out"] | SplitSum:
-    """``matmul``, or where its kernel cuts K the parts of the result, for who reads it to add up."""
+    """``matmul``, or where its kernel cuts K the parts of the result, if kernels that read it can add them up."""
     _validate(x, weight, bias, activation, residual)
     if dispatch.resolve("matmul", implementation, _unsupported(x, weight, residual, out_dtype)) == "mosaic_gpu":
-        return _matmul_sm90(x, weight, bias, activation, residual)
+        y = _matmul_sm90(x, weight, bias, activation, residual)
+        return finished(y) if isinstance(y, SplitSum) and split_sum.unsupported(y) else y
     return matmul_reference(x, weight, bias=bias, activation=activation, residual=residual, out_dtype=out_dtype)
 
 

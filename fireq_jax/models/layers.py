@@ -97,7 +97,7 @@ class Linear(nnx.Module):
         if isinstance(weight, QuantizedTensor):
             if self.fp8_activations and not isinstance(x, ScaledArray):
                 x = quantize_rows(x, implementation=self.implementation)
-            y = deferred_matmul(
+            return deferred_matmul(
                 x,
                 weight,
                 bias=bias,
@@ -106,8 +106,6 @@ class Linear(nnx.Module):
                 out_dtype=self.dtype,
                 implementation=self.implementation,
             )
-            # The kernels that add up sums know FP8 rows without a bias.
-            return y if bias is None and self.fp8_activations else finished(y)
         assert not isinstance(x, ScaledArray)
         return epilogue(matmul_float(x, weight), bias, activation, residual).astype(self.dtype)
 
