@@ -13,7 +13,6 @@ command again goes on where it stopped.
 import argparse
 import dataclasses
 import functools
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from matplotlib.figure import Figure
 from checkpoints_convert.calibration_data import sample_windows
 from checkpoints_convert.conversion import ConversionOptions, convert, needs_calibration
 from fireq_jax import LlamaForCausalLM, QuantizationConfig, recipes
+from fireq_jax.json_files import read_json, write_json
 from fireq_jax.text_data import load_tokens
 from fireq_jax.tokenizer import load_tokenizer
 
@@ -145,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             measured = measure(args.model, config, samples, reference)
             done[str(seed)] = dataclasses.asdict(measured)
             report.setdefault("configs", {})[name] = config.to_dict()
-            (args.output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            write_json(args.output / "report.json", report)
             print(
                 f"{name} (seed {seed}): perplexity {measured.perplexity:.4f}, loss {measured.loss:.2%}, "
                 f"divergence {measured.divergence:.4f}, {measured.seconds:.0f} s",
@@ -227,7 +227,7 @@ def load_report(path: Path, settings: dict[str, str]) -> dict[str, Any]:
     """An earlier report of the same settings, or an empty one."""
     if not path.is_file():
         return {"settings": settings, "rows": {}}
-    report = json.loads(path.read_text(encoding="utf-8"))
+    report = read_json(path)
     if report["settings"] != settings:
         raise SystemExit(f"{path} was measured with {report['settings']}; give another --output")
     return report

@@ -51,10 +51,19 @@ def read_config(folder: Path) -> ModelConfig:
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json; expected a Hugging Face checkpoint folder")
     fields = read_json(path)
-    generation = folder / "generation_config.json"
-    if generation.is_file() and (eos := read_json(generation).get("eos_token_id")) is not None:
+    if (eos := read_generation_config(folder).get("eos_token_id")) is not None:
         fields["eos_token_id"] = eos
     return ModelConfig.from_huggingface(fields)
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """``generation_config.json`` of a folder, {} without one.
+
+    Raises:
+        ValueError: naming the file, if it is not a JSON object.
+    """
+    path = folder / "generation_config.json"
+    return read_json(path) if path.is_file() else {}
 
 
 def block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -16,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from fireq_jax.json_files import write_json
+
 PHASES = ("imports", "device", "load", "first token", "second token", "each further token")
 
 
@@ -97,7 +99,7 @@ def main() -> None:
         name = "nothing cached" if i == 0 else "compilation cached"
         print(f"| {name} | {total:.2f} | " + " | ".join(f"{row[phase]:.3f}" for phase in PHASES) + " |")
     if args.json is not None:
-        args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        write_json(args.json, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import numpy as np
 
 from fireq_jax.generation.generate import generate, stream
 from fireq_jax.generation.sampling import SamplingConfig, SamplingOptions
-from fireq_jax.json_files import read_json
+from fireq_jax.huggingface import read_generation_config
 from fireq_jax.models.llama import LlamaForCausalLM
 from fireq_jax.tokenizer import load_tokenizer
 from pallas_kernels import formats
@@ -98,16 +98,6 @@ def _run(arguments: argparse.Namespace) -> None:
         _stream(model, tokenizer, prompts[0], options)
     else:
         _print_complete(model, tokenizer, prompts, options, arguments)
-
-
-def read_generation_config(folder: Path) -> dict[str, Any]:
-    """``generation_config.json`` of a folder, {} without one.
-
-    Raises:
-        ValueError: naming the file, if it is not a JSON object.
-    """
-    path = folder / "generation_config.json"
-    return read_json(path) if path.is_file() else {}
 
 
 def sampling_options(defaults: dict[str, Any], given: dict[str, Any]) -> SamplingOptions:

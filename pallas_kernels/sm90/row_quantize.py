@@ -68,7 +68,7 @@ class Config:
 def default_config(width: int, *, parts: bool = False) -> Config:
     """The fewest warpgroups that hold a row of ``width`` elements, or a part of it in a load a thread."""
     warpgroups = -(-width // (CHUNK * WARPGROUP * (1 if parts else MAX_CHUNKS)))
-    return Config(min(warpgroups, MAX_WARPGROUPS) if parts else warpgroups)
+    return Config(min(warpgroups, MAX_WARPGROUPS))
 
 
 def unsupported(x: Array | SplitSum) -> str | None:
