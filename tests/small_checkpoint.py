@@ -1,4 +1,4 @@
-"""Small random checkpoints for the converter's tests, and what came of them."""
+"""Small random checkpoints and blocks for the converter's tests, and what came of them."""
 
 import json
 from pathlib import Path
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from fireq_jax import LlamaForCausalLM
-from fireq_jax.huggingface import expected_shapes, read_config
+from fireq_jax import LlamaForCausalLM, ModelConfig
+from fireq_jax.huggingface import block_shapes, expected_shapes, read_config
 from fireq_jax.models.parameters import parameters_of
 
 
@@ -32,3 +32,12 @@ def parameter_bytes(folder: Path) -> dict[str, bytes]:
     model = LlamaForCausalLM.from_pretrained(folder, dtype=jnp.float32)
     leaves = jax.tree_util.tree_leaves_with_path(parameters_of(model))
     return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
+
+
+def block_of(config: ModelConfig, seed: int = 0) -> dict[str, jax.Array]:
+    """Random float32 weights of one block, by Hugging Face name without prefix."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: jnp.ones(shape) if "norm" in name else jnp.asarray(rng.normal(0, shape[-1] ** -0.5, shape), jnp.float32)
+        for name, shape in block_shapes(config).items()
+    }

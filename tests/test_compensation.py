@@ -3,18 +3,16 @@
 import dataclasses
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_checkpoint import parameter_bytes, write_checkpoint
+from small_checkpoint import block_of, parameter_bytes, write_checkpoint
 
 from checkpoints_convert import compensation, conversion
 from checkpoints_convert.calibrate import Calibrator
 from checkpoints_convert.compensation import Compensator
 from checkpoints_convert.conversion import ConversionOptions, convert, needs_calibration
 from fireq_jax import LlamaForCausalLM, ModelConfig, QuantizationConfig, recipes
-from fireq_jax.huggingface import block_shapes
 from fireq_jax.quantization import gptq
 from pallas_kernels.quantized_tensor import QuantizedTensor
 
@@ -25,14 +23,6 @@ FIELDS = {
 }  # fmt: skip
 CONFIG = ModelConfig.from_huggingface(FIELDS)
 PLUS = recipes.fireq_plus()
-
-
-def block_of(seed: int = 0) -> dict[str, jax.Array]:
-    rng = np.random.default_rng(seed)
-    return {
-        name: jnp.ones(shape) if "norm" in name else jnp.asarray(rng.normal(0, shape[-1] ** -0.5, shape), jnp.float32)
-        for name, shape in block_shapes(CONFIG).items()
-    }
 
 
 def hidden_of() -> np.ndarray:
@@ -70,7 +60,7 @@ def options(model: Path, output: Path) -> ConversionOptions:
 
 def block_error(quantization: QuantizationConfig) -> float:
     """Relative output error of a block quantized on ``hidden_of()``."""
-    block, hidden = block_of(), hidden_of()
+    block, hidden = block_of(CONFIG), hidden_of()
     exact, _ = Calibrator(CONFIG, 8).run(block, hidden)
     _, output = Compensator(CONFIG, quantization, 8).quantize(block, 0, hidden, hidden, jnp.float32)
     assert output is not None
@@ -90,7 +80,7 @@ def test_moments_are_those_of_the_layers_inputs(monkeypatch: pytest.MonkeyPatch)
         "quantize_linear",
         lambda weight, config, inputs: seen.append(inputs) or compensation_quantize(weight, config, inputs),
     )
-    block, hidden = block_of(), hidden_of()
+    block, hidden = block_of(CONFIG), hidden_of()
     config = without_smoothing(activation_format="none", kv_format="none", query_format="none")
     Compensator(CONFIG, config, 8).quantize(block, 0, hidden, hidden + 0.5, jnp.float32)
 
@@ -108,12 +98,14 @@ compensation_quantize = compensation.quantize_linear
 
 def test_kept_layers_stay_float_and_the_others_do_not() -> None:
     config = without_smoothing(keep_float=("*.o_proj",))
-    parameters, _ = Compensator(CONFIG, config, 8).quantize(block_of(), 2, hidden_of(), hidden_of(), jnp.float32)
+    parameters, _ = Compensator(CONFIG, config, 8).quantize(block_of(CONFIG), 2, hidden_of(), hidden_of(), jnp.float32)
     quantized = {name for name, value in parameters.items() if isinstance(value, QuantizedTensor)}
     assert quantized == {
         f"layers.2.{linear}.weight" for linear in ("self_attn.qkv_proj", "mlp.gate_up_proj", "mlp.down_proj")
     }
-    np.testing.assert_array_equal(parameters["layers.2.self_attn.o_proj.weight"], block_of()["self_attn.o_proj.weight"])
+    np.testing.assert_array_equal(
+        parameters["layers.2.self_attn.o_proj.weight"], block_of(CONFIG)["self_attn.o_proj.weight"]
+    )
 
 
 def test_converted_model_runs_and_is_close(source: Path, converted: Path) -> None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_checkpoint import parameter_bytes, write_checkpoint
+from small_checkpoint import block_of, parameter_bytes, write_checkpoint
 
 from checkpoints_convert import reconstruction
 from checkpoints_convert.calibrate import Calibrator, abstract_layer, run_layer
@@ -16,7 +16,6 @@ from checkpoints_convert.compensation import Compensator, compensation_operation
 from checkpoints_convert.conversion import ConversionOptions, convert
 from checkpoints_convert.reconstruction import reconstruct, relative_error
 from fireq_jax import ModelConfig, QuantizationConfig
-from fireq_jax.huggingface import block_shapes
 from fireq_jax.models.parameters import fuse_block, quantize_linear, with_parameters
 from fireq_jax.quantization import SmoothingConfig, learned_rounding
 from fireq_jax.quantization.gptq import InputMoments
@@ -32,14 +31,6 @@ CONFIG = ModelConfig.from_huggingface(FIELDS)
 PLAIN = QuantizationConfig(learned_steps=60)
 
 
-def block_of(seed: int = 0) -> dict[str, jax.Array]:
-    rng = np.random.default_rng(seed)
-    return {
-        name: jnp.ones(shape) if "norm" in name else jnp.asarray(rng.normal(0, shape[-1] ** -0.5, shape), jnp.float32)
-        for name, shape in block_shapes(CONFIG).items()
-    }
-
-
 def hidden_of(seed: int, samples: int = 16) -> np.ndarray:
     """Hidden states in which a few directions carry most of the energy, the same for every seed."""
     mixing = np.random.default_rng(1)
@@ -49,7 +40,7 @@ def hidden_of(seed: int, samples: int = 16) -> np.ndarray:
 
 def rounded(config: QuantizationConfig = PLAIN) -> tuple[dict, dict[str, jax.Array]]:
     """A block's parameters with plainly rounded weights, and its float parameters."""
-    fused = fuse_block(block_of())
+    fused = fuse_block(block_of(CONFIG))
     return {n: quantize_linear(w, config) if n.endswith("proj.weight") else w for n, w in fused.items()}, fused
 
 
@@ -115,14 +106,14 @@ def learn(config: QuantizationConfig, samples: int = 16) -> tuple[dict, dict]:
     """The rounded block and what learning changes, for outputs of the float block."""
     start, fused = rounded(config)
     hidden = hidden_of(2, samples)
-    target, _ = Calibrator(CONFIG, 8).run(block_of(), hidden)
+    target, _ = Calibrator(CONFIG, 8).run(block_of(CONFIG), hidden)
     return start, reconstruct(CONFIG, config, start, fused, hidden, target, batch_size=8, index=0)
 
 
 def test_unseen_text_gains_and_only_codes_scales_and_gains_change() -> None:
     start, learned = learn(PLAIN)
     unseen = hidden_of(3)
-    target, _ = Calibrator(CONFIG, 8).run(block_of(), unseen)
+    target, _ = Calibrator(CONFIG, 8).run(block_of(CONFIG), unseen)
     errors = [
         relative_error(output_of(PLAIN, parameters, jnp.asarray(unseen)), jnp.asarray(target))
         for parameters in (start, {**start, **learned})
@@ -147,7 +138,7 @@ def test_a_block_that_got_worse_stays_as_it_was(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_kept_blocks_have_nothing_to_learn() -> None:
-    fused = fuse_block(block_of())
+    fused = fuse_block(block_of(CONFIG))
     config = dataclasses.replace(PLAIN, keep_float=("*",))
     assert reconstruct(CONFIG, config, fused, fused, hidden_of(2), hidden_of(2), batch_size=8, index=0) == {}
 

@@ -16,9 +16,13 @@ def address(ref: ir.Value, row: ir.Value | None = None, row_bytes: int = 0) -> i
 
 
 def offset(start: ir.Value, index: ir.Value, size: int) -> ir.Value:
-    """start + index * size."""
-    wide = arith.muli(arith.extui(_i64(), index), arith.constant(_i64(), ir.IntegerAttr.get(_i64(), size)))
-    return arith.addi(start, wide)
+    """start + index * size; ``index`` of 32 or 64 bits."""
+    return arith.addi(start, arith.muli(wide(index), arith.constant(_i64(), ir.IntegerAttr.get(_i64(), size))))
+
+
+def wide(x: ir.Value) -> ir.Value:
+    """An unsigned number as 64 bits."""
+    return x if x.type == _i64() else arith.extui(_i64(), x)
 
 
 def load(address: ir.Value, element: ir.Type, count: int = 4, offset: int = 0) -> list[ir.Value]:

@@ -11,7 +11,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import numpy as np
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, scf
+from jaxlib.mlir.dialects import arith, scf
 
 from pallas_kernels import formats
 from pallas_kernels.sm90 import memory, split_sum
@@ -171,11 +171,8 @@ class _Warp:
 
     def address(self, name: str, row: ir.Value, row_bytes: int, lane_bytes: int = 0, offset: int = 0) -> ir.Value:
         """Of byte ``offset`` in the lane's ``lane_bytes`` of a row, as a 64-bit integer."""
-        i64 = ir.IntegerType.get_signless(64)
-        base = llvm.ptrtoint(i64, utils.memref_ptr(self.refs[name]))
-        byte = arith.muli(emit.wide(row), arith.constant(i64, row_bytes))
         lane = arith.addi(arith.muli(self.part, const(lane_bytes)), const(offset))
-        return arith.addi(base, arith.addi(byte, emit.wide(lane)))
+        return arith.addi(memory.address(self.refs[name], row, row_bytes), memory.wide(lane))
 
     def load(self, token: ir.Value, group: Group) -> list[ir.Value]:
         """The lane's bf16 pairs: four words of the first half, four of the second."""
@@ -287,7 +284,7 @@ class _Warp:
         words = [emit.to_int4(row.low[i : i + 4], row.high[i : i + 4]) for i in (0, 4)]
         sequence = arith.addi(arith.muli(token.sequence, const(problem.kv_heads)), group.head)
         capacity = arith.constant(ir.IntegerType.get_signless(64), problem.capacity)
-        index = arith.addi(arith.muli(emit.wide(sequence), capacity), emit.wide(token.slot))
+        index = arith.addi(arith.muli(memory.wide(sequence), capacity), memory.wide(token.slot))
         # Two stores for whichever of the two arrays it is, so that the rest is not written twice.
         is_value = arith.xori(group.is_key, emit.true())
         for name, wanted in (("key", group.is_key), ("value", is_value)):

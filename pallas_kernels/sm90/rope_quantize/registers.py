@@ -55,12 +55,6 @@ def choose(
     return list(branch.results)
 
 
-def wide(x: ir.Value) -> ir.Value:
-    """An unsigned number as 64 bits."""
-    i64 = ir.IntegerType.get_signless(64)
-    return x if x.type == i64 else arith.extui(i64, x)
-
-
 def true() -> ir.Value:
     return arith.constant(ir.IntegerType.get_signless(1), 1)
 
