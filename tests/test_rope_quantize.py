@@ -10,12 +10,13 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_sum import random_sum
 
 from pallas_kernels import formats
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.rope_quantize import rope_quantize, rope_quantize_reference
 from pallas_kernels.sm90.rope_quantize import launch as sm90
-from pallas_kernels.split_sum import SplitSum, finished
+from pallas_kernels.split_sum import finished
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,19 +98,9 @@ def operands(case: Case, kv_format: formats.KVFormat = "int4", group: int | None
         cos, sin = (jnp.broadcast_to(x, angles.shape).astype(jnp.float32) for x in (~turned, turned))
     shape = (case.batch, case.kv_heads, case.slots, case.head_dim)
     cache = [formats.quantize_kv(jax.random.normal(key, shape, dtype), kv_format, group) for key in keys[2:4]]
-    packed = random_sum(case, columns) if case.parts else packed
+    if case.parts:
+        packed = random_sum((case.batch, case.length), columns, columns + 64, case.parts)
     return packed, cos, sin, *cache, jnp.asarray(case.starts, jnp.int32), jnp.asarray(case.lengths, jnp.int32)
-
-
-def random_sum(case: Case, columns: int) -> SplitSum:
-    """What a matmul of FP8 rows leaves of ``columns`` numbers of size 1; what pads them is NaN."""
-    rows, keys = (case.batch, case.length), jax.random.split(jax.random.key(case.parts), 3)
-    count = case.batch * case.length
-    parts = jax.random.normal(keys[0], (case.parts, count, columns + 64)).at[..., columns:].set(jnp.nan)
-    scales = (
-        jax.random.uniform(key, (size,), minval=0.5) for key, size in zip(keys[1:], (columns + 64, count), strict=True)
-    )
-    return SplitSum(parts, *scales, None, None, rows, columns, "none")
 
 
 def run(function: Any, packed: Any, cos: Any, sin: Any, key: Any, value: Any, start: Any, lengths: Any, **options: Any):

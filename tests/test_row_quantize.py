@@ -1,6 +1,7 @@
 """Rows to FP8: what the ops promise, the kernels' numbers on a GPU and their lowering anywhere."""
 
 import functools
+import math
 
 import jax
 import jax.export
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from random_sum import random_sum
 
 from pallas_kernels import formats
 from pallas_kernels.matmul_epilogue import epilogue
@@ -62,20 +64,9 @@ def weight_of(width: int) -> jax.Array:
     return jax.random.uniform(jax.random.key(1), (width,), minval=0.1, maxval=2)
 
 
-def random_sum(rows: tuple[int, ...], n: int, padded: int, parts: int, **changes) -> SplitSum:
-    """Parts as a matmul of FP8 rows leaves them, larger than their sum; what pads them is NaN."""
-    keys = jax.random.split(jax.random.key(parts), 4)
-    count = int(np.prod(rows))
-    values = 100 * jax.random.normal(keys[0], (parts, count, padded))
-    operands = {
-        "parts": values.at[..., n:].set(jnp.nan),
-        "channel_scale": jnp.exp(jax.random.normal(keys[1], (padded,))) / 100,
-        "x_scale": jnp.exp(jax.random.normal(keys[2], (count,))),
-        "residual": random_rows((count, n)),
-        "bias": None,
-        "activation": "none",
-    }
-    return SplitSum(rows=rows, n=n, **(operands | changes))
+def residual_sum(rows: tuple[int, ...], n: int, padded: int, parts: int, **changes) -> SplitSum:
+    """With a residual, as o_proj and down_proj leave it."""
+    return random_sum(rows, n, padded, parts, **({"residual": random_rows((math.prod(rows), n))} | changes))
 
 
 def on_cpu(function, *arguments):
@@ -135,7 +126,7 @@ def test_normalized_rows_that_are_not_finite_show():
 def test_a_sum_is_finished_as_a_matmul_would_have(activation, optional):
     n = 96 if activation == "silu_mul" else 48
     rows = {"residual": random_rows((6, 48)), "bias": jnp.linspace(-1, 1, n)}
-    total = random_sum(
+    total = residual_sum(
         (2, 3), n, 128, 4, activation=activation, **(rows if optional else dict.fromkeys((*rows, "x_scale")))
     )
     y = np.asarray(total.parts, np.float64).sum(0)[:, :n] * np.asarray(total.channel_scale, np.float64)[:n]
@@ -148,7 +139,7 @@ def test_a_sum_is_finished_as_a_matmul_would_have(activation, optional):
 
 
 def test_norm_of_a_sum_is_the_norm_of_what_it_finishes_as():
-    total, weight = random_sum((2, 3), 48, 64, 4), weight_of(48)
+    total, weight = residual_sum((2, 3), 48, 64, 4), weight_of(48)
     rows, x = sum_norm_quantize(total, weight, EPS)
     assert_same_numbers(x, total.finish())
     for actual, expected in zip(rows, rms_norm_quantize(x, weight, EPS), strict=True):
@@ -206,7 +197,7 @@ def test_kernel_normalizes_as_the_reference_does(shape):
 @pytest.mark.parametrize(("rows", "n", "padded", "parts"), SUMS)
 def test_kernel_adds_parts_up_as_the_reference_does(rows, n, padded, parts):
     """The sum's steps are the reference's but for fused multiply-adds: x is at most a bf16 step away."""
-    total, weight = random_sum(rows, n, padded, parts), weight_of(n)
+    total, weight = residual_sum(rows, n, padded, parts), weight_of(n)
     quantized, x = sm90.sum_norm_quantize(total, weight, eps=EPS)
     expected = on_cpu(lambda total: total.finish(), total).astype(np.float32)
     np.testing.assert_allclose(np.asarray(x, np.float32), expected, rtol=2**-7, atol=1e-3)
@@ -246,7 +237,7 @@ def test_kernels_lower_for_cuda(shape):
 
 @pytest.mark.parametrize(("rows", "n", "padded", "parts"), SUMS)
 def test_kernel_of_a_sum_lowers_for_cuda(rows, n, padded, parts):
-    total, weight = jax.eval_shape(lambda: (random_sum(rows, n, padded, parts), weight_of(n)))
+    total, weight = jax.eval_shape(lambda: (residual_sum(rows, n, padded, parts), weight_of(n)))
     normalize = jax.jit(functools.partial(sm90.sum_norm_quantize, eps=EPS))
     exported = jax.export.export(normalize, platforms=["cuda"])(total, weight)
     assert [aval.shape for aval in exported.out_avals] == [(*rows, n), (*rows, 1), (*rows, n)]
@@ -291,13 +282,13 @@ def test_a_named_kernel_never_falls_back(x, reason):
     ],
 )
 def test_a_named_kernel_does_not_finish_other_sums(changes, reason):
-    total = random_sum((2,), 64, 64, 2, **changes)
+    total = residual_sum((2,), 64, 64, 2, **changes)
     with pytest.raises(NotImplementedError, match=reason):
         sum_norm_quantize(total, weight_of(64), EPS, implementation="mosaic_gpu")
     assert sum_norm_quantize(total, weight_of(64), EPS)[1].shape == (2, 64)
 
 
 def test_norm_of_an_activated_sum_is_refused():
-    total = random_sum((2,), 64, 64, 2, activation="silu_mul", residual=None)
+    total = residual_sum((2,), 64, 64, 2, activation="silu_mul", residual=None)
     with pytest.raises(ValueError, match="'silu_mul'; expected 'none'"):
         sum_norm_quantize(total, weight_of(32), EPS)
