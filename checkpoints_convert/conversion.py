@@ -30,8 +30,8 @@ from fireq_jax.huggingface import HuggingFaceCheckpoint, block_shapes
 from fireq_jax.models.llama import linear_names
 from fireq_jax.models.parameters import Parameter, fuse_block, global_parameters, layer_parameters
 from fireq_jax.quantization.config import QuantizationConfig
-from fireq_jax.quantization.key_smoothing import KeyStatistics, KeyTransform, key_transform
-from fireq_jax.quantization.smoothing import smooth_block
+from fireq_jax.quantization.key_smoothing import KeyStatistics, KeyTransform
+from fireq_jax.quantization.smoothing import smooth_with_keys
 from pallas_kernels import formats
 from pallas_kernels.quantized_tensor import QuantizedTensor
 
@@ -171,12 +171,11 @@ def _convert_block(
         _save_array(_hidden_path(work, index + 1), output)
         del output, hidden
     if quantization.smoothing is not None:
-        keys = inputs = values = transform = None
+        keys = inputs = values = None
         if statistics is not None:
             keys, values = statistics.keys, statistics.values
             inputs = {name: channels.mean_abs for name, channels in statistics.inputs.items()}
-            transform = key_transform(keys, quantization.smoothing)
-        smoothed = smooth_block(block, keys, config, quantization.smoothing, inputs, values, transform)
+        smoothed, transform = smooth_with_keys(block, keys, config, quantization.smoothing, inputs, values)
         _save_arrays(work / f"smoothing.{index}.npz", smoothing_effect(block, smoothed, keys, transform))
         block = smoothed
         del smoothed

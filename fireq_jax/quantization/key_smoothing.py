@@ -5,7 +5,6 @@ outlier channels after RoPE, and an offset moves all keys of a head. N and S are
 2505.20839); balancing N against the queries, fitting it and the offset are beyond it.
 """
 
-import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -92,7 +91,6 @@ def smooth_keys(
     return result
 
 
-@functools.partial(jax.jit, static_argnums=1)
 def key_transform(keys: KeyStatistics | None, smoothing: SmoothingConfig) -> KeyTransform:
     """N (with the angles, if these are fitted), S and the offset.
 

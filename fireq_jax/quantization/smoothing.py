@@ -33,7 +33,6 @@ def smooth_block(
     smoothing: SmoothingConfig,
     inputs: Mapping[str, Float[Array, " K"]] | None = None,
     values: Float[Array, "kv_heads H H"] | None = None,
-    transform: KeyTransform | None = None,
 ) -> dict[str, Array]:
     """Apply every rescaling that ``smoothing`` asks for.
 
@@ -45,7 +44,6 @@ def smooth_block(
         inputs: mean magnitude of each input channel by ``qkv_input``, ``o_input``,
             ``gate_up_input`` and ``down_input``; needed for ``activation_exponent`` only.
         values: second moments of each head's values; needed for ``value_basis`` "balanced" only.
-        transform: ``key_transform`` of the keys, if the caller has it.
 
     Returns:
         The rescaled block; with post-RoPE scaling also ``self_attn.post_rope_scale``, float32
@@ -56,29 +54,39 @@ def smooth_block(
     Raises:
         ValueError: if statistics are missing.
     """
+    return smooth_with_keys(block, keys, config, smoothing, inputs, values)[0]
+
+
+def smooth_with_keys(
+    block: Block,
+    keys: KeyStatistics | None,
+    config: ModelConfig,
+    smoothing: SmoothingConfig,
+    inputs: Mapping[str, Float[Array, " K"]] | None,
+    values: Float[Array, "kv_heads H H"] | None,
+) -> tuple[dict[str, Array], KeyTransform | None]:
+    """:func:`smooth_block`, and what it did to the keys; None without key statistics."""
     if smoothing.activation_exponent and inputs is None:
         raise ValueError("activation_exponent needs statistics of the inputs; calibrate first")
-    if smoothing.measures_keys and transform is None:
-        transform = key_transform(keys, smoothing)
-    rescaled = _rescale(dict(block), transform, config, smoothing, None if inputs is None else dict(inputs))
+    rescaled, transform = _rescale(dict(block), keys, config, smoothing, None if inputs is None else dict(inputs))
     if smoothing.value_basis == "hadamard":
-        return rotate_values(rescaled, config)
+        rescaled = rotate_values(rescaled, config)
     if smoothing.value_basis == "balanced":
         if values is None:
             raise ValueError("value_basis 'balanced' needs second moments of the values; calibrate first")
-        return balance_values(rescaled, config, values)
-    return rescaled
+        rescaled = balance_values(rescaled, config, values)
+    return rescaled, transform
 
 
 # One program instead of a hundred small ones, each of which a GPU would compile by itself.
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _rescale(
     block: Block,
-    transform: KeyTransform | None,
+    keys: KeyStatistics | None,
     config: ModelConfig,
     smoothing: SmoothingConfig,
     inputs: Mapping[str, Float[Array, " K"]] | None,
-) -> dict[str, Array]:
+) -> tuple[dict[str, Array], KeyTransform | None]:
     def options(name: str) -> tuple[ColumnStatistic, Float[Array, " K"] | None, float]:
         return smoothing.column_statistic, None if inputs is None else inputs[name], smoothing.activation_exponent
 
@@ -91,7 +99,10 @@ def _rescale(
         result = balance_value_output(result, config, *options("o_input"))
     if smoothing.up_down:
         result = balance_up_down(result, *options("down_input"))
-    return result if transform is None else smooth_keys(result, transform, config, smoothing)
+    if keys is None and not smoothing.measures_keys:
+        return result, None
+    transform = key_transform(keys, smoothing)
+    return smooth_keys(result, transform, config, smoothing), transform
 
 
 def column_scale(
