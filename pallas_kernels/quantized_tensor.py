@@ -77,19 +77,22 @@ class QuantizedTensor:
         scale_dtype: formats.ScaleDtype = "e4m3",
         std: float = 0.02,
     ) -> Self:
-        """Random weights made in quantized form, about N(0, std^2), for tests and benchmarks."""
+        """Random weights made in quantized form, about N(0, std^2), for tests and benchmarks.
+
+        Codes are as common as those of Gaussian weights whose groups of 128 are scaled by their absmax: a matmul's
+        energy, and under a power limit its speed, depends on them.
+        """
         n, k = shape
         if format == "fp8":
             values = formats.to_e4m3(jax.random.normal(key, shape) * 100)
             return cls(values, None, jnp.full((n,), std / 100, jnp.float32), shape, format)
         padded_n, padded_k = layouts.padded_shape(n, k)
         code_key, scale_key = jax.random.split(key)
-        codes = jax.random.bits(code_key, layouts.packed_shape(n, k), jnp.uint32)
+        # The largest of 128 Gaussian numbers is 2.7 standard deviations away, and has code 7.
+        codes = layouts.pack_weight(formats.round_to_int4(jax.random.normal(code_key, shape) * 2.6))
         scale = jax.random.uniform(scale_key, (padded_k // group_size, padded_n), minval=8, maxval=32)
-        # Uniform codes have standard deviation 4.2, the scales a mean of 20.
-        channel = jnp.full((padded_n,), std / 84, jnp.float32)
+        channel = jnp.full((padded_n,), std / (2.6 * 20), jnp.float32)  # 20 is the scales' mean
         if (padded_n, padded_k) != shape:
-            codes = layouts.pack_weight(layouts.unpack_weight(codes, n, k))
             group = jnp.arange(padded_k // group_size)[:, None] * group_size
             scale = jnp.where((group < k) & (jnp.arange(padded_n) < n), scale, 1.0)
             channel = jnp.where(jnp.arange(padded_n) < n, channel, 1.0)
