@@ -76,6 +76,7 @@ PREFILL = {
     "eight tiles, outliers": Case(128, slots=1024, lengths=(1024,), starts=(896,), outliers=True),
     "eight tiles": Case(128, slots=1024, lengths=(1024,), starts=(896,)),
     "slots not a multiple of the tile": Case(256, slots=1000, lengths=(1000, 300), starts=(744, 44)),
+    "more blocks than multiprocessors": Case(512, 32, 8, lengths=(512, 0, 300), starts=(0, 0, 0)),
     "three stages": Case(512, lengths=(512, 511), starts=(0, 0), config=prefill.Config(stages=3)),
 }
 

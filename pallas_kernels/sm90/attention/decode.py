@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import formats
 from pallas_kernels.formats import ScaledArray
+from pallas_kernels.sm90 import NUM_SMS
 from pallas_kernels.sm90.attention import registers
 from pallas_kernels.sm90.attention.decode_device import COPY_ROW, combine_kernel, kernel
 
@@ -48,7 +49,7 @@ class Config:
     block_kv: int = 256
     stages: int = 2
     warpgroups: int = 3
-    multiprocessors: int = 132
+    multiprocessors: int = NUM_SMS
 
     def __post_init__(self):
         if self.block_kv <= 0 or self.block_kv % registers.TOKEN_BLOCK:

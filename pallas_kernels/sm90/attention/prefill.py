@@ -6,8 +6,9 @@ transposed operand. The token scales stay apart: the key's multiplies a column o
 value's joins it as a logarithm, so that P is cast to FP8 with it and its largest term is exact.
 
 A thread block is two or three compute warpgroups of 64 queries of one head each, and one that
-issues TMA copies into a ring of K and V tiles. ``Config.pipeline`` says how far the products run
-ahead of the softmax inside a warpgroup:
+issues TMA copies into a ring of K and V tiles. There is one on each multiprocessor; it goes from
+one block of queries to the next, whose copies run under the end of the last. ``Config.pipeline``
+says how far the products run ahead of the softmax inside a warpgroup:
 
 1  Q.K^T, softmax and P.V of a tile one after the other.
 2  Q.K^T of tile j+1 runs under the softmax of tile j.
@@ -29,6 +30,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import formats
 from pallas_kernels.formats import ScaledArray
+from pallas_kernels.sm90 import NUM_SMS
 from pallas_kernels.sm90.attention.decode import unsupported_formats
 from pallas_kernels.sm90.attention.prefill_device import BLOCK_Q, kernel, prepare_kernel
 from pallas_kernels.sm90.attention.prefill_registers import PREPARED_TOKENS
@@ -169,8 +171,8 @@ def launch(
             kernel, to_scores=scale * _LOG2E / CODE_UNIT, causal=causal, window=window, pipeline=config.pipeline
         ),
         out_type=jax.ShapeDtypeStruct(q.shape, out_dtype),
-        grid=(heads, -(-length // rows), batch),
-        grid_names=("head", "block", "batch"),
+        grid=(min(NUM_SMS, heads * -(-length // rows) * batch),),
+        grid_names=("cta",),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         scratch_types={
@@ -179,7 +181,8 @@ def launch(
             "k_smem": _swizzled((stages, block_kv, head_dim), formats.E4M3),
             "v_smem": _swizzled((stages, head_dim, block_kv), formats.E4M3),
             "columns_smem": plgpu.SMEM((stages, 3, block_kv), jnp.float32),
-            "q_barriers": plgpu.Barrier(num_barriers=config.warpgroups),
+            "q_full": plgpu.Barrier(num_barriers=config.warpgroups),
+            "q_free": plgpu.Barrier(num_barriers=config.warpgroups),
             "k_full": ring(),
             "v_full": ring(num_arrivals=2),
             "k_free": ring(num_arrivals=config.warpgroups),
@@ -193,6 +196,6 @@ def launch(
 def _swizzled(shape: tuple[int, int, int], dtype: jax.typing.DTypeLike):
     """Shared memory in WGMMA's order: rows of up to 128 bytes in tiles of 8, swizzled."""
     size = jnp.dtype(dtype).itemsize
-    swizzle = min(128, shape[-1] * size)
+    swizzle = math.gcd(128, shape[-1] * size)
     transforms = (plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle))
     return plgpu.SMEM(shape, dtype, transforms=transforms)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -58,7 +58,8 @@ def kernel(
     k_smem,
     v_smem,
     columns_smem,
-    q_barriers,
+    q_full,
+    q_free,
     k_full,
     v_full,
     k_free,
@@ -68,66 +69,116 @@ def kernel(
     window: int | None,
     pipeline: int,
 ) -> None:
-    """One block: ``warpgroups`` x 64 queries of one head against the tiles they can see."""
+    """One thread block: its share of the blocks of ``warpgroups`` x 64 queries of one head."""
     warpgroups = q_smem.shape[0]
     stages, block_kv, _ = k_smem.shape
     block_rows = BLOCK_Q * warpgroups
-    batch, head, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
-    kv_head = lax.div(head, jnp.int32(out_gmem.shape[2] // k_gmem.shape[1]))
-    # The last queries see the most keys: starting with them leaves short blocks for the end.
-    first_row = (-(-out_gmem.shape[1] // block_rows) - 1 - lax.axis_index("block")) * block_rows
+    batches, length, heads, _ = out_gmem.shape
+    row_blocks = -(-length // block_rows)
+    group = heads // k_gmem.shape[1]
+    cta, ctas, warpgroup = lax.axis_index("cta"), lax.axis_size("cta"), lax.axis_index("warpgroup")
+    count = lax.div(row_blocks * batches * heads - cta + ctas - 1, jnp.int32(ctas))
 
-    start, length = query_start_gmem[batch], kv_lengths_gmem[batch]
-    first_position = start + first_row
-    end_slot = jnp.minimum(length, first_position + block_rows) if causal else length
-    end = pl.cdiv(end_slot, jnp.int32(block_kv))
-    begin = jnp.int32(0)
-    if window is not None:
-        begin = lax.div(jnp.maximum(first_position - (window - 1), 0), jnp.int32(block_kv))
-    begin = jnp.minimum(begin, end)
-    # Every query of the block sees all of the tiles before this one.
-    full_slots = jnp.minimum(length, first_position + 1) if causal else length
-    full_end = jnp.clip(lax.div(full_slots, jnp.int32(block_kv)), begin, end) if window is None else begin
+    def block(i) -> _Block:
+        """This thread block's i-th. Heads that share keys are neighbours, and the longest come first."""
+        index = cta + jnp.minimum(i, count - 1) * ctas
+        rest, head = lax.div(index, jnp.int32(heads)), lax.rem(index, jnp.int32(heads))
+        batch = lax.rem(rest, jnp.int32(batches))
+        # The last queries see the most keys.
+        first_row = (row_blocks - 1 - lax.div(rest, jnp.int32(batches))) * block_rows
+        return _Block(batch, head, first_row, query_start_gmem[batch], kv_lengths_gmem[batch])
 
-    def stage(tile):
-        return lax.rem(tile - begin, jnp.int32(stages))
+    def tile_range(block: _Block):
+        """The first tile that a query of the block sees, the first that not all see, and the end."""
+        end_slot = jnp.minimum(block.length, block.position + block_rows) if causal else block.length
+        end = pl.cdiv(end_slot, jnp.int32(block_kv))
+        begin = jnp.int32(0)
+        if window is not None:
+            begin = lax.div(jnp.maximum(block.position - (window - 1), 0), jnp.int32(block_kv))
+        begin = jnp.minimum(begin, end)
+        full_slots = jnp.minimum(block.length, block.position + 1) if causal else block.length
+        full_end = jnp.clip(lax.div(full_slots, jnp.int32(block_kv)), begin, end) if window is None else begin
+        return begin, full_end, end
+
+    def stage(number):
+        return lax.rem(number, jnp.int32(stages))
 
     @pl.when(warpgroup == warpgroups)
     def _copy():
         plgpu.set_max_registers(_REGISTERS[warpgroups][0], action="decrease")
 
-        @pl.loop(begin, end)
-        def _tile(tile):
-            s = stage(tile)
-            slots = pl.ds(tile * block_kv, block_kv)
-            refill = tile - begin >= stages
-            pl.when(refill)(lambda: plgpu.barrier_wait(k_free.at[s]))
-            plgpu.copy_gmem_to_smem(k_gmem.at[batch, kv_head, slots], k_smem.at[s], k_full.at[s])
-            # The keys' scales come and go with the values: they outlive the keys.
-            pl.when(refill)(lambda: plgpu.barrier_wait(v_free.at[s]))
-            plgpu.copy_gmem_to_smem(columns_gmem.at[batch, kv_head, :, slots], columns_smem.at[s], v_full.at[s])
-            plgpu.copy_gmem_to_smem(v_gmem.at[batch, kv_head, :, slots], v_smem.at[s], v_full.at[s])
+        def visit(i, done):
+            now = block(i)
+            kv_head = lax.div(now.head, jnp.int32(group))
+            begin, _, end = tile_range(now)
+            for w in range(warpgroups):
+                pl.when(i > 0)(lambda w=w: plgpu.barrier_wait(q_free.at[w]))
+                rows = pl.ds(now.first_row + w * BLOCK_Q, BLOCK_Q)
+                plgpu.copy_gmem_to_smem(q_gmem.at[now.batch, rows, now.head], q_smem.at[w], q_full.at[w])
+
+            def copy(tile, done):
+                s = stage(done)
+                slots = pl.ds(tile * block_kv, block_kv)
+                refill = done >= stages
+                pl.when(refill)(lambda: plgpu.barrier_wait(k_free.at[s]))
+                plgpu.copy_gmem_to_smem(k_gmem.at[now.batch, kv_head, slots], k_smem.at[s], k_full.at[s])
+                # The keys' scales come and go with the values: they outlive the keys.
+                pl.when(refill)(lambda: plgpu.barrier_wait(v_free.at[s]))
+                plgpu.copy_gmem_to_smem(columns_gmem.at[now.batch, kv_head, :, slots], columns_smem.at[s], v_full.at[s])
+                plgpu.copy_gmem_to_smem(v_gmem.at[now.batch, kv_head, :, slots], v_smem.at[s], v_full.at[s])
+                return done + 1
+
+            return lax.fori_loop(begin, end, copy, done)
+
+        lax.fori_loop(0, count, visit, jnp.int32(0))
 
     @pl.when(warpgroup < warpgroups)
     def _compute():
         plgpu.set_max_registers(_REGISTERS[warpgroups][1], action="increase")
-        row = first_row + warpgroup * BLOCK_Q
-        rows = pl.ds(row, BLOCK_Q)
-        plgpu.copy_gmem_to_smem(q_gmem.at[batch, rows, head], q_smem.at[warpgroup], q_barriers.at[warpgroup])
+        row_of = warpgroup * BLOCK_Q
         result = plgpu.ShapeDtypeStruct((BLOCK_Q,), jnp.float32, layout=_ROW)
         load = plgpu.inline_mgpu(arg_types=(_SCALAR, _SCALAR, plgpu.RefType()), return_type=result)(registers.load_rows)
-        row_to_scores = load(row, head, q_scale_gmem.at[batch]) * to_scores
-        plgpu.barrier_wait(q_barriers.at[warpgroup])
-        tiles = _Tiles(
-            q_smem.at[warpgroup], k_smem, v_smem, columns_smem, k_full, k_free, v_full, v_free, stage,
-            row_to_scores, first_position + warpgroup * BLOCK_Q, length, causal, window,
-        )  # fmt: skip
-        total, out = (_one_by_one if pipeline == 1 else _scores_ahead)(tiles, begin, full_end, end)
-        inverse = jnp.where(total > 0, 1.0 / (jnp.where(total > 0, total, 1.0) * CODE_UNIT), 0.0)
-        out_smem[warpgroup] = (out * _over_columns(inverse, out.shape)).astype(out_smem.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_smem.at[warpgroup], out_gmem.at[batch, rows, head])
+
+        def scales(block: _Block):
+            return load(block.first_row + row_of, block.head, q_scale_gmem.at[block.batch]) * to_scores
+
+        def visit(i, carry):
+            now, row_to_scores, done = carry
+            following = block(i + 1)
+            begin, full_end, end = tile_range(now)
+            plgpu.barrier_wait(q_full.at[warpgroup])
+            tiles = _Tiles(
+                q_smem.at[warpgroup], k_smem, v_smem, columns_smem, k_full, k_free, v_full, v_free,
+                lambda tile: stage(done + tile - begin), row_to_scores, now.position + row_of, now.length,
+                causal, window, lambda: plgpu.barrier_arrive(q_free.at[warpgroup]),
+            )  # fmt: skip
+            total, out = (_one_by_one if pipeline == 1 else _scores_ahead)(tiles, begin, full_end, end)
+            following_scales = scales(following)
+            inverse = jnp.where(total > 0, 1.0 / (jnp.where(total > 0, total, 1.0) * CODE_UNIT), 0.0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            out_smem[warpgroup] = (out * _over_columns(inverse, out.shape)).astype(out_smem.dtype)
+            plgpu.commit_smem()
+            rows = pl.ds(pl.multiple_of(now.first_row + row_of, BLOCK_Q), BLOCK_Q)
+            plgpu.copy_smem_to_gmem(out_smem.at[warpgroup], out_gmem.at[now.batch, rows, now.head])
+            return following, following_scales, done + end - begin
+
+        first = block(0)
+        lax.fori_loop(0, count, visit, (first, scales(first), jnp.int32(0)))
         plgpu.wait_smem_to_gmem(0)
+
+
+class _Block(NamedTuple):
+    """Queries of one head and sequence."""
+
+    batch: jax.Array
+    head: jax.Array
+    first_row: jax.Array
+    start: jax.Array  # position of the sequence's first query
+    length: jax.Array  # of the sequence's keys
+
+    @property
+    def position(self) -> jax.Array:
+        return self.start + self.first_row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +199,7 @@ class _Tiles:
     length: jax.Array
     causal: bool
     window: int | None
+    release_queries: Callable[[], None]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -207,13 +259,11 @@ class _Tiles:
 
     def _visible(self, tile):
         slot = plgpu.broadcasted_iota(jnp.int32, self.shape, 1, layout=_MATRIX) + tile * self.shape[1]
-        visible = slot < self.length
-        if self.causal or self.window is not None:
-            position = plgpu.broadcasted_iota(jnp.int32, self.shape, 0, layout=_MATRIX) + self.first_position
-            if self.causal:
-                visible &= slot <= position
-            if self.window is not None:
-                visible &= slot > position - self.window
+        position = plgpu.broadcasted_iota(jnp.int32, self.shape, 0, layout=_MATRIX) + self.first_position
+        # One comparison an element: the lesser bound is a row's.
+        visible = slot < (jnp.minimum(position + 1, self.length) if self.causal else self.length)
+        if self.window is not None:
+            visible &= slot > position - self.window
         return visible
 
 
@@ -248,6 +298,7 @@ def _one_by_one(tiles: _Tiles, begin, full_end, end):
 
     carry = lax.fori_loop(begin, full_end, functools.partial(step, masked=False), _initial(tiles))
     carry = lax.fori_loop(full_end, end, functools.partial(step, masked=True), carry)
+    tiles.release_queries()
     return carry[1:]
 
 
@@ -293,6 +344,7 @@ def _scores_ahead(tiles: _Tiles, begin, full_end, end):
     carry = (scores, *_initial(tiles))
     carry = lax.fori_loop(begin, full_end, functools.partial(step, masked=False, last=False), carry)
     carry = lax.fori_loop(full_end, before_last, functools.partial(step, masked=True, last=False), carry)
+    tiles.release_queries()
     carry = lax.fori_loop(before_last, end, functools.partial(step, masked=True, last=True), carry)
     return carry[2:]
 

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import formats, layouts
+from pallas_kernels.sm90 import NUM_SMS
 from pallas_kernels.split_sum import MAX_PARTS
 
 Values = Literal["e4m3", "bf16"]
-NUM_SMS = 132
 SMEM_BYTES = 227 * 1024
 STORE_BUFFERS = 2
 # Up to so many tokens are few.

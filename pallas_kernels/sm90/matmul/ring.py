@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import formats, jax_compat, layouts
-from pallas_kernels.sm90 import early_start
+from pallas_kernels.sm90 import NUM_SMS, early_start
 from pallas_kernels.sm90.matmul import epilogue as outputs
 from pallas_kernels.sm90.matmul import prefetch, sync
-from pallas_kernels.sm90.matmul.config import MOST_DECODED, NUM_SMS, STORE_BUFFERS, Config, Problem
+from pallas_kernels.sm90.matmul.config import MOST_DECODED, STORE_BUFFERS, Config, Problem
 from pallas_kernels.sm90.matmul.output import Operands
 from pallas_kernels.sm90.matmul.ring_compute import Consumer, Scratch, Tile
 

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import formats
 from pallas_kernels.formats import ScaledArray
-from pallas_kernels.sm90 import early_start, split_sum
+from pallas_kernels.sm90 import NUM_SMS, early_start, split_sum
 from pallas_kernels.sm90.rope_quantize import device
 from pallas_kernels.split_sum import SplitSum
 
@@ -48,8 +48,8 @@ class Config:
 
 
 def default_config(tokens: int, groups: int) -> Config:
-    """All of a token's ``groups`` in one warp where that leaves 32 warps for each of 132 multiprocessors."""
-    most = min(groups, max(1, tokens * groups // (132 * 32)))
+    """All of a token's ``groups`` in one warp where that leaves 32 warps for each of a GPU's multiprocessors."""
+    most = min(groups, max(1, tokens * groups // (NUM_SMS * 32)))
     return Config(-(-groups // -(-groups // most)))  # the same for all warps of a token
 
 
