@@ -32,7 +32,6 @@ from fireq_jax.quantization import QuantizationConfig
 from pallas_kernels import formats
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.quantized_tensor import QuantizedTensor
-from pallas_kernels.sm90 import early_start
 
 MODELS = {
     "llama3-8b": ModelConfig(
@@ -252,7 +251,6 @@ def main() -> None:
     parser.add_argument("--implementation", default="auto")
     parser.add_argument("--lm-head", choices=["none", "fp8"], default="none", help="fp8: quantize lm_head as well")
     parser.add_argument("--no-graphs", action="store_true", help="launch each kernel by itself, not in CUDA graphs")
-    parser.add_argument("--early-start", action="store_true", help="see pallas_kernels/sm90/early_start.py")
     parser.add_argument("--profile", action="store_true", help="list the kernels of each shape")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--bandwidth", type=float, default=4.68e12, help="bytes/s that a read can reach")
@@ -260,7 +258,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
-    early_start.ENABLED = args.early_start
     device = jax.devices()[0].device_kind
     print(f"{args.model} on {device}, JAX {jax.__version__}", flush=True)
     rows: list[Row] = []

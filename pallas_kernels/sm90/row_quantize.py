@@ -26,7 +26,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import formats
 from pallas_kernels.formats import ScaledArray
-from pallas_kernels.sm90 import early_start, split_sum
+from pallas_kernels.sm90 import split_sum
 from pallas_kernels.sm90.inline import (
     SCALAR,
     WARPGROUP,
@@ -160,7 +160,6 @@ def _kernel(*refs, names: tuple[str, ...], partials, warpgroups: int, eps: float
         *memory, row = arguments
         _quantize_row(dict(zip((*names, "partials"), memory, strict=True)), row.registers.item(), warpgroups, eps)
 
-    early_start.begin()
     inline(*refs, partials, lax.axis_index("row"))
 
 

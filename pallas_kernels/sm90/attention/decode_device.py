@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import formats, jax_compat
-from pallas_kernels.sm90 import early_start
 from pallas_kernels.sm90.attention import registers
 
 SCALAR = plgpu.Layout.WG_SPLAT(())
@@ -50,7 +49,6 @@ def kernel(
     page_size: int | None,
 ):
     """One block: partial attention of ``block_rows`` rows over one range of slots."""
-    early_start.begin()
     page_table_gmem, partial_gmem = refs[: page_size is not None], refs[page_size is not None :]
     block_rows, head_dim = q_smem.shape
     splits = lax.axis_size("split")
@@ -226,7 +224,6 @@ def kernel(
 
 def combine_kernel(partial_gmem, peak_gmem, total_gmem, out_gmem, *, group: int) -> None:
     """One block: 128 x 4 numbers of the output of one kv head, from the partial ones of all splits."""
-    early_start.begin()
     batch, kv_head, block = (lax.axis_index(name) for name in ("batch", "head", "block"))
     where = (batch, kv_head)
     unit = 1.0 / (formats.PROBABILITY_SCALE * registers.CODE_UNIT)

@@ -17,9 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import formats, jax_compat, layouts
-from pallas_kernels.sm90 import early_start
 from pallas_kernels.sm90.matmul import epilogue as outputs
-from pallas_kernels.sm90.matmul import prefetch, sync, weights
+from pallas_kernels.sm90.matmul import sync, weights
 from pallas_kernels.sm90.matmul.config import CHUNK, STORE_BUFFERS, DecodeConfig, Problem, decode_stages, word_slots
 from pallas_kernels.sm90.matmul.output import Operands, Output
 
@@ -145,7 +144,6 @@ class _Warpgroup:
 
     def run(self) -> None:
         """All of it."""
-        early_start.begin(self._prefetch)
         scratch, config, problem = self.scratch, self.config, self.problem
         # Few bytes first: they would queue behind the weights.
         self._feeder(self._feed_first)
@@ -186,16 +184,6 @@ class _Warpgroup:
             pl.when(self.k_wg == 0)(body)
 
     # --- loads ----------------------------------------------------------------------------------------
-
-    def _prefetch(self) -> None:
-        """Ask for what will be copied first."""
-        tiles_n, tiles_k = self.operands.words.shape[:2]
-        groups, most = self.problem.groups, min(self._steps, prefetch.TILES)
-        row = jnp.minimum(self._n_tile, tiles_n - 1) * tiles_k
-        first = jnp.minimum(self._first, tiles_k)
-        prefetch.prefetch_tiles(self.operands.words, row + first, jnp.minimum(most, tiles_k - first))
-        channel = jnp.minimum(self._channel, self.problem.n - layouts.TILE_N)
-        prefetch.prefetch_group_scales(self.operands.group_scale, first * groups, most * groups, channel)
 
     def _copy_words(self, step: jax.Array, slot: jax.Array) -> None:
         """Start to copy the packed tile of a step, if there is such a step, into a slot."""

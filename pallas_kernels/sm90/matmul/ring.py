@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import formats, jax_compat, layouts
-from pallas_kernels.sm90 import NUM_SMS, early_start
+from pallas_kernels.sm90 import NUM_SMS
 from pallas_kernels.sm90.matmul import epilogue as outputs
-from pallas_kernels.sm90.matmul import prefetch, sync
-from pallas_kernels.sm90.matmul.config import MOST_DECODED, STORE_BUFFERS, Config, Problem
+from pallas_kernels.sm90.matmul import sync
+from pallas_kernels.sm90.matmul.config import STORE_BUFFERS, Config, Problem
 from pallas_kernels.sm90.matmul.output import Operands
 from pallas_kernels.sm90.matmul.ring_compute import Consumer, Scratch, Tile
 
@@ -85,6 +85,7 @@ def _cta(
     wg, peer, cluster = lax.axis_index("wg"), lax.axis_index("peer"), lax.axis_index("cluster")
     # The last step may go beyond the end of K, where TMA fills with zeros.
     steps = -(-(problem.k // layouts.TILE_K) // config.k_tiles)
+    sync.init_barriers(scratch.free, 4 * config.warpgroups * config.multicast, cluster=config.multicast > 1)
 
     def start(i: jax.Array | int) -> tuple[jax.Array, jax.Array]:
         """(first token, first channel) of this CTA's i-th tile."""
@@ -92,17 +93,6 @@ def _cta(
         m_tile, n_tile = plgpu.planar_snake(at, (m_tiles, n_tiles), 0, min(config.band, m_tiles))
         n_cta = n_tile * config.multicast + peer if config.multicast > 1 else n_tile
         return m_tile * config.tile_m, n_cta * config.tile_n
-
-    def ask_for_weights() -> None:
-        # Many tokens give enough to do that the first weights do not matter.
-        if config.tile_m <= MOST_DECODED:
-            tiles_n, tiles_k = operands.words.shape[:2]
-            tile = jnp.minimum(start(0)[1] // layouts.TILE_N + wg, tiles_n - 1) * tiles_k
-            count = min(prefetch.TILES, tiles_k)
-            prefetch.prefetch_tiles(operands.words, tile, jnp.where(wg < config.warpgroups, count, 0))
-
-    sync.init_barriers(scratch.free, 4 * config.warpgroups * config.multicast, cluster=config.multicast > 1)
-    early_start.begin(ask_for_weights)
 
     def tiles(visit: Any, begin: Any) -> Any:
         """Fold ``visit(tile, carry)`` over this CTA's tiles, from ``begin(first tile)``."""

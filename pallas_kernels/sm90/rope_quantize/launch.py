@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import formats
 from pallas_kernels.formats import ScaledArray
-from pallas_kernels.sm90 import NUM_SMS, early_start, split_sum
+from pallas_kernels.sm90 import NUM_SMS, split_sum
 from pallas_kernels.sm90.rope_quantize import device
 from pallas_kernels.split_sum import SplitSum
 
@@ -119,7 +119,6 @@ def rope_quantize(
     names = (*source, "cos", "sin", "start", "lengths", *optional, *device.CACHE, "query", "query_scale")
 
     def kernel(*refs):
-        early_start.begin()
         block = lax.axis_index("block")
         device.run(dict(zip(names, refs, strict=True)), block, problem, config.groups, 4 * config.warpgroups)
 
