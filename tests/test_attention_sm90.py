@@ -13,6 +13,7 @@ from pallas_kernels import formats
 from pallas_kernels.decode_attention import decode_attention, gather_pages
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.prefill_attention import attention_reference, prefill_attention
+from pallas_kernels.sm90 import NUM_SMS
 from pallas_kernels.sm90.attention import decode, prefill
 
 
@@ -60,6 +61,8 @@ DECODE = {
     "split over blocks": Case(heads=4, kv_heads=1, slots=65536, lengths=(65536,)),
     "four warpgroups": Case(lengths=(512, 129), config=decode.Config(128, 3, 4)),
     "one warpgroup": Case(lengths=(512, 129), config=decode.Config(128, 2, 1)),
+    "long tiles": Case(lengths=(512, 129), config=decode.Config()),
+    "enough sequences for every multiprocessor": Case(heads=32, kv_heads=8, lengths=tuple(range(440, 505))),
 }
 PREFILL = {
     "one block": Case(128, 4, 1, slots=128, lengths=(128,), starts=(0,)),
@@ -237,8 +240,16 @@ def test_splits_occupy_the_device(rows, slots):
     splits = config.splits(rows, slots)
     most = max(1, -(-slots // (config.block_kv * config.warpgroups)))
     assert 1 <= splits <= most
-    waves = -(-rows * splits // config.multiprocessors)
-    assert splits == most or rows * splits >= 0.9 * waves * config.multiprocessors
+    waves = -(-rows * splits // NUM_SMS)
+    assert splits == most or rows * splits >= 0.9 * waves * NUM_SMS
+
+
+@pytest.mark.parametrize(("blocks", "splits"), [(8, 9), (64, 8), (128, 1), (256, 1), (512, 1), (2048, 1)])
+def test_short_sequences_are_split_only_until_every_multiprocessor_has_its_blocks(blocks, splits):
+    config = decode.default_config(128, 8, blocks, 1088)
+    assert config.block_kv == 128
+    assert config.splits(blocks, 1088) == splits
+    assert blocks * splits * config.warpgroups >= min(0.9 * 3 * NUM_SMS, blocks * 9)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +258,7 @@ def test_splits_occupy_the_device(rows, slots):
         functools.partial(decode.Config, block_kv=64),
         functools.partial(decode.Config, stages=1),
         functools.partial(decode.Config, warpgroups=5),
-        functools.partial(decode.Config, multiprocessors=0),
+        functools.partial(decode.Config, residents=0),
         functools.partial(prefill.Config, block_kv=96),
         functools.partial(prefill.Config, warpgroups=0),
         functools.partial(prefill.Config, stages=1),

@@ -29,10 +29,10 @@ SCALE = HEAD_DIM**-0.5
 L2_BYTES = 60 << 20
 
 DECODE_CONFIGS = (
+    None,  # decode.default_config's
     decode.Config(),
-    decode.Config(block_kv=128, stages=3, warpgroups=4),
-    decode.Config(block_kv=128, stages=2, warpgroups=2),
-    decode.Config(block_kv=128, stages=2, warpgroups=1),
+    decode.Config(block_kv=128, warpgroups=2, residents=2),
+    decode.Config(block_kv=128, warpgroups=1, residents=4),
 )
 PAGE = 256
 PREFILL_CONFIGS = (prefill.Config(), prefill.Config(pipeline=1))

@@ -32,6 +32,7 @@ from pallas_kernels.sm90.attention.decode_device import COPY_ROW, combine_kernel
 
 HEAD_DIMS = (64, 128, 256)
 PAGE_MULTIPLE = 256  # a page holds whole tiles
+SHORT = 2048  # slots up to which small blocks are faster than long streams
 _LOG2E = math.log2(math.e)
 
 
@@ -43,13 +44,13 @@ class Config:
         block_kv: slots of a tile; a multiple of 128.
         stages: tiles in each warpgroup's shared-memory ring, at least 2.
         warpgroups: warpgroups of a thread block, 1 to 4.
-        multiprocessors: how many the device has; sequences are split to occupy them evenly.
+        residents: blocks that share a multiprocessor; sequences are split to occupy all of them evenly.
     """
 
     block_kv: int = 256
     stages: int = 2
     warpgroups: int = 3
-    multiprocessors: int = NUM_SMS
+    residents: int = 1
 
     def __post_init__(self):
         if self.block_kv <= 0 or self.block_kv % registers.TOKEN_BLOCK:
@@ -58,28 +59,38 @@ class Config:
             raise ValueError(f"stages is {self.stages}; expected at least 2")
         if not 1 <= self.warpgroups <= 4:
             raise ValueError(f"warpgroups is {self.warpgroups}; expected 1 to 4")
-        if self.multiprocessors < 1:
-            raise ValueError(f"multiprocessors is {self.multiprocessors}; expected a positive number")
+        if self.residents < 1:
+            raise ValueError(f"residents is {self.residents}; expected a positive number")
 
     def splits(self, rows: int, slots: int) -> int:
         """Ranges into which ``slots`` slots are split when the grid has ``rows`` other blocks.
 
-        The fewest that leave at most one multiprocessor in 20 idle, or the best there is.
+        The fewest that leave at most one multiprocessor in 20 idle, or the best there is. Blocks that share
+        a multiprocessor do not begin and end together: as many as find room at once.
         """
         most = max(1, -(-slots // (self.block_kv * self.warpgroups)))
+        if self.residents > 1:
+            return max(1, min(most, NUM_SMS * self.residents // rows))
 
         def occupied(splits: int) -> float:
-            waves = -(-rows * splits // self.multiprocessors)
-            return rows * splits / (waves * self.multiprocessors)
+            waves = -(-rows * splits // NUM_SMS)
+            return rows * splits / (waves * NUM_SMS)
 
         enough = (splits for splits in range(1, most + 1) if occupied(splits) >= 0.95)
         return next(enough, None) or max(range(1, most + 1), key=occupied)
 
 
-def default_config(head_dim: int, block_rows: int) -> Config:
-    """Tiles that leave the accumulators of ``block_rows`` rows their registers and shared memory."""
+def default_config(head_dim: int, block_rows: int, blocks: int, slots: int) -> Config:
+    """Tiles that leave the accumulators of ``block_rows`` rows their registers and shared memory.
+
+    ``blocks`` is how many there are if no sequence is split.
+    """
     if head_dim <= 128 and block_rows == 8:
-        return Config()
+        if slots > SHORT:
+            return Config()
+        # Few tiles each: several small blocks a multiprocessor, unless it has just one or two.
+        warpgroups = 1 if blocks < 0.75 * NUM_SMS else {1: 3, 2: 2}.get(-(-blocks // NUM_SMS), 1)
+        return Config(block_kv=128, warpgroups=warpgroups, residents={1: 4, 2: 2, 3: 1}[warpgroups])
     if head_dim <= 128:
         return Config(block_kv=128, stages=3, warpgroups=3 if head_dim * block_rows <= 2048 else 2)
     return Config(block_kv=128, stages=2, warpgroups=2)
@@ -146,10 +157,11 @@ def decode_attention(
     rows = length * group
     block_rows = min(-(-rows // 8) * 8, 4096 // head_dim)
     row_blocks = -(-rows // block_rows)
-    config = config or default_config(head_dim, block_rows)
+    blocks = batch * kv_heads * row_blocks
+    config = config or default_config(head_dim, block_rows, blocks, slots)
     if page_table is not None and page_size % config.block_kv:
         raise ValueError(f"a page has {page_size} slots; expected a multiple of block_kv {config.block_kv}")
-    splits = config.splits(batch * kv_heads * row_blocks, slots)
+    splits = config.splits(blocks, slots)
 
     out_type = jax.ShapeDtypeStruct(query.values.shape, out_dtype)
     numbers = jax.ShapeDtypeStruct((batch, kv_heads, splits, rows), jnp.float32)
