@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from fireq_jax.compilation import COMPILE_QUICKLY
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.layers import Tap, no_tap
 from fireq_jax.models.llama import DecoderLayer
@@ -106,7 +107,7 @@ def run_layer(layer: DecoderLayer, config: ModelConfig, hidden: Float[Array, "B 
     return finished(output)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=COMPILE_QUICKLY)
 def block_step(
     graph: nnx.GraphDef[DecoderLayer],
     config: ModelConfig,

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from checkpoints_convert.calibrate import LINEAR_INPUTS, Hidden, abstract_layer, batches_of, run_layer
 from checkpoints_convert.reconstruction import reconstruct, reconstruction_operations
+from fireq_jax.compilation import COMPILE_QUICKLY
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.llama import DecoderLayer
 from fireq_jax.models.parameters import Block, Parameter, layer_parameters, quantize_linear, with_parameters
@@ -163,7 +164,7 @@ def compensation_operations(config: ModelConfig, quantization: QuantizationConfi
     return 2 * samples * length * (passes + moments) + rounding + learning
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5), compiler_options=COMPILE_QUICKLY)
 def _moments_step(
     exact_graph: nnx.GraphDef[DecoderLayer],
     seen_graph: nnx.GraphDef[DecoderLayer],
@@ -194,7 +195,7 @@ def _second_moment(x: Float[Array, "tokens K"], y: Float[Array, "tokens K"]) -> 
     return jnp.matmul(x.T, y, precision="highest") / len(x)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=COMPILE_QUICKLY)
 def _output(
     graph: nnx.GraphDef[DecoderLayer], config: ModelConfig, state: nnx.State, hidden: Float[Array, "B T D"]
 ) -> Float[Array, "B T D"]:

@@ -13,8 +13,8 @@ from pallas_kernels import formats
 from pallas_kernels.decode_attention import decode_attention, gather_pages
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.prefill_attention import attention_reference, prefill_attention
-from pallas_kernels.sm90 import NUM_SMS
 from pallas_kernels.sm90.attention import decode, prefill
+from pallas_kernels.sm90.hardware import NUM_SMS
 
 
 @dataclasses.dataclass(frozen=True)

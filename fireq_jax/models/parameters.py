@@ -15,6 +15,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
+from fireq_jax.compilation import COMPILE_QUICKLY
 from fireq_jax.quantization.config import QuantizationConfig
 from fireq_jax.quantization.gptq import InputMoments, quantize_measured
 from pallas_kernels import layouts
@@ -74,7 +75,7 @@ def global_parameters(
     return parameters
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(jax.jit, static_argnums=1, compiler_options=COMPILE_QUICKLY)
 def quantize_linear(
     weight: Array, quantization: QuantizationConfig, inputs: InputMoments | None = None
 ) -> QuantizedTensor:

@@ -30,11 +30,11 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import formats
 from pallas_kernels.formats import ScaledArray
-from pallas_kernels.sm90 import NUM_SMS
 from pallas_kernels.sm90.attention.decode import unsupported_formats
 from pallas_kernels.sm90.attention.prefill_device import BLOCK_Q, kernel, prepare_kernel
 from pallas_kernels.sm90.attention.prefill_registers import PREPARED_TOKENS
 from pallas_kernels.sm90.attention.registers import CODE_UNIT
+from pallas_kernels.sm90.hardware import NUM_SMS
 
 _LOG2E = math.log2(math.e)
 

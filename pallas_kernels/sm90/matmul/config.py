@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import formats, layouts
-from pallas_kernels.sm90 import NUM_SMS
+from pallas_kernels.sm90.hardware import NUM_SMS, SMEM_BYTES
 from pallas_kernels.split_sum import MAX_PARTS
 
 Values = Literal["e4m3", "bf16"]
-SMEM_BYTES = 227 * 1024
 STORE_BUFFERS = 2
 # Up to so many tokens are few.
 MOST_DECODED = 64

@@ -22,7 +22,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import formats
 from pallas_kernels.formats import ScaledArray
-from pallas_kernels.sm90 import NUM_SMS, split_sum
+from pallas_kernels.sm90 import split_sum
+from pallas_kernels.sm90.hardware import NUM_SMS
 from pallas_kernels.sm90.rope_quantize import device
 from pallas_kernels.split_sum import SplitSum
 
