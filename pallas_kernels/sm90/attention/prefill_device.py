@@ -150,7 +150,7 @@ def kernel(
             tiles = _Tiles(
                 q_smem.at[warpgroup], k_smem, v_smem, columns_smem, k_full, k_free, v_full, v_free,
                 lambda tile: stage(done + tile - begin), row_to_scores, now.position + row_of, now.length,
-                causal, window, lambda: plgpu.barrier_arrive(q_free.at[warpgroup]),
+                causal, window, lambda: plgpu.barrier_arrive(q_free.at[warpgroup]), zeros,
             )  # fmt: skip
             total, out = (_one_by_one if pipeline == 1 else _scores_ahead)(tiles, begin, full_end, end)
             following_scales = scales(following)
@@ -162,6 +162,9 @@ def kernel(
             plgpu.copy_smem_to_gmem(out_smem.at[warpgroup], out_gmem.at[now.batch, rows, now.head])
             return following, following_scales, done + end - begin
 
+        zeros = functools.partial(registers.zeros, shape=(BLOCK_Q, k_smem.shape[2]))
+        result = plgpu.ShapeDtypeStruct((BLOCK_Q, k_smem.shape[2]), jnp.float32, layout=_MATRIX)
+        zeros = plgpu.inline_mgpu(arg_types=(), return_type=result)(zeros)()
         first = block(0)
         lax.fori_loop(0, count, visit, (first, scales(first), jnp.int32(0)))
         plgpu.wait_smem_to_gmem(0)
@@ -200,6 +203,7 @@ class _Tiles:
     causal: bool
     window: int | None
     release_queries: Callable[[], None]
+    zeros: jax.Array  # [queries, head_dim]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -209,18 +213,22 @@ class _Tiles:
     def head_dim(self) -> int:
         return self.k.shape[2]
 
+    # Both before the accumulators are made: between their zeros and the products a branch would make
+    # the compiler write them out.
     def wait_for_keys(self, tile) -> None:
-        # Before the accumulator is made: between its zeros and the product a branch would make
-        # the compiler write them out.
         plgpu.barrier_wait(self.k_full.at[self.stage(tile)])
+
+    def wait_for_values(self, tile) -> None:
+        """The tile's values and columns' numbers."""
+        plgpu.barrier_wait(self.v_full.at[self.stage(tile)])
 
     def start_scores(self, acc, tile) -> None:
         """Begin acc += Q K^T, in units of the codes."""
         plgpu.wgmma(acc, self.q, jax_compat.transpose_ref(self.k.at[self.stage(tile)]))
 
-    def finish_scores(self, acc, tile, *, products_left: int = 0):
-        """The scores, once no more than ``products_left`` later products run; frees the tile's keys."""
-        scores = plgpu.wgmma_accumulator_load(acc, wait_n=products_left)
+    def finish_scores(self, acc, tile):
+        """The scores, once no product runs any more; frees the tile's keys."""
+        scores = acc[...]
         plgpu.barrier_arrive(self.k_free.at[self.stage(tile)])
         return scores
 
@@ -228,10 +236,9 @@ class _Tiles:
         """P as E4M3 A operand, the new row maxima and sums, and the decay of what was summed before.
 
         P = exp2(score + log2 v_scale - maximum) * PROBABILITY_SCALE, so that the largest term of
-        every output is exact in E4M3; sums are of P / v_scale. Waits for the tile's values.
+        every output is exact in E4M3; sums are of P / v_scale.
         """
         s = self.stage(tile)
-        plgpu.barrier_wait(self.v_full.at[s])
         scores *= self._column(s, 0)
         scores = scores * _over_columns(self.to_scores, self.shape) + self._column(s, 1)
         if masked:
@@ -253,9 +260,13 @@ class _Tiles:
         load = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=result)(registers.load_columns)
         return lax.broadcast_in_dim(load(ref), self.shape, (1,))
 
-    def start_product(self, acc, p, tile, columns: slice = slice(None)) -> None:
-        """Begin acc += P V for some channels."""
-        plgpu.wgmma(acc, p, jax_compat.transpose_ref(self.v.at[self.stage(tile), columns]))
+    def product(self, p, tile):
+        """P V, accumulated from zero."""
+
+        def run(acc) -> None:
+            plgpu.wgmma(acc, p, jax_compat.transpose_ref(self.v.at[self.stage(tile)]))
+
+        return pl.run_state(run)(plgpu.WGMMAAccumulatorRef.init(self.zeros))
 
     def _visible(self, tile):
         slot = plgpu.broadcasted_iota(jnp.int32, self.shape, 1, layout=_MATRIX) + tile * self.shape[1]
@@ -285,14 +296,11 @@ def _one_by_one(tiles: _Tiles, begin, full_end, end):
             tiles.start_scores(acc, tile)
             return tiles.finish_scores(acc, tile)
 
-        def product_of(acc):
-            tiles.start_product(acc, p, tile)
-            return acc[...]
-
         tiles.wait_for_keys(tile)
+        tiles.wait_for_values(tile)
         scores = pl.run_scoped(scores_of, plgpu.WGMMAAccumulatorRef(tiles.shape))
         p, peak, total, decay = tiles.softmax(scores, tile, peak, total, masked=masked)
-        product = pl.run_scoped(product_of, plgpu.WGMMAAccumulatorRef(out.shape))
+        product = tiles.product(p, tile)
         plgpu.barrier_arrive(tiles.v_free.at[tiles.stage(tile)])
         return peak, total, out * _over_columns(decay, out.shape) + product
 
@@ -322,17 +330,12 @@ def _scores_ahead(tiles: _Tiles, begin, full_end, end):
             if not last:
                 tiles.start_scores(next_acc, tile + 1)
             p, new_peak, new_total, decay = tiles.softmax(scores, tile, peak, total, masked=masked)
-
-            def product_of(acc):
-                tiles.start_product(acc, p, tile)
-                next_scores = scores if last else tiles.finish_scores(next_acc, tile + 1, products_left=1)
-                return next_scores, plgpu.wgmma_accumulator_load(acc, wait_n=0)
-
-            # The accumulator is made only now: its zeros take registers.
-            next_scores, product = pl.run_scoped(product_of, plgpu.WGMMAAccumulatorRef(out.shape))
+            product = tiles.product(p, tile)
+            next_scores = scores if last else tiles.finish_scores(next_acc, tile + 1)
             plgpu.barrier_arrive(tiles.v_free.at[tiles.stage(tile)])
             return next_scores, new_peak, new_total, out * _over_columns(decay, out.shape) + product
 
+        tiles.wait_for_values(tile)
         if not last:
             tiles.wait_for_keys(tile + 1)
         return pl.run_scoped(ahead, plgpu.WGMMAAccumulatorRef(tiles.shape))

@@ -20,10 +20,20 @@ from pallas_kernels.sm90.attention.registers import (
     thread_position,
     transpose_bytes,
 )
-from pallas_kernels.sm90.inline import const, number, to_e4m3
+from pallas_kernels.sm90.inline import asm, const, f32, number, to_e4m3
 from pallas_kernels.sm90.inline import element as element_of
 
 PREPARED_TOKENS = 128  # of a block of the preparation, one a thread
+
+
+def zeros(_: mgpu.LaunchContext, *, shape: tuple[int, int]) -> mgpu.FragmentedArray:
+    """float32 zeros as the start of an accumulator, made where this is called.
+
+    A constant LLVM makes anew in front of each product, in the accumulator's own first register. ptxas does not see
+    through that, and writes all the zeros out; it does see through this one, and uses the product's own zero.
+    """
+    zero = asm([f32()], [], "mov.b32 $0, 0;", "=f", volatile=False)[0]
+    return mgpu.FragmentedArray.splat(zero, shape, plgpu.Layout.WGMMA.to_mgpu())
 
 
 def permute_tokens(v: Array) -> Array:
