@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.formats import ScaledArray
-from pallas_kernels.prefill_attention import attention_reference, validate
+from pallas_kernels.prefill_attention import as_output, attention_reference, float_dtype, validate
 from pallas_kernels.sm90.attention import decode as sm90
 
 
@@ -26,7 +26,7 @@ def decode_attention(
     page_table: Int[Array, "B pages"] | None = None,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
     implementation: dispatch.Implementation = "auto",
-) -> Float[Array, "B T heads H"]:
+) -> Float[Array, "B T heads H"] | ScaledArray:
     """Causal attention of the newest T tokens over a cache [B, kv_heads, S, H] that holds them.
 
     With a ``page_table`` the cache is [pages, kv_heads, page_size, H] instead, and page
@@ -44,10 +44,11 @@ def decode_attention(
         )  # fmt: skip
     if page_table is not None:
         key, value = gather_pages(key, value, page_table)
-    return attention_reference(
+    out = attention_reference(
         query, key, value, query_start=query_start, kv_lengths=kv_lengths, scale=scale, window=window,
-        out_dtype=out_dtype,
+        out_dtype=float_dtype(out_dtype),
     )  # fmt: skip
+    return as_output(out, out_dtype, implementation)
 
 
 def gather_pages(

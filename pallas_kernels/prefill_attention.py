@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import dispatch, formats
 from pallas_kernels.formats import ScaledArray
+from pallas_kernels.row_quantize import quantize_rows
 from pallas_kernels.sm90.attention import prefill as sm90
 
 # Queries of a sequence that the reference scores at a time.
@@ -31,7 +32,7 @@ def prefill_attention(
     window: int | None = None,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
     implementation: dispatch.Implementation = "auto",
-) -> Float[Array, "B T heads H"]:
+) -> Float[Array, "B T heads H"] | ScaledArray:
     """softmax(scale * Q K^T) V for ragged batches and chunks that start anywhere.
 
     Args:
@@ -44,11 +45,12 @@ def prefill_attention(
         scale: factor of the scores, usually head_dim ** -0.5.
         causal: a query sees the slots up to its own position.
         window: a query sees only the last ``window`` of them (sliding window).
-        out_dtype: dtype of the result.
+        out_dtype: dtype of the result; E4M3 gives FP8 rows as o_proj reads them.
         implementation: see ``dispatch``. "auto" takes cuDNN for whole prompts in bf16 or float16.
 
     Returns:
-        [B, T, heads, H]. A query that sees no slot gets zeros.
+        [B, T, heads, H]. A query that sees no slot gets zeros. With E4M3 the result in bf16, quantized
+        by ``formats.quantize_fp8``: values [B, T, heads * H] and a float32 scale per token [B, T, 1].
 
     Raises:
         ValueError: if shapes do not fit together or ``window`` is not positive.
@@ -57,16 +59,33 @@ def prefill_attention(
     starts_at_zero = query_start is None
     query_start = jnp.zeros_like(kv_lengths) if query_start is None else query_start
     validate(query, key, value, query_start, kv_lengths, window)
+    floats = float_dtype(out_dtype)
     if implementation == "auto" and starts_at_zero and causal and window is None and _cudnn_runs(query, key, value):
-        return _attention_cudnn(query, key, value, kv_lengths=kv_lengths, scale=scale).astype(out_dtype)
-    unsupported = sm90.unsupported(query, key, value, scale, out_dtype)
+        out = _attention_cudnn(query, key, value, kv_lengths=kv_lengths, scale=scale).astype(floats)
+        return as_output(out, out_dtype, implementation)
+    unsupported = sm90.unsupported(query, key, value, scale, floats)
     run = attention_reference
     if dispatch.resolve("prefill_attention", implementation, unsupported) == "mosaic_gpu":
         run = sm90.prefill_attention
-    return run(
+    out = run(
         query, key, value, query_start=query_start, kv_lengths=kv_lengths, scale=scale, causal=causal, window=window,
-        out_dtype=out_dtype,
+        out_dtype=floats,
     )  # fmt: skip
+    return as_output(out, out_dtype, implementation)
+
+
+def float_dtype(out_dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
+    """The dtype in which attention is rounded before its output is ``out_dtype``."""
+    return jnp.bfloat16 if jnp.dtype(out_dtype) == formats.E4M3 else out_dtype
+
+
+def as_output(
+    out: Float[Array, "B T heads H"], out_dtype: jax.typing.DTypeLike, implementation: dispatch.Implementation
+) -> Float[Array, "B T heads H"] | ScaledArray:
+    """What an attention op returns of ``out`` in :func:`float_dtype`: that, or its tokens' rows in FP8."""
+    if jnp.dtype(out_dtype) != formats.E4M3:
+        return out
+    return quantize_rows(out.reshape(*out.shape[:2], -1), implementation=implementation)
 
 
 def attention_reference(

@@ -144,6 +144,26 @@ def test_scores_of_any_size_are_stable():
     np.testing.assert_allclose(run(prefill, q, k, v), brute_force(q, k, v, START, LENGTHS), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("attention", [prefill, decode], ids=["prefill", "decode"])
+@pytest.mark.parametrize("kv_format", ["none", "int4"])
+def test_fp8_output_is_the_bf16_one_quantized_by_token(kv_format, attention):
+    """Also where all of a token's heads are 0, and where one holds NaN."""
+    q, k, v = operands(kv_format, fp8_query=kv_format == "int4")
+    scale = k.values if k.scale is None else k.scale
+    broken = scale.at[2, 1].set(jnp.nan)
+    k = k._replace(values=broken) if k.scale is None else k._replace(scale=broken)
+    options = {"query_start": START, "kv_lengths": np.int32([0, 4, 9]), "scale": SCALE}
+    rows = attention(q, k, v, out_dtype=formats.E4M3, **options)
+    expected = jax.jit(formats.quantize_fp8)(attention(q, k, v, **options).reshape(3, 5, 4 * H))
+    assert (rows.values.shape, rows.scale.shape) == ((3, 5, 4 * H), (3, 5, 1))
+    for actual, wanted in zip(rows, expected, strict=True):
+        assert actual.dtype == wanted.dtype
+        np.testing.assert_array_equal(np.asarray(actual, np.float32), np.asarray(wanted, np.float32))
+    assert not np.asarray(rows.values[0], np.float32).any()
+    assert (rows.scale[0] == 1).all()
+    assert np.isnan(np.asarray(rows.values[2], np.float32)).any()
+
+
 def test_broken_rows_are_errors():
     q, k, v = operands("int4")
     options = {"query_start": START, "kv_lengths": LENGTHS, "scale": 1.0}

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import formats
+from pallas_kernels.sm90.attention import combine, registers
 from pallas_kernels.sm90.attention import prefill_registers as prefill
-from pallas_kernels.sm90.attention import registers
 from pallas_kernels.sm90.attention.decode import HEAD_DIMS
 
 WARPGROUP = 128
@@ -78,12 +78,39 @@ def test_combine_weighs_splits(monkeypatch, head_dim):
     target = machine.ref(np.zeros((rows // group, heads, head_dim), np.float32))
     refs = [machine.ref(x) for x in (partial, peak, total)]
     for block in range(-(-rows * head_dim // 512)):
-        registers.combine(None, machine.scalar(block), machine.scalar(3), *refs, target, group=group, unit=0.25)
+        combine.combine_head(None, machine.scalar(block), machine.scalar(3), *refs, target, group=group)
     weight = np.exp2(peak - np.where(np.isinf(peak.max(0)), 0, peak.max(0)))
-    expected = (weight[..., None] * partial).sum(0) / np.maximum((weight * total).sum(0), 1e-30)[:, None] / 4
+    expected = (weight[..., None] * partial).sum(0) / np.maximum((weight * total).sum(0), 1e-30)[:, None]
+    expected /= formats.PROBABILITY_SCALE * registers.CODE_UNIT
     got = target.memory[:, 3:].reshape(rows, head_dim)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
     assert not target.memory[:, :3].any()
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_a_token_is_combined_as_its_heads_are(monkeypatch, head_dim):
+    """Two sequences of three tokens, two kv heads of five: eight channels of any token at a time."""
+    rng = np.random.default_rng(0)
+    batch, length, kv_heads, group, splits = 2, 3, 2, 5, 3
+    heads, rows = kv_heads * group, length * group
+    machine = Machine(monkeypatch)
+    partial = rng.normal(size=(batch, kv_heads, splits, 1, rows, head_dim)).astype(np.float32)
+    peak, total = rng.normal(size=(2, batch, kv_heads, splits, rows)).astype(np.float32) ** 2
+    expected = np.zeros((batch, length, heads, head_dim), np.float32)
+    for b, kv_head, block in np.ndindex(batch, kv_heads, -(-rows * head_dim // 512)):
+        refs = [machine.ref(x) for x in (partial[b, kv_head, :, 0], peak[b, kv_head], total[b, kv_head], expected[b])]
+        combine.combine_head(
+            None, machine.scalar(block), machine.scalar(kv_head * group), *refs, group=group
+        )  # fmt: skip
+    sources = {"partial": partial, "peak": peak, "total": total}
+    refs = {name: machine.ref(x) for name, x in sources.items()}
+    refs["values"] = machine.ref(np.zeros((batch * length, heads * head_dim), E4M3))
+    chunks = np.arange(batch * length * heads * head_dim // 8, dtype=np.uint32)
+    chunks = np.pad(chunks, (0, -len(chunks) % WARPGROUP), mode="edge").reshape(-1, WARPGROUP)
+    for threads in chunks:
+        token, index = np.divmod(threads, np.uint32(heads * head_dim // 8))
+        got = np.stack(combine.combine_eight(refs, token, index), axis=1)
+        np.testing.assert_array_equal(got, expected.reshape(-1, 8)[threads])
 
 
 def test_probabilities_and_columns_have_one_order(monkeypatch):
@@ -202,7 +229,7 @@ class Machine:
             "to_e4m3": self.to_e4m3,
             "_log2": np.log2,
         }  # fmt: skip
-        for module in (registers, prefill):
+        for module in (registers, prefill, combine):
             for name, stand_in in stand_ins.items():
                 if hasattr(module, name):
                     monkeypatch.setattr(module, name, stand_in)

@@ -13,6 +13,7 @@ from pallas_kernels import formats
 from pallas_kernels.decode_attention import decode_attention, gather_pages
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.prefill_attention import attention_reference, prefill_attention
+from pallas_kernels.sm90 import row_quantize
 from pallas_kernels.sm90.attention import decode, prefill
 from pallas_kernels.sm90.hardware import NUM_SMS
 
@@ -83,6 +84,23 @@ PREFILL = {
     "three stages": Case(512, lengths=(512, 511), starts=(0, 0), config=prefill.Config(stages=3)),
 }
 
+# Attentions whose output is wanted in FP8, and how many kernels that takes.
+FP8 = {
+    "no split": (Case(), 2),
+    "a few splits": (Case(heads=32, kv_heads=8, slots=4096, lengths=(4096,)), 2),
+    "odd heads, three queries": (Case(length=3, heads=9, kv_heads=3, head_dim=64, slots=2048, lengths=(2048, 5)), 2),
+    "more splits than a block reads": (Case(heads=32, kv_heads=8, slots=16384, lengths=(16384,)), 3),
+}
+# (batch, queries, heads, kv_heads, head_dim, splits)
+SPLIT_SHAPES = [
+    (1, 1, 32, 8, 128, 2),
+    (2, 1, 32, 8, 128, 8),
+    (3, 2, 5, 1, 64, 5),
+    (2, 3, 9, 3, 64, 2),
+    (2, 16, 8, 2, 256, 3),
+    (1, 1, 128, 8, 128, 2),
+]
+
 
 def cases(table: dict[str, Case]):
     return pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in table.items()])
@@ -114,6 +132,58 @@ def test_prefill_kernel_is_as_near_to_float32_as_the_reference(case):
         window=case.window, config=case.config,
     )  # fmt: skip
     assert_near(out, query, key, value, start, lengths, case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [case for case, _ in FP8.values()], ids=FP8)
+def test_fp8_output_is_the_bf16_one_quantized(case):
+    query, key, value, start, lengths = operands(case)
+    options = {"query_start": start, "kv_lengths": lengths, "scale": case.scale}
+    floats = decode.decode_attention(query, key, value, **options)
+    expected = row_quantize.quantize_rows(floats.reshape(case.batch, case.length, -1))
+    poison(expected.values.shape)
+    assert_same_rows(decode.decode_attention(query, key, value, **options, out_dtype=formats.E4M3), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SPLIT_SHAPES)
+@pytest.mark.parametrize("special", [None, 0.0, np.nan, np.inf, 1e38])
+def test_combined_rows_are_quantized_as_the_format_does(shape, special):
+    """One number of the first token in all splits, or (0) all of its numbers, are ``special``."""
+    partials = splits_of(shape, special)
+    batch, length, heads, kv_heads, head_dim, _ = shape
+    out_type = jax.ShapeDtypeStruct((batch, length, heads, head_dim), jnp.bfloat16)
+    combined = jax.jit(functools.partial(decode.combine_splits, out_type=out_type))(*partials)
+    # The reference on a CPU, whose reciprocals are exact.
+    on_cpu = jnp.asarray(np.asarray(combined.reshape(batch, length, -1)), device=jax.devices("cpu")[0])
+    expected = jax.jit(formats.quantize_fp8)(on_cpu)
+    poison(expected.values.shape)
+    assert_same_rows(row_quantize.combine_quantize(*partials, group=heads // kv_heads), expected)
+
+
+def splits_of(shape, special=None):
+    """What decode attention leaves: the second of the splits has seen nothing."""
+    batch, length, heads, kv_heads, head_dim, splits = shape
+    keys = jax.random.split(jax.random.key(splits), 3)
+    numbers = (batch, kv_heads, splits, length * heads // kv_heads)
+    partial = 300 * rows(keys[0], (*numbers[:3], 1, numbers[3], head_dim), outliers=True)
+    if special is not None:
+        partial = partial.at[0, 0, :, 0, 0, 3].set(special)
+    if special == 0:
+        partial = partial.at[0, :, :, 0, : heads // kv_heads].set(0)
+    peak, total = 3 * jax.random.normal(keys[1], numbers), jnp.exp(jax.random.normal(keys[2], numbers))
+    return partial.at[:, :, 1].set(0), peak.at[:, :, 1].set(-jnp.inf), total.at[:, :, 1].set(0)
+
+
+def poison(shape):
+    """Memory that the next outputs may get holds other bytes than zeros."""
+    jax.block_until_ready([jnp.full(shape, 0x55, jnp.uint8), jnp.full(shape[:-1], jnp.nan)])
+
+
+def assert_same_rows(actual, expected):
+    for ours, wanted in zip(actual, expected, strict=True):
+        assert ours.dtype == wanted.dtype
+        np.testing.assert_array_equal(np.asarray(ours, np.float32), np.asarray(wanted, np.float32))
 
 
 @pytest.mark.gpu
@@ -199,6 +269,33 @@ def test_decode_kernel_lowers_for_cuda(case):
 
     exported = jax.export.export(run, platforms=["cuda"])(query, key, value, lengths, lengths, table)
     assert exported.out_avals[0].shape == query.values.shape
+
+
+@pytest.mark.parametrize(("case", "kernels"), FP8.values(), ids=FP8)
+def test_fp8_output_lowers_for_cuda(case, kernels):
+    """One kernel less than attention, combination and quantization, unless a block would read too much."""
+    query, key, value, lengths = abstract_operands(case)
+
+    @jax.jit
+    def run(query, key, value, start, lengths):
+        return decode.decode_attention(
+            query, key, value, query_start=start, kv_lengths=lengths, scale=case.scale, out_dtype=formats.E4M3
+        )
+
+    exported = jax.export.export(run, platforms=["cuda"])(query, key, value, lengths, lengths)
+    values, scale = exported.out_avals
+    rows = (case.batch, case.length)
+    assert (values.shape, values.dtype) == ((*rows, case.heads * case.head_dim), formats.E4M3)
+    assert (scale.shape, scale.dtype) == ((*rows, 1), jnp.float32)
+    assert exported.mlir_module().count("stablehlo.custom_call @mosaic_gpu") == kernels
+
+
+@pytest.mark.parametrize("shape", SPLIT_SHAPES)
+def test_combination_in_fp8_lowers_for_cuda(shape):
+    batch, length, heads, kv_heads, head_dim, _ = shape
+    run = jax.jit(functools.partial(row_quantize.combine_quantize, group=heads // kv_heads))
+    exported = jax.export.export(run, platforms=["cuda"])(*jax.eval_shape(lambda: splits_of(shape)))
+    assert [aval.shape for aval in exported.out_avals] == [(batch, length, heads * head_dim), (batch, length, 1)]
 
 
 @cases(PREFILL)

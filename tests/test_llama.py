@@ -12,11 +12,13 @@ from flax import nnx
 from make_golden import GOLDEN, KEPT, reference_logits
 from tiny_llama import CASES, config_of, tokens_of, weights_of
 
+from checkpoints_convert.calibrate import run_layer
 from fireq_jax import LlamaForCausalLM, ModelConfig, QuantizationConfig, recipes
-from fireq_jax.models import llama, parameters
+from fireq_jax.models import attention, llama, parameters
 from fireq_jax.models.llama import linear_names
 from pallas_kernels import formats
 from pallas_kernels.matmul import matmul
+from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.quantized_tensor import QuantizedTensor
 from pallas_kernels.split_sum import SplitSum
 
@@ -223,6 +225,35 @@ def test_a_norm_quantizes_only_what_is_multiplied_as_fp8():
         else:
             np.testing.assert_array_equal(taps[str(recipe)], expected)
             np.testing.assert_array_equal(rows, expected)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "dtype", "expected"),
+    [
+        (recipes.fireq(), jnp.bfloat16, formats.E4M3),
+        (recipes.fireq(), jnp.float32, jnp.float32),
+        (recipes.none(), jnp.bfloat16, jnp.bfloat16),
+        (dataclasses.replace(recipes.fireq(), keep_float=("*.o_proj",)), jnp.bfloat16, jnp.bfloat16),
+    ],
+    ids=["fp8", "float32", "float", "o_proj kept float"],
+)
+def test_attention_quantizes_what_o_proj_would(recipe, dtype, expected, monkeypatch):
+    """Bit for bit; a tap sees the floats."""
+    asked, taps = [], {}
+
+    def spy(*arguments, out_dtype, **options):
+        asked.append(out_dtype)
+        return prefill_attention(*arguments, out_dtype=out_dtype, **options)
+
+    monkeypatch.setattr(attention, "prefill_attention", spy)
+    config = ModelConfig.from_huggingface(config_of("gqa"))
+    layer = build(config_of("gqa"), recipe, dtype=dtype).layers[0]
+    hidden = jax.random.normal(jax.random.key(0), (2, 7, config.hidden_size), dtype)
+    plain = nnx.jit(lambda layer, x: run_layer(layer, config, x))(layer, hidden)
+    tapped = nnx.jit(lambda layer, x: run_layer(layer, config, x, taps.__setitem__))(layer, hidden)
+    assert [jnp.dtype(x) for x in asked] == [jnp.dtype(expected), jnp.dtype(dtype)]
+    assert taps["o_input"].shape == (2, 7, config.num_heads * config.head_dim)
+    np.testing.assert_array_equal(np.asarray(plain, np.float32), np.asarray(tapped, np.float32))
 
 
 def test_sums_that_matmuls_leave_in_parts_are_added_by_who_reads_them(monkeypatch):

@@ -59,6 +59,18 @@ def test_norms_add_up_what_matmuls_leave_in_parts(monkeypatch: pytest.MonkeyPatc
     assert len([name for name in calls if name.startswith("sum_norm_quantize")]) == 3
 
 
+def test_attention_that_is_split_hands_o_proj_fp8_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_not_hopper", lambda: None)
+    graph, state = parts()
+    tokens, lengths = jax.ShapeDtypeStruct((2, 1), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
+    cache = jax.eval_shape(lambda: KVCache.create(CONFIG, recipes.fireq(), 2, 4096))
+    function = jax.jit(lambda s, t, n, c: nnx.merge(graph, s).extend(t, n, c))
+    module = jax.export.export(function, platforms=["cuda"])(state, tokens, lengths, cache).mlir_module()
+    assert len(re.findall(r"call @combine_quantize", module)) == 1
+    # down_proj's input is the only one left.
+    assert len(re.findall(r"call @quantize_rows", module)) == 1
+
+
 def logits_of(model: LlamaForCausalLM) -> np.ndarray:
     """Last logits of two prompts and of a token after each."""
     tokens = jax.random.randint(jax.random.key(1), (2, 96), 0, CONFIG.vocab_size)

@@ -13,7 +13,7 @@ from fireq_jax.models.layers import Linear, Tap, no_tap
 from fireq_jax.quantization.config import QuantizationConfig
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.formats import ScaledArray
+from pallas_kernels.formats import E4M3, ScaledArray
 from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.rope_quantize import apply_rope, rope_quantize, split_heads
 from pallas_kernels.split_sum import SplitSum, finished
@@ -116,17 +116,20 @@ class Attention(nnx.Module):
         if cache is None:
             # The first chunk sees itself alone; the rest of the cache is empty.
             rows = jax.tree.map(lambda x: x[:, :, :length], rows)
+        # What o_proj would do to bf16 anyway; a tap wants to see the floats.
+        quantized = self.o_proj.takes_fp8 and residual.dtype == jnp.bfloat16 and tap is no_tap
         attend = functools.partial(
             decode_attention if cache is not None and length <= DECODE_QUERIES else prefill_attention,
             kv_lengths=start + lengths,
             scale=self.head_dim**-0.5,
-            out_dtype=residual.dtype,
+            out_dtype=E4M3 if quantized else residual.dtype,
             implementation=self.implementation,
         )
         attention = attend(query, *rows, query_start=None if cache is None else start)
-        merged = attention.reshape(*residual.shape[:2], self.heads * self.head_dim)
-        tap("o_input", merged)
-        return self.o_proj.deferred(merged, residual=residual), new_cache
+        if not isinstance(attention, ScaledArray):
+            attention = attention.reshape(batch, length, self.heads * self.head_dim)
+            tap("o_input", attention)
+        return self.o_proj.deferred(attention, residual=residual), new_cache
 
     def _show(self, packed: Float[Array, "B T packed"] | SplitSum, rope: tuple[Array, Array], tap: Tap) -> None:
         """What calibration measures on the way; nothing is computed for a tap that nobody reads."""

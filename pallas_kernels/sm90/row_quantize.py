@@ -5,8 +5,8 @@ holds it in registers; warps reduce by shuffles, the block through shared memory
 multiplied by its scale's reciprocal, cast and stored, 8 bytes a thread and step. A row has as few
 warpgroups as its registers fit in: many rows want several blocks on a multiprocessor, so that one's
 loads hide another's reduction, and one row wants few partial results to wait for. A row that a
-matmul left in parts (``SplitSum``) is added up as it is loaded; it has a thread for each 8 elements,
-so that all of its parts are on their way at once.
+matmul (``SplitSum``) or decode attention left in parts is added up as it is loaded; it has a thread
+for each 8 elements, so that all of its parts are on their way at once.
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import formats
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.sm90 import split_sum
+from pallas_kernels.sm90.attention.combine import combine_eight
 from pallas_kernels.sm90.inline import (
     SCALAR,
     WARPGROUP,
@@ -120,10 +121,29 @@ def sum_norm_quantize(
     return rows, x
 
 
+@functools.partial(jax.jit, static_argnames="group")
+def combine_quantize(
+    partial: Float[Array, "B kv_heads splits 1 rows H"],
+    peak: Float[Array, "B kv_heads splits rows"],
+    total: Float[Array, "B kv_heads splits rows"],
+    *,
+    group: int,
+) -> ScaledArray:
+    """Decode attention's output [B, T, heads * H] from that of its splits, in FP8 with a scale per token.
+
+    The arguments are what the kernel leaves, rows of T tokens and ``group`` heads; the numbers are
+    those of the splits' combination in bf16 and ``quantize_rows``.
+    """
+    batch, kv_heads, _, _, rows, head_dim = partial.shape
+    width = kv_heads * group * head_dim
+    operands = {"partial": partial, "peak": peak, "total": total}
+    return _launch((batch, rows // group, width), operands, default_config(width, parts=True))[0]
+
+
 def _launch(
     shape: tuple[int, ...], operands: dict[str, Any], config: Config, eps: float = 0.0
 ) -> tuple[ScaledArray, Array | None]:
-    """FP8 rows of ``shape``, and x where it is summed from "parts"."""
+    """FP8 rows of ``shape``, and x where it is summed from "parts" (but not "partial", attention's)."""
     *rows, width = shape
     flat = math.prod(rows), width
     if config.warpgroups * WARPGROUP * CHUNK * MAX_CHUNKS < width:
@@ -136,6 +156,8 @@ def _launch(
     if "parts" in operands:
         out_types["x"] = jax.ShapeDtypeStruct(flat, jnp.bfloat16)
         name = "sum_norm_quantize"
+    elif "partial" in operands:
+        name = "combine_quantize"
     results = plgpu.kernel(
         functools.partial(_kernel, names=(*operands, *out_types), warpgroups=config.warpgroups, eps=eps),
         out_type=tuple(out_types.values()),
@@ -183,6 +205,8 @@ def _quantize_row(refs: dict[str, ir.Value], row: ir.Value, warpgroups: int, eps
 
     if "parts" in refs:
         loaded = [_add_up(refs, row, i) for i in index]
+    elif "partial" in refs:
+        loaded = [pack(combine_eight(refs, row, i)) for i in index]
     else:
         start = address(refs["x"], row, 2 * width)
         loaded = [load(offset(start, i, 2 * CHUNK), i32()) for i in index]

@@ -5,7 +5,8 @@ the group. Its warpgroups share the range and nothing else: each has its own rin
 stages, which it asks TMA to fill, so that one's arithmetic hides another's latencies. Codes are
 dequantized in registers and are WGMMA's A operand in both products (S^T = K Q^T, O^T = V^T P^T):
 the few queries are the narrow N side. The warpgroups' results are combined in shared memory; the
-blocks', where a sequence is split over several, by a second kernel.
+blocks', where a sequence is split over several, by a second kernel. Output in FP8 needs a token's
+largest number: a third kernel finds it, unless the token's splits are few enough for one block.
 
 P is cast to FP8 with the value's scale folded in: P = exp2(score - m) * scale_v * 256, where m is
 the running maximum of score + log2(scale_v); nothing overflows and the largest term of each
@@ -26,6 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import formats
 from pallas_kernels.formats import ScaledArray
+from pallas_kernels.sm90 import row_quantize
 from pallas_kernels.sm90.attention import registers
 from pallas_kernels.sm90.attention.decode_device import COPY_ROW, combine_kernel, kernel
 from pallas_kernels.sm90.hardware import NUM_SMS
@@ -33,6 +35,9 @@ from pallas_kernels.sm90.hardware import NUM_SMS
 HEAD_DIMS = (64, 128, 256)
 PAGE_MULTIPLE = 256  # a page holds whole tiles
 SHORT = 2048  # slots up to which small blocks are faster than long streams
+# Numbers of a token's splits (splits x heads x head_dim) up to which one block combines and quantizes
+# them: 192 KiB, which a multiprocessor reads in less than the time of another kernel, 2 us.
+MOST_IN_A_BLOCK = 3 << 14
 _LOG2E = math.log2(math.e)
 
 
@@ -137,7 +142,7 @@ def decode_attention(
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
     page_table: Int[Array, "B pages"] | None = None,
     config: Config | None = None,
-) -> Float[Array, "B T heads H"]:
+) -> Float[Array, "B T heads H"] | ScaledArray:
     """Causal attention of [B, T, heads, H] queries over an INT4 cache.
 
     Arguments are those of :func:`~pallas_kernels.decode_attention.decode_attention`. With a
@@ -163,7 +168,8 @@ def decode_attention(
         raise ValueError(f"a page has {page_size} slots; expected a multiple of block_kv {config.block_kv}")
     splits = config.splits(blocks, slots)
 
-    out_type = jax.ShapeDtypeStruct(query.values.shape, out_dtype)
+    quantized = jnp.dtype(out_dtype) == formats.E4M3
+    out_type = jax.ShapeDtypeStruct(query.values.shape, jnp.bfloat16 if quantized else out_dtype)
     numbers = jax.ShapeDtypeStruct((batch, kv_heads, splits, rows), jnp.float32)
     # One more dimension, so that a split's rows look like one token's heads.
     partial_type = jax.ShapeDtypeStruct((batch, kv_heads, splits, 1, rows, head_dim), jnp.float32)
@@ -217,16 +223,32 @@ def decode_attention(
         *(() if page_table is None else (page_table.astype(jnp.int32),)),
     )
     if splits == 1:
-        return partials[0]
+        (out,) = partials
+    elif quantized and splits * heads * head_dim <= MOST_IN_A_BLOCK:
+        return row_quantize.combine_quantize(*partials, group=group)
+    else:
+        out = combine_splits(*partials, out_type=out_type)
+    return row_quantize.quantize_rows(out.reshape(batch, length, -1)) if quantized else out
+
+
+def combine_splits(
+    partial: Float[Array, "B kv_heads splits 1 rows H"],
+    peak: Float[Array, "B kv_heads splits rows"],
+    total: Float[Array, "B kv_heads splits rows"],
+    *,
+    out_type: jax.ShapeDtypeStruct,
+) -> Float[Array, "B T heads H"]:
+    """The output, of ``out_type``, from that of the splits as the kernel leaves it."""
+    batch, kv_heads, _, _, rows, head_dim = partial.shape
     return plgpu.kernel(
-        functools.partial(combine_kernel, group=group),
+        functools.partial(combine_kernel, group=out_type.shape[2] // kv_heads),
         out_type=out_type,
         grid=(-(-rows * head_dim // (4 * 128)), kv_heads, batch),
         grid_names=("block", "head", "batch"),
         num_threads=1,
         thread_name="warpgroup",
         kernel_name="combine_splits",
-    )(*partials)
+    )(partial, peak, total)
 
 
 def _swizzled(shape: tuple[int, ...]):

@@ -10,6 +10,7 @@ from jax import lax
 
 from pallas_kernels import formats, jax_compat
 from pallas_kernels.sm90.attention import registers
+from pallas_kernels.sm90.attention.combine import combine_head
 
 SCALAR = plgpu.Layout.WG_SPLAT(())
 COPY_ROW = 256  # bytes of a row as TMA sees it, its longest; tokens' own rows are shorter
@@ -226,8 +227,7 @@ def combine_kernel(partial_gmem, peak_gmem, total_gmem, out_gmem, *, group: int)
     """One block: 128 x 4 numbers of the output of one kv head, from the partial ones of all splits."""
     batch, kv_head, block = (lax.axis_index(name) for name in ("batch", "head", "block"))
     where = (batch, kv_head)
-    unit = 1.0 / (formats.PROBABILITY_SCALE * registers.CODE_UNIT)
-    run = functools.partial(registers.combine, group=group, unit=unit)
+    run = functools.partial(combine_head, group=group)
     types = (SCALAR, SCALAR, *(plgpu.RefType(),) * 4)
     refs = (partial_gmem.at[(*where, slice(None), 0)], peak_gmem.at[where], total_gmem.at[where], out_gmem.at[batch])
     plgpu.inline_mgpu(arg_types=types)(run)(block, kv_head * group, *refs)

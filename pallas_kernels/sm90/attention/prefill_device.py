@@ -162,9 +162,10 @@ def kernel(
             plgpu.copy_smem_to_gmem(out_smem.at[warpgroup], out_gmem.at[now.batch, rows, now.head])
             return following, following_scales, done + end - begin
 
-        zeros = functools.partial(registers.zeros, shape=(BLOCK_Q, k_smem.shape[2]))
-        result = plgpu.ShapeDtypeStruct((BLOCK_Q, k_smem.shape[2]), jnp.float32, layout=_MATRIX)
-        zeros = plgpu.inline_mgpu(arg_types=(), return_type=result)(zeros)()
+        shape = (BLOCK_Q, k_smem.shape[2])
+        result = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=_MATRIX)
+        make = functools.partial(registers.zeros, shape=shape)
+        zeros = plgpu.inline_mgpu(arg_types=(), return_type=result)(make)()
         first = block(0)
         lax.fori_loop(0, count, visit, (first, scales(first), jnp.int32(0)))
         plgpu.wait_smem_to_gmem(0)

@@ -14,7 +14,6 @@ i + H/2 in the high one). Three freedoms make this cheap:
 Notation below: warp w, lane = 4 * g + q, half h (rows r and r + 8 of a fragment), byte e of a word.
 """
 
-import functools
 import math
 
 import jax.experimental.mosaic.gpu as mgpu
@@ -23,7 +22,7 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf, vector
 
-from pallas_kernels.sm90.inline import const, number, to_e4m3
+from pallas_kernels.sm90.inline import const, to_e4m3
 from pallas_kernels.sm90.inline import element as element_of
 
 # E4M3 value of the byte that code 1 turns into.
@@ -164,62 +163,6 @@ def store_column_numbers(
                 scf.YieldOp([])
 
 
-def combine(
-    _: mgpu.LaunchContext,
-    block: mgpu.FragmentedArray,
-    first_head: mgpu.FragmentedArray,
-    partial: ir.Value,
-    peak: ir.Value,
-    total: ir.Value,
-    target: ir.Value,
-    *,
-    group: int,
-    unit: float,
-) -> None:
-    """Sum of splits' unnormalized outputs [splits, rows, H], each brought to the highest of their maxima.
-
-    ``peak`` and ``total`` are [splits, rows]; the outputs are in units of ``unit``. Each of 128
-    threads makes four channels of ``target`` [T, heads, H], rows as in :func:`store_queries`.
-    """
-    splits, rows, head_dim = ir.MemRefType(partial.type).shape
-    heads = ir.MemRefType(target.type).shape[1]
-    element, f32 = ir.MemRefType(target.type).element_type, ir.F32Type.get()
-    quad = ir.VectorType.get((4,), f32)
-    unit_index = arith.addi(arith.muli(block.registers.item(), const(128)), arith.remui(utils.thread_idx(), const(128)))
-    row = arith.divui(unit_index, const(head_dim // 4))
-    channel = arith.muli(arith.remui(unit_index, const(head_dim // 4)), const(4))
-    inside = scf.IfOp(arith.cmpi(arith.CmpIPredicate.ult, row, const(rows)))
-    with ir.InsertionPoint(inside.then_block):
-
-        def load(ref: ir.Value, index: ir.Value, result: ir.Type) -> ir.Value:
-            return llvm.load(result, utils.getelementptr(utils.memref_ptr(ref), [index], f32))
-
-        at = [arith.addi(row, const(split * rows)) for split in range(splits)]
-        peaks, totals = ([load(ref, index, f32) for index in at] for ref in (peak, total))
-        highest = functools.reduce(arith.maximumf, peaks)
-        one, zero = (arith.constant(f32, ir.FloatAttr.get(f32, value)) for value in (1.0, 0.0))
-        highest = arith.select(arith.cmpf(arith.CmpFPredicate.OEQ, highest, number(-math.inf)), zero, highest)
-        denominator, summed = zero, [zero] * 4
-        for index, own_peak, own_total in zip(at, peaks, totals, strict=True):
-            weight = _exp2(arith.subf(own_peak, highest))
-            own = load(partial, arith.addi(arith.muli(index, const(head_dim)), channel), quad)
-            denominator = arith.addf(denominator, arith.mulf(weight, own_total))
-            summed = [arith.addf(x, arith.mulf(weight, element_of(own, i))) for i, x in enumerate(summed)]
-        positive = arith.cmpf(arith.CmpFPredicate.OGT, denominator, zero)
-        inverse = arith.divf(number(unit), arith.select(positive, denominator, one))
-        inverse = arith.select(positive, inverse, zero)
-        values = [arith.mulf(x, inverse) for x in summed]
-        if element != f32:
-            values = [arith.truncf(element, value) for value in values]
-        head = arith.addi(arith.remui(row, const(group)), first_head.registers.item())
-        index = arith.addi(arith.muli(arith.divui(row, const(group)), const(heads)), head)
-        index = arith.addi(arith.muli(index, const(head_dim)), channel)
-        pointer = utils.getelementptr(utils.memref_ptr(target), [index], element)
-        together = vector.from_elements(ir.VectorType.get((4,), element), values)
-        llvm.store(together, pointer, alignment=utils.bitwidth(element) // 2)
-        scf.YieldOp([])
-
-
 def load_keys(_: mgpu.LaunchContext, keys: ir.Value, *, head_dim: int) -> mgpu.FragmentedArray:
     """Keys, H/2 bytes a token in shared memory, as E4M3 [tokens, H] in WGMMA_8BIT layout.
 
@@ -355,10 +298,3 @@ def fragments(tiles: np.ndarray, shape: tuple[int, int]) -> mgpu.FragmentedArray
 def _prmt(a: ir.Value, b: ir.Value, selector: int) -> ir.Value:
     """Bytes of ``a`` (0-3) and ``b`` (4-7) picked by the selector's nibbles, lowest byte first."""
     return utils.prmt(a, b, const(selector))
-
-
-def _exp2(x: ir.Value) -> ir.Value:
-    f32 = ir.F32Type.get()
-    result = llvm.inline_asm(f32, [x], "ex2.approx.ftz.f32 $0, $1;", "=f,f")
-    assert isinstance(result, ir.Value)
-    return result

@@ -271,8 +271,11 @@ def _device_kind() -> str:
 
 @functools.cache
 def _tuned(device_kind: str) -> dict[str, dict[int, Config | DecodeConfig]]:
-    """Tuned configurations of a device kind: {"NxK": {number of tokens up to which it is used: configuration}}."""
-    name = device_kind.lower().replace(" ", "_") + ".json"
+    """Tuned configurations of a device kind: {"NxK": {number of tokens up to which it is used: configuration}}.
+
+    An H100 is an H200 with slower memory: what one was tuned for serves the other.
+    """
+    name = device_kind.replace("H100 80GB HBM3", "H200").lower().replace(" ", "_") + ".json"
     file = importlib.resources.files("pallas_kernels") / "tuned" / name
     if not device_kind or not file.is_file():
         return {}
