@@ -53,6 +53,16 @@ def rows() -> dict[str, QuantizationConfig]:
         }
     for codebook in ("fp4", "nf4"):
         result[f"plus, float KV + {codebook}"] = replace(weights, weight_format=codebook)
+    fireq = recipes.fireq()
+    assert fireq.smoothing is not None
+    searched = replace(fireq, smoothing=replace(fireq.smoothing, search_columns=True, search_keys=True))
+    result |= {
+        "fireq + searched smoothing": searched,
+        "fireq, float KV + searched columns": searched.with_kv_format("none"),
+        "fireq, float weights + searched keys": searched.with_float_weights(),
+        "plus, float KV + searched columns": replace(weights, smoothing=replace(smoothing, search_columns=True)),
+        "plus, float weights + searched start": replace(cache, smoothing=replace(smoothing, search_keys=True)),
+    }
     learned = {"learned_steps": LEARNED_STEPS}
     result["fireq, learned"] = replace(recipes.fireq(), **learned)
     for name, whole in (("plus", plus), ("plus, float KV", weights)):

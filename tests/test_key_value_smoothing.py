@@ -14,11 +14,13 @@ from fireq_jax.models.llama import DecoderLayer
 from fireq_jax.models.parameters import layer_parameters, with_parameters
 from fireq_jax.quantization import SmoothingConfig
 from fireq_jax.quantization.key_smoothing import (
+    QUERY_EXPONENTS,
     KeyMoments,
     KeySample,
     KeyStatistics,
     PairTransform,
     fit_pairs,
+    key_cost,
     key_transform,
 )
 from fireq_jax.quantization.smoothing import column_scale, smooth_block
@@ -99,6 +101,8 @@ PIECES = {
     "offset after S": {"post_rope_channels": 3, "key_offset": True},
     "fitted": {"pre_rope": True, "pair_statistic": "rms", "fit_pairs": True},
     "fitted, offset": {"pre_rope": True, "pair_statistic": "rms", "fit_pairs": True, "key_offset": True},
+    "searched": {"pre_rope": True, "pair_statistic": "rms", "post_rope_channels": 4, "search_keys": True},
+    "searched, fitted": {"pre_rope": True, "search_keys": True, "fit_pairs": True, "key_offset": True},
     "rotated values": {"value_basis": "hadamard"},
     "balanced values": {"value_basis": "balanced", "value_output": True},
 }
@@ -221,6 +225,19 @@ def test_balanced_values_do_not_depend_on_how_channels_were_scaled_before() -> N
     np.testing.assert_allclose(costs[1], costs[0], rtol=1e-2)
 
 
+def test_searched_strength_costs_least_for_each_head() -> None:
+    keys = statistics_of(block_of()).keys
+    assert keys.sample is not None
+    smoothing = dataclasses.replace(NOTHING, pre_rope=True, pair_statistic="rms", post_rope_channels=4)
+    found = key_transform(keys, dataclasses.replace(smoothing, search_keys=True))
+    cost = key_cost(keys.sample, found.pairs.scale, found.post_rope_scale)
+    for channels in (0, 1, 2, 4):
+        for exponent in QUERY_EXPONENTS:
+            given = dataclasses.replace(smoothing, post_rope_channels=channels, query_exponent=exponent)
+            other = key_transform(keys, given)
+            assert np.all(cost <= 1.001 * key_cost(keys.sample, other.pairs.scale, other.post_rope_scale))
+
+
 def test_statistics_are_asked_for() -> None:
     statistics = statistics_of(block_of()).keys._replace(moments=None)
     with pytest.raises(ValueError, match="moments"):
@@ -230,6 +247,11 @@ def test_statistics_are_asked_for() -> None:
     fitted = dataclasses.replace(NOTHING, pre_rope=True, fit_pairs=True)
     with pytest.raises(ValueError, match="sample of the keys"):
         smooth_block(block_of(), statistics._replace(sample=None), ATTENTION_CONFIG, fitted)
+    searched = dataclasses.replace(NOTHING, search_keys=True)
+    with pytest.raises(ValueError, match="sample of the keys"):
+        smooth_block(block_of(), statistics_of(block_of()).keys._replace(sample=None), ATTENTION_CONFIG, searched)
+    with pytest.raises(ValueError, match="statistics of the inputs"):
+        smooth_block(block_of(), None, ATTENTION_CONFIG, dataclasses.replace(NOTHING, search_columns=True))
     with pytest.raises(ValueError, match="statistics of the inputs"):
         smooth_block(
             block_of(), None, ATTENTION_CONFIG, dataclasses.replace(NOTHING, up_down=True, activation_exponent=0.5)

@@ -15,10 +15,17 @@ from fireq_jax.quantization.key_smoothing import (
     KeyStatistics,
     PairTransform,
     fold_pairs,
+    key_transform,
     post_rope_scale,
     pre_rope_scale,
 )
-from fireq_jax.quantization.smoothing import balance_norm, column_scale, smooth_block
+from fireq_jax.quantization.smoothing import (
+    EXPONENTS,
+    balance_norm,
+    column_scale,
+    searched_column_scale,
+    smooth_block,
+)
 from pallas_kernels import formats
 
 FIELDS = config_of("gqa", num_hidden_layers=1, attention_bias=True, mlp_bias=True)
@@ -26,6 +33,8 @@ CONFIG = ModelConfig.from_huggingface(FIELDS)
 NOTHING = SmoothingConfig(
     qkv_input=False, value_output=False, gate_up_input=False, up_down=False, pre_rope=False, post_rope_channels=0
 )
+INPUTS = {"qkv_input": CONFIG.hidden_size, "o_input": CONFIG.num_heads * CONFIG.head_dim}
+INPUTS |= {"gate_up_input": CONFIG.hidden_size, "down_input": CONFIG.intermediate_size}
 ONE_AT_A_TIME = {
     name: dataclasses.replace(NOTHING, **change)
     for name, change in {
@@ -138,6 +147,31 @@ def test_column_imbalance_disappears(statistic):
         assert after < before
 
 
+@pytest.mark.parametrize("name", ["qkv_input", "value_output", "gate_up_input", "up_down"])
+def test_searched_columns_change_nothing_but_the_rounding(name, exact):
+    inputs = {kind: 1 + jnp.arange(size) % 7 for kind, size in INPUTS.items()}
+    smoothing = dataclasses.replace(NOTHING, **{name: True}, search_columns=True)
+    smoothed = smooth_block(block_of(), None, CONFIG, smoothing, inputs)
+    np.testing.assert_allclose(logits_of(smoothed), exact, rtol=0, atol=5e-5 * np.abs(exact).max())
+
+
+def test_searched_columns_are_the_best_of_all_that_are_tried():
+    """Under the inputs' magnitudes no exponent, and no balance, rounds to a smaller error."""
+    rng = np.random.default_rng(4)
+    weight = jnp.asarray(rng.standard_normal((48, 200)) * np.exp(rng.standard_normal(200)), jnp.float32)
+    inputs = jnp.asarray(np.exp(2 * rng.standard_normal(200)), jnp.float32)
+
+    def error(scale):
+        padded = jnp.pad(weight * scale, ((0, 0), (0, 56)))
+        rounded = formats.dequantize_weight(formats.quantize_weight(padded))[:, :200]
+        return float(jnp.linalg.norm((rounded / scale - weight) * inputs))
+
+    found = error(searched_column_scale(weight, "mean", inputs))
+    others = [error(column_scale(weight, "mean", inputs, exponent)) for exponent in EXPONENTS]
+    assert found == pytest.approx(min(*others, error(jnp.ones(200))), rel=1e-5)
+    assert found < 0.8 * error(jnp.ones(200))
+
+
 def test_all_zero_columns_get_no_factor():
     weight = jnp.asarray([[1.0, 0.0, 4.0], [1.0, 0.0, 4.0]])
     np.testing.assert_allclose(column_scale(weight, "mean"), [2.0, 1.0, 0.5], rtol=1e-6)
@@ -225,7 +259,7 @@ def test_post_rope_scale_picks_outliers_and_their_partners():
     expected = [[0.2, 8.0, 1, 1, 1.6, 0.1, 1, 1], [1, 1, 8, 1, 1, 1, 8 / 9, 1]]  # an all-zero channel keeps 1
     np.testing.assert_allclose(scale, expected, rtol=1e-6)
     with pytest.raises(ValueError, match=r"post_rope_channels is 9.*8"):
-        post_rope_scale(channel_max, 9, 8.0)
+        key_transform(KeyStatistics(channel_max[:, :4], channel_max), SmoothingConfig(post_rope_channels=9))
     none, no_pairs = post_rope_scale(channel_max, 0, 8.0)
     assert np.all(none == 1)
     assert not no_pairs.any()

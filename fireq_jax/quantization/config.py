@@ -54,6 +54,11 @@ class SmoothingConfig:
         value_basis: each head's values as their "channels" are, rotated by a "hadamard" matrix, or
             "balanced": in the basis where rounding costs the block's output least (in place of
             Lambda1). Folded into v_proj and o_proj.
+        search_columns: each balance of columns with the exponent, or without the balance, under which
+            INT4 changes the layers' outputs least, in place of ``activation_exponent``.
+        search_keys: for each kv head the number of outlier channels up to ``post_rope_channels``, the
+            ratio of ``beta`` to ``alpha`` and the ``query_exponent`` under which INT4 keys change the
+            block's output least, in place of the given ones.
     """
 
     qkv_input: bool = True
@@ -71,6 +76,8 @@ class SmoothingConfig:
     key_offset: bool = False
     fit_pairs: bool = False
     value_basis: ValueBasis = "channels"
+    search_columns: bool = False
+    search_keys: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("column_statistic", self.column_statistic, get_args(ColumnStatistic))
@@ -84,6 +91,8 @@ class SmoothingConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
         if self.post_rope_channels < 0:
             raise ValueError(f"post_rope_channels is {self.post_rope_channels}; expected 0 or more")
+        if self.search_columns and self.activation_exponent:
+            raise ValueError(f"activation_exponent is {self.activation_exponent}; expected 0 where it is searched")
         if self.fit_pairs and (self.post_rope_channels or not self.pre_rope):
             raise ValueError(
                 f"fit_pairs needs pre_rope and no post_rope_channels, not {self.pre_rope} and {self.post_rope_channels}"
@@ -92,12 +101,13 @@ class SmoothingConfig:
     @property
     def measures_keys(self) -> bool:
         """Whether it needs statistics of the keys."""
-        return self.pre_rope or self.post_rope_channels > 0 or self.key_offset
+        return self.pre_rope or self.post_rope_channels > 0 or self.key_offset or self.search_keys
 
     @property
     def measures_text(self) -> bool:
         """Whether it needs any statistics of calibration text."""
-        return self.measures_keys or self.activation_exponent > 0 or self.value_basis == "balanced"
+        of_inputs = self.activation_exponent > 0 or self.search_columns
+        return self.measures_keys or of_inputs or self.value_basis == "balanced"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 N scales each rotary pair (folded into q_proj and k_proj, because it commutes with RoPE), S scales
 outlier channels after RoPE, and an offset moves all keys of a head. N and S are FireQ's (arXiv
-2505.20839); balancing N against the queries, fitting it and the offset are beyond it.
+2505.20839); balancing N against the queries, searching or fitting it and the offset are beyond it.
 """
 
 from collections.abc import Mapping
@@ -19,6 +19,11 @@ from fireq_jax.quantization.config import SmoothingConfig
 # Adam on the logarithms of N and on the angles: steps, and the first step's size.
 FIT_STEPS = 300
 FIT_RATE = 0.03
+
+# Tried by ``search_keys``: exponents, numbers of outlier channels (up to the config's) and multiples of beta.
+QUERY_EXPONENTS = (0.0, 0.25, 0.5, 0.75)
+OUTLIER_CHANNELS = (0, 1, 2, 4, 8)
+BETA_RATIOS = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
 class KeyMoments(NamedTuple):
@@ -99,26 +104,80 @@ def key_transform(keys: KeyStatistics | None, smoothing: SmoothingConfig) -> Key
     """
     if keys is None:
         raise ValueError("RoPE-aware scaling needs key statistics; calibrate first")
-    post_rope, outlier_pairs = post_rope_scale(keys.channel_max, smoothing.post_rope_channels, smoothing.beta)
-    pairs = _pair_transform(keys, outlier_pairs, smoothing)
+    heads, head_dim = keys.channel_max.shape
+    if smoothing.post_rope_channels > head_dim:
+        raise ValueError(f"post_rope_channels is {smoothing.post_rope_channels}; head_dim is only {head_dim}")
+    if smoothing.search_keys:
+        strength = search_strength(keys, smoothing)
+    else:
+        given = (smoothing.post_rope_channels, smoothing.beta, smoothing.query_exponent)
+        strength = KeyStrength(*(jnp.full((heads,), x, jnp.float32) for x in given))
+    pre_rope, post_rope = _scales(keys, smoothing, strength)
+    pairs = PairTransform(pre_rope)
+    if smoothing.fit_pairs:
+        pairs = fit_pairs(pre_rope, _centered_sample(keys, smoothing))
     offset = pairs.apply(_moments(keys).mean) * post_rope if smoothing.key_offset else None
     return KeyTransform(pairs, post_rope, offset)
 
 
-def _pair_transform(
-    keys: KeyStatistics, outlier_pairs: Bool[Array, "kv_heads half"], smoothing: SmoothingConfig
-) -> PairTransform:
+class KeyStrength(NamedTuple):
+    """How far N and S go, for each kv head."""
+
+    channels: Float[Array, " kv_heads"]  # that S scales
+    beta: Float[Array, " kv_heads"]
+    query_exponent: Float[Array, " kv_heads"]
+
+
+def search_strength(keys: KeyStatistics, smoothing: SmoothingConfig) -> KeyStrength:
+    """The strength under which INT4 keys change the block's output least, as :func:`fit_pairs` counts it.
+
+    Raises:
+        ValueError: without a sample of the keys.
+    """
+    sample = _centered_sample(keys, smoothing)
+    channels = [n for n in OUTLIER_CHANNELS if n <= smoothing.post_rope_channels]
+    tried = [(0, 1.0)] + [(n, ratio) for n in channels if n for ratio in BETA_RATIOS]
+    exponents = QUERY_EXPONENTS if smoothing.pre_rope else (0.0,)
+    grid = jnp.asarray([(n, smoothing.beta * ratio, e) for n, ratio in tried for e in exponents], jnp.float32)
+    every = jnp.broadcast_to(grid[:, :, None], (*grid.shape, len(keys.channel_max)))
+
+    def cost(strength: Float[Array, "3 kv_heads"]) -> Float[Array, " kv_heads"]:
+        return key_cost(sample, *_scales(keys, smoothing, KeyStrength(*strength)))
+
+    best = jnp.argmin(jax.lax.map(cost, every), axis=0)
+    return KeyStrength(*grid[best].T)
+
+
+def key_cost(
+    sample: KeySample, pre_rope: Float[Array, "kv_heads half"], post_rope: Float[Array, "kv_heads H"]
+) -> Float[Array, " kv_heads"]:
+    """What INT4 keys cost the block's output under N and S: see :func:`fit_pairs`."""
+    largest = jnp.max(jnp.abs(PairTransform(pre_rope).apply(sample.keys) * post_rope), axis=-1)
+    # An error of a channel is what rounding does to the stored key, over S and N.
+    first, second = jnp.split(1 / jnp.square(post_rope), 2, axis=-1)
+    read = jnp.sum(sample.reads / jnp.square(pre_rope) * (first + second) / 2, axis=-1)
+    return jnp.mean(jnp.square(largest) * read, axis=0)
+
+
+def _scales(
+    keys: KeyStatistics, smoothing: SmoothingConfig, strength: KeyStrength
+) -> tuple[Float[Array, "kv_heads half"], Float[Array, "kv_heads H"]]:
+    """N and S."""
+    post_rope, outlier_pairs = post_rope_scale(keys.channel_max, strength.channels[:, None], strength.beta[:, None])
     if not smoothing.pre_rope:
-        return PairTransform(jnp.ones_like(keys.pair_max))
+        return jnp.ones_like(keys.pair_max), post_rope
     pre_rope = pre_rope_scale(key_pair_magnitude(keys, smoothing), outlier_pairs, smoothing.alpha)
-    if smoothing.query_exponent:
-        pre_rope = favour_queries(pre_rope, outlier_pairs, _moments(keys), smoothing.query_exponent)
-    if not smoothing.fit_pairs:
-        return PairTransform(pre_rope)
+    if smoothing.query_exponent or smoothing.search_keys:
+        pre_rope = favour_queries(pre_rope, outlier_pairs, _moments(keys), strength.query_exponent[:, None])
+    return pre_rope, post_rope
+
+
+def _centered_sample(keys: KeyStatistics, smoothing: SmoothingConfig) -> KeySample:
     if keys.sample is None:
-        raise ValueError("fit_pairs needs a sample of the keys; calibrate first")
-    centered = keys.sample.keys - _moments(keys).mean if smoothing.key_offset else keys.sample.keys
-    return fit_pairs(pre_rope, keys.sample._replace(keys=centered))
+        raise ValueError("fit_pairs and search_keys need a sample of the keys; calibrate first")
+    if not smoothing.key_offset:
+        return keys.sample
+    return keys.sample._replace(keys=keys.sample.keys - _moments(keys).mean)
 
 
 @jax.jit
@@ -178,7 +237,7 @@ def favour_queries(
     scale: Float[Array, "kv_heads half"],
     excluded: Bool[Array, "kv_heads half"],
     moments: KeyMoments,
-    exponent: float,
+    exponent: float | Float[Array, "kv_heads 1"],
 ) -> Float[Array, "kv_heads half"]:
     """N = queries^exponent * scale^(1 - exponent): more of a token's INT4 range for pairs that are read."""
     queries = pair_norm(moments.query_square)
@@ -187,7 +246,9 @@ def favour_queries(
 
 
 def post_rope_scale(
-    channel_max: Float[Array, "kv_heads H"], channels: int, beta: float
+    channel_max: Float[Array, "kv_heads H"],
+    channels: int | Float[Array, "kv_heads 1"],
+    beta: float | Float[Array, "kv_heads 1"],
 ) -> tuple[Float[Array, "kv_heads H"], Bool[Array, "kv_heads half"]]:
     """S: scale of rotated keys, beta / absmax for outlier channels and their pair partners, else 1.
 
@@ -195,8 +256,6 @@ def post_rope_scale(
         The scale, and the rotary pairs that hold an outlier channel.
     """
     kv_heads, head_dim = channel_max.shape
-    if channels > head_dim:
-        raise ValueError(f"post_rope_channels is {channels}; head_dim is only {head_dim}")
     order = jnp.argsort(-channel_max, axis=1)
     rank = jnp.argsort(order, axis=1)
     pairs = jnp.any((rank < channels).reshape(kv_heads, 2, head_dim // 2), axis=1)

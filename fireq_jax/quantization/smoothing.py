@@ -4,8 +4,8 @@ Every function takes and returns a block: a dict of float32 arrays by Hugging Fa
 the layer prefix (``self_attn.q_proj.weight`` [out, in] ...). The float model computes the same
 before and after; what changes is how well its weights and keys survive INT4.
 
-Here is FireQ's channel-wise scaling (arXiv 2505.20839, Lambda1-3), with exponents beyond it; keys
-are in ``key_smoothing``, values in ``value_smoothing``.
+Here is FireQ's channel-wise scaling (arXiv 2505.20839, Lambda1-3), with exponents and their search
+beyond it; keys are in ``key_smoothing``, values in ``value_smoothing``.
 """
 
 import functools
@@ -19,8 +19,12 @@ from fireq_jax.models.config import ModelConfig
 from fireq_jax.quantization.config import ColumnStatistic, SmoothingConfig
 from fireq_jax.quantization.key_smoothing import KeyStatistics, KeyTransform, key_transform, smooth_keys
 from fireq_jax.quantization.value_smoothing import balance_values, rotate_values
+from pallas_kernels import formats
 
 Block = Mapping[str, Array]
+
+# Tried by ``search_columns``, besides no balance at all.
+EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
@@ -42,7 +46,8 @@ def smooth_block(
         config: the architecture.
         smoothing: which rescalings, with their constants.
         inputs: mean magnitude of each input channel by ``qkv_input``, ``o_input``,
-            ``gate_up_input`` and ``down_input``; needed for ``activation_exponent`` only.
+            ``gate_up_input`` and ``down_input``; needed for ``activation_exponent`` and
+            ``search_columns`` only.
         values: second moments of each head's values; needed for ``value_basis`` "balanced" only.
 
     Returns:
@@ -66,8 +71,8 @@ def smooth_with_keys(
     values: Float[Array, "kv_heads H H"] | None,
 ) -> tuple[dict[str, Array], KeyTransform | None]:
     """:func:`smooth_block`, and what it did to the keys; None without key statistics."""
-    if smoothing.activation_exponent and inputs is None:
-        raise ValueError("activation_exponent needs statistics of the inputs; calibrate first")
+    if (smoothing.activation_exponent or smoothing.search_columns) and inputs is None:
+        raise ValueError("activation_exponent and search_columns need statistics of the inputs; calibrate first")
     rescaled, transform = _rescale(dict(block), keys, config, smoothing, None if inputs is None else dict(inputs))
     if smoothing.value_basis == "hadamard":
         rescaled = rotate_values(rescaled, config)
@@ -87,8 +92,9 @@ def _rescale(
     smoothing: SmoothingConfig,
     inputs: Mapping[str, Float[Array, " K"]] | None,
 ) -> tuple[dict[str, Array], KeyTransform | None]:
-    def options(name: str) -> tuple[ColumnStatistic, Float[Array, " K"] | None, float]:
-        return smoothing.column_statistic, None if inputs is None else inputs[name], smoothing.activation_exponent
+    def options(name: str) -> tuple[ColumnStatistic, Float[Array, " K"] | None, float | None]:
+        exponent = None if smoothing.search_columns else smoothing.activation_exponent
+        return smoothing.column_statistic, None if inputs is None else inputs[name], exponent
 
     result = dict(block)
     if smoothing.qkv_input:
@@ -109,15 +115,18 @@ def column_scale(
     weight: Float[Array, "*rows K"],
     statistic: ColumnStatistic,
     inputs: Float[Array, " K"] | None = None,
-    exponent: float = 0.0,
+    exponent: float | None = 0.0,
 ) -> Float[Array, " K"]:
     """lambda[k] = c * inputs[k]^exponent / (statistic of |weight[:, k]|)^(1 - exponent).
 
     ``c`` makes the geometric mean 1, so that only the imbalance moves; columns that are all zero
     (or, with ``inputs``, never read) keep 1. Exponent 0 is FireQ's closed form; AWQ (arXiv
     2306.00978) looks at the inputs. The exponents add up to 1, so that the balanced layer is the
-    same however its channels were scaled before.
+    same however its channels were scaled before. Exponent None is :func:`searched_column_scale`.
     """
+    if exponent is None:
+        assert inputs is not None
+        return searched_column_scale(weight, statistic, inputs)
     magnitude = jnp.abs(weight.astype(jnp.float32)).reshape(-1, weight.shape[-1])
     columns = jnp.mean(magnitude, axis=0) if statistic == "mean" else jnp.max(magnitude, axis=0)
     used = columns > 0
@@ -130,13 +139,33 @@ def column_scale(
     return jnp.where(used, jnp.exp(logs - center), 1.0)
 
 
+def searched_column_scale(
+    weight: Float[Array, "*rows K"], statistic: ColumnStatistic, inputs: Float[Array, " K"]
+) -> Float[Array, " K"]:
+    """The :func:`column_scale` of ``EXPONENTS``, or ones, under which INT4 changes the outputs least (AWQ's search).
+
+    The change is the sum of the weights' squared errors, each times its input's squared magnitude.
+    """
+    weight = weight.astype(jnp.float32).reshape(-1, weight.shape[-1])
+    k = weight.shape[-1]
+
+    def error(scale: Float[Array, " K"]) -> Float[Array, ""]:
+        scaled = jnp.pad(weight * scale, ((0, 0), (0, -k % 128)))
+        rounded = formats.dequantize_weight(formats.quantize_weight(scaled))
+        return jnp.sum(jnp.square((rounded - scaled)[:, :k] * (inputs / scale)))
+
+    scales = [column_scale(weight, statistic, inputs, exponent) for exponent in EXPONENTS]
+    scales = jnp.stack([jnp.ones_like(inputs), *scales])
+    return scales[jnp.argmin(jax.lax.map(error, scales))]
+
+
 def balance_norm(
     block: Block,
     norm: str,
     linears: tuple[str, ...],
     statistic: ColumnStatistic,
     inputs: Float[Array, " K"] | None = None,
-    exponent: float = 0.0,
+    exponent: float | None = 0.0,
 ) -> dict[str, Array]:
     """Balance the columns of ``linears``, which share an input, against the RMSNorm gain before them."""
     result = dict(block)
@@ -153,7 +182,7 @@ def balance_value_output(
     config: ModelConfig,
     statistic: ColumnStatistic,
     inputs: Float[Array, " K"] | None = None,
-    exponent: float = 0.0,
+    exponent: float | None = 0.0,
 ) -> dict[str, Array]:
     """Lambda1: balance o_proj's columns against v_proj's rows.
 
@@ -179,7 +208,7 @@ def _by_kv_head(columns: Float[Array, "*rows K"], config: ModelConfig) -> Float[
 
 
 def balance_up_down(
-    block: Block, statistic: ColumnStatistic, inputs: Float[Array, " K"] | None = None, exponent: float = 0.0
+    block: Block, statistic: ColumnStatistic, inputs: Float[Array, " K"] | None = None, exponent: float | None = 0.0
 ) -> dict[str, Array]:
     """Lambda3: balance down_proj's columns against up_proj's rows."""
     scale = column_scale(block["mlp.down_proj.weight"], statistic, inputs, exponent)
