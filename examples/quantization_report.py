@@ -56,12 +56,13 @@ def rows() -> dict[str, QuantizationConfig]:
     fireq = recipes.fireq()
     assert fireq.smoothing is not None
     searched = replace(fireq, smoothing=replace(fireq.smoothing, search_columns=True, search_keys=True))
+    start = replace(smoothing, search_keys=True, query_exponent=0.0)
     result |= {
         "fireq + searched smoothing": searched,
         "fireq, float KV + searched columns": searched.with_kv_format("none"),
         "fireq, float weights + searched keys": searched.with_float_weights(),
         "plus, float KV + searched columns": replace(weights, smoothing=replace(smoothing, search_columns=True)),
-        "plus, float weights + searched start": replace(cache, smoothing=replace(smoothing, search_keys=True)),
+        "plus, float weights + searched start": replace(cache, smoothing=start),
     }
     learned = {"learned_steps": LEARNED_STEPS}
     result["fireq, learned"] = replace(recipes.fireq(), **learned)

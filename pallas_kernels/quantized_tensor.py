@@ -89,9 +89,10 @@ class QuantizedTensor:
         padded_n, padded_k = layouts.padded_shape(n, k)
         code_key, scale_key = jax.random.split(key)
         # The largest of 128 Gaussian numbers is 2.7 standard deviations away, and has code 7.
-        codes = layouts.pack_weight(formats.round_to_int4(jax.random.normal(code_key, shape) * 2.6))
+        spread, mean_scale = 2.6, 20
+        codes = layouts.pack_weight(formats.round_to_int4(jax.random.normal(code_key, shape) * spread))
         scale = jax.random.uniform(scale_key, (padded_k // group_size, padded_n), minval=8, maxval=32)
-        channel = jnp.full((padded_n,), std / (2.6 * 20), jnp.float32)  # 20 is the scales' mean
+        channel = jnp.full((padded_n,), std / (spread * mean_scale), jnp.float32)
         if (padded_n, padded_k) != shape:
             group = jnp.arange(padded_k // group_size)[:, None] * group_size
             scale = jnp.where((group < k) & (jnp.arange(padded_n) < n), scale, 1.0)

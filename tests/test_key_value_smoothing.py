@@ -247,7 +247,7 @@ def test_statistics_are_asked_for() -> None:
     fitted = dataclasses.replace(NOTHING, pre_rope=True, fit_pairs=True)
     with pytest.raises(ValueError, match="sample of the keys"):
         smooth_block(block_of(), statistics._replace(sample=None), ATTENTION_CONFIG, fitted)
-    searched = dataclasses.replace(NOTHING, search_keys=True)
+    searched = dataclasses.replace(NOTHING, pre_rope=True, search_keys=True)
     with pytest.raises(ValueError, match="sample of the keys"):
         smooth_block(block_of(), statistics_of(block_of()).keys._replace(sample=None), ATTENTION_CONFIG, searched)
     with pytest.raises(ValueError, match="statistics of the inputs"):

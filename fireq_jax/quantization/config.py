@@ -93,6 +93,10 @@ class SmoothingConfig:
             raise ValueError(f"post_rope_channels is {self.post_rope_channels}; expected 0 or more")
         if self.search_columns and self.activation_exponent:
             raise ValueError(f"activation_exponent is {self.activation_exponent}; expected 0 where it is searched")
+        if self.search_keys and self.query_exponent:
+            raise ValueError(f"query_exponent is {self.query_exponent}; expected 0 where it is searched")
+        if self.search_keys and not (self.pre_rope or self.post_rope_channels):
+            raise ValueError("search_keys has nothing to search; expected pre_rope or post_rope_channels")
         if self.fit_pairs and (self.post_rope_channels or not self.pre_rope):
             raise ValueError(
                 f"fit_pairs needs pre_rope and no post_rope_channels, not {self.pre_rope} and {self.post_rope_channels}"

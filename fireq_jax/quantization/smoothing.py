@@ -19,7 +19,7 @@ from fireq_jax.models.config import ModelConfig
 from fireq_jax.quantization.config import ColumnStatistic, SmoothingConfig
 from fireq_jax.quantization.key_smoothing import KeyStatistics, KeyTransform, key_transform, smooth_keys
 from fireq_jax.quantization.value_smoothing import balance_values, rotate_values
-from pallas_kernels import formats
+from pallas_kernels import formats, layouts
 
 Block = Mapping[str, Array]
 
@@ -148,9 +148,10 @@ def searched_column_scale(
     """
     weight = weight.astype(jnp.float32).reshape(-1, weight.shape[-1])
     k = weight.shape[-1]
+    padding = layouts.padded_shape(*weight.shape)[1] - k
 
     def error(scale: Float[Array, " K"]) -> Float[Array, ""]:
-        scaled = jnp.pad(weight * scale, ((0, 0), (0, -k % 128)))
+        scaled = jnp.pad(weight * scale, ((0, 0), (0, padding)))
         rounded = formats.dequantize_weight(formats.quantize_weight(scaled))
         return jnp.sum(jnp.square((rounded - scaled)[:, :k] * (inputs / scale)))
 

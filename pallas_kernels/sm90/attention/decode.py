@@ -29,7 +29,7 @@ from pallas_kernels import formats
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.sm90 import row_quantize
 from pallas_kernels.sm90.attention import registers
-from pallas_kernels.sm90.attention.decode_device import COPY_ROW, combine_kernel, kernel
+from pallas_kernels.sm90.attention.decode_device import COPY_ROW, combine_kernel, kernel, swizzled
 from pallas_kernels.sm90.hardware import NUM_SMS
 
 HEAD_DIMS = (64, 128, 256)
@@ -93,9 +93,9 @@ def default_config(head_dim: int, block_rows: int, blocks: int, slots: int) -> C
     if head_dim <= 128 and block_rows == 8:
         if slots > SHORT:
             return Config()
-        # Few tiles each: several small blocks a multiprocessor, unless it has just one or two.
-        warpgroups = 1 if blocks < 0.75 * NUM_SMS else {1: 3, 2: 2}.get(-(-blocks // NUM_SMS), 1)
-        return Config(block_kv=128, warpgroups=warpgroups, residents={1: 4, 2: 2, 3: 1}[warpgroups])
+        # Few tiles each, so about four warpgroups a multiprocessor: in small blocks, unless it has just one or two.
+        residents = -(-blocks // NUM_SMS) if 0.75 * NUM_SMS <= blocks <= 2 * NUM_SMS else 4
+        return Config(block_kv=128, warpgroups=min(3, 4 // residents), residents=residents)
     if head_dim <= 128:
         return Config(block_kv=128, stages=3, warpgroups=3 if head_dim * block_rows <= 2048 else 2)
     return Config(block_kv=128, stages=2, warpgroups=2)
@@ -193,8 +193,8 @@ def decode_attention(
         num_threads=warpgroups,
         thread_name="warpgroup",
         scratch_types={
-            "q_smem": _swizzled((block_rows, head_dim)),
-            "p_smem": _swizzled((warpgroups, block_rows, config.block_kv)),
+            "q_smem": swizzled((block_rows, head_dim)),
+            "p_smem": swizzled((warpgroups, block_rows, config.block_kv)),
             "k_smem": plgpu.SMEM(codes, jnp.uint8),
             "v_smem": plgpu.SMEM(codes, jnp.uint8),
             "k_scale_smem": plgpu.SMEM((ring, config.block_kv), jnp.bfloat16),
@@ -249,13 +249,6 @@ def combine_splits(
         thread_name="warpgroup",
         kernel_name="combine_splits",
     )(partial, peak, total)
-
-
-def _swizzled(shape: tuple[int, ...]):
-    """E4M3 shared memory in WGMMA's order: rows of up to 128 bytes in tiles of 8, swizzled."""
-    swizzle = min(shape[-1], 128)
-    transforms = (plgpu.TilingTransform((8, swizzle)), plgpu.SwizzleTransform(swizzle))
-    return plgpu.SMEM(shape, formats.E4M3, transforms=transforms)
 
 
 def _copy_rows(codes: Array) -> Array:

@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -239,10 +240,16 @@ def _store_output(out, first_row, first_head, target, group: int) -> None:
     plgpu.inline_mgpu(arg_types=types)(store)(out, first_row, first_head, target)
 
 
-def _swizzle(row_bytes: int) -> tuple[Any, ...]:
-    """Transforms of shared memory in WGMMA's order, rows of up to 128 bytes in tiles of 8."""
-    swizzle = min(128, row_bytes)
-    return plgpu.TilingTransform((8, swizzle)), plgpu.SwizzleTransform(swizzle)
+def swizzled(shape: tuple[int, ...], dtype: jax.typing.DTypeLike = formats.E4M3):
+    """Shared memory in WGMMA's order."""
+    return plgpu.SMEM(shape, dtype, transforms=_swizzle(shape[-1], dtype))
+
+
+def _swizzle(columns: int, dtype: jax.typing.DTypeLike = formats.E4M3) -> tuple[Any, ...]:
+    """Transforms of shared memory in WGMMA's order: rows of up to 128 bytes in tiles of 8, swizzled."""
+    size = jnp.dtype(dtype).itemsize
+    swizzle = min(128, columns * size)
+    return plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)
 
 
 def _over_rows(x, rows: int):

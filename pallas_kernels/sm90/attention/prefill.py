@@ -31,6 +31,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import formats
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.sm90.attention.decode import unsupported_formats
+from pallas_kernels.sm90.attention.decode_device import swizzled
 from pallas_kernels.sm90.attention.prefill_device import BLOCK_Q, kernel, prepare_kernel
 from pallas_kernels.sm90.attention.prefill_registers import PREPARED_TOKENS
 from pallas_kernels.sm90.attention.registers import CODE_UNIT
@@ -176,10 +177,10 @@ def launch(
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         scratch_types={
-            "q_smem": _swizzled((config.warpgroups, BLOCK_Q, head_dim), formats.E4M3),
-            "out_smem": _swizzled((config.warpgroups, BLOCK_Q, head_dim), out_dtype),
-            "k_smem": _swizzled((stages, block_kv, head_dim), formats.E4M3),
-            "v_smem": _swizzled((stages, head_dim, block_kv), formats.E4M3),
+            "q_smem": swizzled((config.warpgroups, BLOCK_Q, head_dim), formats.E4M3),
+            "out_smem": swizzled((config.warpgroups, BLOCK_Q, head_dim), out_dtype),
+            "k_smem": swizzled((stages, block_kv, head_dim), formats.E4M3),
+            "v_smem": swizzled((stages, head_dim, block_kv), formats.E4M3),
             "columns_smem": plgpu.SMEM((stages, 3, block_kv), jnp.float32),
             "q_full": plgpu.Barrier(num_barriers=config.warpgroups),
             "q_free": plgpu.Barrier(num_barriers=config.warpgroups),
@@ -191,11 +192,3 @@ def launch(
         kernel_name="prefill_attention",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )(q, q_scale, k, v, columns, query_start, kv_lengths)
-
-
-def _swizzled(shape: tuple[int, int, int], dtype: jax.typing.DTypeLike):
-    """Shared memory in WGMMA's order: rows of up to 128 bytes in tiles of 8, swizzled."""
-    size = jnp.dtype(dtype).itemsize
-    swizzle = math.gcd(128, shape[-1] * size)
-    transforms = (plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
