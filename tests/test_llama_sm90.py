@@ -50,13 +50,25 @@ def test_lowers_for_cuda_with_every_op_a_kernel(phase: str, monkeypatch: pytest.
 def test_norms_add_up_what_matmuls_leave_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_not_hopper", lambda: None)
     graph, state = parts(WIDE)
-    tokens, lengths = jax.ShapeDtypeStruct((2, 1), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
-    cache = jax.eval_shape(lambda: KVCache.create(WIDE, recipes.fireq(), 2, CAPACITY))
+    tokens, lengths = jax.ShapeDtypeStruct((8, 1), jnp.int32), jax.ShapeDtypeStruct((8,), jnp.int32)
+    cache = jax.eval_shape(lambda: KVCache.create(WIDE, recipes.fireq(), 8, CAPACITY))
     function = jax.jit(lambda s, t, n, c: nnx.merge(graph, s).extend(t, n, c))
     module = jax.export.export(function, platforms=["cuda"])(state, tokens, lengths, cache).mlir_module()
     calls = re.findall(r"call @(\w+)", module)
     # Both norms after attention and the second layer's first.
     assert len([name for name in calls if name.startswith("sum_norm_quantize")]) == 3
+
+
+def test_one_token_goes_through_a_layer_in_two_chains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_not_hopper", lambda: None)
+    graph, state = parts(WIDE)
+    tokens, lengths = jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    cache = jax.eval_shape(lambda: KVCache.create(WIDE, recipes.fireq(), 1, CAPACITY))
+    function = jax.jit(lambda s, t, n, c: nnx.merge(graph, s).extend(t, n, c))
+    module = jax.export.export(function, platforms=["cuda"])(state, tokens, lengths, cache).mlir_module()
+    calls = [re.sub(r"_\d+$", "", name) for name in re.findall(r"call @(\w+)", module)]
+    assert calls.count("norm_matmul") == calls.count("output_mlp") == WIDE.num_layers
+    assert not {"quantize_rows", "rms_norm_quantize", "sum_norm_quantize"} & set(calls)
 
 
 def test_attention_that_is_split_hands_o_proj_fp8_rows(monkeypatch: pytest.MonkeyPatch) -> None:

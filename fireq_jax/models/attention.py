@@ -90,14 +90,46 @@ class Attention(nnx.Module):
             [B, T, D], maybe still in parts, and the new cache if ``cache`` or ``capacity`` was given.
         """
         packed = self.qkv_proj.deferred(x)
+        attention, new_cache = self.attend(
+            packed, residual.dtype, rope, start=start, lengths=lengths, cache=cache, capacity=capacity, tap=tap
+        )
+        return self.o_proj.deferred(attention, residual=residual), new_cache
+
+    def attend(
+        self,
+        packed: Float[Array, "B T packed"] | SplitSum,
+        dtype: jax.typing.DTypeLike,
+        rope: tuple[Float[Array, "B T half"], Float[Array, "B T half"]],
+        *,
+        start: Int[Array, " B"],
+        lengths: Int[Array, " B"],
+        cache: LayerCache | None = None,
+        capacity: int | None = None,
+        tap: Tap = no_tap,
+    ) -> tuple[ScaledArray | Float[Array, "B T heads_H"], LayerCache | None]:
+        """What lies between the projections: from ``qkv_proj``'s result to ``o_proj``'s input.
+
+        Args:
+            packed: queries, keys and values of all heads, side by side.
+            dtype: of the hidden states.
+            rope: as the rest, see ``__call__``.
+            start: see there.
+            lengths: see there.
+            cache: see there.
+            capacity: see there.
+            tap: see there.
+
+        Returns:
+            [B, T, heads * H], in FP8 where ``o_proj`` takes that, and the new cache.
+        """
         self._show(packed, rope, tap)
-        batch, length = residual.shape[:2]
+        batch, length = rope[0].shape[:2]
         entry = cache
         if entry is None:
             slots = length if capacity is None else capacity
             if length > slots:
                 raise ValueError(f"the prompt has {length} tokens; the cache holds {slots}")
-            entry = LayerCache.create(self.quantization, (batch, self.kv_heads, slots, self.head_dim), residual.dtype)
+            entry = LayerCache.create(self.quantization, (batch, self.kv_heads, slots, self.head_dim), dtype)
         query, *rows = rope_quantize(
             packed,
             *rope,
@@ -117,19 +149,19 @@ class Attention(nnx.Module):
             # The first chunk sees itself alone; the rest of the cache is empty.
             rows = jax.tree.map(lambda x: x[:, :, :length], rows)
         # What o_proj would do to bf16 anyway; a tap wants to see the floats.
-        quantized = self.o_proj.takes_fp8 and residual.dtype == jnp.bfloat16 and tap is no_tap
+        quantized = self.o_proj.takes_fp8 and dtype == jnp.bfloat16 and tap is no_tap
         attend = functools.partial(
             decode_attention if cache is not None and length <= DECODE_QUERIES else prefill_attention,
             kv_lengths=start + lengths,
             scale=self.head_dim**-0.5,
-            out_dtype=E4M3 if quantized else residual.dtype,
+            out_dtype=E4M3 if quantized else dtype,
             implementation=self.implementation,
         )
         attention = attend(query, *rows, query_start=None if cache is None else start)
         if not isinstance(attention, ScaledArray):
             attention = attention.reshape(batch, length, self.heads * self.head_dim)
             tap("o_input", attention)
-        return self.o_proj.deferred(attention, residual=residual), new_cache
+        return attention, new_cache
 
     def _show(self, packed: Float[Array, "B T packed"] | SplitSum, rope: tuple[Array, Array], tap: Tap) -> None:
         """What calibration measures on the way; nothing is computed for a tap that nobody reads."""

@@ -74,6 +74,13 @@ class Linear(nnx.Module):
         """Whether the weight multiplies FP8 rows."""
         return self.fp8_activations and isinstance(self.weight.get_value(), QuantizedTensor)
 
+    @property
+    def bare_weight(self) -> QuantizedTensor | None:
+        """The weight, if multiplying FP8 rows by it and rounding to bfloat16 is all that the layer does."""
+        weight = self.weight.get_value()
+        bare = self.fp8_activations and self.bias is None and self.dtype == jnp.bfloat16
+        return weight if bare and isinstance(weight, QuantizedTensor) else None
+
     def __call__(
         self,
         x: ScaledArray | Float[Array, "*rows K"],

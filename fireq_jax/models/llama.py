@@ -5,6 +5,7 @@ says how many there are. ``__call__`` accepts any 0/1 mask and brings it to that
 """
 
 import functools
+import math
 from pathlib import Path
 from typing import Literal, Self
 
@@ -21,10 +22,12 @@ from fireq_jax.models.parameters import parameters_of, with_parameters
 from fireq_jax.models.rope import rope_tables
 from fireq_jax.quantization import recipes
 from fireq_jax.quantization.config import QuantizationConfig
-from pallas_kernels import formats
+from pallas_kernels import formats, matmul_chain
 from pallas_kernels.dispatch import Implementation
+from pallas_kernels.formats import ScaledArray
 from pallas_kernels.matmul import matmul
 from pallas_kernels.quantized_tensor import QuantizedTensor
+from pallas_kernels.row_quantize import quantize_rows
 from pallas_kernels.split_sum import SplitSum, finished
 
 Positions = Literal["all", "last"]
@@ -58,6 +61,7 @@ class DecoderLayer(nnx.Module):
             implementation=implementation,
             rngs=rngs,
         )
+        self.implementation: Implementation = implementation
 
     def __call__(
         self,
@@ -71,12 +75,43 @@ class DecoderLayer(nnx.Module):
         tap: Tap = no_tap,
     ) -> tuple[Float[Array, "B T D"] | SplitSum, LayerCache | None]:
         """One block; arguments as in :class:`~fireq_jax.models.attention.Attention`."""
+        if cache is not None and tap is no_tap and (weights := self._chain(x)):
+            return self._in_chains(x, rope, weights, start=start, lengths=lengths, cache=cache)
         normalized, x = self.input_layernorm.input_of(self.self_attn.qkv_proj, x, tap, "qkv_input")
         x, new_cache = self.self_attn(
             normalized, x, rope, start=start, lengths=lengths, cache=cache, capacity=capacity, tap=tap
         )
         normalized, x = self.post_attention_layernorm.input_of(self.mlp.gate_up_proj, x, tap, "gate_up_input")
         return self.mlp(normalized, x, tap), new_cache
+
+    def _chain(self, x: Float[Array, "B T D"] | SplitSum) -> tuple[QuantizedTensor, ...] | None:
+        """Weights of qkv, o, gate_up and down, if ``matmul_chain`` can do the layer's matmuls of these rows."""
+        linear = self.self_attn.qkv_proj, self.self_attn.o_proj, self.mlp.gate_up_proj, self.mlp.down_proj
+        weights = tuple(weight for layer in linear if (weight := layer.bare_weight) is not None)
+        rows = math.prod(x.rows if isinstance(x, SplitSum) else x.shape[:-1])
+        if len(weights) < len(linear):
+            return None
+        return weights if matmul_chain.runs(rows, *weights, implementation=self.implementation) else None
+
+    def _in_chains(
+        self,
+        x: Float[Array, "B T D"] | SplitSum,
+        rope: tuple[Float[Array, "B T half"], Float[Array, "B T half"]],
+        weights: tuple[QuantizedTensor, ...],
+        *,
+        start: Int[Array, " B"],
+        lengths: Int[Array, " B"],
+        cache: LayerCache,
+    ) -> tuple[SplitSum, LayerCache | None]:
+        """The same by kernels that do several matmuls each."""
+        qkv, o_proj, gate_up, down = weights
+        before, after = self.input_layernorm, self.post_attention_layernorm
+        packed, x, barrier = matmul_chain.norm_matmul(x, before.weight.get_value(), qkv, before.eps)
+        rows, new_cache = self.self_attn.attend(packed, x.dtype, rope, start=start, lengths=lengths, cache=cache)
+        if not isinstance(rows, ScaledArray):
+            rows = quantize_rows(rows, implementation=self.implementation)
+        norm = after.weight.get_value()
+        return matmul_chain.output_mlp(rows, x, o_proj, norm, gate_up, down, after.eps, barrier), new_cache
 
 
 class LlamaForCausalLM(nnx.Module):

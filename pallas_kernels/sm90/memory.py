@@ -25,19 +25,30 @@ def wide(x: ir.Value) -> ir.Value:
     return x if x.type == _i64() else arith.extui(_i64(), x)
 
 
-def load(address: ir.Value, element: ir.Type, count: int = 4, offset: int = 0) -> list[ir.Value]:
-    """One or four 32-bit numbers of memory that the kernel does not write. In order, so that none is put off."""
+def load(
+    address: ir.Value, element: ir.Type, count: int = 4, offset: int = 0, *, written: bool = False
+) -> list[ir.Value]:
+    """One or four 32-bit numbers. In order, so that none is put off.
+
+    Args:
+        address: of the first, less ``offset``.
+        element: their type.
+        count: how many.
+        offset: in bytes.
+        written: whether this kernel writes that memory.
+    """
     kind, register = ("f32", "=f") if element == f32() else ("b32", "=r")
+    space = "global" if written else "global.nc"
     if count == 1:
-        return asm([element], [address], f"ld.global.nc.{kind} $0, [$1 + {offset}];", f"{register},l", volatile=True)
+        return asm([element], [address], f"ld.{space}.{kind} $0, [$1 + {offset}];", f"{register},l", volatile=True)
     assert count == 4
-    code = f"ld.global.nc.v4.{kind} {{$0, $1, $2, $3}}, [$4 + {offset}];"
+    code = f"ld.{space}.v4.{kind} {{$0, $1, $2, $3}}, [$4 + {offset}];"
     return asm([element] * 4, [address], code, ",".join([register] * 4 + ["l"]), volatile=True)
 
 
-def load_eight(address: ir.Value, offset: int = 0) -> list[ir.Value]:
+def load_eight(address: ir.Value, offset: int = 0, *, written: bool = False) -> list[ir.Value]:
     """Eight float32."""
-    return [number for at in (offset, offset + 16) for number in load(address, f32(), offset=at)]
+    return [number for at in (offset, offset + 16) for number in load(address, f32(), offset=at, written=written)]
 
 
 def unpack(words: Sequence[ir.Value]) -> list[ir.Value]:

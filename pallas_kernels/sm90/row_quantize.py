@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu
+from jaxlib.mlir.dialects import arith
 from jaxlib.mlir.dialects import math as math_ops
 from jaxtyping import Array, Float
 
@@ -34,15 +34,14 @@ from pallas_kernels.sm90.inline import (
     absmax_scale,
     asm,
     const,
-    f32,
     i32,
     inlined,
     number,
     reciprocal,
-    shared_address,
     to_e4m3,
 )
 from pallas_kernels.sm90.memory import address, load, load_eight, offset, pack, unpack
+from pallas_kernels.sm90.reduction import inverse_rms, larger, over_block, sum_of_squares, tree
 from pallas_kernels.split_sum import SplitSum
 
 CHUNK = 8  # elements of a load
@@ -217,14 +216,14 @@ def _quantize_row(refs: dict[str, ir.Value], row: ir.Value, warpgroups: int, eps
     else:
         start = address(refs["weight"])
         factors = [load_eight(offset(start, i, 4 * CHUNK)) for i in index]
-        squares = [_sum_of_squares(elements) for elements in held]
+        squares = [sum_of_squares(elements) for elements in held]
         if inside is not None:
             squares[-1] = arith.select(inside, squares[-1], number(0.0))
-        total = _tree(arith.addf, squares)
+        total = tree(arith.addf, squares)
         held = [[arith.mulf(e, f) for e, f in zip(*pair, strict=True)] for pair in zip(held, factors, strict=True)]
         # Inf may count: the scale of a row with Inf is NaN, whatever its values.
-        largest = _tree(_larger, [math_ops.absf(element) for elements in held for element in elements])
-    largest, total = _over_block(largest, total, refs["partials"], warpgroups)
+        largest = tree(larger, [math_ops.absf(element) for elements in held for element in elements])
+    largest, total = over_block(largest, total, refs["partials"], warpgroups)
 
     row_scale = absmax_scale(largest, number(1 / formats.E4M3_MAX))
     inverse = reciprocal(row_scale)
@@ -237,7 +236,7 @@ def _quantize_row(refs: dict[str, ir.Value], row: ir.Value, warpgroups: int, eps
 
     with utils.when(arith.cmpi(arith.CmpIPredicate.eq, thread, const(0))):
         if total is not None:
-            row_scale = arith.mulf(row_scale, _inverse_rms(total, width, eps))
+            row_scale = arith.mulf(row_scale, inverse_rms(total, width, eps))
         asm([], [address(refs["scale"], row, 4), row_scale], "st.global.f32 [$0], $1;", "l,f", volatile=True)
 
 
@@ -250,34 +249,6 @@ def _add_up(refs: dict[str, ir.Value], row: ir.Value, index: ir.Value) -> list[i
     place = offset(address(refs["x"], row, 2 * width), index, 2 * CHUNK)
     asm([], [place, *words], "st.global.v4.b32 [$0], {$1, $2, $3, $4};", "l,r,r,r,r", volatile=True)
     return words
-
-
-def _over_block(
-    largest: ir.Value, total: ir.Value | None, partials: ir.Value, warpgroups: int
-) -> tuple[ir.Value, ir.Value | None]:
-    """The maximum of ``largest`` (not negative) and the sum of ``total`` over the block's threads."""
-    warps, thread = 4 * warpgroups, utils.thread_idx()
-    # Floats that are not negative order as their bits do.
-    bits = asm([i32()], [largest], "redux.sync.max.u32 $0, $1, 0xffffffff;", "=r,f", volatile=True)
-    found = [arith.bitcast(f32(), bits[0])]
-    if total is not None:
-        for distance in (16, 8, 4, 2, 1):
-            total = arith.addf(total, utils.shfl_bfly(total, distance))
-        found.append(total)
-    shared = shared_address(partials)
-    with utils.when(arith.cmpi(arith.CmpIPredicate.eq, arith.andi(thread, const(31)), const(0))):
-        place = arith.addi(shared, arith.muli(arith.shrui(thread, const(5)), const(4)))
-        for i, number in enumerate(found):
-            asm([], [place, number], f"st.shared.f32 [$0 + {4 * warps * i}], $1;", "r,f", volatile=True)
-    gpu.barrier()
-    results = []
-    for i, combine in zip(range(len(found)), (_larger, arith.addf), strict=False):
-        numbers = []
-        for warp in range(0, warps, 4):
-            code = f"ld.shared.v4.f32 {{$0, $1, $2, $3}}, [$4 + {4 * (warps * i + warp)}];"
-            numbers += asm([f32()] * 4, [shared], code, "=f,=f,=f,=f,r", volatile=True)
-        results.append(_tree(combine, numbers))
-    return results[0], results[1] if total is not None else None
 
 
 def _finite_absmax(words: list[ir.Value]) -> ir.Value:
@@ -293,32 +264,4 @@ def _finite_absmax(words: list[ir.Value]) -> ir.Value:
     largest = const(0)
     for word in words:
         (largest,) = asm([i32()], [largest, word], code, "=r,r,r", volatile=False)
-    return _larger(*unpack([largest]))
-
-
-def _sum_of_squares(elements: list[ir.Value]) -> ir.Value:
-    total = arith.mulf(elements[0], elements[0])
-    for element in elements[1:]:
-        total = math_ops.fma(element, element, total)
-    return total
-
-
-def _inverse_rms(total: ir.Value, width: int, eps: float) -> ir.Value:
-    """1 / sqrt(total / width + eps), within 2 ulp; NaN if ``total`` is not finite."""
-    mean_square = arith.mulf(total, number(1 / width))
-    (inverse,) = asm(
-        [f32()], [arith.addf(mean_square, number(eps))], "rsqrt.approx.f32 $0, $1;", "=f,f", volatile=False
-    )
-    return math_ops.fma(mean_square, number(0.0), inverse)
-
-
-def _larger(x: ir.Value, y: ir.Value) -> ir.Value:
-    """The larger number; NaN loses against any."""
-    return arith.maxnumf(x, y)
-
-
-def _tree(combine: Any, numbers: list[ir.Value]) -> ir.Value:
-    if len(numbers) == 1:
-        return numbers[0]
-    middle = len(numbers) // 2
-    return combine(_tree(combine, numbers[:middle]), _tree(combine, numbers[middle:]))
+    return larger(*unpack([largest]))

@@ -1,6 +1,6 @@
 """Adding up, in a kernel that reads a row, what a matmul left in parts (``pallas_kernels.split_sum``)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
@@ -31,12 +31,23 @@ def add_up(refs: Mapping[str, ir.Value], row: ir.Value, index: ir.Value) -> list
 
     Each step is rounded as in ``SplitSum.finish``. All loads come before the first sum.
     """
+    return start(refs, row, index)()
+
+
+def start(
+    refs: Mapping[str, ir.Value], row: ir.Value, index: ir.Value, *, written: bool = False
+) -> Callable[[], list[ir.Value]]:
+    """The loads of ``add_up``, and the rest of it; ``written``: whether this kernel writes parts and x_scale."""
     parts, rows, columns = ir.MemRefType(refs["parts"].type).shape
-    start = offset(address(refs["parts"], row, 4 * columns), index, 4 * EIGHT)
-    loaded = [load_eight(start, 4 * rows * columns * part) for part in range(parts)]
+    first = offset(address(refs["parts"], row, 4 * columns), index, 4 * EIGHT)
+    loaded = [load_eight(first, 4 * rows * columns * part, written=written) for part in range(parts)]
     channel_scale = load_eight(offset(address(refs["channel_scale"]), index, 4 * EIGHT))
-    (x_scale,) = load(address(refs["x_scale"], row, 4), f32(), 1)
-    sums = loaded[0]
-    for more in loaded[1:]:
-        sums = [arith.addf(*pair) for pair in zip(sums, more, strict=True)]
-    return [arith.mulf(arith.mulf(*pair), x_scale) for pair in zip(sums, channel_scale, strict=True)]
+    (x_scale,) = load(address(refs["x_scale"], row, 4), f32(), 1, written=written)
+
+    def finish() -> list[ir.Value]:
+        sums = loaded[0]
+        for more in loaded[1:]:
+            sums = [arith.addf(*pair) for pair in zip(sums, more, strict=True)]
+        return [arith.mulf(arith.mulf(*pair), x_scale) for pair in zip(sums, channel_scale, strict=True)]
+
+    return finish

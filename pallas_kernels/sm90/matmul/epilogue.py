@@ -220,7 +220,7 @@ def store_partial(total: jax.Array, ref: Any, part: jax.Array, token: jax.Array,
     inline(total, ref, part, token, n_tile)
 
 
-def _silu(x: ir.Value) -> ir.Value:
+def silu(x: ir.Value) -> ir.Value:
     """x / (1 + exp(-x)); exp2 and the reciprocal are PTX's approximations (2 ulp of float32)."""
     f32 = ir.F32Type.get()
     (result,) = asm(
@@ -301,7 +301,7 @@ def store_outputs(
                     row_values.append(value)
                 result.append(row_values)
             if silu_mul:
-                return [[arith.mulf(_silu(g), u) for g, u in zip(*result, strict=True)]]
+                return [[arith.mulf(silu(g), u) for g, u in zip(*result, strict=True)]]
             return result
 
         blocks = [(j, block) for j in range(tokens // 8) for block in range(1 if silu_mul else 2)]

@@ -68,18 +68,23 @@ def wait(ref: Any, slot: jax.Array, parity: jax.Array) -> None:
 
     @inlined(arg_types=(plgpu.RefType(), SCALAR, SCALAR))
     def inline(_: Any, barriers: ir.Value, index: mgpu.FragmentedArray, phase: mgpu.FragmentedArray) -> None:
-        address = arith.addi(shared_address(barriers), arith.muli(index.registers.item(), const(8)))
-        asm(
-            [],
-            [address, phase.registers.item()],
-            "{\n.reg .pred p;\nretry:\n"
-            "mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1, 10000000;\n"
-            "@p bra.uni done;\nbra.uni retry;\ndone:\n}",
-            "r,r",
-            volatile=True,
-        )
+        emit_wait(barriers, index.registers.item(), phase.registers.item())
 
     inline(ref, slot, parity)
+
+
+def emit_wait(barriers: ir.Value, slot: ir.Value, parity: ir.Value) -> None:
+    """``wait``, in device code."""
+    address = arith.addi(shared_address(barriers), arith.muli(slot, const(8)))
+    asm(
+        [],
+        [address, parity],
+        "{\n.reg .pred p;\nretry:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1, 10000000;\n"
+        "@p bra.uni done;\nbra.uni retry;\ndone:\n}",
+        "r,r",
+        volatile=True,
+    )
 
 
 def cta_barrier() -> None:

@@ -1,0 +1,231 @@
+"""A chain's inputs: rows brought into shared memory as WGMMA's FP8 operand, by all threads of a block.
+
+A block holds ``columns`` of a row's columns from ``first`` on, which go on at the row's start where it
+ends. In shared memory each 128 of them are a tile of eight rows of 128 bytes, 16-byte pieces
+exchanged by the 128-byte swizzle. Rows beyond the last token are left as they are: they become
+columns of the output that nobody reads.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith
+from jaxlib.mlir.dialects import math as math_ops
+
+from pallas_kernels import formats, layouts
+from pallas_kernels.sm90 import split_sum
+from pallas_kernels.sm90.chain.device import emit_barrier
+from pallas_kernels.sm90.chain.schedule import THREADS, TILE_M, WARPGROUPS
+from pallas_kernels.sm90.inline import (
+    absmax_scale,
+    asm,
+    const,
+    f32,
+    i32,
+    number,
+    reciprocal,
+    shared_address,
+    to_e4m3,
+)
+from pallas_kernels.sm90.memory import address, load, load_eight, offset, pack, unpack
+from pallas_kernels.sm90.reduction import inverse_rms, larger, over_block, sum_of_squares, tree
+
+Refs = Mapping[str, ir.Value]
+
+EIGHT = 8
+WARPS = THREADS // 32
+# Elements of all rows that a thread has on their way at once, in units of eight.
+UNITS = 4
+
+
+def copy_rows(refs: Refs, first: ir.Value, columns: int, after_loads: Callable[[], None]) -> None:
+    """FP8 rows ``x`` [M, K] with their scales ``x_scale`` [M].
+
+    Args:
+        refs: these in global memory; in shared memory ``tile`` and, for the scales, ``tokens``.
+        first: column, a multiple of 128.
+        columns: how many the block holds.
+        after_loads: what to do while they are on their way.
+    """
+    m, k = ir.MemRefType(refs["x"].type).shape
+    spread, loaded = _spread(m, columns // 16), []
+    for row, unit in spread:
+        column, inside = _column(first, unit, 16, k)
+        loaded.append((inside, load(arith.addi(address(refs["x"], row, k), _wide(column)), i32())))
+    after_loads()
+    for (row, unit), (inside, words) in zip(spread, loaded, strict=True):
+        words = [arith.select(inside, word, const(0)) for word in words]
+        place = _place(refs["tile"], row, arith.muli(unit, const(16)))
+        asm([], [place, *words], "st.shared.v4.b32 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", volatile=True)
+    with utils.when(arith.cmpi(arith.CmpIPredicate.ult, utils.thread_idx(), const(m))):
+        (scale,) = load(address(refs["x_scale"], utils.thread_idx(), 4), f32(), 1)
+        _store_scale(refs["tokens"], utils.thread_idx(), scale)
+
+
+def quantize_hidden(refs: Refs, first: ir.Value, columns: int, blocks: int, leader: ir.Value) -> None:
+    """bf16 rows ``hidden`` [M, K], as blocks left them, with ``absmax`` [blocks, TILE_M] of each.
+
+    Args:
+        refs: these in global memory and ``scale`` [M], which the leader writes; ``tile`` and ``tokens``
+            in shared memory.
+        first: column, a multiple of 128.
+        columns: how many the block holds.
+        blocks: that left numbers.
+        leader: whether this is the block that writes the scales.
+    """
+    m, k = ir.MemRefType(refs["hidden"].type).shape
+    thread = utils.thread_idx()
+    spread = _spread(m, columns // EIGHT)
+    batches = [spread[i : i + 2 * UNITS] for i in range(0, len(spread), 2 * UNITS)]
+
+    def loaded(batch: list[tuple[ir.Value, ir.Value]]) -> list[tuple[ir.Value, list[ir.Value]]]:
+        words = []
+        for row, unit in batch:
+            column, inside = _column(first, unit, EIGHT, k)
+            start = arith.addi(address(refs["hidden"], row, 2 * k), _wide(arith.muli(column, const(2))))
+            words.append((inside, load(start, i32(), written=True)))
+        return words
+
+    ahead = loaded(batches[0])
+    # A warp a token, and those beyond the last do it once more.
+    token = arith.minui(arith.shrui(thread, const(5)), const(m - 1))
+    lane = arith.andi(thread, const(31))
+    found = []
+    for start in range(0, blocks, 32):
+        block = arith.minui(arith.addi(lane, const(start)), const(blocks - 1))
+        place = offset(address(refs["absmax"]), arith.addi(arith.muli(block, const(TILE_M)), token), 4)
+        found += load(place, i32(), 1, written=True)
+    largest = functools.reduce(arith.maxui, found)
+    (largest,) = asm([i32()], [largest], "redux.sync.max.u32 $0, $1, 0xffffffff;", "=r,r", volatile=True)
+    scale = absmax_scale(arith.bitcast(f32(), largest), number(1 / formats.E4M3_MAX))
+    with utils.when(arith.cmpi(arith.CmpIPredicate.eq, lane, const(0))):
+        _store_scale(refs["tokens"], token, scale)
+        with utils.when(leader):
+            asm([], [address(refs["scale"], token, 4), scale], "st.global.f32 [$0], $1;", "l,f", volatile=True)
+    emit_barrier()
+    for i, batch in enumerate(batches):
+        for (row, unit), (inside, words) in zip(batch, ahead if i == 0 else loaded(batch), strict=True):
+            words = [arith.select(inside, word, const(0)) for word in words]
+            place = arith.addi(shared_address(refs["tokens"]), arith.muli(row, const(4)))
+            (scale,) = asm([f32()], [place], "ld.shared.f32 $0, [$1];", "=f,r", volatile=True)
+            _store_codes(refs["tile"], row, unit, unpack(words), reciprocal(scale))
+
+
+def norm_rows(refs: Refs, eps: float, leader: ir.Value, after_loads: Callable[[], None], *, written: bool) -> None:
+    """RMSNorm of all columns of ``residual`` [M, D], to which a sum in ``parts`` is added where there is one.
+
+    Args:
+        refs: in global memory ``residual``, ``weight`` float32 [D], ``split_sum.operands``, and to
+            be written by the leader ``x`` [M, D] (only of a sum) and ``scale`` [M]; ``tile``, ``tokens``
+            and ``partials``, float32 [UNITS * 2 * WARPS], in shared memory.
+        eps: of the norm.
+        leader: whether this is the block that writes x and the scales.
+        after_loads: what to do while the first rows are on their way.
+        written: whether the parts are of this kernel.
+    """
+    m, width = ir.MemRefType(refs["residual"].type).shape
+    thread, units = utils.thread_idx(), width // EIGHT
+    steps = -(-units // THREADS)
+    index = [arith.addi(thread, const(THREADS * step)) for step in range(steps)]
+    # Threads beyond the row's end do the last unit once more; only the sum must not count it.
+    inside = arith.cmpi(arith.CmpIPredicate.ult, index[-1], const(units)) if units % THREADS else None
+    index[-1] = index[-1] if inside is None else arith.minui(index[-1], const(units - 1))
+    factors = [load_eight(offset(address(refs["weight"]), i, 4 * EIGHT)) for i in index]
+    at_once = max(1, UNITS // steps)
+    for start in range(0, m, at_once):
+        rows = [const(row) for row in range(start, min(start + at_once, m))]
+        loaded = [[_residual_and_sum(refs, row, i, written) for i in index] for row in rows]
+        if start == 0:
+            after_loads()
+        for n, (row, unfinished) in enumerate(zip(rows, loaded, strict=True)):
+            words = [finish() for finish in unfinished]
+            if "parts" in refs:
+                with utils.when(leader):
+                    for i, four in zip(index, words, strict=True):
+                        place = offset(address(refs["x"], row, 2 * width), i, 2 * EIGHT)
+                        code = "st.global.v4.b32 [$0], {$1, $2, $3, $4};"
+                        asm([], [place, *four], code, "l,r,r,r,r", volatile=True)
+            held = [unpack(four) for four in words]
+            squares = [sum_of_squares(elements) for elements in held]
+            if inside is not None:
+                squares[-1] = arith.select(inside, squares[-1], number(0.0))
+            scaled = [
+                [arith.mulf(*pair) for pair in zip(e, f, strict=True)] for e, f in zip(held, factors, strict=True)
+            ]
+            largest = tree(larger, [math_ops.absf(element) for elements in scaled for element in elements])
+            # In turns, so that nobody still reads what the next row writes.
+            turn = 2 * WARPS * ((start + n) % UNITS)
+            partials = utils.memref_slice(refs["partials"], slice(turn, turn + 2 * WARPS))
+            largest, total = over_block(largest, tree(arith.addf, squares), partials, WARPGROUPS, emit_barrier)
+            assert total is not None
+            scale = absmax_scale(largest, number(1 / formats.E4M3_MAX))
+            for i, elements in zip(index, scaled, strict=True):
+                _store_codes(refs["tile"], row, i, elements, reciprocal(scale))
+            scale = arith.mulf(scale, inverse_rms(total, width, eps))
+            with utils.when(arith.cmpi(arith.CmpIPredicate.eq, thread, const(0))):
+                _store_scale(refs["tokens"], row, scale)
+                with utils.when(leader):
+                    asm([], [address(refs["scale"], row, 4), scale], "st.global.f32 [$0], $1;", "l,f", volatile=True)
+
+
+def _residual_and_sum(refs: Refs, row: ir.Value, index: ir.Value, written: bool) -> Callable[[], list[ir.Value]]:
+    """Start to load eight columns of a row of x; what makes four words of bf16 of them."""
+    _, width = ir.MemRefType(refs["residual"].type).shape
+    words = load(offset(address(refs["residual"], row, 2 * width), index, 2 * EIGHT), i32(), written=written)
+    if "parts" not in refs:
+        return lambda: words
+    sums = split_sum.start(refs, row, index, written=written)
+    return lambda: pack([arith.addf(*pair) for pair in zip(sums(), unpack(words), strict=True)])
+
+
+def _spread(m: int, units: int) -> list[tuple[ir.Value, ir.Value]]:
+    """(row, unit) of this thread, one of ``units`` of each row; the last threads may repeat the last."""
+    result = []
+    for start in range(0, m * units, THREADS):
+        index = arith.addi(utils.thread_idx(), const(start))
+        index = arith.minui(index, const(m * units - 1))
+        result.append((arith.divui(index, const(units)), arith.remui(index, const(units))))
+    return result
+
+
+def _column(first: ir.Value, unit: ir.Value, size: int, k: int) -> tuple[ir.Value, ir.Value]:
+    """Where a unit begins in its row of k columns, and whether it lies within; if not, it begins at 0."""
+    padded = -(-k // layouts.TILE_K // 4) * 4 * layouts.TILE_K
+    column = arith.remui(arith.addi(first, arith.muli(unit, const(size))), const(padded))
+    inside = arith.cmpi(arith.CmpIPredicate.ult, column, const(k))
+    return arith.select(inside, column, const(0)), inside
+
+
+def _place(tile: ir.Value, row: ir.Value, column: ir.Value) -> ir.Value:
+    """Address in shared memory of a row's held ``column``, a multiple of eight."""
+    within = arith.andi(column, const(layouts.TILE_K - 1))
+    piece = arith.xori(arith.shrui(within, const(4)), row)
+    parts = (
+        shared_address(tile),
+        arith.muli(arith.shrui(column, const(7)), const(TILE_M * layouts.TILE_K)),
+        arith.muli(row, const(layouts.TILE_K)),
+        arith.shli(piece, const(4)),
+        arith.andi(column, const(8)),
+    )
+    return functools.reduce(arith.addi, parts)
+
+
+def _store_codes(
+    tile: ir.Value, row: ir.Value, unit: ir.Value, elements: Sequence[ir.Value], inverse: ir.Value
+) -> None:
+    """Eight numbers times ``inverse`` in FP8, to the ``unit``-th eight held columns of a row."""
+    scaled = [arith.mulf(e, inverse) for e in elements]
+    codes = [to_e4m3(scaled[j : j + 4]) for j in range(0, EIGHT, 4)]
+    place = _place(tile, row, arith.muli(unit, const(EIGHT)))
+    asm([], [place, *codes], "st.shared.v2.b32 [$0], {$1, $2};", "r,r,r", volatile=True)
+
+
+def _store_scale(tokens: ir.Value, token: ir.Value, scale: ir.Value) -> None:
+    place = arith.addi(shared_address(tokens), arith.muli(token, const(4)))
+    asm([], [place, scale], "st.shared.f32 [$0], $1;", "r,f", volatile=True)
+
+
+def _wide(x: ir.Value) -> ir.Value:
+    return arith.extui(ir.IntegerType.get_signless(64), x)
