@@ -139,7 +139,7 @@ def test_preparation(monkeypatch, head_dim):
     columns = machine.ref(np.full((3, padded), np.nan, np.float32))
     for first in range(0, padded, prefill.PREPARED_TOKENS):
         at = machine.scalar(first)
-        prefill.prepare_columns(None, at, machine.scalar(length), *(machine.ref(x) for x in scales), columns)
+        prefill.prepare_columns(None, at, machine.scalar(length), *(machine.ref(x) for x in scales), columns, values)
         prefill.prepare_keys(None, at, packed[0], keys)
         prefill.prepare_values(None, at, packed[1], values)
     # Back in the tokens' order.
@@ -171,6 +171,32 @@ def unswizzled(memory: np.ndarray) -> np.ndarray:
     row, chunk = np.indices((8, width // 16))
     straight = chunks[:, :, row, chunk ^ (row if width == 128 else row // 2)]
     return straight.reshape(memory.shape).transpose(0, 2, 1, 3).reshape(8 * blocks, width * tiles)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 3.0])
+def test_columns_of_sums_add_up_to_the_inverse_scale(monkeypatch, spread):
+    """To a part of the least scale of a block; tokens beyond the end count as 1."""
+    rng = np.random.default_rng(0)
+    slots, length, padded, head_dim = 200, 190, 256, 16
+    scales = np.exp(3 + spread * rng.normal(size=(2, slots))).astype(BF16)
+    scales[:, length:] = np.nan
+    machine = Machine(monkeypatch)
+    values = machine.ref(np.full((head_dim + prefill.SUM_COLUMNS, padded), 1, E4M3))
+    columns = machine.ref(np.full((3, padded), np.nan, np.float32))
+    for first in range(0, padded, prefill.PREPARED_TOKENS):
+        refs = (*(machine.ref(x) for x in scales), columns, values)
+        prefill.prepare_columns(None, machine.scalar(first), machine.scalar(length), *refs, sums=True)
+    order = np.argsort(np.asarray(prefill.permute_tokens(jnp.arange(padded))))
+    weights = prefill.SUM_STEP ** -np.arange(prefill.SUM_COLUMNS, dtype=np.float32)
+    pieces = values.memory.astype(np.float32)
+    assert (pieces[:head_dim] == 1).all()
+    assert pieces[head_dim:].max() < 256
+    units = columns.memory[2].reshape(2, -1)
+    assert (units == units[:, :1]).all()
+    expected = np.ones(padded, np.float32)
+    expected[:length] = 1 / scales[1, :length].astype(np.float32)
+    error = np.abs((weights @ pieces[head_dim:] * columns.memory[2])[order] - expected)
+    assert (error <= 2.0**-26 * columns.memory[2][order] + 2.0**-20 * expected).all()
 
 
 class Machine:
@@ -220,6 +246,7 @@ class Machine:
                 WGMMA_LAYOUT_8BIT=named(registers_shape=lambda shape: (shape[0] // 64, shape[1] // 16, 2)),
                 WGMMA_COL_LAYOUT=named(registers_shape=lambda shape: (shape[0] // 8,)),
                 FragmentedArray=lambda _registers, _layout, _is_signed: _registers,
+                optimization_barrier=lambda array: array,
             ),
             "const": lambda value: np.full(WARPGROUP, value & 0xFFFFFFFF, np.uint32),
             "number": lambda value: np.full(WARPGROUP, value, np.float32),
@@ -228,6 +255,7 @@ class Machine:
             "_exp2": np.exp2,
             "to_e4m3": self.to_e4m3,
             "_log2": np.log2,
+            "_warp_min": lambda x: x.reshape(-1, 32).min(1).repeat(32),
         }  # fmt: skip
         for module in (registers, prefill, combine):
             for name, stand_in in stand_ins.items():

@@ -65,6 +65,8 @@ DECODE = {
     "long tiles": Case(lengths=(512, 129), config=decode.Config()),
     "enough sequences for every multiprocessor": Case(heads=32, kv_heads=8, lengths=tuple(range(440, 505))),
 }
+BEHIND = prefill.Config(stages=3, pipeline=3, one_barrier=True, sums=True)
+HALVES = dataclasses.replace(BEHIND, pipeline=4)
 PREFILL = {
     "one block": Case(128, 4, 1, slots=128, lengths=(128,), starts=(0,)),
     "ragged": Case(512, lengths=(512, 511), starts=(0, 0)),
@@ -81,6 +83,34 @@ PREFILL = {
     "eight tiles": Case(128, slots=1024, lengths=(1024,), starts=(896,)),
     "slots not a multiple of the tile": Case(256, slots=1000, lengths=(1000, 300), starts=(744, 44)),
     "more blocks than multiprocessors": Case(512, 32, 8, lengths=(512, 0, 300), starts=(0, 0, 0)),
+    "pipeline 3": Case(512, lengths=(512, 511), starts=(0, 0), config=BEHIND),
+    "pipeline 3, chunk": Case(300, slots=1000, lengths=(1000, 129), starts=(700, 1), outliers=True, config=BEHIND),
+    "pipeline 3, window": Case(512, slots=1024, lengths=(1024, 500), starts=(512, 0), window=100, config=BEHIND),
+    "pipeline 3, head_dim 64": Case(512, 8, 8, 64, lengths=(512,), starts=(0,), config=BEHIND),
+    "pipeline 3, not causal": Case(256, slots=640, lengths=(640, 1, 0), starts=(0, 0, 0), causal=False, config=BEHIND),
+    "pipeline 3, turns": Case(
+        512, 32, 8, lengths=(512, 0, 300), starts=(0, 0, 0), config=dataclasses.replace(BEHIND, turns=True)
+    ),
+    "pipeline 3, lazy": Case(
+        512, 32, 8, lengths=(512, 0, 300), starts=(0, 0, 0), config=dataclasses.replace(BEHIND, lazy=True)
+    ),
+    "pipeline 3, lazy, window": Case(
+        512, slots=1024, lengths=(1024, 500), starts=(512, 0), window=100, config=dataclasses.replace(BEHIND, lazy=True)
+    ),
+    "pipeline 3, lazy, outliers": Case(
+        128, slots=1024, lengths=(1024,), starts=(896,), outliers=True, config=dataclasses.replace(BEHIND, lazy=True)
+    ),
+    "pipeline 4": Case(512, 32, 8, lengths=(512, 0, 300), starts=(0, 0, 0), config=HALVES),
+    "pipeline 4, head_dim 64": Case(512, 8, 8, 64, lengths=(512,), starts=(0,), config=HALVES),
+    "pipeline 4, chunk, outliers": Case(
+        300, slots=1000, lengths=(1000, 129), starts=(700, 1), outliers=True, config=HALVES
+    ),
+    "pipeline 4, lazy, window": Case(
+        512, slots=1024, lengths=(1024, 500), starts=(512, 0), window=100, config=dataclasses.replace(HALVES, lazy=True)
+    ),
+    "pipeline 2, sums": Case(
+        512, lengths=(512, 511), starts=(0, 0), config=prefill.Config(stages=3, one_barrier=True, sums=True)
+    ),
     "three stages": Case(512, lengths=(512, 511), starts=(0, 0), config=prefill.Config(stages=3)),
 }
 
@@ -359,7 +389,7 @@ def test_short_sequences_are_split_only_until_every_multiprocessor_has_its_block
         functools.partial(prefill.Config, block_kv=96),
         functools.partial(prefill.Config, warpgroups=0),
         functools.partial(prefill.Config, stages=1),
-        functools.partial(prefill.Config, pipeline=3),
+        functools.partial(prefill.Config, pipeline=5),
     ],
 )
 def test_configs_quote_what_is_wrong(make):

@@ -240,9 +240,9 @@ def _store_output(out, first_row, first_head, target, group: int) -> None:
     plgpu.inline_mgpu(arg_types=types)(store)(out, first_row, first_head, target)
 
 
-def swizzled(shape: tuple[int, ...], dtype: jax.typing.DTypeLike = formats.E4M3):
-    """Shared memory in WGMMA's order."""
-    return plgpu.SMEM(shape, dtype, transforms=_swizzle(shape[-1], dtype))
+def swizzled(shape: tuple[int, ...], dtype: jax.typing.DTypeLike = formats.E4M3, columns: int | None = None):
+    """Shared memory in WGMMA's order; a product may take ``columns`` of it."""
+    return plgpu.SMEM(shape, dtype, transforms=_swizzle(columns or shape[-1], dtype))
 
 
 def _swizzle(columns: int, dtype: jax.typing.DTypeLike = formats.E4M3) -> tuple[Any, ...]:

@@ -12,9 +12,13 @@ says how far the products run ahead of the softmax inside a warpgroup:
 
 1  Q.K^T, softmax and P.V of a tile one after the other.
 2  Q.K^T of tile j+1 runs under the softmax of tile j.
+3  Q.K^T of tile j+1 follows P.V of tile j to the tensor cores, into the registers that held the
+   scores; the output's sum runs under it, and the other warpgroup's softmax under both.
+4  As 3, with P.V of the first half of the keys under the exponentials of the second.
 
 Softmax statistics and the output are float32. P.V of a tile is accumulated from zero by the
-tensor cores, whose FP8 accumulation is short, and added to the output by FMAs.
+tensor cores, whose FP8 accumulation is short, and added to the output by FMAs. With ``Config.sums``
+they also sum P: V then has eight more columns, which hold one over the values' scales.
 
 FireQ (arXiv 2505.20839), attention; FlashAttention-3 (arXiv 2407.08608).
 """
@@ -33,7 +37,7 @@ from pallas_kernels.formats import ScaledArray
 from pallas_kernels.sm90.attention.decode import unsupported_formats
 from pallas_kernels.sm90.attention.decode_device import swizzled
 from pallas_kernels.sm90.attention.prefill_device import BLOCK_Q, kernel, prepare_kernel
-from pallas_kernels.sm90.attention.prefill_registers import PREPARED_TOKENS
+from pallas_kernels.sm90.attention.prefill_registers import PREPARED_TOKENS, SUM_COLUMNS
 from pallas_kernels.sm90.attention.registers import CODE_UNIT
 from pallas_kernels.sm90.hardware import NUM_SMS
 
@@ -49,22 +53,38 @@ class Config:
         warpgroups: compute warpgroups, each with 64 queries.
         stages: K and V tiles in the shared-memory ring, at least 2.
         pipeline: how far the products run ahead of the softmax (see the module).
+        one_barrier: a tile's keys, values and numbers arrive and are freed together; wants a stage more.
+        sums: the softmax's sums are columns of P.V; head_dim up to 128.
+        lazy: in pipelines 3 and 4, row maxima follow the scores only in large steps.
+        turns: in pipelines 3 and 4, two warpgroups start their products alternately.
     """
 
     block_kv: int = 128
     warpgroups: int = 2
     stages: int = 2
     pipeline: int = 2
+    one_barrier: bool = False
+    sums: bool = False
+    turns: bool = False
+    lazy: bool = False
 
     def __post_init__(self):
         if self.block_kv not in (64, 128):
             raise ValueError(f"block_kv is {self.block_kv}; expected 64 or 128")
-        if self.warpgroups not in (1, 2, 3):
-            raise ValueError(f"warpgroups is {self.warpgroups}; expected 1, 2 or 3")
+        if self.warpgroups not in (1, 2, 3, 4):
+            raise ValueError(f"warpgroups is {self.warpgroups}; expected 1, 2, 3 or 4")
         if self.stages < 2:
             raise ValueError(f"stages is {self.stages}; expected at least 2")
-        if self.pipeline not in (1, 2):
-            raise ValueError(f"pipeline is {self.pipeline}; expected 1 or 2")
+        if self.pipeline not in (1, 2, 3, 4):
+            raise ValueError(f"pipeline is {self.pipeline}; expected 1, 2, 3 or 4")
+        if self.pipeline >= 3 and not (self.one_barrier and self.sums):
+            raise ValueError(f"pipeline {self.pipeline} needs one_barrier and sums")
+        if self.pipeline == 4 and self.block_kv != 128:
+            raise ValueError("pipeline 4 needs tiles of 128 keys")
+        if self.lazy and self.pipeline < 3:
+            raise ValueError("lazy needs pipeline 3 or 4")
+        if self.turns and (self.pipeline < 3 or self.warpgroups != 2):
+            raise ValueError("turns are of pipelines 3 and 4 with 2 warpgroups")
 
 
 def default_config(head_dim: int) -> Config:
@@ -103,7 +123,7 @@ def prefill_attention(
     out = launch(
         jnp.pad(query.values, ((0, 0), (0, -length % 8), (0, 0), (0, 0))),
         query.scale[..., 0],
-        *prepare(key, value, kv_lengths),
+        *prepare(key, value, kv_lengths, sums=(config or default_config(head_dim)).sums),
         query_start.astype(jnp.int32),
         kv_lengths.astype(jnp.int32),
         scale=scale,
@@ -116,7 +136,7 @@ def prefill_attention(
 
 
 def prepare(
-    key: ScaledArray, value: ScaledArray, kv_lengths: Int[Array, " B"]
+    key: ScaledArray, value: ScaledArray, kv_lengths: Int[Array, " B"], *, sums: bool = False
 ) -> tuple[
     Float[Array, "B kv_heads columns H"],
     Float[Array, "B kv_heads H columns"],
@@ -136,7 +156,7 @@ def prepare(
         prepare_kernel,
         out_type=(
             jax.ShapeDtypeStruct((batch, kv_heads, columns, 2 * stored), formats.E4M3),
-            jax.ShapeDtypeStruct((batch, kv_heads, 2 * stored, columns), formats.E4M3),
+            jax.ShapeDtypeStruct((batch, kv_heads, 2 * stored + SUM_COLUMNS * sums, columns), formats.E4M3),
             jax.ShapeDtypeStruct((batch, kv_heads, 3, columns), jnp.float32),
         ),
         grid=(blocks, kv_heads, batch),
@@ -165,11 +185,19 @@ def launch(
 ) -> Float[Array, "B T8 heads H"]:
     """The kernel itself, on queries (T8 is T rounded up to 8) and the operands of :func:`prepare`."""
     batch, length, heads, head_dim = q.shape
+    if config.sums and head_dim > 128:
+        raise ValueError(f"head_dim is {head_dim}; sums leave room for 128")
     rows, block_kv, stages = BLOCK_Q * config.warpgroups, config.block_kv, config.stages
     ring = functools.partial(plgpu.Barrier, num_barriers=stages)
     return plgpu.kernel(
         functools.partial(
-            kernel, to_scores=scale * _LOG2E / CODE_UNIT, causal=causal, window=window, pipeline=config.pipeline
+            kernel,
+            to_scores=scale * _LOG2E / CODE_UNIT,
+            causal=causal,
+            window=window,
+            pipeline=config.pipeline,
+            one_barrier=config.one_barrier,
+            lazy=config.lazy,
         ),
         out_type=jax.ShapeDtypeStruct(q.shape, out_dtype),
         grid=(min(NUM_SMS, heads * -(-length // rows) * batch),),
@@ -180,14 +208,17 @@ def launch(
             "q_smem": swizzled((config.warpgroups, BLOCK_Q, head_dim), formats.E4M3),
             "out_smem": swizzled((config.warpgroups, BLOCK_Q, head_dim), out_dtype),
             "k_smem": swizzled((stages, block_kv, head_dim), formats.E4M3),
-            "v_smem": swizzled((stages, head_dim, block_kv), formats.E4M3),
+            "v_smem": swizzled(
+                (stages, v.shape[2], block_kv), formats.E4M3, block_kv // 2 if config.pipeline == 4 else None
+            ),
             "columns_smem": plgpu.SMEM((stages, 3, block_kv), jnp.float32),
             "q_full": plgpu.Barrier(num_barriers=config.warpgroups),
             "q_free": plgpu.Barrier(num_barriers=config.warpgroups),
-            "k_full": ring(),
+            "k_full": ring(num_arrivals=3 if config.one_barrier else 1),
             "v_full": ring(num_arrivals=2),
             "k_free": ring(num_arrivals=config.warpgroups),
             "v_free": ring(num_arrivals=config.warpgroups),
+            "turns": plgpu.Barrier(num_barriers=2) if config.turns else None,
         },
         kernel_name="prefill_attention",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),

@@ -4,13 +4,15 @@ Tokens of V^T, of P's columns and of the columns' numbers stand in one order, in
 part of the scores, once cast, is its part of P as WGMMA's A operand (:func:`permute_tokens`).
 """
 
+import functools
+
 import jax.experimental.mosaic.gpu as mgpu
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 from jaxtyping import Array
 
 from pallas_kernels.sm90.attention.registers import (
@@ -24,6 +26,8 @@ from pallas_kernels.sm90.inline import asm, const, f32, number, to_e4m3
 from pallas_kernels.sm90.inline import element as element_of
 
 PREPARED_TOKENS = 128  # of a block of the preparation, one a thread
+# Columns of P.V that hold the softmax's sums, and how much finer each is than the one before.
+SUM_COLUMNS, SUM_STEP = 8, 8.0
 
 
 def zeros(_: mgpu.LaunchContext, *, shape: tuple[int, int]) -> mgpu.FragmentedArray:
@@ -34,6 +38,49 @@ def zeros(_: mgpu.LaunchContext, *, shape: tuple[int, int]) -> mgpu.FragmentedAr
     """
     zero = asm([f32()], [], "mov.b32 $0, 0;", "=f", volatile=False)[0]
     return mgpu.FragmentedArray.splat(zero, shape, plgpu.Layout.WGMMA.to_mgpu())
+
+
+def start_product(
+    _: mgpu.LaunchContext,
+    a: mgpu.FragmentedArray | ir.Value,
+    b: ir.Value,
+    initial: mgpu.FragmentedArray,
+    *,
+    in_flight: bool = False,
+) -> mgpu.FragmentedArray:
+    """``initial`` + a b^T, which must not be read before :func:`finish_product`; ``b`` (and ``a``) in WGMMA's order.
+
+    ``in_flight`` says that ``initial`` is such a product itself.
+    """
+    swizzle = ir.MemRefType(b.type).shape[-1]
+    product = mgpu.wgmma(
+        mgpu.WGMMAAccumulator.from_registers(initial, sync=not in_flight),
+        a,
+        mgpu.memref_transpose(b, (1, 0, 3, 2)),
+        swizzle=swizzle,
+    )
+    nvvm.wgmma_commit_group_sync_aligned()
+    return product.value
+
+
+def finish_product(_: mgpu.LaunchContext, product: mgpu.FragmentedArray, *, later: int) -> mgpu.FragmentedArray:
+    """The product, once at most ``later`` products that were started later still run."""
+    nvvm.wgmma_wait_group_sync_aligned(later)
+    return mgpu.optimization_barrier(product)
+
+
+def split_product(
+    _: mgpu.LaunchContext, product: mgpu.FragmentedArray
+) -> tuple[mgpu.FragmentedArray, mgpu.FragmentedArray]:
+    """P.V and its ``SUM_COLUMNS`` last columns."""
+    columns = product.shape[1] - SUM_COLUMNS
+    return product[:, :columns], product[:, columns:]
+
+
+def halves(_: mgpu.LaunchContext, x: mgpu.FragmentedArray) -> tuple[mgpu.FragmentedArray, mgpu.FragmentedArray]:
+    """The columns of the first and of the second half."""
+    half = x.shape[1] // 2
+    return x[:, :half], x[:, half:]
 
 
 def permute_tokens(v: Array) -> Array:
@@ -55,7 +102,8 @@ def probabilities_to_operand(_: mgpu.LaunchContext, p: mgpu.FragmentedArray) -> 
     for m, column, h in np.ndindex(tiles.shape):
         pairs = registers[m, column, :, h]
         tiles[m, column, h] = to_e4m3([element_of(pairs[i], e) for i in range(2) for e in range(2)])
-    return fragments(tiles, (rows, tokens))
+    # Otherwise LLVM moves the casts behind a wait that follows, away from the exponentials.
+    return mgpu.optimization_barrier(fragments(tiles, (rows, tokens)))
 
 
 def load_columns(_: mgpu.LaunchContext, numbers: ir.Value) -> mgpu.FragmentedArray:
@@ -103,11 +151,16 @@ def prepare_columns(
     k_scale: ir.Value,
     v_scale: ir.Value,
     columns: ir.Value,
+    values: ir.Value,
+    *,
+    sums: bool = False,
 ) -> None:
     """Of ``PREPARED_TOKENS`` tokens from ``first`` on: the numbers of ``columns``, float32 [3, S'].
 
     They are the key's scale, log2 of the value's and one over it; 1, 0 and 1 from ``length`` on,
-    where a cache may hold anything.
+    where a cache may hold anything. With ``sums``, one over the value's scale goes to the last ``SUM_COLUMNS``
+    rows of ``values`` instead, in a unit that stands in ``columns``: E4M3 numbers whose sum it is, each in
+    units of 1 / ``SUM_STEP`` of the one before.
     """
     (slots,) = ir.MemRefType(k_scale.type).shape
     padded = ir.MemRefType(columns.type).shape[1]
@@ -120,15 +173,41 @@ def prepare_columns(
     valid = arith.cmpi(arith.CmpIPredicate.slt, token, length.registers.item())
     row = arith.minsi(token, const(slots - 1))
 
-    def scale(ref: ir.Value) -> ir.Value:
+    def scale(ref: ir.Value, row: ir.Value = row, valid: ir.Value = valid) -> ir.Value:
         loaded = llvm.load(i16, utils.getelementptr(utils.memref_ptr(ref), [row], i16))
         bits = arith.shli(arith.extui(ir.IntegerType.get_signless(32), loaded), const(16))
         return arith.select(valid, utils.bitcast(bits, f32), number(1.0))
 
     value = scale(v_scale)
-    for which, values in enumerate((scale(k_scale), _log2(value), arith.divf(number(1.0), value))):
-        index = arith.addi(arith.addi(position, first.registers.item()), const(which * padded))
-        llvm.store(values, utils.getelementptr(utils.memref_ptr(columns), [index], f32))
+    inverse = last = arith.divf(number(1.0), value)
+    column = arith.addi(position, first.registers.item())
+    if sums:
+        # The unit is a power of two: the largest of the block becomes 128 to 256.
+        i32 = ir.IntegerType.get_signless(32)
+        lane = arith.andi(position, const(31))
+        least = None
+        for i in range(PREPARED_TOKENS // 32):
+            token = arith.addi(arith.addi(lane, const(32 * i)), first.registers.item())
+            valid = arith.cmpi(arith.CmpIPredicate.slt, token, length.registers.item())
+            other = utils.bitcast(scale(v_scale, arith.minsi(token, const(slots - 1)), valid), i32)
+            least = other if least is None else arith.minui(least, other)
+        largest = arith.divf(number(1.0), utils.bitcast(_warp_min(least), f32))
+        power = arith.andi(utils.bitcast(largest, i32), const(0x7F800000))
+        last = arith.mulf(utils.bitcast(power, f32), number(1 / 128))
+        rest = arith.mulf(arith.mulf(inverse, number(128.0)), utils.bitcast(arith.subi(const(0x7F000000), power), f32))
+        head_dim = ir.MemRefType(values.type).shape[0] - SUM_COLUMNS
+        i8 = ir.IntegerType.get_signless(8)
+        for piece in range(SUM_COLUMNS):
+            # Cut to E4M3's mantissa, so that it is exact there; below E4M3's normal numbers the next piece takes it.
+            cut = utils.bitcast(arith.andi(utils.bitcast(rest, i32), const(0xFFF00000)), f32)
+            cut = arith.select(arith.cmpf(arith.CmpFPredicate.OGT, rest, number(2.0**-6)), cut, number(0.0))
+            index = arith.addi(column, const((head_dim + piece) * padded))
+            byte = arith.trunci(i8, to_e4m3([cut] * 4))
+            llvm.store(byte, utils.getelementptr(utils.memref_ptr(values), [index], i8))
+            rest = arith.mulf(arith.subf(rest, cut), number(SUM_STEP))
+    for which, numbers in enumerate((scale(k_scale), _log2(value), last)):
+        index = arith.addi(column, const(which * padded))
+        llvm.store(numbers, utils.getelementptr(utils.memref_ptr(columns), [index], f32))
 
 
 def prepare_keys(_: mgpu.LaunchContext, first: mgpu.FragmentedArray, packed: ir.Value, keys: ir.Value) -> None:
@@ -182,6 +261,26 @@ def _store_words(base: ir.Value, offset: ir.Value, words: list[ir.Value]) -> Non
     """Four words to 16 consecutive bytes."""
     quad = vector.from_elements(ir.VectorType.get((4,), ir.IntegerType.get_signless(32)), words)
     llvm.store(quad, utils.getelementptr(base, [offset], ir.IntegerType.get_signless(8)), alignment=16)
+
+
+def any_above(_: mgpu.LaunchContext, x: mgpu.FragmentedArray, limit: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+    """1 where a row of this warp has x > limit, else 0."""
+    pairs = zip(x.registers.flat, limit.registers.flat, strict=True)
+    above = [arith.cmpf(arith.CmpFPredicate.OGT, element_of(a, 0), element_of(b, 0)) for a, b in pairs]
+    word = arith.extui(ir.IntegerType.get_signless(32), functools.reduce(arith.ori, above))
+    code = """{
+        .reg .pred p;
+        setp.ne.b32 p, $1, 0;
+        vote.sync.any.pred p, p, 0xffffffff;
+        selp.b32 $0, 1, 0, p;
+    }"""
+    voted = asm([word.type], [word], code, "=r,r", volatile=True)[0]
+    return mgpu.FragmentedArray.splat(voted, (), is_signed=True)
+
+
+def _warp_min(x: ir.Value) -> ir.Value:
+    """The least of a warp's unsigned words."""
+    return asm([x.type], [x], "redux.sync.min.u32 $0, $1, 0xffffffff;", "=r,r", volatile=True)[0]
 
 
 def _log2(x: ir.Value) -> ir.Value:
