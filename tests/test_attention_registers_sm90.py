@@ -139,7 +139,8 @@ def test_preparation(monkeypatch, head_dim):
     columns = machine.ref(np.full((3, padded), np.nan, np.float32))
     for first in range(0, padded, prefill.PREPARED_TOKENS):
         at = machine.scalar(first)
-        prefill.prepare_columns(None, at, machine.scalar(length), *(machine.ref(x) for x in scales), columns, values)
+        refs = (*(machine.ref(x) for x in scales), columns, values)
+        prefill.prepare_columns(None, at, machine.scalar(length), *refs, sum_columns=False)
         prefill.prepare_keys(None, at, packed[0], keys)
         prefill.prepare_values(None, at, packed[1], values)
     # Back in the tokens' order.
@@ -173,28 +174,34 @@ def unswizzled(memory: np.ndarray) -> np.ndarray:
     return straight.reshape(memory.shape).transpose(0, 2, 1, 3).reshape(8 * blocks, width * tiles)
 
 
-@pytest.mark.parametrize("spread", [0.0, 1.0, 3.0])
-def test_columns_of_sums_add_up_to_the_inverse_scale(monkeypatch, spread):
-    """To a part of the least scale of a block; tokens beyond the end count as 1."""
+@pytest.mark.parametrize("spread", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("least", [None, 1e-30])
+def test_columns_of_sums_add_up_to_the_inverse_scale(monkeypatch, spread, least):
+    """To a part of a block's largest; tokens beyond the end count as 1, and one of no size leaves the others be."""
     rng = np.random.default_rng(0)
     slots, length, padded, head_dim = 200, 190, 256, 16
     scales = np.exp(3 + spread * rng.normal(size=(2, slots))).astype(BF16)
     scales[:, length:] = np.nan
+    if least is not None:
+        scales[1, 100] = least
     machine = Machine(monkeypatch)
     values = machine.ref(np.full((head_dim + prefill.SUM_COLUMNS, padded), 1, E4M3))
     columns = machine.ref(np.full((3, padded), np.nan, np.float32))
     for first in range(0, padded, prefill.PREPARED_TOKENS):
         refs = (*(machine.ref(x) for x in scales), columns, values)
-        prefill.prepare_columns(None, machine.scalar(first), machine.scalar(length), *refs, sums=True)
+        prefill.prepare_columns(None, machine.scalar(first), machine.scalar(length), *refs, sum_columns=True)
     order = np.argsort(np.asarray(prefill.permute_tokens(jnp.arange(padded))))
     weights = prefill.SUM_STEP ** -np.arange(prefill.SUM_COLUMNS, dtype=np.float32)
     pieces = values.memory.astype(np.float32)
     assert (pieces[:head_dim] == 1).all()
-    assert pieces[head_dim:].max() < 256
+    assert pieces[head_dim:].max() <= 256
     units = columns.memory[2].reshape(2, -1)
     assert (units == units[:, :1]).all()
     expected = np.ones(padded, np.float32)
     expected[:length] = 1 / scales[1, :length].astype(np.float32)
+    # An inverse that is out of the block's range is cut.
+    expected = np.minimum(expected, 256 * columns.memory[2][order])
+    assert (expected[:length] < 1 / scales[1, :length].astype(np.float32)).sum() == (least is not None)
     error = np.abs((weights @ pieces[head_dim:] * columns.memory[2])[order] - expected)
     assert (error <= 2.0**-26 * columns.memory[2][order] + 2.0**-20 * expected).all()
 
@@ -214,9 +221,11 @@ class Machine:
         arith = named(
             addi=np.add, subi=np.subtract, muli=np.multiply, andi=np.bitwise_and, ori=np.bitwise_or,
             xori=np.bitwise_xor, shli=np.left_shift, shrui=np.right_shift, divui=np.floor_divide,
-            remui=np.remainder, minui=np.minimum, minsi=signed(np.minimum), maxsi=signed(np.maximum),
+            remui=np.remainder, minui=np.minimum, maxui=np.maximum,
+            minsi=signed(np.minimum), maxsi=signed(np.maximum),
             extui=lambda to, x: x.astype(to), trunci=lambda to, x: x.astype(to), truncf=lambda to, x: x.astype(to),
-            addf=np.add, subf=np.subtract, mulf=np.multiply, divf=np.divide, maximumf=np.maximum, select=np.where,
+            addf=np.add, subf=np.subtract, mulf=np.multiply, divf=np.divide, maximumf=np.maximum,
+            minimumf=np.minimum, select=np.where,
             constant=lambda to, value: np.full(WARPGROUP, value, to),
             cmpi=lambda predicate, a, b: predicate(a, b), cmpf=lambda predicate, a, b: predicate(a, b),
             CmpIPredicate=named(
@@ -255,7 +264,7 @@ class Machine:
             "_exp2": np.exp2,
             "to_e4m3": self.to_e4m3,
             "_log2": np.log2,
-            "_warp_min": lambda x: x.reshape(-1, 32).min(1).repeat(32),
+            "_warp_reduce": lambda operation, x: getattr(x.reshape(-1, 32), operation)(1).repeat(32),
         }  # fmt: skip
         for module in (registers, prefill, combine):
             for name, stand_in in stand_ins.items():

@@ -65,8 +65,6 @@ DECODE = {
     "long tiles": Case(lengths=(512, 129), config=decode.Config()),
     "enough sequences for every multiprocessor": Case(heads=32, kv_heads=8, lengths=tuple(range(440, 505))),
 }
-BEHIND = prefill.Config(stages=3, pipeline=3, one_barrier=True, sums=True)
-HALVES = dataclasses.replace(BEHIND, pipeline=4)
 PREFILL = {
     "one block": Case(128, 4, 1, slots=128, lengths=(128,), starts=(0,)),
     "ragged": Case(512, lengths=(512, 511), starts=(0, 0)),
@@ -77,41 +75,21 @@ PREFILL = {
     "window": Case(512, slots=1024, lengths=(1024, 500), starts=(512, 0), window=100),
     "one kv head a query head": Case(256, 4, 4, slots=256, lengths=(256,), starts=(0,)),
     "head_dim 64": Case(512, 8, 8, 64, lengths=(512,), starts=(0,)),
+    "head_dim 64, chunk": Case(300, 8, 2, 64, slots=1000, lengths=(1000, 129), starts=(700, 1), outliers=True),
+    "head_dim 64, window": Case(512, 8, 2, 64, slots=1024, lengths=(1024, 500), starts=(512, 0), window=100),
     "head_dim 256": Case(300, 4, 1, 256, lengths=(500,), starts=(200,)),
-    "pipeline 1": Case(512, lengths=(512, 511), starts=(0, 0), config=prefill.Config(pipeline=1)),
+    "head_dim 256, chunk": Case(300, 8, 2, 256, slots=1000, lengths=(1000, 129), starts=(700, 1), outliers=True),
+    "head_dim 256, not causal": Case(256, 8, 2, 256, slots=640, lengths=(640, 1, 0), starts=(0, 0, 0), causal=False),
+    "head_dim 256, window": Case(512, 8, 2, 256, slots=1024, lengths=(1024, 500), starts=(512, 0), window=100),
     "eight tiles, outliers": Case(128, slots=1024, lengths=(1024,), starts=(896,), outliers=True),
     "eight tiles": Case(128, slots=1024, lengths=(1024,), starts=(896,)),
     "slots not a multiple of the tile": Case(256, slots=1000, lengths=(1000, 300), starts=(744, 44)),
     "more blocks than multiprocessors": Case(512, 32, 8, lengths=(512, 0, 300), starts=(0, 0, 0)),
-    "pipeline 3": Case(512, lengths=(512, 511), starts=(0, 0), config=BEHIND),
-    "pipeline 3, chunk": Case(300, slots=1000, lengths=(1000, 129), starts=(700, 1), outliers=True, config=BEHIND),
-    "pipeline 3, window": Case(512, slots=1024, lengths=(1024, 500), starts=(512, 0), window=100, config=BEHIND),
-    "pipeline 3, head_dim 64": Case(512, 8, 8, 64, lengths=(512,), starts=(0,), config=BEHIND),
-    "pipeline 3, not causal": Case(256, slots=640, lengths=(640, 1, 0), starts=(0, 0, 0), causal=False, config=BEHIND),
-    "pipeline 3, turns": Case(
-        512, 32, 8, lengths=(512, 0, 300), starts=(0, 0, 0), config=dataclasses.replace(BEHIND, turns=True)
+    "two stages": Case(512, lengths=(512, 511), starts=(0, 0), config=prefill.Config(stages=2)),
+    "pipeline 1": Case(512, lengths=(512, 511), starts=(0, 0), config=prefill.Config(pipeline=1)),
+    "pipeline 1, many tiles, outliers": Case(
+        128, slots=1024, lengths=(1024,), starts=(896,), outliers=True, config=prefill.Config(pipeline=1)
     ),
-    "pipeline 3, lazy": Case(
-        512, 32, 8, lengths=(512, 0, 300), starts=(0, 0, 0), config=dataclasses.replace(BEHIND, lazy=True)
-    ),
-    "pipeline 3, lazy, window": Case(
-        512, slots=1024, lengths=(1024, 500), starts=(512, 0), window=100, config=dataclasses.replace(BEHIND, lazy=True)
-    ),
-    "pipeline 3, lazy, outliers": Case(
-        128, slots=1024, lengths=(1024,), starts=(896,), outliers=True, config=dataclasses.replace(BEHIND, lazy=True)
-    ),
-    "pipeline 4": Case(512, 32, 8, lengths=(512, 0, 300), starts=(0, 0, 0), config=HALVES),
-    "pipeline 4, head_dim 64": Case(512, 8, 8, 64, lengths=(512,), starts=(0,), config=HALVES),
-    "pipeline 4, chunk, outliers": Case(
-        300, slots=1000, lengths=(1000, 129), starts=(700, 1), outliers=True, config=HALVES
-    ),
-    "pipeline 4, lazy, window": Case(
-        512, slots=1024, lengths=(1024, 500), starts=(512, 0), window=100, config=dataclasses.replace(HALVES, lazy=True)
-    ),
-    "pipeline 2, sums": Case(
-        512, lengths=(512, 511), starts=(0, 0), config=prefill.Config(stages=3, one_barrier=True, sums=True)
-    ),
-    "three stages": Case(512, lengths=(512, 511), starts=(0, 0), config=prefill.Config(stages=3)),
 }
 
 # Attentions whose output is wanted in FP8, and how many kernels that takes.
@@ -387,15 +365,40 @@ def test_short_sequences_are_split_only_until_every_multiprocessor_has_its_block
         functools.partial(decode.Config, warpgroups=5),
         functools.partial(decode.Config, residents=0),
         functools.partial(prefill.Config, block_kv=96),
-        functools.partial(prefill.Config, warpgroups=0),
+        functools.partial(prefill.Config, block_kv=64),
         functools.partial(prefill.Config, stages=1),
-        functools.partial(prefill.Config, pipeline=5),
+        functools.partial(prefill.Config, pipeline=3),
     ],
 )
 def test_configs_quote_what_is_wrong(make):
     (name, value), *_ = make.keywords.items()
     with pytest.raises(ValueError, match=f"{name} is {value}"):
         make()
+
+
+def test_a_kernel_wants_what_was_prepared_for_it():
+    """The denominators' columns of V, and a head_dim for which there are registers."""
+
+    def run(head_dim: int, prepared: prefill.Config, config: prefill.Config):
+        query, cache, _, lengths = abstract_operands(Case(128, head_dim=head_dim))
+
+        def attend(q, q_scale, key, value, lengths):
+            operands = prefill.prepare(key, value, lengths, prepared)
+            return prefill.launch(
+                q, q_scale[..., 0], *operands, lengths, lengths, scale=0.1, causal=True, window=None,
+                out_dtype=jnp.bfloat16, config=config,
+            )  # fmt: skip
+
+        jax.eval_shape(attend, query.values, query.scale, cache, cache, lengths)
+
+    one_by_one = prefill.Config(pipeline=1)
+    run(128, one_by_one, one_by_one)
+    with pytest.raises(ValueError, match="v has 128 rows; expected 136"):
+        run(128, one_by_one, prefill.Config())
+    with pytest.raises(ValueError, match="v has 136 rows; expected 128"):
+        run(128, prefill.Config(), one_by_one)
+    with pytest.raises(ValueError, match="head_dim is 256"):
+        run(256, prefill.Config(), prefill.Config())
 
 
 def test_unsupported_operands_have_a_reason():

@@ -98,7 +98,7 @@ def kernel(
     @pl.when(warpgroup == 0)
     def _queries():
         store = functools.partial(registers.store_queries, group=group)
-        types = (SCALAR, SCALAR, plgpu.RefType(), plgpu.RefType(_swizzle(head_dim)))
+        types = (SCALAR, SCALAR, plgpu.RefType(), plgpu.RefType(swizzle(head_dim)))
         plgpu.inline_mgpu(arg_types=types)(store)(first_row, first_head, q_gmem.at[batch], q_smem)
         plgpu.commit_smem()
         plgpu.barrier_arrive(q_barrier)
@@ -242,10 +242,10 @@ def _store_output(out, first_row, first_head, target, group: int) -> None:
 
 def swizzled(shape: tuple[int, ...], dtype: jax.typing.DTypeLike = formats.E4M3, columns: int | None = None):
     """Shared memory in WGMMA's order; a product may take ``columns`` of it."""
-    return plgpu.SMEM(shape, dtype, transforms=_swizzle(columns or shape[-1], dtype))
+    return plgpu.SMEM(shape, dtype, transforms=swizzle(columns or shape[-1], dtype))
 
 
-def _swizzle(columns: int, dtype: jax.typing.DTypeLike = formats.E4M3) -> tuple[Any, ...]:
+def swizzle(columns: int, dtype: jax.typing.DTypeLike = formats.E4M3) -> tuple[Any, ...]:
     """Transforms of shared memory in WGMMA's order: rows of up to 128 bytes in tiles of 8, swizzled."""
     size = jnp.dtype(dtype).itemsize
     swizzle = min(128, columns * size)
@@ -274,5 +274,5 @@ def _load_codes(load, ref, shape: tuple[int, int]):
 
 
 def _store_probabilities(p, p_smem) -> None:
-    arg_types = (plgpu.Layout.WGMMA, plgpu.RefType(_swizzle(128)))
+    arg_types = (plgpu.Layout.WGMMA, plgpu.RefType(swizzle(128)))
     plgpu.inline_mgpu(arg_types=arg_types)(registers.store_probabilities)(p, p_smem)

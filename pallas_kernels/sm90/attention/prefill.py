@@ -5,20 +5,30 @@ mantissa of a subnormal), keys as they lie and values head_dim-major, because FP
 transposed operand. The token scales stay apart: the key's multiplies a column of the scores, the
 value's joins it as a logarithm, so that P is cast to FP8 with it and its largest term is exact.
 
-A thread block is two or three compute warpgroups of 64 queries of one head each, and one that
-issues TMA copies into a ring of K and V tiles. There is one on each multiprocessor; it goes from
-one block of queries to the next, whose copies run under the end of the last. ``Config.pipeline``
-says how far the products run ahead of the softmax inside a warpgroup:
+A thread block is two compute warpgroups of 64 queries of one head each, and one that issues TMA
+copies into a ring of tiles: keys, values and the numbers of their columns, which arrive and are
+freed together. There is one block on each multiprocessor; it goes from one block of queries to the
+next, whose copies run under the end of the last. Inside a compute warpgroup (``Config.pipeline``):
 
-1  Q.K^T, softmax and P.V of a tile one after the other.
-2  Q.K^T of tile j+1 runs under the softmax of tile j.
-3  Q.K^T of tile j+1 follows P.V of tile j to the tensor cores, into the registers that held the
-   scores; the output's sum runs under it, and the other warpgroup's softmax under both.
-4  As 3, with P.V of the first half of the keys under the exponentials of the second.
+1  Q.K^T, softmax and P.V of a tile run one after the other: head_dim 256, whose output and its
+   product leave no registers for more.
+2  The exponentials of a tile's last 64 keys run under P.V of its first 64. Q.K^T of the next tile
+   follows to the tensor cores at once, into the registers of the scores that have become P; the
+   addition of P.V to the output runs under it.
+
+In pipeline 2 the warpgroups take turns: one starts its products of a tile (P.V and the next Q.K^T)
+when the other has started its own. So the softmax of one runs under the products of the other,
+where without an order both would wait for the tensor cores at the same time and then for the
+exponentials.
 
 Softmax statistics and the output are float32. P.V of a tile is accumulated from zero by the
-tensor cores, whose FP8 accumulation is short, and added to the output by FMAs. With ``Config.sums``
-they also sum P: V then has eight more columns, which hold one over the values' scales.
+tensor cores, whose FP8 accumulation is short, and added to the output by FMAs.
+
+A row's denominator is the sum of P / v_scale. Pipeline 1 sums P in float32. In pipeline 2 the tensor
+cores do, and sum P in E4M3 as they multiply it: V has ``SUM_COLUMNS`` more columns, whose E4M3 numbers
+add up to 1 / v_scale, each of a unit ``SUM_STEP`` times finer than the one before. The first unit is
+a tile's, which is a block of the preparation: the power of two for which the inverse of its least scale
+becomes 128 to 256.
 
 FireQ (arXiv 2505.20839), attention; FlashAttention-3 (arXiv 2407.08608).
 """
@@ -36,7 +46,7 @@ from pallas_kernels import formats
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.sm90.attention.decode import unsupported_formats
 from pallas_kernels.sm90.attention.decode_device import swizzled
-from pallas_kernels.sm90.attention.prefill_device import BLOCK_Q, kernel, prepare_kernel
+from pallas_kernels.sm90.attention.prefill_device import BLOCK_Q, PRODUCT_KEYS, WARPGROUPS, kernel, prepare_kernel
 from pallas_kernels.sm90.attention.prefill_registers import PREPARED_TOKENS, SUM_COLUMNS
 from pallas_kernels.sm90.attention.registers import CODE_UNIT
 from pallas_kernels.sm90.hardware import NUM_SMS
@@ -49,47 +59,34 @@ class Config:
     """Tile configuration of the prefill kernel.
 
     Attributes:
-        block_kv: keys of a tile: 64 or 128.
-        warpgroups: compute warpgroups, each with 64 queries.
-        stages: K and V tiles in the shared-memory ring, at least 2.
-        pipeline: how far the products run ahead of the softmax (see the module).
-        one_barrier: a tile's keys, values and numbers arrive and are freed together; wants a stage more.
-        sums: the softmax's sums are columns of P.V; head_dim up to 128.
-        lazy: in pipelines 3 and 4, row maxima follow the scores only in large steps.
-        turns: in pipelines 3 and 4, two warpgroups start their products alternately.
+        pipeline: how products and softmax overlap (see the module): 1, or 2 for head_dim up to 128.
+        block_kv: keys of a tile: 64 or 128; pipeline 2 needs 128.
+        stages: tiles in the shared-memory ring, at least 2.
     """
 
-    block_kv: int = 128
-    warpgroups: int = 2
-    stages: int = 2
     pipeline: int = 2
-    one_barrier: bool = False
-    sums: bool = False
-    turns: bool = False
-    lazy: bool = False
+    block_kv: int = 128
+    stages: int = 3
 
     def __post_init__(self):
+        if self.pipeline not in (1, 2):
+            raise ValueError(f"pipeline is {self.pipeline}; expected 1 or 2")
         if self.block_kv not in (64, 128):
             raise ValueError(f"block_kv is {self.block_kv}; expected 64 or 128")
-        if self.warpgroups not in (1, 2, 3, 4):
-            raise ValueError(f"warpgroups is {self.warpgroups}; expected 1, 2, 3 or 4")
+        if self.pipeline == 2 and self.block_kv != 128:
+            raise ValueError(f"block_kv is {self.block_kv}; expected 128 in pipeline 2")
         if self.stages < 2:
             raise ValueError(f"stages is {self.stages}; expected at least 2")
-        if self.pipeline not in (1, 2, 3, 4):
-            raise ValueError(f"pipeline is {self.pipeline}; expected 1, 2, 3 or 4")
-        if self.pipeline >= 3 and not (self.one_barrier and self.sums):
-            raise ValueError(f"pipeline {self.pipeline} needs one_barrier and sums")
-        if self.pipeline == 4 and self.block_kv != 128:
-            raise ValueError("pipeline 4 needs tiles of 128 keys")
-        if self.lazy and self.pipeline < 3:
-            raise ValueError("lazy needs pipeline 3 or 4")
-        if self.turns and (self.pipeline < 3 or self.warpgroups != 2):
-            raise ValueError("turns are of pipelines 3 and 4 with 2 warpgroups")
+
+    @property
+    def sum_columns(self) -> int:
+        """Columns of V that the softmax's denominators take."""
+        return SUM_COLUMNS if self.pipeline == 2 else 0
 
 
 def default_config(head_dim: int) -> Config:
-    """Two warpgroups in pipeline 2; a head of 256 leaves no registers to run ahead in."""
-    return Config(block_kv=64, pipeline=1) if head_dim == 256 else Config()
+    """Pipeline 2; a head of 256 leaves no registers for it."""
+    return Config(pipeline=1, block_kv=64) if head_dim == 256 else Config()
 
 
 def unsupported(
@@ -118,45 +115,48 @@ def prefill_attention(
     config: Config | None = None,
 ) -> Float[Array, "B T heads H"]:
     """Attention of [B, T, heads, H] queries over an INT4 cache; arguments as ``prefill_attention``."""
-    length, head_dim = query.values.shape[1], query.values.shape[-1]
+    length = query.values.shape[1]
+    config = config or default_config(query.values.shape[-1])
     assert query.scale is not None
     out = launch(
         jnp.pad(query.values, ((0, 0), (0, -length % 8), (0, 0), (0, 0))),
         query.scale[..., 0],
-        *prepare(key, value, kv_lengths, sums=(config or default_config(head_dim)).sums),
+        *prepare(key, value, kv_lengths, config),
         query_start.astype(jnp.int32),
         kv_lengths.astype(jnp.int32),
         scale=scale,
         causal=causal,
         window=window,
         out_dtype=out_dtype,
-        config=config or default_config(head_dim),
+        config=config,
     )
     return out[:, :length]
 
 
 def prepare(
-    key: ScaledArray, value: ScaledArray, kv_lengths: Int[Array, " B"], *, sums: bool = False
+    key: ScaledArray, value: ScaledArray, kv_lengths: Int[Array, " B"], config: Config | None = None
 ) -> tuple[
     Float[Array, "B kv_heads columns H"],
-    Float[Array, "B kv_heads H columns"],
+    Float[Array, "B kv_heads H_sums columns"],
     Float[Array, "B kv_heads 3 columns"],
 ]:
     """The kernel's K, V^T and their columns' numbers, by one pass over the cache.
 
-    ``columns`` is the number of slots rounded up to whole tiles. The columns' numbers are the key's
-    scale, the logarithm of the value's, and one over it.
+    ``columns`` is the number of slots rounded up to whole tiles, and H_sums is H and the config's
+    ``sum_columns``. The columns' numbers are the key's scale, the logarithm of the value's and one
+    over it, or where V has columns for that their unit.
     """
     assert key.scale is not None
     assert value.scale is not None
     batch, kv_heads, slots, stored = key.values.shape
     blocks = -(-slots // PREPARED_TOKENS)
     columns = blocks * PREPARED_TOKENS
+    sum_columns = (config or default_config(2 * stored)).sum_columns
     return plgpu.kernel(
         prepare_kernel,
         out_type=(
             jax.ShapeDtypeStruct((batch, kv_heads, columns, 2 * stored), formats.E4M3),
-            jax.ShapeDtypeStruct((batch, kv_heads, 2 * stored + SUM_COLUMNS * sums, columns), formats.E4M3),
+            jax.ShapeDtypeStruct((batch, kv_heads, 2 * stored + sum_columns, columns), formats.E4M3),
             jax.ShapeDtypeStruct((batch, kv_heads, 3, columns), jnp.float32),
         ),
         grid=(blocks, kv_heads, batch),
@@ -172,7 +172,7 @@ def launch(
     q: Float[Array, "B T8 heads H"],
     q_scale: Float[Array, "B T heads"],
     k: Float[Array, "B kv_heads columns H"],
-    v: Float[Array, "B kv_heads H columns"],
+    v: Float[Array, "B kv_heads H_sums columns"],
     columns: Float[Array, "B kv_heads 3 columns"],
     query_start: Int[Array, " B"],
     kv_lengths: Int[Array, " B"],
@@ -185,40 +185,32 @@ def launch(
 ) -> Float[Array, "B T8 heads H"]:
     """The kernel itself, on queries (T8 is T rounded up to 8) and the operands of :func:`prepare`."""
     batch, length, heads, head_dim = q.shape
-    if config.sums and head_dim > 128:
-        raise ValueError(f"head_dim is {head_dim}; sums leave room for 128")
-    rows, block_kv, stages = BLOCK_Q * config.warpgroups, config.block_kv, config.stages
-    ring = functools.partial(plgpu.Barrier, num_barriers=stages)
+    if config.pipeline == 2 and head_dim > 128:
+        raise ValueError(f"head_dim is {head_dim}; expected at most 128 in pipeline 2")
+    if v.shape[2] != head_dim + config.sum_columns:
+        raise ValueError(f"v has {v.shape[2]} rows; expected {head_dim + config.sum_columns} in this config")
+    block_kv, stages = config.block_kv, config.stages
+    row_blocks = -(-length // (WARPGROUPS * BLOCK_Q))
     return plgpu.kernel(
         functools.partial(
-            kernel,
-            to_scores=scale * _LOG2E / CODE_UNIT,
-            causal=causal,
-            window=window,
-            pipeline=config.pipeline,
-            one_barrier=config.one_barrier,
-            lazy=config.lazy,
+            kernel, to_scores=scale * _LOG2E / CODE_UNIT, causal=causal, window=window, pipeline=config.pipeline
         ),
         out_type=jax.ShapeDtypeStruct(q.shape, out_dtype),
-        grid=(min(NUM_SMS, heads * -(-length // rows) * batch),),
+        grid=(min(NUM_SMS, heads * row_blocks * batch),),
         grid_names=("cta",),
-        num_threads=config.warpgroups + 1,
+        num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         scratch_types={
-            "q_smem": swizzled((config.warpgroups, BLOCK_Q, head_dim), formats.E4M3),
-            "out_smem": swizzled((config.warpgroups, BLOCK_Q, head_dim), out_dtype),
+            "q_smem": swizzled((WARPGROUPS, BLOCK_Q, head_dim), formats.E4M3),
+            "out_smem": swizzled((WARPGROUPS, BLOCK_Q, head_dim), out_dtype),
             "k_smem": swizzled((stages, block_kv, head_dim), formats.E4M3),
-            "v_smem": swizzled(
-                (stages, v.shape[2], block_kv), formats.E4M3, block_kv // 2 if config.pipeline == 4 else None
-            ),
+            "v_smem": swizzled((stages, v.shape[2], block_kv), formats.E4M3, PRODUCT_KEYS),
             "columns_smem": plgpu.SMEM((stages, 3, block_kv), jnp.float32),
-            "q_full": plgpu.Barrier(num_barriers=config.warpgroups),
-            "q_free": plgpu.Barrier(num_barriers=config.warpgroups),
-            "k_full": ring(num_arrivals=3 if config.one_barrier else 1),
-            "v_full": ring(num_arrivals=2),
-            "k_free": ring(num_arrivals=config.warpgroups),
-            "v_free": ring(num_arrivals=config.warpgroups),
-            "turns": plgpu.Barrier(num_barriers=2) if config.turns else None,
+            "q_full": plgpu.Barrier(num_barriers=WARPGROUPS),
+            "q_free": plgpu.Barrier(num_barriers=WARPGROUPS),
+            "full": plgpu.Barrier(num_arrivals=3, num_barriers=stages),
+            "free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
+            "turns": plgpu.Barrier(num_barriers=WARPGROUPS),
         },
         kernel_name="prefill_attention",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),

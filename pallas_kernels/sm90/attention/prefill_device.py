@@ -12,20 +12,20 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import formats, jax_compat
+from pallas_kernels import formats
 from pallas_kernels.sm90.attention import prefill_registers as registers
+from pallas_kernels.sm90.attention.decode_device import swizzle
 from pallas_kernels.sm90.attention.registers import CODE_UNIT
 
 BLOCK_Q = 64  # queries of a warpgroup: WGMMA's M
+PRODUCT_KEYS = 64  # of a product P V where a tile's are two, and so the width of V's swizzled tiles
 _MATRIX = plgpu.Layout.WGMMA
 _ROW = plgpu.Layout.WGMMA.reduce(1)  # one number for each query
 _COLUMN = plgpu.Layout.WGMMA.reduce(0)  # one number for each key
 _SCALAR = plgpu.Layout.WG_SPLAT(())
-# Of the lazy softmax: log2 of a row's largest P where the maximum is followed, and how far it may grow until it is
-# again: to just under E4M3's largest number, 448.
-_EXPONENT, _LIMIT = 7.0, 8.8
+WARPGROUPS = 2  # that compute, of a block; a third leaves each too few registers
 # Registers a thread: the copying warpgroup gives what it does not need to the computing ones.
-_REGISTERS = {1: (24, 240), 2: (24, 240), 3: (24, 160)}
+_COPY_REGISTERS, _COMPUTE_REGISTERS = 24, 240
 
 
 def prepare_kernel(
@@ -39,11 +39,10 @@ def prepare_kernel(
     def own(*refs):
         return (x.at[batch, kv_head] for x in refs)
 
-    sums = values_gmem.shape[2] > keys_gmem.shape[3]
-    columns = plgpu.inline_mgpu(arg_types=(_SCALAR, _SCALAR, ref, ref, ref, ref))(
-        functools.partial(registers.prepare_columns, sums=sums)
+    columns = functools.partial(registers.prepare_columns, sum_columns=values_gmem.shape[2] > keys_gmem.shape[3])
+    plgpu.inline_mgpu(arg_types=(_SCALAR, _SCALAR, *(ref,) * 4))(columns)(
+        first, kv_lengths_gmem[batch], *own(k_scale_gmem, v_scale_gmem, columns_gmem, values_gmem)
     )
-    columns(first, kv_lengths_gmem[batch], *own(k_scale_gmem, v_scale_gmem, columns_gmem, values_gmem))
     codes = plgpu.inline_mgpu(arg_types=(_SCALAR, ref, ref))
     codes(registers.prepare_keys)(first, *own(k_gmem, keys_gmem))
     codes(registers.prepare_values)(first, *own(v_gmem, values_gmem))
@@ -66,24 +65,17 @@ def kernel(
     columns_smem,
     q_full,
     q_free,
-    k_full,
-    v_full,
-    k_free,
-    v_free,
+    full,
+    free,
     turns,
     to_scores: float,
     causal: bool,
     window: int | None,
     pipeline: int,
-    one_barrier: bool,
-    lazy: bool,
 ) -> None:
-    """One thread block: its share of the blocks of ``warpgroups`` x 64 queries of one head."""
-    if one_barrier:
-        v_full, v_free = k_full, k_free
-    warpgroups = q_smem.shape[0]
+    """One thread block: its share of the blocks of ``WARPGROUPS`` x 64 queries of one head."""
     stages, block_kv, _ = k_smem.shape
-    block_rows = BLOCK_Q * warpgroups
+    block_rows = BLOCK_Q * WARPGROUPS
     batches, length, heads, _ = out_gmem.shape
     row_blocks = -(-length // block_rows)
     group = heads // k_gmem.shape[1]
@@ -114,15 +106,15 @@ def kernel(
     def stage(number):
         return lax.rem(number, jnp.int32(stages))
 
-    @pl.when(warpgroup == warpgroups)
+    @pl.when(warpgroup == WARPGROUPS)
     def _copy():
-        plgpu.set_max_registers(_REGISTERS[warpgroups][0], action="decrease")
+        plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
 
         def visit(i, done):
             now = block(i)
             kv_head = lax.div(now.head, jnp.int32(group))
             begin, _, end = tile_range(now)
-            for w in range(warpgroups):
+            for w in range(WARPGROUPS):
                 pl.when(i > 0)(lambda w=w: plgpu.barrier_wait(q_free.at[w]))
                 rows = pl.ds(now.first_row + w * BLOCK_Q, BLOCK_Q)
                 plgpu.copy_gmem_to_smem(q_gmem.at[now.batch, rows, now.head], q_smem.at[w], q_full.at[w])
@@ -130,23 +122,19 @@ def kernel(
             def copy(tile, done):
                 s = stage(done)
                 slots = pl.ds(tile * block_kv, block_kv)
-                refill = done >= stages
-                pl.when(refill)(lambda: plgpu.barrier_wait(k_free.at[s]))
-                plgpu.copy_gmem_to_smem(k_gmem.at[now.batch, kv_head, slots], k_smem.at[s], k_full.at[s])
-                if not one_barrier:
-                    # The keys' scales come and go with the values: they outlive the keys.
-                    pl.when(refill)(lambda: plgpu.barrier_wait(v_free.at[s]))
-                plgpu.copy_gmem_to_smem(columns_gmem.at[now.batch, kv_head, :, slots], columns_smem.at[s], v_full.at[s])
-                plgpu.copy_gmem_to_smem(v_gmem.at[now.batch, kv_head, :, slots], v_smem.at[s], v_full.at[s])
+                pl.when(done >= stages)(lambda: plgpu.barrier_wait(free.at[s]))
+                plgpu.copy_gmem_to_smem(k_gmem.at[now.batch, kv_head, slots], k_smem.at[s], full.at[s])
+                plgpu.copy_gmem_to_smem(columns_gmem.at[now.batch, kv_head, :, slots], columns_smem.at[s], full.at[s])
+                plgpu.copy_gmem_to_smem(v_gmem.at[now.batch, kv_head, :, slots], v_smem.at[s], full.at[s])
                 return done + 1
 
             return lax.fori_loop(begin, end, copy, done)
 
         lax.fori_loop(0, count, visit, jnp.int32(0))
 
-    @pl.when(warpgroup < warpgroups)
+    @pl.when(warpgroup < WARPGROUPS)
     def _compute():
-        plgpu.set_max_registers(_REGISTERS[warpgroups][1], action="increase")
+        plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
         row_of = warpgroup * BLOCK_Q
         result = plgpu.ShapeDtypeStruct((BLOCK_Q,), jnp.float32, layout=_ROW)
         load = plgpu.inline_mgpu(arg_types=(_SCALAR, _SCALAR, plgpu.RefType()), return_type=result)(registers.load_rows)
@@ -160,20 +148,14 @@ def kernel(
             begin, full_end, end = tile_range(now)
             plgpu.barrier_wait(q_full.at[warpgroup])
             tiles = _Tiles(
-                q_smem.at[warpgroup], k_smem, v_smem, columns_smem, k_full, k_free, v_full, v_free,
-                lambda tile: stage(done + tile - begin), row_to_scores, now.position + row_of, now.length,
-                causal, window, lambda: plgpu.barrier_arrive(q_free.at[warpgroup]), zeros, one_barrier, zero_scores,
-                lazy, turns, warpgroup,
+                q=q_smem.at[warpgroup], k=k_smem, v=v_smem, columns=columns_smem, full=full, free=free,
+                q_free=q_free.at[warpgroup], turn=turns.at[warpgroup], other_turn=turns.at[1 - warpgroup],
+                stage=lambda tile: stage(done + tile - begin), to_scores=row_to_scores,
+                first_position=now.position + row_of, length=now.length, causal=causal, window=window,
+                zero_scores=zero_scores, zero_product=zero_product,
             )  # fmt: skip
-            pipelines = {
-                1: _one_by_one,
-                2: _scores_ahead,
-                3: functools.partial(_products_together, halves=False),
-                4: functools.partial(_products_together, halves=True),
-            }
-            total, out = pipelines[pipeline](tiles, begin, full_end, end)
+            total, out = (_one_by_one if pipeline == 1 else _overlapped)(tiles, begin, full_end, end)
             following_scales = scales(following)
-            total = tiles.row_sums(total)
             inverse = jnp.where(total > 0, 1.0 / (jnp.where(total > 0, total, 1.0) * CODE_UNIT), 0.0)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             out_smem[warpgroup] = (out * _over_columns(inverse, out.shape)).astype(out_smem.dtype)
@@ -182,15 +164,13 @@ def kernel(
             plgpu.copy_smem_to_gmem(out_smem.at[warpgroup], out_gmem.at[now.batch, rows, now.head])
             return following, following_scales, done + end - begin
 
-        def make_zeros(columns: int):
-            shape = (BLOCK_Q, columns)
-            result = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=_MATRIX)
-            make = functools.partial(registers.zeros, shape=shape)
-            return plgpu.inline_mgpu(arg_types=(), return_type=result)(make)()
+        def zeros(columns: int):
+            make = functools.partial(registers.zeros, shape=(BLOCK_Q, columns))
+            return plgpu.inline_mgpu(arg_types=(), return_type=_matrix(columns))(make)()
 
-        zeros, zero_scores = make_zeros(v_smem.shape[1]), make_zeros(block_kv)
-        if turns is not None:
-            pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(turns.at[0]))
+        zero_scores, zero_product = zeros(block_kv), zeros(v_smem.shape[1])
+        # The first turn is the first warpgroup's.
+        pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(turns.at[0]))
         first = block(0)
         lax.fori_loop(0, count, visit, (first, scales(first), jnp.int32(0)))
         plgpu.wait_smem_to_gmem(0)
@@ -214,27 +194,23 @@ class _Block(NamedTuple):
 class _Tiles:
     """What a compute warpgroup does with a tile; the order is the pipelines' affair."""
 
-    q: Any
-    k: Any
-    v: Any
-    columns: Any  # [stages, 3, block_kv]: the key's scale, the logarithm of the value's, one over it
-    k_full: Any
-    k_free: Any
-    v_full: Any
-    v_free: Any
+    q: Any  # [queries, head_dim]
+    k: Any  # [stages, keys, head_dim]
+    v: Any  # [stages, head_dim and in pipeline 2 SUM_COLUMNS, keys]
+    columns: Any  # [stages, 3, keys]: the numbers of ``prefill.prepare``
+    full: Any  # [stages]
+    free: Any  # [stages]
+    q_free: Any
+    turn: Any  # this warpgroup's barrier
+    other_turn: Any  # the other's
     stage: Callable[[jax.Array], jax.Array]
-    to_scores: jax.Array
+    to_scores: jax.Array  # [queries]
     first_position: jax.Array
     length: jax.Array
     causal: bool
     window: int | None
-    release_queries: Callable[[], None]
-    zeros: jax.Array  # [queries, head_dim]
-    one_barrier: bool  # for all of a tile
     zero_scores: jax.Array  # [queries, keys]
-    lazy: bool
-    turns: Any  # a barrier for each of two warpgroups, or None
-    warpgroup: jax.Array
+    zero_product: jax.Array  # [queries, rows of v]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -244,78 +220,56 @@ class _Tiles:
     def head_dim(self) -> int:
         return self.k.shape[2]
 
-    @property
-    def sums(self) -> bool:
-        """Whether P.V has columns with the softmax's sums."""
-        return self.v.shape[1] > self.head_dim
+    # Before a product's zeros are made: between them and the product a branch would make the compiler write them out.
+    def wait(self, tile) -> None:
+        """Until the tile has arrived."""
+        plgpu.barrier_wait(self.full.at[self.stage(tile)])
 
-    def add(self, total, out, product, decay, tile):
-        """Row sums and output with this tile's product added; reads the tile's numbers."""
-        if self.sums:
-            parts = (self.head_dim, registers.SUM_COLUMNS)
-            result = tuple(plgpu.ShapeDtypeStruct((BLOCK_Q, n), jnp.float32, layout=_MATRIX) for n in parts)
-            split = plgpu.inline_mgpu(arg_types=(_MATRIX,), return_type=result)(registers.split_product)
-            product, sums = split(product)
-            unit = self.columns[self.stage(tile), 2, 0]
-            total = total * _over_columns(decay, total.shape) + sums * unit
-        return total, out * _over_columns(decay, out.shape) + product
+    def release(self, tile) -> None:
+        plgpu.barrier_arrive(self.free.at[self.stage(tile)])
 
-    def row_sums(self, total):
-        """The softmax's sums of the rows."""
-        if not self.sums:
-            return total
-        columns = plgpu.broadcasted_iota(jnp.int32, total.shape, 1, layout=_MATRIX).astype(jnp.float32)
-        return jnp.sum(total * jnp.exp2(-math.log2(registers.SUM_STEP) * columns), axis=1)
+    def release_queries(self) -> None:
+        plgpu.barrier_arrive(self.q_free)
 
-    # Both before the accumulators are made: between their zeros and the products a branch would make
-    # the compiler write them out.
-    def wait_for_keys(self, tile) -> None:
-        plgpu.barrier_wait(self.k_full.at[self.stage(tile)])
+    # Turns cannot hang: both warpgroups take one in each tile of the thread block, also where the queries of one see
+    # nothing of it or do not exist, and between taking a turn and passing it on a warpgroup waits for nothing. The
+    # tiles and queries that it waits for in front of a turn depend on what was released after earlier turns alone.
+    def take_turn(self) -> None:
+        """Wait until the other warpgroup has started its products."""
+        plgpu.barrier_wait(self.turn)
 
-    def wait_for_values(self, tile) -> None:
-        """The tile's values and columns' numbers."""
-        if not self.one_barrier:
-            plgpu.barrier_wait(self.v_full.at[self.stage(tile)])
+    def pass_turn(self) -> None:
+        plgpu.barrier_arrive(self.other_turn)
 
-    def release_keys(self, tile) -> None:
-        if not self.one_barrier:
-            plgpu.barrier_arrive(self.k_free.at[self.stage(tile)])
+    def start_scores(self, tile):
+        """Q K^T in flight, in units of the codes; :meth:`finish` waits for it."""
+        ref, result = plgpu.RefType(swizzle(self.head_dim)), _matrix(self.shape[1])
+        start = plgpu.inline_mgpu(arg_types=(ref, ref, _MATRIX), return_type=result)(registers.start_product)
+        return start(self.q, self.k.at[self.stage(tile)], self.zero_scores)
 
-    def release_values(self, tile) -> None:
-        free = self.k_free if self.one_barrier else self.v_free
-        plgpu.barrier_arrive(free.at[self.stage(tile)])
+    def start_product(self, p, tile, first=None):
+        """P V in flight; with ``first``, the product in flight of as many keys before, added to that."""
+        keys = p.shape[1]
+        types = (plgpu.Layout.WGMMA_8BIT, plgpu.RefType(swizzle(PRODUCT_KEYS)), _MATRIX)
+        start = functools.partial(registers.start_product, in_flight=first is not None)
+        start = plgpu.inline_mgpu(arg_types=types, return_type=_matrix(self.v.shape[1]))(start)
+        v = self.v.at[self.stage(tile), :, pl.ds(0 if first is None else keys, keys)]
+        return start(p, v, self.zero_product if first is None else first)
 
-    def start_scores(self, acc, tile) -> None:
-        """Begin acc += Q K^T, in units of the codes."""
-        plgpu.wgmma(acc, self.q, jax_compat.transpose_ref(self.k.at[self.stage(tile)]))
+    def finish(self, product, *, later: int = 0):
+        """A product in flight, once at most ``later`` that were started after it still run."""
+        finish = functools.partial(registers.finish_product, later=later)
+        return plgpu.inline_mgpu(arg_types=(_MATRIX,), return_type=_matrix(product.shape[1]))(finish)(product)
 
-    def finish_scores(self, acc, tile):
-        """The scores, once no product runs any more; frees the tile's keys."""
-        scores = acc[...]
-        self.release_keys(tile)
-        return scores
-
-    def load_key_scale(self, tile):
-        """The keys' scales of a tile that has arrived."""
-        return self._load_column(self.stage(tile), 0)
-
-    def softmax(self, scores, tile, peak, total, *, masked: bool):
-        """P, the new row maxima and sums, and the decay of what was summed before; sums are of P / v_scale."""
-        key_scale = self.load_key_scale(tile)
-        exponent, peak, decay = self.exponents(scores, tile, peak, masked=masked, key_scale=key_scale)
-        p = jnp.exp2(exponent)
-        if not self.sums:
-            total = total * decay + jnp.sum(p * self._column(self.stage(tile), 2), axis=1)
-        return p, peak, total, decay
-
-    def exponents(self, scores, tile, peak, *, masked: bool, key_scale):
+    def exponents(self, scores, tile, peak, key_scale, *, masked: bool):
         """log2 of P, the new row maxima and the decay of what was summed before.
 
         P = exp2(score + log2 v_scale - maximum) * PROBABILITY_SCALE, so that the largest term of
         every output is exact in E4M3.
         """
         scores *= _over_rows(key_scale, self.shape)
-        scores = scores * _over_columns(self.to_scores, self.shape) + self._column(self.stage(tile), 1)
+        scores = scores * _over_columns(self.to_scores, self.shape)
+        scores += _over_rows(self.load_column(tile, registers.LOG_VALUE_SCALE), self.shape)
         if masked:
             scores = jnp.where(self._visible(tile), scores, -jnp.inf)
         new_peak = jnp.maximum(peak, jnp.max(scores, axis=1))
@@ -324,95 +278,12 @@ class _Tiles:
         decay = jnp.exp2(peak - safe_peak)
         return scores - _over_columns(safe_peak - math.log2(formats.PROBABILITY_SCALE), self.shape), new_peak, decay
 
-    def lazy_exponents(self, scores, tile, state, *, masked: bool, key_scale):
-        """As :meth:`exponents`, where maxima follow only in large steps.
-
-        ``state`` is of each row: what is added to scores in units of the codes, minus the reference, and
-        how large an exponent may become, -inf before the row's first key. The exponents come out of the two
-        FMAs that scale the scores; only a warp with a row beyond its limit subtracts again.
-        """
-        offset, limit = state
-        exponent = scores * _over_rows(key_scale, self.shape) + _over_columns(offset, self.shape)
-        exponent = exponent * _over_columns(self.to_scores, self.shape) + self._column(self.stage(tile), 1)
-        if masked:
-            exponent = jnp.where(self._visible(tile), exponent, -jnp.inf)
-        peak = jnp.max(exponent, axis=1)
-
-        def follow(exponent, offset, limit):
-            beyond = peak > limit
-            excess = jnp.where(beyond, peak - _EXPONENT, 0.0)
-            decay = jnp.minimum(jnp.exp2(-excess), 1.0)
-            offset -= excess / self.to_scores
-            return exponent - _over_columns(excess, self.shape), offset, jnp.where(beyond, _LIMIT, limit), decay
-
-        def keep(exponent, offset, limit):
-            return exponent, offset, limit, plgpu.layout_cast(jnp.ones((BLOCK_Q,), jnp.float32), _ROW)
-
-        vote = plgpu.inline_mgpu(
-            arg_types=(_ROW, _ROW), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SCALAR)
-        )(registers.any_above)
-        exponent, offset, limit, decay = lax.cond(vote(peak, limit) != 0, follow, keep, exponent, offset, limit)
-        return exponent, (offset, limit), decay
-
-    def operand(self, p):
-        """P in E4M3, as an A operand."""
-        result = plgpu.ShapeDtypeStruct(p.shape, formats.E4M3, layout=plgpu.Layout.WGMMA_8BIT)
-        return plgpu.inline_mgpu(arg_types=(_MATRIX,), return_type=result)(registers.probabilities_to_operand)(p)
-
-    def _column(self, stage, which: int):
-        """One of the numbers for each key, over the rows of a tile."""
-        return _over_rows(self._load_column(stage, which), self.shape)
-
-    def _load_column(self, stage, which: int):
-        ref = self.columns.at[stage, which]
+    def load_column(self, tile, which: int):
+        """One of the numbers for each key of a tile that has arrived."""
+        ref = self.columns.at[self.stage(tile), which]
         result = plgpu.ShapeDtypeStruct(ref.shape, jnp.float32, layout=_COLUMN)
         load = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=result)(registers.load_columns)
         return load(ref)
-
-    def start_scores_apart(self, tile):
-        """Q K^T in flight, apart from a scope: :meth:`finish` waits for it."""
-        types = (_wgmma_ref(self.q), _wgmma_ref(self.k), _MATRIX)
-        result = plgpu.ShapeDtypeStruct(self.shape, jnp.float32, layout=_MATRIX)
-        start = plgpu.inline_mgpu(arg_types=types, return_type=result)(registers.start_product)
-        return start(self.q, self.k.at[self.stage(tile)], self.zero_scores)
-
-    def start_product(self, p, tile, first=None):
-        """P V in flight; with ``first``, the product of as many keys before, added to that."""
-        keys = p.shape[1]
-        types = (plgpu.Layout.WGMMA_8BIT, _wgmma_ref(self.v, keys), _MATRIX)
-        result = plgpu.ShapeDtypeStruct(self.zeros.shape, jnp.float32, layout=_MATRIX)
-        start = functools.partial(registers.start_product, in_flight=first is not None)
-        start = plgpu.inline_mgpu(arg_types=types, return_type=result)(start)
-        v = self.v.at[self.stage(tile), :, pl.ds(0 if first is None else keys, keys)]
-        return start(p, v, self.zeros if first is None else first)
-
-    def halves(self, x):
-        """The columns of the first and of the second half."""
-        half = plgpu.ShapeDtypeStruct((BLOCK_Q, x.shape[1] // 2), jnp.float32, layout=_MATRIX)
-        return plgpu.inline_mgpu(arg_types=(_MATRIX,), return_type=(half, half))(registers.halves)(x)
-
-    def take_turn(self) -> None:
-        """Wait until the other warpgroup has started its products."""
-        if self.turns is not None:
-            plgpu.barrier_wait(self.turns.at[self.warpgroup])
-
-    def pass_turn(self) -> None:
-        if self.turns is not None:
-            plgpu.barrier_arrive(self.turns.at[1 - self.warpgroup])
-
-    def finish(self, product, *, later: int):
-        """A product in flight, once at most ``later`` that were started after it still run."""
-        result = plgpu.ShapeDtypeStruct(product.shape, jnp.float32, layout=_MATRIX)
-        finish = functools.partial(registers.finish_product, later=later)
-        return plgpu.inline_mgpu(arg_types=(_MATRIX,), return_type=result)(finish)(product)
-
-    def product(self, p, tile):
-        """P V, accumulated from zero."""
-
-        def run(acc) -> None:
-            plgpu.wgmma(acc, p, jax_compat.transpose_ref(self.v.at[self.stage(tile)]))
-
-        return pl.run_state(run)(plgpu.WGMMAAccumulatorRef.init(self.zeros))
 
     def _visible(self, tile):
         slot = plgpu.broadcasted_iota(jnp.int32, self.shape, 1, layout=_MATRIX) + tile * self.shape[1]
@@ -424,136 +295,101 @@ class _Tiles:
         return visible
 
 
-def _wgmma_ref(ref, width: int | None = None):
-    """The type of one tile of ``ref``, as inline code takes it."""
-    width = width or min(128, ref.shape[-1])
-    return plgpu.RefType((plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(width)))
-
-
-def _initial(tiles: _Tiles):
-    """Row maxima, row sums and output before the first tile."""
-    peak = plgpu.layout_cast(jnp.full((BLOCK_Q,), -jnp.inf, jnp.float32), _ROW)
-    if tiles.sums:
-        total = plgpu.layout_cast(jnp.zeros((BLOCK_Q, registers.SUM_COLUMNS), jnp.float32), _MATRIX)
-    else:
-        total = plgpu.layout_cast(jnp.zeros((BLOCK_Q,), jnp.float32), _ROW)
-    out = plgpu.layout_cast(jnp.zeros((BLOCK_Q, tiles.head_dim), jnp.float32), _MATRIX)
-    if tiles.lazy:
-        peak = _EXPONENT / tiles.to_scores, peak
-    return peak, total, out
-
-
 def _one_by_one(tiles: _Tiles, begin, full_end, end):
     """Pipeline 1: the products of a tile wait for its softmax. Returns row sums and output."""
 
     def step(tile, carry, *, masked: bool):
         peak, total, out = carry
-
-        def scores_of(acc):
-            tiles.start_scores(acc, tile)
-            return tiles.finish_scores(acc, tile)
-
-        tiles.wait_for_keys(tile)
-        tiles.wait_for_values(tile)
-        scores = pl.run_scoped(scores_of, plgpu.WGMMAAccumulatorRef(tiles.shape))
-        p, peak, total, decay = tiles.softmax(scores, tile, peak, total, masked=masked)
-        product = tiles.product(tiles.operand(p), tile)
-        total, out = tiles.add(total, out, product, decay, tile)
-        tiles.release_values(tile)
+        tiles.wait(tile)
+        scores = tiles.finish(tiles.start_scores(tile))
+        key_scale = tiles.load_column(tile, registers.KEY_SCALE)
+        exponents, peak, decay = tiles.exponents(scores, tile, peak, key_scale, masked=masked)
+        p = jnp.exp2(exponents)
+        inverse_scale = tiles.load_column(tile, registers.INVERSE_VALUE_SCALE)
+        total = total * decay + jnp.sum(p * _over_rows(inverse_scale, tiles.shape), axis=1)
+        product = tiles.finish(tiles.start_product(_operand(p), tile))
+        out = out * _over_columns(decay, out.shape) + product
+        tiles.release(tile)
         return peak, total, out
 
-    carry = lax.fori_loop(begin, full_end, functools.partial(step, masked=False), _initial(tiles))
+    carry = _lowest(), plgpu.layout_cast(jnp.zeros((BLOCK_Q,), jnp.float32), _ROW), _zeros(tiles.head_dim)
+    carry = lax.fori_loop(begin, full_end, functools.partial(step, masked=False), carry)
     carry = lax.fori_loop(full_end, end, functools.partial(step, masked=True), carry)
     tiles.release_queries()
     return carry[1:]
 
 
-def _scores_ahead(tiles: _Tiles, begin, full_end, end):
-    """Pipeline 2: the scores of the next tile are computed under this tile's softmax; returns likewise."""
-
-    def first(tile, scores):
-        del scores
-
-        def scores_of(acc):
-            tiles.start_scores(acc, tile)
-            return tiles.finish_scores(acc, tile)
-
-        tiles.wait_for_keys(tile)
-        return pl.run_scoped(scores_of, plgpu.WGMMAAccumulatorRef(tiles.shape))
-
-    def step(tile, carry, *, masked: bool, last: bool):
-        scores, peak, total, out = carry
-
-        def ahead(next_acc):
-            if not last:
-                tiles.start_scores(next_acc, tile + 1)
-            p, new_peak, new_total, decay = tiles.softmax(scores, tile, peak, total, masked=masked)
-            product = tiles.product(tiles.operand(p), tile)
-            next_scores = scores if last else tiles.finish_scores(next_acc, tile + 1)
-            new_total, new_out = tiles.add(new_total, out, product, decay, tile)
-            tiles.release_values(tile)
-            return next_scores, new_peak, new_total, new_out
-
-        tiles.wait_for_values(tile)
-        if not last:
-            tiles.wait_for_keys(tile + 1)
-        return pl.run_scoped(ahead, plgpu.WGMMAAccumulatorRef(tiles.shape))
-
-    zeros = plgpu.layout_cast(jnp.zeros(tiles.shape, jnp.float32), _MATRIX)
-    scores = lax.fori_loop(begin, jnp.minimum(begin + 1, end), first, zeros)
-    before_last = jnp.maximum(end - 1, begin)
-    full_end = jnp.minimum(full_end, before_last)
-    carry = (scores, *_initial(tiles))
-    carry = lax.fori_loop(begin, full_end, functools.partial(step, masked=False, last=False), carry)
-    carry = lax.fori_loop(full_end, before_last, functools.partial(step, masked=True, last=False), carry)
-    tiles.release_queries()
-    carry = lax.fori_loop(before_last, end, functools.partial(step, masked=True, last=True), carry)
-    return carry[2:]
-
-
-def _products_together(tiles: _Tiles, begin, full_end, end, *, halves: bool):
-    """Pipelines 3 and 4 (``halves``); returns likewise."""
+def _overlapped(tiles: _Tiles, begin, full_end, end):
+    """Pipeline 2: P V begins under the softmax, and Q K^T of the next tile follows it at once; returns likewise."""
 
     def first(tile, carry):
-        tiles.wait_for_keys(tile)
-        scores = tiles.start_scores_apart(tile)
-        return tiles.finish(scores, later=0), tiles.load_key_scale(tile)
+        del carry
+        tiles.wait(tile)
+        return tiles.finish(tiles.start_scores(tile)), tiles.load_column(tile, registers.KEY_SCALE)
 
     def step(tile, carry, *, masked: bool, last: bool):
-        scores, key_scale, peak, total, out = carry
-        exponents = tiles.lazy_exponents if tiles.lazy else tiles.exponents
-        exponent, peak, decay = exponents(scores, tile, peak, masked=masked, key_scale=key_scale)
-        first, *second = tiles.halves(exponent) if halves else (exponent,)
-        p = tiles.operand(jnp.exp2(first))
+        scores, key_scale, peak, sums, out = carry
+        exponents, peak, decay = tiles.exponents(scores, tile, peak, key_scale, masked=masked)
+        left, right = _split(exponents, PRODUCT_KEYS)
+        p = _operand(jnp.exp2(left))
         if not last:
-            tiles.wait_for_keys(tile + 1)
+            tiles.wait(tile + 1)
         tiles.take_turn()
         product = tiles.start_product(p, tile)
-        for half in second:
-            product = tiles.start_product(tiles.operand(jnp.exp2(half)), tile, product)
+        product = tiles.start_product(_operand(jnp.exp2(right)), tile, product)
         if not last:
-            scores = tiles.start_scores_apart(tile + 1)
+            # Into the registers of this tile's scores, which are P by now.
+            scores = tiles.start_scores(tile + 1)
         tiles.pass_turn()
-        product = tiles.finish(product, later=0 if last else 1)
-        total, out = tiles.add(total, out, product, decay, tile)
-        tiles.release_values(tile)
+        product, tile_sums = _split(tiles.finish(product, later=0 if last else 1), tiles.head_dim)
+        sums = sums * _over_columns(decay, sums.shape) + tile_sums * tiles.columns[tiles.stage(tile), registers.UNIT, 0]
+        out = out * _over_columns(decay, out.shape) + product
+        tiles.release(tile)
         if not last:
             # Loaded under Q.K^T; the rest of the tile's numbers would not fit beside its scores.
-            key_scale = tiles.load_key_scale(tile + 1)
-            scores = tiles.finish(scores, later=0)
-        return scores, key_scale, peak, total, out
+            key_scale = tiles.load_column(tile + 1, registers.KEY_SCALE)
+            scores = tiles.finish(scores)
+        return scores, key_scale, peak, sums, out
 
-    zeros = plgpu.layout_cast(jnp.zeros(tiles.zero_scores.shape, jnp.float32), _MATRIX)
-    column = plgpu.layout_cast(jnp.zeros(tiles.shape[1:], jnp.float32), _COLUMN)
-    scores = lax.fori_loop(begin, jnp.minimum(begin + 1, end), first, (zeros, column))
+    no_scale = plgpu.layout_cast(jnp.zeros(tiles.shape[1:], jnp.float32), _COLUMN)
+    ahead = lax.fori_loop(begin, jnp.minimum(begin + 1, end), first, (_zeros(tiles.shape[1]), no_scale))
     before_last = jnp.maximum(end - 1, begin)
     full_end = jnp.minimum(full_end, before_last)
-    carry = (*scores, *_initial(tiles))
+    carry = *ahead, _lowest(), _zeros(registers.SUM_COLUMNS), _zeros(tiles.head_dim)
     carry = lax.fori_loop(begin, full_end, functools.partial(step, masked=False, last=False), carry)
     carry = lax.fori_loop(full_end, before_last, functools.partial(step, masked=True, last=False), carry)
     tiles.release_queries()
-    carry = lax.fori_loop(before_last, end, functools.partial(step, masked=True, last=True), carry)
-    return carry[3:]
+    *_, sums, out = lax.fori_loop(before_last, end, functools.partial(step, masked=True, last=True), carry)
+    column = plgpu.broadcasted_iota(jnp.int32, sums.shape, 1, layout=_MATRIX).astype(jnp.float32)
+    return jnp.sum(sums * jnp.exp2(-math.log2(registers.SUM_STEP) * column), axis=1), out
+
+
+def _matrix(columns: int):
+    """The type of a float32 matrix with a row a query."""
+    return plgpu.ShapeDtypeStruct((BLOCK_Q, columns), jnp.float32, layout=_MATRIX)
+
+
+def _lowest():
+    """Row maxima before the first tile."""
+    return plgpu.layout_cast(jnp.full((BLOCK_Q,), -jnp.inf, jnp.float32), _ROW)
+
+
+def _zeros(columns: int):
+    """A matrix before the first tile."""
+    return plgpu.layout_cast(jnp.zeros((BLOCK_Q, columns), jnp.float32), _MATRIX)
+
+
+def _operand(p):
+    """P in E4M3, as an A operand."""
+    result = plgpu.ShapeDtypeStruct(p.shape, formats.E4M3, layout=plgpu.Layout.WGMMA_8BIT)
+    return plgpu.inline_mgpu(arg_types=(_MATRIX,), return_type=result)(registers.probabilities_to_operand)(p)
+
+
+def _split(x, column: int):
+    """A matrix in front of ``column`` and from there on."""
+    result = _matrix(column), _matrix(x.shape[1] - column)
+    split = functools.partial(registers.split_columns, column=column)
+    return plgpu.inline_mgpu(arg_types=(_MATRIX,), return_type=result)(split)(x)
 
 
 def _over_rows(x, shape: tuple[int, ...]):

@@ -26,8 +26,13 @@ from pallas_kernels.sm90.inline import asm, const, f32, number, to_e4m3
 from pallas_kernels.sm90.inline import element as element_of
 
 PREPARED_TOKENS = 128  # of a block of the preparation, one a thread
+# Rows of the columns' numbers; the last is one or the other.
+KEY_SCALE, LOG_VALUE_SCALE, INVERSE_VALUE_SCALE, UNIT = 0, 1, 2, 2
 # Columns of P.V that hold the softmax's sums, and how much finer each is than the one before.
 SUM_COLUMNS, SUM_STEP = 8, 8.0
+# log2 of how far a value's scale may lie below the largest of its block. Below, its part of the sums is cut, as its
+# probability is 0 in E4M3 unless the score makes up for it; in a finer unit the other values' parts would vanish.
+_SCALE_RANGE = 24
 
 
 def zeros(_: mgpu.LaunchContext, *, shape: tuple[int, int]) -> mgpu.FragmentedArray:
@@ -69,18 +74,11 @@ def finish_product(_: mgpu.LaunchContext, product: mgpu.FragmentedArray, *, late
     return mgpu.optimization_barrier(product)
 
 
-def split_product(
-    _: mgpu.LaunchContext, product: mgpu.FragmentedArray
+def split_columns(
+    _: mgpu.LaunchContext, x: mgpu.FragmentedArray, *, column: int
 ) -> tuple[mgpu.FragmentedArray, mgpu.FragmentedArray]:
-    """P.V and its ``SUM_COLUMNS`` last columns."""
-    columns = product.shape[1] - SUM_COLUMNS
-    return product[:, :columns], product[:, columns:]
-
-
-def halves(_: mgpu.LaunchContext, x: mgpu.FragmentedArray) -> tuple[mgpu.FragmentedArray, mgpu.FragmentedArray]:
-    """The columns of the first and of the second half."""
-    half = x.shape[1] // 2
-    return x[:, :half], x[:, half:]
+    """The columns in front of ``column`` and those from there on."""
+    return x[:, :column], x[:, column:]
 
 
 def permute_tokens(v: Array) -> Array:
@@ -153,61 +151,68 @@ def prepare_columns(
     columns: ir.Value,
     values: ir.Value,
     *,
-    sums: bool = False,
+    sum_columns: bool,
 ) -> None:
     """Of ``PREPARED_TOKENS`` tokens from ``first`` on: the numbers of ``columns``, float32 [3, S'].
 
-    They are the key's scale, log2 of the value's and one over it; 1, 0 and 1 from ``length`` on,
-    where a cache may hold anything. With ``sums``, one over the value's scale goes to the last ``SUM_COLUMNS``
-    rows of ``values`` instead, in a unit that stands in ``columns``: E4M3 numbers whose sum it is, each in
-    units of 1 / ``SUM_STEP`` of the one before.
+    They are the key's scale, log2 of the value's and one over it; 1, 0 and 1 from ``length`` on, where a cache may
+    hold anything. With ``sum_columns``, one over the value's scale goes to the last rows of ``values`` instead, and
+    its unit to ``columns`` (:func:`_store_sum_columns`).
     """
-    (slots,) = ir.MemRefType(k_scale.type).shape
-    padded = ir.MemRefType(columns.type).shape[1]
-    i16, f32 = ir.IntegerType.get_signless(16), ir.F32Type.get()
+    slots, padded = ir.MemRefType(k_scale.type).shape[0], ir.MemRefType(columns.type).shape[1]
+    i16, i32, f32 = ir.IntegerType.get_signless(16), ir.IntegerType.get_signless(32), ir.F32Type.get()
     position = arith.remui(utils.thread_idx(), const(PREPARED_TOKENS))
+
+    def scale(ref: ir.Value, token: ir.Value) -> ir.Value:
+        token = arith.addi(token, first.registers.item())
+        valid = arith.cmpi(arith.CmpIPredicate.slt, token, length.registers.item())
+        row = arith.minsi(token, const(slots - 1))
+        loaded = llvm.load(i16, utils.getelementptr(utils.memref_ptr(ref), [row], i16))
+        bits = arith.shli(arith.extui(i32, loaded), const(16))
+        return arith.select(valid, utils.bitcast(bits, f32), number(1.0))
+
     # Position 16 b + 4 q + 2 i + e holds token 16 b + 8 i + 2 q + e.
     block_and_e, i, q = (arith.andi(position, const(mask)) for mask in (0xFFFFFFF1, 2, 12))
     token = arith.ori(block_and_e, arith.ori(arith.shli(i, const(2)), arith.shrui(q, const(1))))
-    token = arith.addi(token, first.registers.item())
-    valid = arith.cmpi(arith.CmpIPredicate.slt, token, length.registers.item())
-    row = arith.minsi(token, const(slots - 1))
-
-    def scale(ref: ir.Value, row: ir.Value = row, valid: ir.Value = valid) -> ir.Value:
-        loaded = llvm.load(i16, utils.getelementptr(utils.memref_ptr(ref), [row], i16))
-        bits = arith.shli(arith.extui(ir.IntegerType.get_signless(32), loaded), const(16))
-        return arith.select(valid, utils.bitcast(bits, f32), number(1.0))
-
-    value = scale(v_scale)
-    inverse = last = arith.divf(number(1.0), value)
     column = arith.addi(position, first.registers.item())
-    if sums:
-        # The unit is a power of two: the largest of the block becomes 128 to 256.
-        i32 = ir.IntegerType.get_signless(32)
+    value = scale(v_scale, token)
+    last = arith.divf(number(1.0), value)
+    if sum_columns:
+        # Each warp reads the whole block's scales.
         lane = arith.andi(position, const(31))
-        least = None
-        for i in range(PREPARED_TOKENS // 32):
-            token = arith.addi(arith.addi(lane, const(32 * i)), first.registers.item())
-            valid = arith.cmpi(arith.CmpIPredicate.slt, token, length.registers.item())
-            other = utils.bitcast(scale(v_scale, arith.minsi(token, const(slots - 1)), valid), i32)
-            least = other if least is None else arith.minui(least, other)
-        largest = arith.divf(number(1.0), utils.bitcast(_warp_min(least), f32))
-        power = arith.andi(utils.bitcast(largest, i32), const(0x7F800000))
-        last = arith.mulf(utils.bitcast(power, f32), number(1 / 128))
-        rest = arith.mulf(arith.mulf(inverse, number(128.0)), utils.bitcast(arith.subi(const(0x7F000000), power), f32))
-        head_dim = ir.MemRefType(values.type).shape[0] - SUM_COLUMNS
-        i8 = ir.IntegerType.get_signless(8)
-        for piece in range(SUM_COLUMNS):
-            # Cut to E4M3's mantissa, so that it is exact there; below E4M3's normal numbers the next piece takes it.
-            cut = utils.bitcast(arith.andi(utils.bitcast(rest, i32), const(0xFFF00000)), f32)
-            cut = arith.select(arith.cmpf(arith.CmpFPredicate.OGT, rest, number(2.0**-6)), cut, number(0.0))
-            index = arith.addi(column, const((head_dim + piece) * padded))
-            byte = arith.trunci(i8, to_e4m3([cut] * 4))
-            llvm.store(byte, utils.getelementptr(utils.memref_ptr(values), [index], i8))
-            rest = arith.mulf(arith.subf(rest, cut), number(SUM_STEP))
-    for which, numbers in enumerate((scale(k_scale), _log2(value), last)):
+        scales = [scale(v_scale, arith.addi(lane, const(32 * i))) for i in range(PREPARED_TOKENS // 32)]
+        last = _store_sum_columns(values, column, last, scales)
+    for which, numbers in ((KEY_SCALE, scale(k_scale, token)), (LOG_VALUE_SCALE, _log2(value)), (UNIT, last)):
         index = arith.addi(column, const(which * padded))
         llvm.store(numbers, utils.getelementptr(utils.memref_ptr(columns), [index], f32))
+
+
+def _store_sum_columns(values: ir.Value, column: ir.Value, x: ir.Value, scales: list[ir.Value]) -> ir.Value:
+    """Positive ``x`` to ``column`` of the last ``SUM_COLUMNS`` rows of E4M3 ``values`` [H', S'], in the unit returned.
+
+    Row i holds a part of x in units of ``SUM_STEP`` ** -i times that one, which is a power of two; their sum is x. A
+    warp's ``scales`` are a block's, of which x is one's inverse.
+    """
+    i8, i32, f32 = ir.IntegerType.get_signless(8), ir.IntegerType.get_signless(32), ir.F32Type.get()
+    rows, padded = ir.MemRefType(values.type).shape
+    # Positive numbers are in the order of their bits.
+    bits = [utils.bitcast(scale, i32) for scale in scales]
+    least = utils.bitcast(_warp_reduce("min", functools.reduce(arith.minui, bits)), f32)
+    most = utils.bitcast(_warp_reduce("max", functools.reduce(arith.maxui, bits)), f32)
+    least = arith.maximumf(least, arith.mulf(most, number(2.0**-_SCALE_RANGE)))
+    # The block's largest x is 128 to 256 of its units.
+    power = arith.andi(utils.bitcast(arith.divf(number(1.0), least), i32), const(0x7F800000))
+    inverse_power = utils.bitcast(arith.subi(const(0x7F000000), power), f32)
+    rest = arith.minimumf(arith.mulf(arith.mulf(x, number(128.0)), inverse_power), number(256.0))
+    for i in range(SUM_COLUMNS):
+        # Cut to E4M3's mantissa, so that it is exact there; below E4M3's normal numbers the next row takes it.
+        part = utils.bitcast(arith.andi(utils.bitcast(rest, i32), const(0xFFF00000)), f32)
+        part = arith.select(arith.cmpf(arith.CmpFPredicate.OGT, rest, number(2.0**-6)), part, number(0.0))
+        index = arith.addi(column, const((rows - SUM_COLUMNS + i) * padded))
+        byte = arith.trunci(i8, to_e4m3([part] * 4))
+        llvm.store(byte, utils.getelementptr(utils.memref_ptr(values), [index], i8))
+        rest = arith.mulf(arith.subf(rest, part), number(SUM_STEP))
+    return arith.mulf(utils.bitcast(power, f32), number(1 / 128))
 
 
 def prepare_keys(_: mgpu.LaunchContext, first: mgpu.FragmentedArray, packed: ir.Value, keys: ir.Value) -> None:
@@ -263,24 +268,9 @@ def _store_words(base: ir.Value, offset: ir.Value, words: list[ir.Value]) -> Non
     llvm.store(quad, utils.getelementptr(base, [offset], ir.IntegerType.get_signless(8)), alignment=16)
 
 
-def any_above(_: mgpu.LaunchContext, x: mgpu.FragmentedArray, limit: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
-    """1 where a row of this warp has x > limit, else 0."""
-    pairs = zip(x.registers.flat, limit.registers.flat, strict=True)
-    above = [arith.cmpf(arith.CmpFPredicate.OGT, element_of(a, 0), element_of(b, 0)) for a, b in pairs]
-    word = arith.extui(ir.IntegerType.get_signless(32), functools.reduce(arith.ori, above))
-    code = """{
-        .reg .pred p;
-        setp.ne.b32 p, $1, 0;
-        vote.sync.any.pred p, p, 0xffffffff;
-        selp.b32 $0, 1, 0, p;
-    }"""
-    voted = asm([word.type], [word], code, "=r,r", volatile=True)[0]
-    return mgpu.FragmentedArray.splat(voted, (), is_signed=True)
-
-
-def _warp_min(x: ir.Value) -> ir.Value:
-    """The least of a warp's unsigned words."""
-    return asm([x.type], [x], "redux.sync.min.u32 $0, $1, 0xffffffff;", "=r,r", volatile=True)[0]
+def _warp_reduce(operation: str, x: ir.Value) -> ir.Value:
+    """The least ("min") or the greatest ("max") of a warp's unsigned words."""
+    return asm([x.type], [x], f"redux.sync.{operation}.u32 $0, $1, 0xffffffff;", "=r,r", volatile=True)[0]
 
 
 def _log2(x: ir.Value) -> ir.Value:
