@@ -20,7 +20,7 @@ from pallas_kernels.sm90.hardware import NUM_SMS
 from pallas_kernels.split_sum import SplitSum, finished
 
 EPS = 1e-5
-# name: (rows, hidden size, intermediate size, channels of qkv, group size, format). Between them: tiles in one part and in
+# name: (rows, hidden, intermediate size, channels of qkv, group size, format). Between them: tiles in one part and in
 # several, blocks without work, K that ends inside a chunk, rows longer than a load of all threads, each format.
 CASES = {
     "one-row": (1, 512, 1024, 768, 128, "int4"),
