@@ -109,15 +109,11 @@ class Attention(nnx.Module):
     ) -> tuple[ScaledArray | Float[Array, "B T heads_H"], LayerCache | None]:
         """What lies between the projections: from ``qkv_proj``'s result to ``o_proj``'s input.
 
+        Args not listed are those of ``__call__``.
+
         Args:
             packed: queries, keys and values of all heads, side by side.
             dtype: of the hidden states.
-            rope: as the rest, see ``__call__``.
-            start: see there.
-            lengths: see there.
-            cache: see there.
-            capacity: see there.
-            tap: see there.
 
         Returns:
             [B, T, heads * H], in FP8 where ``o_proj`` takes that, and the new cache.

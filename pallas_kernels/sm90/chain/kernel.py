@@ -5,6 +5,9 @@ takes longer to start than to run. Here one block on each multiprocessor stays f
 (a link of the chain) to the next: blocks meet at a barrier of the grid, every block makes the next
 link's input for itself, from the L2 cache into shared memory, and the multiplication goes on.
 
+All blocks must run at once, so two chains must not run on a device at the same time. XLA runs a
+device's kernels one after the other, and a model's chains depend on each other.
+
 A block has a warpgroup that copies, each of its warps the packed weights of one of the four that
 compute: their chunks, a tile's sum over the four, and who computes what are in ``schedule``. A tile
 whose K several blocks share is left in parts (``SplitSum``), which the next norm adds up.
