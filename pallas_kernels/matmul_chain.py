@@ -9,6 +9,10 @@ its weights: inside one kernel the next matmul's weights are already on their wa
 other implementation; where ``unsupported`` says why, call those ops.
 """
 
+import functools
+import math
+
+import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
@@ -18,24 +22,37 @@ from pallas_kernels.sm90.chain import launch
 from pallas_kernels.split_sum import SplitSum
 
 
-def runs(
-    rows: int,
-    *weights: QuantizedTensor,
-    implementation: dispatch.Implementation = "auto",
-) -> bool:
-    """Whether both chains can run a layer with these weights for so many rows, and should.
+def unsupported(
+    rows: int, qkv: QuantizedTensor, o_proj: QuantizedTensor, gate_up: QuantizedTensor, down: QuantizedTensor
+) -> str | None:
+    """Why the chains cannot run a layer with these weights for so many rows, or None.
 
     Args:
         rows: tokens.
-        weights: qkv [N, D], o_proj [D, K], gate_up [2 I, D] and down [D, I].
+        qkv: [N, D].
+        o_proj: [D, K].
+        gate_up: [2 I, D], interleaved (``layouts.interleave_gate_up``).
+        down: [D, I].
+    """
+    tail = o_proj, gate_up, down
+    return launch.unsupported(rows, (qkv,), launch.NORM_MATMUL) or launch.unsupported(rows, tail, launch.OUTPUT_MLP)
+
+
+def runs(rows: int, *weights: QuantizedTensor, implementation: dispatch.Implementation = "auto") -> bool:
+    """Whether both chains can run a layer, and should.
+
+    Args:
+        rows: tokens.
+        weights: as in ``unsupported``.
         implementation: see ``dispatch``; a chain is one of the ways to run a kernel, so that none is
             no reason to fall back to XLA.
     """
-    if launch.unsupported(rows, *weights):
-        return False
-    return dispatch.resolve("matmul_chain", implementation, None) == "mosaic_gpu"
+    return (
+        unsupported(rows, *weights) is None and dispatch.resolve("matmul_chain", implementation, None) == "mosaic_gpu"
+    )
 
 
+@functools.partial(jax.jit, static_argnames="eps")
 def norm_matmul(
     x: Float[Array, "*rows D"] | SplitSum, norm: Float[Array, " D"], weight: QuantizedTensor, eps: float
 ) -> tuple[SplitSum, Float[Array, "*rows D"], Int[Array, "1"]]:
@@ -49,10 +66,23 @@ def norm_matmul(
 
     Returns:
         The product, in parts; x, added up if it was in parts; and a barrier for one call of ``output_mlp``.
+
+    Raises:
+        ValueError: if the widths do not fit together.
+        NotImplementedError: if the kernel cannot run this.
     """
-    return launch.norm_matmul(x, norm, weight, eps=eps)
+    shape = (*x.rows, x.n) if isinstance(x, SplitSum) else x.shape
+    if not shape[-1:] == norm.shape == weight.shape[1:]:
+        raise ValueError(
+            f"x has shape {shape}, the norm {norm.shape}, the weight {weight.shape}; expected equal widths"
+        )
+    m = _check(shape, (weight,), launch.NORM_MATMUL)
+    results = launch.run((weight,), launch.NORM_MATMUL, {0: norm}, eps, launch.norm_source(x), m)
+    y = launch.left_in_parts(results, 0, weight, None, shape[:-1])
+    return y, results["x0"].reshape(shape) if isinstance(x, SplitSum) else x, results["state"]
 
 
+@functools.partial(jax.jit, static_argnames="eps")
 def output_mlp(
     attention: ScaledArray,
     residual: Float[Array, "*rows D"],
@@ -66,7 +96,7 @@ def output_mlp(
     """From a layer's attention to its output.
 
     Args:
-        attention: FP8 rows with per-token scales.
+        attention: FP8 rows [*rows, K] with per-token scales.
         residual: bfloat16, the layer's input.
         o_proj: [D, K].
         norm: weight of the norm after attention, float32.
@@ -77,5 +107,32 @@ def output_mlp(
 
     Returns:
         The layer's output in parts, the stream after attention being its residual.
+
+    Raises:
+        ValueError: if the widths do not fit together.
+        NotImplementedError: if the kernel cannot run this.
     """
-    return launch.output_mlp(attention, residual, o_proj, norm, gate_up, down, barrier, eps=eps)
+    weights, width = (o_proj, gate_up, down), residual.shape[-1]
+    expected = (width, attention.values.shape[-1]), (2 * down.shape[1], width), (width, down.shape[1])
+    if tuple(weight.shape for weight in weights) != expected or norm.shape != (width,):
+        raise ValueError(
+            f"the weights have shapes {[weight.shape for weight in weights]} and the norm {norm.shape}; "
+            f"expected {list(expected)} and {(width,)}"
+        )
+    m = _check(residual.shape, weights, launch.OUTPUT_MLP)
+    assert attention.scale is not None
+    source = {
+        "x": attention.values.reshape(m, -1),
+        "x_scale": attention.scale.reshape(m),
+        "residual": residual.reshape(m, width),
+        "state": barrier,
+    }
+    results = launch.run(weights, launch.OUTPUT_MLP, {1: norm}, eps, source, m)
+    return launch.left_in_parts(results, 2, down, results["x1"], residual.shape[:-1])
+
+
+def _check(shape: tuple[int, ...], weights: tuple[QuantizedTensor, ...], sources: tuple[launch.Source, ...]) -> int:
+    """The number of rows, which the kernel can run."""
+    m = math.prod(shape[:-1])
+    dispatch.resolve("matmul_chain", "mosaic_gpu", launch.unsupported(m, weights, sources))
+    return m

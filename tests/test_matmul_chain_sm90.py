@@ -14,7 +14,6 @@ from pallas_kernels.formats import ScaledArray
 from pallas_kernels.matmul import deferred_matmul, matmul
 from pallas_kernels.quantized_tensor import QuantizedTensor
 from pallas_kernels.row_quantize import quantize_rows, rms_norm_quantize, sum_norm_quantize
-from pallas_kernels.sm90.chain import launch
 from pallas_kernels.sm90.chain.schedule import Link
 from pallas_kernels.sm90.hardware import NUM_SMS
 from pallas_kernels.split_sum import SplitSum, finished
@@ -102,7 +101,7 @@ def test_llama_layers_fit():
     for hidden, intermediate, packed in ((2048, 8192, 3072), (4096, 14336, 6144), (4096, 11008, 12288)):
         shapes = (packed, hidden), (hidden, hidden), (2 * intermediate, hidden), (hidden, intermediate)
         weights = [jax.eval_shape(lambda s=s: QuantizedTensor.random(jax.random.key(0), s)) for s in shapes]
-        assert launch.unsupported(1, *weights) is None
+        assert matmul_chain.unsupported(1, *weights) is None
 
 
 @pytest.mark.parametrize(
@@ -124,10 +123,21 @@ def test_what_a_chain_cannot_run(rows, changes, reason):
     hidden, intermediate = sizes["hidden"], sizes["intermediate"]
     shapes = (768, hidden), (hidden, hidden), (2 * intermediate, hidden), (hidden, intermediate)
     weights = [jax.eval_shape(lambda s=s: QuantizedTensor.random(jax.random.key(0), s, **options)) for s in shapes]
-    message = launch.unsupported(rows, *weights)
+    message = matmul_chain.unsupported(rows, *weights)
     assert message is not None
     assert reason in message
     assert not matmul_chain.runs(rows, *weights)
+
+
+def test_errors_quote_what_is_wrong():
+    attention, residual, first, second = inputs_of(1, 512)
+    qkv, o_proj, _, down = weights_of(*CASES["one-row"][1:])
+    with pytest.raises(ValueError, match=r"x has shape \(1, 1, 512\), the norm \(7,\)"):
+        matmul_chain.norm_matmul(residual, first[:7], qkv, EPS)
+    with pytest.raises(ValueError, match=r"\(768, 512\), .* expected \[\(512, 512\), \(2048, 512\)"):
+        matmul_chain.output_mlp(attention, residual, o_proj, second, qkv, down, EPS, jnp.zeros((1,), jnp.int32))
+    with pytest.raises(NotImplementedError, match="5 rows, not 4"):
+        matmul_chain.norm_matmul(jnp.tile(residual, (5, 1, 1)), first, qkv, EPS)
 
 
 # --- lowering for CUDA, on any machine ------------------------------------------------------------

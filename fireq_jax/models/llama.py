@@ -27,7 +27,6 @@ from pallas_kernels.dispatch import Implementation
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.matmul import matmul
 from pallas_kernels.quantized_tensor import QuantizedTensor
-from pallas_kernels.row_quantize import quantize_rows
 from pallas_kernels.split_sum import SplitSum, finished
 
 Positions = Literal["all", "last"]
@@ -61,7 +60,6 @@ class DecoderLayer(nnx.Module):
             implementation=implementation,
             rngs=rngs,
         )
-        self.implementation: Implementation = implementation
 
     def __call__(
         self,
@@ -91,7 +89,7 @@ class DecoderLayer(nnx.Module):
         rows = math.prod(x.rows if isinstance(x, SplitSum) else x.shape[:-1])
         if len(weights) < len(linear):
             return None
-        return weights if matmul_chain.runs(rows, *weights, implementation=self.implementation) else None
+        return weights if matmul_chain.runs(rows, *weights, implementation=self.self_attn.implementation) else None
 
     def _in_chains(
         self,
@@ -106,12 +104,11 @@ class DecoderLayer(nnx.Module):
         """The same by kernels that do several matmuls each."""
         qkv, o_proj, gate_up, down = weights
         before, after = self.input_layernorm, self.post_attention_layernorm
-        packed, x, barrier = matmul_chain.norm_matmul(x, before.weight.get_value(), qkv, before.eps)
-        rows, new_cache = self.self_attn.attend(packed, x.dtype, rope, start=start, lengths=lengths, cache=cache)
-        if not isinstance(rows, ScaledArray):
-            rows = quantize_rows(rows, implementation=self.implementation)
+        packed, stream, barrier = matmul_chain.norm_matmul(x, before.weight.get_value(), qkv, before.eps)
+        rows, new_cache = self.self_attn.attend(packed, stream.dtype, rope, start=start, lengths=lengths, cache=cache)
+        assert isinstance(rows, ScaledArray)  # as o_proj takes them
         norm = after.weight.get_value()
-        return matmul_chain.output_mlp(rows, x, o_proj, norm, gate_up, down, after.eps, barrier), new_cache
+        return matmul_chain.output_mlp(rows, stream, o_proj, norm, gate_up, down, after.eps, barrier), new_cache
 
 
 class LlamaForCausalLM(nnx.Module):

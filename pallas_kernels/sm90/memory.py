@@ -51,6 +51,15 @@ def load_eight(address: ir.Value, offset: int = 0, *, written: bool = False) -> 
     return [number for at in (offset, offset + 16) for number in load(address, f32(), offset=at, written=written)]
 
 
+def store(address: ir.Value, numbers: Sequence[ir.Value]) -> None:
+    """One, two or four 32-bit numbers of one type."""
+    kind, register = ("f32", "f") if numbers[0].type == f32() else ("b32", "r")
+    values = ", ".join(f"${i + 1}" for i in range(len(numbers)))
+    vector, values = ("", values) if len(numbers) == 1 else (f".v{len(numbers)}", f"{{{values}}}")
+    code = f"st.global{vector}.{kind} [$0], {values};"
+    asm([], [address, *numbers], code, ",".join(["l"] + [register] * len(numbers)), volatile=True)
+
+
 def unpack(words: Sequence[ir.Value]) -> list[ir.Value]:
     """float32 of two bf16 a word, the low one first."""
     halves = [half for word in words for half in (arith.shli(word, const(16)), arith.andi(word, const(0xFFFF0000)))]

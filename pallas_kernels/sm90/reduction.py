@@ -1,6 +1,6 @@
-"""What a row's threads find out together: its absmax and the sum of its squares."""
+"""A row over the threads of a block: who has which columns, and what they find out together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jax.experimental.mosaic.gpu import utils
@@ -9,6 +9,41 @@ from jaxlib.mlir.dialects import arith, gpu
 from jaxlib.mlir.dialects import math as math_ops
 
 from pallas_kernels.sm90.inline import asm, const, f32, i32, number, shared_address
+
+
+def own_units(units: int, threads: int) -> tuple[list[ir.Value], ir.Value | None]:
+    """Which of a row's ``units`` this thread has, and whether the last is its own; None where all threads' are.
+
+    Threads beyond the row's end do the last unit once more; only a sum must not count it.
+    """
+    steps = -(-units // threads)
+    index: list[ir.Value] = [arith.addi(utils.thread_idx(), const(step * threads)) for step in range(steps)]
+    if units % threads == 0:
+        return index, None
+    inside = arith.cmpi(arith.CmpIPredicate.ult, index[-1], const(units))
+    return [*index[:-1], arith.minui(index[-1], const(units - 1))], inside
+
+
+def weighted(
+    held: list[list[ir.Value]], factors: list[list[ir.Value]], inside: ir.Value | None
+) -> tuple[list[list[ir.Value]], ir.Value, ir.Value]:
+    """This thread's units times a norm's weight, their absmax, and the sum of squares without the weight.
+
+    Args:
+        held: the units' elements.
+        factors: the weight's.
+        inside: as ``own_units`` has it.
+    """
+    squares = [sum_of_squares(elements) for elements in held]
+    if inside is not None:
+        squares[-1] = arith.select(inside, squares[-1], number(0.0))
+    total = tree(arith.addf, squares)
+    scaled: list[list[ir.Value]] = [
+        [arith.mulf(e, f) for e, f in zip(*pair, strict=True)] for pair in zip(held, factors, strict=True)
+    ]
+    # Inf may count: the scale of a row with Inf is NaN, whatever its values.
+    largest = tree(larger, [math_ops.absf(element) for elements in scaled for element in elements])
+    return scaled, largest, total
 
 
 def over_block(
@@ -52,6 +87,7 @@ def over_block(
 
 
 def sum_of_squares(elements: list[ir.Value]) -> ir.Value:
+    """Of float32, one after the other."""
     total = arith.mulf(elements[0], elements[0])
     for element in elements[1:]:
         total = math_ops.fma(element, element, total)
@@ -72,7 +108,8 @@ def larger(x: ir.Value, y: ir.Value) -> ir.Value:
     return arith.maxnumf(x, y)
 
 
-def tree(combine: Any, numbers: list[ir.Value]) -> ir.Value:
+def tree(combine: Any, numbers: Sequence[ir.Value]) -> ir.Value:
+    """All numbers combined, halves first."""
     if len(numbers) == 1:
         return numbers[0]
     middle = len(numbers) // 2

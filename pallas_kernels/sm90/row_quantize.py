@@ -21,7 +21,6 @@ from jax import lax
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
-from jaxlib.mlir.dialects import math as math_ops
 from jaxtyping import Array, Float
 
 from pallas_kernels import formats
@@ -40,8 +39,8 @@ from pallas_kernels.sm90.inline import (
     reciprocal,
     to_e4m3,
 )
-from pallas_kernels.sm90.memory import address, load, load_eight, offset, pack, unpack
-from pallas_kernels.sm90.reduction import inverse_rms, larger, over_block, sum_of_squares, tree
+from pallas_kernels.sm90.memory import address, load, load_eight, offset, pack, store, unpack
+from pallas_kernels.sm90.reduction import inverse_rms, larger, over_block, own_units, weighted
 from pallas_kernels.split_sum import SplitSum
 
 CHUNK = 8  # elements of a load
@@ -195,13 +194,7 @@ def _quantize_row(refs: dict[str, ir.Value], row: ir.Value, warpgroups: int, eps
     """
     (_, width), threads = ir.MemRefType(refs["values"].type).shape, WARPGROUP * warpgroups
     thread, chunks = utils.thread_idx(), width // CHUNK
-    steps = -(-chunks // threads)
-    index = [arith.addi(thread, const(step * threads)) for step in range(steps)]
-    # Threads beyond the row's end do the last chunk once more; only the sum must not count it.
-    inside = arith.cmpi(arith.CmpIPredicate.ult, index[-1], const(chunks)) if chunks % threads else None
-    if inside is not None:
-        index[-1] = arith.minui(index[-1], const(chunks - 1))
-
+    index, inside = own_units(chunks, threads)
     if "parts" in refs:
         loaded = [_add_up(refs, row, i) for i in index]
     elif "partial" in refs:
@@ -216,13 +209,7 @@ def _quantize_row(refs: dict[str, ir.Value], row: ir.Value, warpgroups: int, eps
     else:
         start = address(refs["weight"])
         factors = [load_eight(offset(start, i, 4 * CHUNK)) for i in index]
-        squares = [sum_of_squares(elements) for elements in held]
-        if inside is not None:
-            squares[-1] = arith.select(inside, squares[-1], number(0.0))
-        total = tree(arith.addf, squares)
-        held = [[arith.mulf(e, f) for e, f in zip(*pair, strict=True)] for pair in zip(held, factors, strict=True)]
-        # Inf may count: the scale of a row with Inf is NaN, whatever its values.
-        largest = tree(larger, [math_ops.absf(element) for elements in held for element in elements])
+        held, largest, total = weighted(held, factors, inside)
     largest, total = over_block(largest, total, refs["partials"], warpgroups)
 
     row_scale = absmax_scale(largest, number(1 / formats.E4M3_MAX))
@@ -232,22 +219,19 @@ def _quantize_row(refs: dict[str, ir.Value], row: ir.Value, warpgroups: int, eps
     for i, elements in zip(index, held, strict=True):
         scaled = [arith.mulf(e, inverse) for e in elements]
         codes = [to_e4m3(scaled[j : j + 4]) for j in range(0, CHUNK, 4)]
-        asm([], [offset(target, i, CHUNK), *codes], "st.global.v2.b32 [$0], {$1, $2};", "l,r,r", volatile=True)
+        store(offset(target, i, CHUNK), codes)
 
     with utils.when(arith.cmpi(arith.CmpIPredicate.eq, thread, const(0))):
         if total is not None:
             row_scale = arith.mulf(row_scale, inverse_rms(total, width, eps))
-        asm([], [address(refs["scale"], row, 4), row_scale], "st.global.f32 [$0], $1;", "l,f", volatile=True)
+        store(address(refs["scale"], row, 4), [row_scale])
 
 
 def _add_up(refs: dict[str, ir.Value], row: ir.Value, index: ir.Value) -> list[ir.Value]:
     """The row's ``index``-th eight sums plus residual, written to x; the four words of bf16 that were written."""
     _, width = ir.MemRefType(refs["x"].type).shape
-    residual = load(offset(address(refs["residual"], row, 2 * width), index, 2 * CHUNK), i32())
-    sums = split_sum.add_up(refs, row, index)
-    words = pack([arith.addf(*pair) for pair in zip(sums, unpack(residual), strict=True)])
-    place = offset(address(refs["x"], row, 2 * width), index, 2 * CHUNK)
-    asm([], [place, *words], "st.global.v4.b32 [$0], {$1, $2, $3, $4};", "l,r,r,r,r", volatile=True)
+    words = split_sum.start_row(refs, row, index)()
+    store(offset(address(refs["x"], row, 2 * width), index, 2 * CHUNK), words)
     return words
 
 

@@ -6,8 +6,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 from jaxtyping import Array
 
-from pallas_kernels.sm90.inline import f32
-from pallas_kernels.sm90.memory import address, load, load_eight, offset
+from pallas_kernels.sm90.inline import f32, i32
+from pallas_kernels.sm90.memory import address, load, load_eight, offset, pack, unpack
 from pallas_kernels.split_sum import SplitSum
 
 EIGHT = 8  # channels that a thread adds up at once
@@ -31,13 +31,28 @@ def add_up(refs: Mapping[str, ir.Value], row: ir.Value, index: ir.Value) -> list
 
     Each step is rounded as in ``SplitSum.finish``. All loads come before the first sum.
     """
-    return start(refs, row, index)()
+    return _start_sums(refs, row, index)()
 
 
-def start(
+def start_row(
     refs: Mapping[str, ir.Value], row: ir.Value, index: ir.Value, *, written: bool = False
 ) -> Callable[[], list[ir.Value]]:
-    """The loads of ``add_up``, and the rest of it; ``written``: whether this kernel writes parts and x_scale."""
+    """Start to load the ``index``-th eight of a row's bf16 residual, and of its sums where there are ``parts``.
+
+    The rest of it makes four words of bf16 of their sum. ``written``: whether this kernel writes what is read.
+    """
+    _, width = ir.MemRefType(refs["residual"].type).shape
+    words = load(offset(address(refs["residual"], row, 2 * width), index, 2 * EIGHT), i32(), written=written)
+    if "parts" not in refs:
+        return lambda: words
+    sums = _start_sums(refs, row, index, written=written)
+    return lambda: pack([arith.addf(*pair) for pair in zip(sums(), unpack(words), strict=True)])
+
+
+def _start_sums(
+    refs: Mapping[str, ir.Value], row: ir.Value, index: ir.Value, *, written: bool = False
+) -> Callable[[], list[ir.Value]]:
+    """The loads of ``add_up``, and the rest of it."""
     parts, rows, columns = ir.MemRefType(refs["parts"].type).shape
     first = offset(address(refs["parts"], row, 4 * columns), index, 4 * EIGHT)
     loaded = [load_eight(first, 4 * rows * columns * part, written=written) for part in range(parts)]

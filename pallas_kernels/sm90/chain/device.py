@@ -12,7 +12,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, scf
 
 from pallas_kernels import layouts
-from pallas_kernels.sm90.chain.schedule import AHEAD, CHUNK, THREADS, TILE_M, WARPGROUPS, Link
+from pallas_kernels.sm90.chain.schedule import AHEAD, CHUNK, THREADS, TILE_BYTES, TILE_M, WARPGROUPS, Link
 from pallas_kernels.sm90.inline import (
     SCALAR,
     WARPGROUP,
@@ -28,9 +28,8 @@ from pallas_kernels.sm90.inline import (
     to_float,
 )
 from pallas_kernels.sm90.matmul import epilogue, sync
-from pallas_kernels.sm90.memory import address, offset
+from pallas_kernels.sm90.memory import address, offset, store, wide
 
-TILE_BYTES = layouts.TILE_N * layouts.TILE_K // 2
 _SUM = plgpu.Layout.WG_STRIDED((layouts.TILE_N * TILE_M,), vec_size=1)
 
 
@@ -119,7 +118,7 @@ def _copy_chunk(
     )
     _copy_bulk(to_words, offset(address(words), tile, TILE_BYTES), size, barrier)
     rows, columns = ir.MemRefType(group_scale.type).shape
-    start = arith.addi(address(group_scale), _wide(arith.muli(n_tile, const(layouts.TILE_N))))
+    start = arith.addi(address(group_scale), wide(arith.muli(n_tile, const(layouts.TILE_N))))
     for i in range(count):
         # Beyond the last group its scales come again, to multiply zeros.
         group = arith.minui(arith.addi(arith.muli(chunk, const(count)), const(i)), const(rows - 1))
@@ -294,8 +293,8 @@ def publish(absmax_ref: Any, blocks_ref: Any, block: jax.Array) -> None:
             own = arith.muli(utils.thread_idx(), const(4))
             place = arith.addi(shared_address(absmax), own)
             (bits,) = asm([i32()], [place], "ld.shared.b32 $0, [$1];", "=r,r", volatile=True)
-            target = arith.addi(address(blocks, block.registers.item(), 4 * TILE_M), _wide(own))
-            asm([], [target, bits], "st.global.b32 [$0], $1;", "l,r", volatile=True)
+            target = arith.addi(address(blocks, block.registers.item(), 4 * TILE_M), wide(own))
+            store(target, [bits])
 
     inline(absmax_ref, blocks_ref, block)
 
@@ -362,7 +361,3 @@ def fence_operand() -> None:
 
 def _equal(x: ir.Value, y: ir.Value) -> ir.Value:
     return arith.cmpi(arith.CmpIPredicate.eq, x, y)
-
-
-def _wide(x: ir.Value) -> ir.Value:
-    return arith.extui(ir.IntegerType.get_signless(64), x)

@@ -1,15 +1,15 @@
 """From a decoder layer's arrays to the chain kernel's operands, and from its results to a ``SplitSum``."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels import formats, layouts
-from pallas_kernels.formats import ScaledArray
 from pallas_kernels.quantized_tensor import QuantizedTensor
 from pallas_kernels.sm90 import split_sum
 from pallas_kernels.sm90.chain import kernel, schedule
@@ -20,20 +20,23 @@ from pallas_kernels.split_sum import SplitSum
 MAX_ROWS = 4  # every block makes all rows of an input: more are faster made once, by kernels of their own
 
 
-def link_of(weight: QuantizedTensor, source: Source, *, silu_mul: bool = False) -> Link:
-    """The link that multiplies by a 4-bit weight."""
-    assert weight.format != "fp8"
-    n, k = weight.shape
-    return Link(n, k, layouts.TILE_K // weight.group_size, source, silu_mul, weight.format)
+# What the links of each chain read.
+NORM_MATMUL: tuple[Source, ...] = ("norm",)
+OUTPUT_MLP: tuple[Source, ...] = ("rows", "norm", "hidden")
 
 
-def unsupported(rows: int, *weights: QuantizedTensor) -> str | None:
-    """Why the kernel cannot run a layer's chains for so many rows on this device, or None.
+def links_of(weights: Sequence[QuantizedTensor], sources: Sequence[Source]) -> tuple[Link, ...]:
+    """The links that multiply by some 4-bit weights; gate and up are in the one before "hidden"."""
+    links = []
+    for weight, source, following in zip(weights, sources, (*sources[1:], None), strict=True):
+        assert weight.format != "fp8"
+        groups = layouts.TILE_K // weight.group_size
+        links.append(Link(*weight.shape, groups, source, following == "hidden", weight.format))
+    return tuple(links)
 
-    Args:
-        rows: tokens.
-        weights: qkv, o, gate_up and down.
-    """
+
+def unsupported(rows: int, weights: Sequence[QuantizedTensor], sources: Sequence[Source]) -> str | None:
+    """Why the kernel cannot run a chain for so many rows on this device, or None."""
     if rows > MAX_ROWS:
         return f"there are {rows} rows, not {MAX_ROWS} or fewer"
     for weight in weights:
@@ -44,19 +47,7 @@ def unsupported(rows: int, *weights: QuantizedTensor) -> str | None:
             return f"group scales are {weight.group_scale.dtype}, not {jnp.dtype(formats.E4M3)}"
         if layouts.padded_shape(*weight.shape) != weight.shape:
             return f"a weight has shape {weight.shape}, not whole tiles of {layouts.TILE_N} x {layouts.TILE_K}"
-    head, tail = _links(*weights)
-    return schedule.unsupported(head) or schedule.unsupported(tail) or _unsupported_device()
-
-
-def _links(
-    qkv: QuantizedTensor, o_proj: QuantizedTensor, gate_up: QuantizedTensor, down: QuantizedTensor
-) -> tuple[tuple[Link, ...], tuple[Link, ...]]:
-    """The chains before a layer's attention and after it."""
-    return (link_of(qkv, "norm"),), _tail(o_proj, gate_up, down)
-
-
-def _tail(o_proj: QuantizedTensor, gate_up: QuantizedTensor, down: QuantizedTensor) -> tuple[Link, ...]:
-    return link_of(o_proj, "rows"), link_of(gate_up, "norm", silu_mul=True), link_of(down, "hidden")
+    return schedule.unsupported(links_of(weights, sources)) or _unsupported_device()
 
 
 @functools.cache
@@ -67,9 +58,9 @@ def _unsupported_device() -> str | None:
     return None if count >= NUM_SMS else f"the device has {count} multiprocessors, not {NUM_SMS}"
 
 
-def _run(
-    links: tuple[Link, ...],
-    linear: tuple[QuantizedTensor, ...],
+def run(
+    weights: Sequence[QuantizedTensor],
+    sources: Sequence[Source],
     norms: dict[int, Float[Array, " D"]],
     eps: float,
     source: dict[str, Array],
@@ -78,15 +69,16 @@ def _run(
     """Launch the kernel; results by the names of ``kernel.outputs``.
 
     Args:
-        links: of the chain.
-        linear: their weights.
+        weights: of the chain.
+        sources: what their inputs are.
         norms: norm weights by link.
         eps: of the norms.
         source: what the first link and the first norm read, by the names of ``kernel.kernel``.
         m: tokens.
     """
+    links = links_of(weights, sources)
     operands: dict[str, Any] = dict(source)
-    for i, weight in enumerate(linear):
+    for i, weight in enumerate(weights):
         assert weight.group_scale is not None
         words = lax.bitcast_convert_type(weight.values, jnp.int32)
         operands[f"words{i}"] = words.reshape(*words.shape[:2], 4, 256)
@@ -98,7 +90,7 @@ def _run(
     return dict(zip(names, results, strict=True))
 
 
-def _norm_source(x: Float[Array, "*rows D"] | SplitSum) -> dict[str, Array]:
+def norm_source(x: Float[Array, "*rows D"] | SplitSum) -> dict[str, Array]:
     """What a norm at the chain's start reads."""
     if not isinstance(x, SplitSum):
         return {"residual": x.reshape(-1, x.shape[-1])}
@@ -112,46 +104,9 @@ def _norm_source(x: Float[Array, "*rows D"] | SplitSum) -> dict[str, Array]:
     }
 
 
-def _left_in_parts(
+def left_in_parts(
     results: dict[str, Array], i: int, weight: QuantizedTensor, residual: Array | None, rows: tuple[int, ...]
 ) -> SplitSum:
     """The output of link i, plus ``residual``."""
     parts, x_scale = results[f"parts{i}"], results[f"scale{i}"]
     return SplitSum(parts, weight.channel_scale, x_scale, None, residual, rows, weight.shape[0], "none")
-
-
-@functools.partial(jax.jit, static_argnames="eps")
-def norm_matmul(
-    x: Float[Array, "*rows D"] | SplitSum, norm: Float[Array, " D"], weight: QuantizedTensor, *, eps: float
-) -> tuple[SplitSum, Float[Array, "*rows D"], Int[Array, "1"]]:
-    """See ``matmul_chain.norm_matmul``."""
-    rows = x.rows if isinstance(x, SplitSum) else x.shape[:-1]
-    source = _norm_source(x)
-    results = _run((link_of(weight, "norm"),), (weight,), {0: norm}, eps, source, source["residual"].shape[0])
-    y = _left_in_parts(results, 0, weight, None, rows)
-    return y, results["x0"].reshape(*rows, -1) if isinstance(x, SplitSum) else x, results["state"]
-
-
-@functools.partial(jax.jit, static_argnames="eps")
-def output_mlp(
-    attention: ScaledArray,
-    residual: Float[Array, "*rows D"],
-    o_proj: QuantizedTensor,
-    norm: Float[Array, " D"],
-    gate_up: QuantizedTensor,
-    down: QuantizedTensor,
-    barrier: Int[Array, "1"],
-    *,
-    eps: float,
-) -> SplitSum:
-    """See ``matmul_chain.output_mlp``."""
-    rows = residual.shape[:-1]
-    assert attention.scale is not None
-    source = {
-        "x": attention.values.reshape(-1, o_proj.shape[1]),
-        "x_scale": attention.scale.reshape(-1),
-        "residual": residual.reshape(-1, residual.shape[-1]),
-        "state": barrier,
-    }
-    results = _run(_tail(o_proj, gate_up, down), (o_proj, gate_up, down), {1: norm}, eps, source, source["x"].shape[0])
-    return _left_in_parts(results, 2, down, results["x1"], rows)

@@ -12,12 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
-from jaxlib.mlir.dialects import math as math_ops
 
 from pallas_kernels import formats, layouts
 from pallas_kernels.sm90 import split_sum
 from pallas_kernels.sm90.chain.device import emit_barrier
-from pallas_kernels.sm90.chain.schedule import THREADS, TILE_M, WARPGROUPS
+from pallas_kernels.sm90.chain.schedule import CHUNK_K, THREADS, TILE_M, WARPGROUPS
 from pallas_kernels.sm90.inline import (
     absmax_scale,
     asm,
@@ -29,12 +28,12 @@ from pallas_kernels.sm90.inline import (
     shared_address,
     to_e4m3,
 )
-from pallas_kernels.sm90.memory import address, load, load_eight, offset, pack, unpack
-from pallas_kernels.sm90.reduction import inverse_rms, larger, over_block, sum_of_squares, tree
+from pallas_kernels.sm90.memory import address, load, load_eight, offset, store, unpack, wide
+from pallas_kernels.sm90.reduction import inverse_rms, over_block, own_units, weighted
+from pallas_kernels.sm90.split_sum import EIGHT
 
 Refs = Mapping[str, ir.Value]
 
-EIGHT = 8
 WARPS = THREADS // 32
 # Elements of all rows that a thread has on their way at once, in units of eight.
 UNITS = 4
@@ -53,7 +52,7 @@ def copy_rows(refs: Refs, first: ir.Value, columns: int, after_loads: Callable[[
     spread, loaded = _spread(m, columns // 16), []
     for row, unit in spread:
         column, inside = _column(first, unit, 16, k)
-        loaded.append((inside, load(arith.addi(address(refs["x"], row, k), _wide(column)), i32())))
+        loaded.append((inside, load(arith.addi(address(refs["x"], row, k), wide(column)), i32())))
     after_loads()
     for (row, unit), (inside, words) in zip(spread, loaded, strict=True):
         words = [arith.select(inside, word, const(0)) for word in words]
@@ -84,7 +83,7 @@ def quantize_hidden(refs: Refs, first: ir.Value, columns: int, blocks: int, lead
         words = []
         for row, unit in batch:
             column, inside = _column(first, unit, EIGHT, k)
-            start = arith.addi(address(refs["hidden"], row, 2 * k), _wide(arith.muli(column, const(2))))
+            start = arith.addi(address(refs["hidden"], row, 2 * k), wide(arith.muli(column, const(2))))
             words.append((inside, load(start, i32(), written=True)))
         return words
 
@@ -103,7 +102,7 @@ def quantize_hidden(refs: Refs, first: ir.Value, columns: int, blocks: int, lead
     with utils.when(arith.cmpi(arith.CmpIPredicate.eq, lane, const(0))):
         _store_scale(refs["tokens"], token, scale)
         with utils.when(leader):
-            asm([], [address(refs["scale"], token, 4), scale], "st.global.f32 [$0], $1;", "l,f", volatile=True)
+            store(address(refs["scale"], token, 4), [scale])
     emit_barrier()
     for i, batch in enumerate(batches):
         for (row, unit), (inside, words) in zip(batch, ahead if i == 0 else loaded(batch), strict=True):
@@ -126,17 +125,12 @@ def norm_rows(refs: Refs, eps: float, leader: ir.Value, after_loads: Callable[[]
         written: whether the parts are of this kernel.
     """
     m, width = ir.MemRefType(refs["residual"].type).shape
-    thread, units = utils.thread_idx(), width // EIGHT
-    steps = -(-units // THREADS)
-    index = [arith.addi(thread, const(THREADS * step)) for step in range(steps)]
-    # Threads beyond the row's end do the last unit once more; only the sum must not count it.
-    inside = arith.cmpi(arith.CmpIPredicate.ult, index[-1], const(units)) if units % THREADS else None
-    index[-1] = index[-1] if inside is None else arith.minui(index[-1], const(units - 1))
+    index, inside = own_units(width // EIGHT, THREADS)
     factors = [load_eight(offset(address(refs["weight"]), i, 4 * EIGHT)) for i in index]
-    at_once = max(1, UNITS // steps)
+    at_once = max(1, UNITS // len(index))
     for start in range(0, m, at_once):
         rows = [const(row) for row in range(start, min(start + at_once, m))]
-        loaded = [[_residual_and_sum(refs, row, i, written) for i in index] for row in rows]
+        loaded = [[split_sum.start_row(refs, row, i, written=written) for i in index] for row in rows]
         if start == 0:
             after_loads()
         for n, (row, unfinished) in enumerate(zip(rows, loaded, strict=True)):
@@ -144,40 +138,21 @@ def norm_rows(refs: Refs, eps: float, leader: ir.Value, after_loads: Callable[[]
             if "parts" in refs:
                 with utils.when(leader):
                     for i, four in zip(index, words, strict=True):
-                        place = offset(address(refs["x"], row, 2 * width), i, 2 * EIGHT)
-                        code = "st.global.v4.b32 [$0], {$1, $2, $3, $4};"
-                        asm([], [place, *four], code, "l,r,r,r,r", volatile=True)
-            held = [unpack(four) for four in words]
-            squares = [sum_of_squares(elements) for elements in held]
-            if inside is not None:
-                squares[-1] = arith.select(inside, squares[-1], number(0.0))
-            scaled = [
-                [arith.mulf(*pair) for pair in zip(e, f, strict=True)] for e, f in zip(held, factors, strict=True)
-            ]
-            largest = tree(larger, [math_ops.absf(element) for elements in scaled for element in elements])
+                        store(offset(address(refs["x"], row, 2 * width), i, 2 * EIGHT), four)
+            scaled, largest, squares = weighted([unpack(four) for four in words], factors, inside)
             # In turns, so that nobody still reads what the next row writes.
             turn = 2 * WARPS * ((start + n) % UNITS)
             partials = utils.memref_slice(refs["partials"], slice(turn, turn + 2 * WARPS))
-            largest, total = over_block(largest, tree(arith.addf, squares), partials, WARPGROUPS, emit_barrier)
+            largest, total = over_block(largest, squares, partials, WARPGROUPS, emit_barrier)
             assert total is not None
             scale = absmax_scale(largest, number(1 / formats.E4M3_MAX))
             for i, elements in zip(index, scaled, strict=True):
                 _store_codes(refs["tile"], row, i, elements, reciprocal(scale))
             scale = arith.mulf(scale, inverse_rms(total, width, eps))
-            with utils.when(arith.cmpi(arith.CmpIPredicate.eq, thread, const(0))):
+            with utils.when(arith.cmpi(arith.CmpIPredicate.eq, utils.thread_idx(), const(0))):
                 _store_scale(refs["tokens"], row, scale)
                 with utils.when(leader):
-                    asm([], [address(refs["scale"], row, 4), scale], "st.global.f32 [$0], $1;", "l,f", volatile=True)
-
-
-def _residual_and_sum(refs: Refs, row: ir.Value, index: ir.Value, written: bool) -> Callable[[], list[ir.Value]]:
-    """Start to load eight columns of a row of x; what makes four words of bf16 of them."""
-    _, width = ir.MemRefType(refs["residual"].type).shape
-    words = load(offset(address(refs["residual"], row, 2 * width), index, 2 * EIGHT), i32(), written=written)
-    if "parts" not in refs:
-        return lambda: words
-    sums = split_sum.start(refs, row, index, written=written)
-    return lambda: pack([arith.addf(*pair) for pair in zip(sums(), unpack(words), strict=True)])
+                    store(address(refs["scale"], row, 4), [scale])
 
 
 def _spread(m: int, units: int) -> list[tuple[ir.Value, ir.Value]]:
@@ -192,7 +167,7 @@ def _spread(m: int, units: int) -> list[tuple[ir.Value, ir.Value]]:
 
 def _column(first: ir.Value, unit: ir.Value, size: int, k: int) -> tuple[ir.Value, ir.Value]:
     """Where a unit begins in its row of k columns, and whether it lies within; if not, it begins at 0."""
-    padded = -(-k // layouts.TILE_K // 4) * 4 * layouts.TILE_K
+    padded = -(-k // CHUNK_K) * CHUNK_K
     column = arith.remui(arith.addi(first, arith.muli(unit, const(size))), const(padded))
     inside = arith.cmpi(arith.CmpIPredicate.ult, column, const(k))
     return arith.select(inside, column, const(0)), inside
@@ -225,7 +200,3 @@ def _store_codes(
 def _store_scale(tokens: ir.Value, token: ir.Value, scale: ir.Value) -> None:
     place = arith.addi(shared_address(tokens), arith.muli(token, const(4)))
     asm([], [place, scale], "st.shared.f32 [$0], $1;", "r,f", volatile=True)
-
-
-def _wide(x: ir.Value) -> ir.Value:
-    return arith.extui(ir.IntegerType.get_signless(64), x)

@@ -17,6 +17,7 @@ THREADS = 128 * WARPGROUPS
 TILE_M = 8  # tokens: the least that WGMMA multiplies by
 AHEAD = 2  # chunks of weights that a warpgroup has in flight
 CHUNK_K = CHUNK * layouts.TILE_K
+TILE_BYTES = layouts.TILE_N * layouts.TILE_K // 2  # of a packed tile
 SUMS = 2  # sets of a tile's sums in shared memory, so that one is read while the next is written
 
 Source = Literal["rows", "norm", "hidden"]
@@ -116,7 +117,7 @@ def held_tiles(links: tuple[Link, ...]) -> int:
 def smem_bytes(links: tuple[Link, ...]) -> int:
     """Shared memory of a thread block, with what the allocator may add."""
     x = held_tiles(links) * TILE_M * layouts.TILE_K
-    words = WARPGROUPS * AHEAD * CHUNK * 4096
+    words = WARPGROUPS * AHEAD * CHUNK * TILE_BYTES
     scales = WARPGROUPS * AHEAD * CHUNK * max(link.groups for link in links) * layouts.TILE_N
     sums = SUMS * WARPGROUPS * layouts.TILE_N * TILE_M * 4
     return x + words + scales + sums + 4096
