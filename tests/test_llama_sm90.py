@@ -27,57 +27,50 @@ def parts(config: ModelConfig = CONFIG) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(model)
 
 
-@pytest.mark.parametrize("phase", ["prefill", "extend"])
-def test_lowers_for_cuda_with_every_op_a_kernel(phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are traced as on a Hopper GPU."""
     monkeypatch.setattr(dispatch, "_not_hopper", lambda: None)
-    graph, state = parts()
-    lengths = jax.ShapeDtypeStruct((2,), jnp.int32)
-    if phase == "prefill":
-        tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32)
-        function = jax.jit(lambda s, t, n: nnx.merge(graph, s).prefill(t, n, CAPACITY))
-        arguments = (state, tokens, lengths)
-    else:
-        tokens = jax.ShapeDtypeStruct((2, 1), jnp.int32)
-        cache = jax.eval_shape(lambda: KVCache.create(CONFIG, recipes.fireq(), 2, CAPACITY))
-        function = jax.jit(lambda s, t, n, c: nnx.merge(graph, s).extend(t, n, c))
-        arguments = (state, tokens, lengths, cache)
-    module = jax.export.export(function, platforms=["cuda"])(*arguments).mlir_module()
+
+
+def lowered(config: ModelConfig, batch: int, capacity: int = CAPACITY, *, prompt: int | None = None) -> str:
+    """The module, lowered for CUDA, of one decode step, or of the prefill of ``prompt`` tokens."""
+    graph, state = parts(config)
+    lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((batch, prompt or 1), jnp.int32)
+    if prompt is not None:
+        function = jax.jit(lambda s, t, n: nnx.merge(graph, s).prefill(t, n, capacity))
+        return jax.export.export(function, platforms=["cuda"])(state, tokens, lengths).mlir_module()
+    cache = jax.eval_shape(lambda: KVCache.create(config, recipes.fireq(), batch, capacity))
+    function = jax.jit(lambda s, t, n, c: nnx.merge(graph, s).extend(t, n, c))
+    return jax.export.export(function, platforms=["cuda"])(state, tokens, lengths, cache).mlir_module()
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("prompt", [128, None], ids=["prefill", "extend"])
+def test_lowers_for_cuda_with_every_op_a_kernel(prompt: int | None) -> None:
     # Four matmuls, one attention, and what makes the matmuls' inputs (the two norms are one function);
     # a named implementation would have raised rather than fall back.
-    assert module.count("stablehlo.custom_call @mosaic_gpu") >= 8
+    assert lowered(CONFIG, 2, prompt=prompt).count("stablehlo.custom_call @mosaic_gpu") >= 8
 
 
-def test_norms_add_up_what_matmuls_leave_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_not_hopper", lambda: None)
-    graph, state = parts(WIDE)
-    tokens, lengths = jax.ShapeDtypeStruct((8, 1), jnp.int32), jax.ShapeDtypeStruct((8,), jnp.int32)
-    cache = jax.eval_shape(lambda: KVCache.create(WIDE, recipes.fireq(), 8, CAPACITY))
-    function = jax.jit(lambda s, t, n, c: nnx.merge(graph, s).extend(t, n, c))
-    module = jax.export.export(function, platforms=["cuda"])(state, tokens, lengths, cache).mlir_module()
-    calls = re.findall(r"call @(\w+)", module)
+@pytest.mark.usefixtures("hopper")
+def test_norms_add_up_what_matmuls_leave_in_parts() -> None:
+    calls = re.findall(r"call @(\w+)", lowered(WIDE, 8))
     # Both norms after attention and the second layer's first.
     assert len([name for name in calls if name.startswith("sum_norm_quantize")]) == 3
 
 
-def test_one_token_goes_through_a_layer_in_two_chains(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_not_hopper", lambda: None)
-    graph, state = parts(WIDE)
-    tokens, lengths = jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
-    cache = jax.eval_shape(lambda: KVCache.create(WIDE, recipes.fireq(), 1, CAPACITY))
-    function = jax.jit(lambda s, t, n, c: nnx.merge(graph, s).extend(t, n, c))
-    module = jax.export.export(function, platforms=["cuda"])(state, tokens, lengths, cache).mlir_module()
-    calls = [re.sub(r"_\d+$", "", name) for name in re.findall(r"call @(\w+)", module)]
+@pytest.mark.usefixtures("hopper")
+def test_one_token_goes_through_a_layer_in_two_chains() -> None:
+    calls = [re.sub(r"_\d+$", "", name) for name in re.findall(r"call @(\w+)", lowered(WIDE, 1))]
     assert calls.count("norm_matmul") == calls.count("output_mlp") == WIDE.num_layers
     assert not {"quantize_rows", "rms_norm_quantize", "sum_norm_quantize"} & set(calls)
 
 
-def test_attention_that_is_split_hands_o_proj_fp8_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_not_hopper", lambda: None)
-    graph, state = parts()
-    tokens, lengths = jax.ShapeDtypeStruct((2, 1), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
-    cache = jax.eval_shape(lambda: KVCache.create(CONFIG, recipes.fireq(), 2, 4096))
-    function = jax.jit(lambda s, t, n, c: nnx.merge(graph, s).extend(t, n, c))
-    module = jax.export.export(function, platforms=["cuda"])(state, tokens, lengths, cache).mlir_module()
+@pytest.mark.usefixtures("hopper")
+def test_attention_that_is_split_hands_o_proj_fp8_rows() -> None:
+    module = lowered(CONFIG, 2, 4096)
     assert len(re.findall(r"call @combine_quantize", module)) == 1
     # down_proj's input is the only one left.
     assert len(re.findall(r"call @quantize_rows", module)) == 1
