@@ -43,7 +43,8 @@ def weights_of(hidden, intermediate, packed, group_size, format):
 
 def inputs_of(rows, hidden):
     """Attention in FP8, the residual, and two norms' weights."""
-    keys = jax.random.split(jax.random.key(rows), 4)
+    # Not a key of `weights_of`: a row of a weight would be the input itself.
+    keys = jax.random.split(jax.random.key(100 + rows), 4)
     attention = jax.random.normal(keys[0], (rows, 1, hidden)).astype(jnp.bfloat16)
     residual = (2 * jax.random.normal(keys[1], (rows, 1, hidden))).astype(jnp.bfloat16)
     norms = (1 + 0.1 * jax.random.normal(key, (hidden,)) for key in keys[2:])
