@@ -110,6 +110,14 @@ SPLIT_SHAPES = [
 ]
 
 
+# A row in one block, in clusters that it fills and, some of these, in clusters that have more threads than it needs.
+COMBINE_CONFIGS = [
+    None,
+    row_quantize.Config(8),
+    *(row_quantize.Config(n, c) for n, c in ((1, 8), (1, 4), (3, 2), (4, 8))),
+]
+
+
 def cases(table: dict[str, Case]):
     return pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in table.items()])
 
@@ -158,15 +166,29 @@ def test_fp8_output_is_the_bf16_one_quantized(case):
 @pytest.mark.parametrize("special", [None, 0.0, np.nan, np.inf, 1e38])
 def test_combined_rows_are_quantized_as_the_format_does(shape, special):
     """One number of the first token in all splits, or (0) all of its numbers, are ``special``."""
+    partials, expected = combined_and_quantized(shape, special)
+    poison(expected.values.shape)
+    assert_same_rows(row_quantize.combine_quantize(*partials, group=shape[2] // shape[3]), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SPLIT_SHAPES)
+@pytest.mark.parametrize("config", COMBINE_CONFIGS)
+def test_combined_rows_are_the_same_in_every_configuration(shape, config):
+    partials, expected = combined_and_quantized(shape)
+    poison(expected.values.shape)
+    assert_same_rows(row_quantize.combine_quantize(*partials, group=shape[2] // shape[3], config=config), expected)
+
+
+def combined_and_quantized(shape, special=None):
+    """What ``splits_of`` leaves, and FP8 rows of its combination in bf16."""
     partials = splits_of(shape, special)
-    batch, length, heads, kv_heads, head_dim, _ = shape
+    batch, length, heads, _, head_dim, _ = shape
     out_type = jax.ShapeDtypeStruct((batch, length, heads, head_dim), jnp.bfloat16)
     combined = jax.jit(functools.partial(decode.combine_splits, out_type=out_type))(*partials)
     # The reference on a CPU, whose reciprocals are exact.
     on_cpu = jnp.asarray(np.asarray(combined.reshape(batch, length, -1)), device=jax.devices("cpu")[0])
-    expected = jax.jit(formats.quantize_fp8)(on_cpu)
-    poison(expected.values.shape)
-    assert_same_rows(row_quantize.combine_quantize(*partials, group=heads // kv_heads), expected)
+    return partials, jax.jit(formats.quantize_fp8)(on_cpu)
 
 
 def splits_of(shape, special=None):
@@ -299,9 +321,10 @@ def test_fp8_output_lowers_for_cuda(case, kernels):
 
 
 @pytest.mark.parametrize("shape", SPLIT_SHAPES)
-def test_combination_in_fp8_lowers_for_cuda(shape):
+@pytest.mark.parametrize("config", COMBINE_CONFIGS)
+def test_combination_in_fp8_lowers_for_cuda(shape, config):
     batch, length, heads, kv_heads, head_dim, _ = shape
-    run = jax.jit(functools.partial(row_quantize.combine_quantize, group=heads // kv_heads))
+    run = jax.jit(functools.partial(row_quantize.combine_quantize, group=heads // kv_heads, config=config))
     exported = jax.export.export(run, platforms=["cuda"])(*jax.eval_shape(lambda: splits_of(shape)))
     assert [aval.shape for aval in exported.out_avals] == [(batch, length, heads * head_dim), (batch, length, 1)]
 

@@ -250,12 +250,34 @@ def test_default_configuration_is_the_smallest_that_holds_a_row(width):
     assert (warpgroups - 1) * held < width <= warpgroups * held
 
 
+@pytest.mark.parametrize(
+    ("rows", "width", "config"),
+    [
+        (1, 4096, sm90.Config(1, 8)),
+        (16, 4096, sm90.Config(1, 8)),
+        (17, 4096, sm90.Config(2, 4)),
+        (64, 4096, sm90.Config(4, 2)),
+        (67, 4096, sm90.Config(4)),
+        (1, 1152, sm90.Config(2, 2)),
+        (1, 320, sm90.Config(1)),
+        (1, 16384, sm90.Config(4, 8)),
+        (1, 65536, sm90.Config(4, 8)),
+    ],
+)
+def test_few_rows_of_splits_are_shared_by_clusters(rows, width, config):
+    assert sm90.combine_config(rows, width) == config
+
+
 @pytest.mark.parametrize("warpgroups", [0, 9])
 def test_configuration_quotes_what_is_wrong(warpgroups):
     with pytest.raises(ValueError, match=f"warpgroups is {warpgroups}"):
         sm90.Config(warpgroups)
     with pytest.raises(ValueError, match="more warpgroups"):
         sm90.quantize_rows(random_rows((2, 16384)), config=sm90.Config(1))
+    with pytest.raises(ValueError, match="warpgroups is 5; expected 1 to 4"):
+        sm90.Config(5, 8)
+    with pytest.raises(ValueError, match="cluster is 3"):
+        sm90.Config(1, 3)
 
 
 @pytest.mark.parametrize(

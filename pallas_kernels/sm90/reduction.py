@@ -9,15 +9,21 @@ from jaxlib.mlir.dialects import arith, gpu
 from jaxlib.mlir.dialects import math as math_ops
 
 from pallas_kernels.sm90.inline import asm, const, f32, i32, number, shared_address
+from pallas_kernels.sm90.matmul.sync import emit_wait
 
 
-def own_units(units: int, threads: int) -> tuple[list[ir.Value], ir.Value | None]:
+def own_units(units: int, threads: int, thread: ir.Value | None = None) -> tuple[list[ir.Value], ir.Value | None]:
     """Which of a row's ``units`` this thread has, and whether the last is its own; None where all threads' are.
 
     Threads beyond the row's end do the last unit once more; only a sum must not count it.
+
+    Args:
+        units: of the row.
+        threads: that share it.
+        thread: which of them this is; that of a block by default.
     """
-    steps = -(-units // threads)
-    index: list[ir.Value] = [arith.addi(utils.thread_idx(), const(step * threads)) for step in range(steps)]
+    steps, thread = -(-units // threads), utils.thread_idx() if thread is None else thread
+    index: list[ir.Value] = [arith.addi(thread, const(step * threads)) for step in range(steps)]
     if units % threads == 0:
         return index, None
     inside = arith.cmpi(arith.CmpIPredicate.ult, index[-1], const(units))
@@ -63,9 +69,7 @@ def over_block(
         barrier: for their threads.
     """
     warps, thread = 4 * warpgroups, utils.thread_idx()
-    # Floats that are not negative order as their bits do.
-    bits = asm([i32()], [largest], "redux.sync.max.u32 $0, $1, 0xffffffff;", "=r,f", volatile=True)
-    found = [arith.bitcast(f32(), bits[0])]
+    found = [_over_warp(largest)]
     if total is not None:
         for distance in (16, 8, 4, 2, 1):
             total = arith.addf(total, utils.shfl_bfly(total, distance))
@@ -84,6 +88,62 @@ def over_block(
             numbers += asm([f32()] * 4, [shared], code, "=f,=f,=f,=f,r", volatile=True)
         results.append(tree(combine, numbers))
     return results[0], results[1] if total is not None else None
+
+
+def start_over_cluster(
+    partials: ir.Value, arrived: ir.Value, peer: ir.Value, warpgroups: int, cluster: int
+) -> Callable[[ir.Value], ir.Value]:
+    """Get ready to find a maximum over a cluster's threads; the rest of it takes a thread's number, not negative.
+
+    No fence waits for memory: a number that a warp sends to another block counts there as a barrier's bytes.
+
+    Args:
+        partials: float32 [cluster * warps] in SMEM, up to 128.
+        arrived: int32 [1, 2] in SMEM, the mbarrier.
+        peer: which block of the cluster this is.
+        warpgroups: of a block.
+        cluster: blocks.
+    """
+    warps, thread = 4 * warpgroups, utils.thread_idx()
+    shared, barrier = shared_address(partials), shared_address(arrived)
+    code = f"""{{
+        .reg .pred p;
+        setp.eq.u32 p, $1, 0;
+        @p mbarrier.init.shared::cta.b64 [$0], 1;
+        @p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {4 * cluster * warps};
+        fence.mbarrier_init.release.cluster;
+        barrier.cluster.arrive.relaxed.aligned;
+    }}"""
+    asm([], [barrier, thread], code, "r,r", volatile=True)
+
+    def finish(largest: ir.Value) -> ir.Value:
+        lane, warp = arith.andi(thread, const(31)), arith.shrui(thread, const(5))
+        place = arith.addi(shared, arith.muli(arith.addi(arith.muli(peer, const(warps)), warp), const(4)))
+        # Each of a warp's first lanes sends to another block.
+        code = f"""{{
+            .reg .pred p;
+            .reg .b32 to, counted;
+            barrier.cluster.wait.acquire.aligned;
+            setp.lt.u32 p, $2, {cluster};
+            @p mapa.shared::cluster.u32 to, $0, $2;
+            @p mapa.shared::cluster.u32 counted, $3, $2;
+            @p st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [to], $1, [counted];
+        }}"""
+        sent = arith.bitcast(i32(), _over_warp(largest))
+        asm([], [place, sent, lane, barrier], code, "r,r,r,r", volatile=True)
+        emit_wait(arrived, const(0), const(0))
+        quad = arith.addi(shared, arith.muli(arith.minui(lane, const(cluster * warps // 4 - 1)), const(16)))
+        code = "ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];"
+        return _over_warp(tree(larger, asm([f32()] * 4, [quad], code, "=f,=f,=f,=f,r", volatile=True)))
+
+    return finish
+
+
+def _over_warp(largest: ir.Value) -> ir.Value:
+    """The maximum over a warp of numbers that are not negative."""
+    # Such floats order as their bits do.
+    bits = asm([i32()], [largest], "redux.sync.max.u32 $0, $1, 0xffffffff;", "=r,f", volatile=True)
+    return arith.bitcast(f32(), bits[0])
 
 
 def sum_of_squares(elements: list[ir.Value]) -> ir.Value:

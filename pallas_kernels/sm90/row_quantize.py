@@ -1,12 +1,14 @@
 """Rows to FP8 on Hopper: the kernels behind ``row_quantize``.
 
-A thread block takes one row. It loads the row once, 8 elements (16 bytes) a thread and step, and
+A thread block takes a row. It loads the row once, 8 elements (16 bytes) a thread and step, and
 holds it in registers; warps reduce by shuffles, the block through shared memory; then the row is
 multiplied by its scale's reciprocal, cast and stored, 8 bytes a thread and step. A row has as few
 warpgroups as its registers fit in: many rows want several blocks on a multiprocessor, so that one's
 loads hide another's reduction, and one row wants few partial results to wait for. A row that a
 matmul (``SplitSum``) or decode attention left in parts is added up as it is loaded; it has a thread
-for each 8 elements, so that all of its parts are on their way at once.
+for each 8 elements, so that all of its parts are on their way at once. Decode attention's parts of a
+few rows are much to read for so few multiprocessors: a cluster of blocks takes each row, with a thread
+for each 4 elements, and its blocks tell each other their maxima through shared memory.
 """
 
 import dataclasses
@@ -26,7 +28,8 @@ from jaxtyping import Array, Float
 from pallas_kernels import formats
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.sm90 import split_sum
-from pallas_kernels.sm90.attention.combine import combine_eight
+from pallas_kernels.sm90.attention.combine import combine_channels
+from pallas_kernels.sm90.hardware import NUM_SMS
 from pallas_kernels.sm90.inline import (
     SCALAR,
     WARPGROUP,
@@ -40,11 +43,13 @@ from pallas_kernels.sm90.inline import (
     to_e4m3,
 )
 from pallas_kernels.sm90.memory import address, load, load_eight, offset, pack, store, unpack
-from pallas_kernels.sm90.reduction import inverse_rms, larger, over_block, own_units, weighted
+from pallas_kernels.sm90.reduction import inverse_rms, larger, over_block, own_units, start_over_cluster, weighted
 from pallas_kernels.split_sum import SplitSum
 
 CHUNK = 8  # elements of a load
 MAX_WARPGROUPS = 8
+CLUSTERS = (8, 4, 2)
+MAX_CLUSTERED = 4  # warpgroups of a block in a cluster
 MAX_CHUNKS = 8  # a thread holds at most, as 64 float32 registers
 MAX_WIDTH = CHUNK * WARPGROUP * MAX_WARPGROUPS * MAX_CHUNKS
 
@@ -54,20 +59,44 @@ class Config:
     """How the kernel cuts a row.
 
     Attributes:
-        warpgroups: that share a row, 1 to 8.
+        warpgroups: of a block, 1 to 8; up to 4 in a cluster.
+        cluster: blocks that share a row of decode attention's parts: 1, 2, 4 or 8.
     """
 
     warpgroups: int
+    cluster: int = 1
 
     def __post_init__(self):
-        if not 1 <= self.warpgroups <= MAX_WARPGROUPS:
-            raise ValueError(f"warpgroups is {self.warpgroups}; expected 1 to {MAX_WARPGROUPS}")
+        most = MAX_WARPGROUPS if self.cluster == 1 else MAX_CLUSTERED
+        if not 1 <= self.warpgroups <= most:
+            raise ValueError(f"warpgroups is {self.warpgroups}; expected 1 to {most}")
+        if self.cluster not in (1, *CLUSTERS):
+            raise ValueError(f"cluster is {self.cluster}; expected 1 or one of {CLUSTERS}")
+
+    @property
+    def threads(self) -> int:
+        """That share a row."""
+        return WARPGROUP * self.warpgroups * self.cluster
+
+    @property
+    def chunk(self) -> int:
+        """Elements of a thread's step."""
+        return CHUNK if self.cluster == 1 else CHUNK // 2
 
 
 def default_config(width: int, *, parts: bool = False) -> Config:
     """The fewest warpgroups that hold a row of ``width`` elements, or a part of it in a load a thread."""
     warpgroups = -(-width // (CHUNK * WARPGROUP * (1 if parts else MAX_CHUNKS)))
     return Config(min(warpgroups, MAX_WARPGROUPS))
+
+
+def combine_config(rows: int, width: int) -> Config:
+    """The largest cluster that leaves each of its blocks a multiprocessor and a warpgroup of work; else one block."""
+    for cluster in CLUSTERS:
+        one = Config(1, cluster)
+        if rows * cluster <= NUM_SMS and width >= one.threads * one.chunk:
+            return Config(min(-(-width // (one.threads * one.chunk)), MAX_CLUSTERED), cluster)
+    return default_config(width, parts=True)
 
 
 def unsupported(x: Array | SplitSum) -> str | None:
@@ -119,13 +148,14 @@ def sum_norm_quantize(
     return rows, x
 
 
-@functools.partial(jax.jit, static_argnames="group")
+@functools.partial(jax.jit, static_argnames=("group", "config"))
 def combine_quantize(
     partial: Float[Array, "B kv_heads splits 1 rows H"],
     peak: Float[Array, "B kv_heads splits rows"],
     total: Float[Array, "B kv_heads splits rows"],
     *,
     group: int,
+    config: Config | None = None,
 ) -> ScaledArray:
     """Decode attention's output [B, T, heads * H] from that of its splits, in FP8 with a scale per token.
 
@@ -133,9 +163,9 @@ def combine_quantize(
     those of the splits' combination in bf16 and ``quantize_rows``.
     """
     batch, kv_heads, _, _, rows, head_dim = partial.shape
-    width = kv_heads * group * head_dim
+    length, width = rows // group, kv_heads * group * head_dim
     operands = {"partial": partial, "peak": peak, "total": total}
-    return _launch((batch, rows // group, width), operands, default_config(width, parts=True))[0]
+    return _launch((batch, length, width), operands, config or combine_config(batch * length, width))[0]
 
 
 def _launch(
@@ -144,7 +174,7 @@ def _launch(
     """FP8 rows of ``shape``, and x where it is summed from "parts" (but not "partial", attention's)."""
     *rows, width = shape
     flat = math.prod(rows), width
-    if config.warpgroups * WARPGROUP * CHUNK * MAX_CHUNKS < width:
+    if config.threads * config.chunk * MAX_CHUNKS < width:
         raise ValueError(f"config is {config}; expected more warpgroups for rows of {width} elements")
     out_types = {
         "values": jax.ShapeDtypeStruct(flat, formats.E4M3),
@@ -156,14 +186,20 @@ def _launch(
         name = "sum_norm_quantize"
     elif "partial" in operands:
         name = "combine_quantize"
+    warps = 4 * config.warpgroups
+    scratch = {"partials": plgpu.SMEM((max(2, config.cluster) * warps,), jnp.float32)}
+    if config.cluster > 1:
+        scratch["arrived"] = plgpu.SMEM((1, 2), jnp.int32)
     results = plgpu.kernel(
-        functools.partial(_kernel, names=(*operands, *out_types), warpgroups=config.warpgroups, eps=eps),
+        functools.partial(_kernel, names=(*operands, *out_types, *scratch), config=config, eps=eps),
         out_type=tuple(out_types.values()),
         grid=flat[:1],
         grid_names=("row",),
+        cluster=(config.cluster,) if config.cluster > 1 else (),
+        cluster_names=("peer",) if config.cluster > 1 else (),
         num_threads=config.warpgroups,
         thread_name="warpgroup",
-        scratch_types={"partials": plgpu.SMEM((2 * 4 * config.warpgroups,), jnp.float32)},
+        scratch_types=scratch,
         kernel_name=name,
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
     )(*operands.values())
@@ -174,31 +210,43 @@ def _launch(
 # --- device code ------------------------------------------------------------------------------------
 
 
-def _kernel(*refs, names: tuple[str, ...], partials, warpgroups: int, eps: float):
-    @inlined(arg_types=(*(plgpu.RefType() for _ in (*names, "partials")), SCALAR))
+def _kernel(*refs, names: tuple[str, ...], config: Config, eps: float, **scratch):
+    place = [lax.axis_index("row"), *([lax.axis_index("peer")] if config.cluster > 1 else [])]
+
+    @inlined(arg_types=(*(plgpu.RefType() for _ in names), *(SCALAR for _ in place)))
     def inline(_: Any, *arguments: Any) -> None:
-        *memory, row = arguments
-        _quantize_row(dict(zip((*names, "partials"), memory, strict=True)), row.registers.item(), warpgroups, eps)
+        memory, place = arguments[: len(names)], arguments[len(names) :]
+        _quantize_row(
+            dict(zip(names, memory, strict=True)), *(x.registers.item() for x in place), config=config, eps=eps
+        )
 
-    inline(*refs, partials, lax.axis_index("row"))
+    inline(*refs, *(scratch[name] for name in names[len(refs) :]), *place)
 
 
-def _quantize_row(refs: dict[str, ir.Value], row: ir.Value, warpgroups: int, eps: float) -> None:
+def _quantize_row(
+    refs: dict[str, ir.Value], row: ir.Value, peer: ir.Value | None = None, *, config: Config, eps: float
+) -> None:
     """Row ``row`` of x, or of what it is the sum of, to values and scale; normalized if there is a weight.
 
     Args:
-        refs: in global memory, by the names of ``_launch``; ``partials``, float32 [2 * warps], is shared.
+        refs: in global memory, by the names of ``_launch``; ``partials``, float32 [2 * warps], and
+            what a cluster needs for ``start_over_cluster`` are shared.
         row: which.
-        warpgroups: of the block.
+        peer: which of the cluster's blocks this is, where there is one.
+        config: how the row is cut.
         eps: of the norm.
     """
-    (_, width), threads = ir.MemRefType(refs["values"].type).shape, WARPGROUP * warpgroups
-    thread, chunks = utils.thread_idx(), width // CHUNK
-    index, inside = own_units(chunks, threads)
+    (_, width), chunk = ir.MemRefType(refs["values"].type).shape, config.chunk
+    thread = utils.thread_idx()
+    over_cluster = None
+    if peer is not None:
+        thread = arith.addi(arith.muli(peer, const(WARPGROUP * config.warpgroups)), thread)
+        over_cluster = start_over_cluster(refs["partials"], refs["arrived"], peer, config.warpgroups, config.cluster)
+    index, inside = own_units(width // chunk, config.threads, thread)
     if "parts" in refs:
         loaded = [_add_up(refs, row, i) for i in index]
     elif "partial" in refs:
-        loaded = [pack(combine_eight(refs, row, i)) for i in index]
+        loaded = [pack(combine_channels(refs, row, i, chunk)) for i in index]
     else:
         start = address(refs["x"], row, 2 * width)
         loaded = [load(offset(start, i, 2 * CHUNK), i32()) for i in index]
@@ -210,7 +258,10 @@ def _quantize_row(refs: dict[str, ir.Value], row: ir.Value, warpgroups: int, eps
         start = address(refs["weight"])
         factors = [load_eight(offset(start, i, 4 * CHUNK)) for i in index]
         held, largest, total = weighted(held, factors, inside)
-    largest, total = over_block(largest, total, refs["partials"], warpgroups)
+    if over_cluster is None:
+        largest, total = over_block(largest, total, refs["partials"], config.warpgroups)
+    else:
+        largest = over_cluster(largest)
 
     row_scale = absmax_scale(largest, number(1 / formats.E4M3_MAX))
     inverse = reciprocal(row_scale)
@@ -218,8 +269,8 @@ def _quantize_row(refs: dict[str, ir.Value], row: ir.Value, warpgroups: int, eps
     target = address(refs["values"], row, width)
     for i, elements in zip(index, held, strict=True):
         scaled = [arith.mulf(e, inverse) for e in elements]
-        codes = [to_e4m3(scaled[j : j + 4]) for j in range(0, CHUNK, 4)]
-        store(offset(target, i, CHUNK), codes)
+        codes = [to_e4m3(scaled[j : j + 4]) for j in range(0, chunk, 4)]
+        store(offset(target, i, chunk), codes)
 
     with utils.when(arith.cmpi(arith.CmpIPredicate.eq, thread, const(0))):
         if total is not None:

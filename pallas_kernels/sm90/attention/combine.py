@@ -55,25 +55,26 @@ def combine_head(
         scf.YieldOp([])
 
 
-def combine_eight(refs: Mapping[str, ir.Value], token: ir.Value, index: ir.Value) -> list[ir.Value]:
-    """The ``index``-th eight of a token's channels, float32.
+def combine_channels(refs: Mapping[str, ir.Value], token: ir.Value, index: ir.Value, count: int) -> list[ir.Value]:
+    """The ``index``-th ``count`` of a token's channels, four or eight, float32.
 
     Args:
         refs: the three sources whole, and ``values`` [B * T, heads * H] for its shape.
         token: which of all sequences'.
-        index: counts eights.
+        index: counts them.
+        count: of a head's channels.
     """
     partial, peak, total = (refs[name] for name in ("partial", "peak", "total"))
     _, kv_heads, splits, rows = ir.MemRefType(peak.type).shape
     head_dim, (_, width) = ir.MemRefType(partial.type).shape[-1], ir.MemRefType(refs["values"].type).shape
-    group, eights = width // (kv_heads * head_dim), head_dim // 8
+    group, units = width // (kv_heads * head_dim), head_dim // count
     length = rows // group
-    head, eight = arith.divui(index, const(eights)), arith.remui(index, const(eights))
+    head, unit = arith.divui(index, const(units)), arith.remui(index, const(units))
     batch, query = arith.divui(token, const(length)), arith.remui(token, const(length))
     kv_head = arith.addi(arith.muli(batch, const(kv_heads)), arith.divui(head, const(group)))
     row = arith.addi(arith.muli(query, const(group)), arith.remui(head, const(group)))
     first = arith.addi(arith.muli(kv_head, const(splits * rows)), row)
-    return _combined(partial, peak, total, first, arith.muli(eight, const(8)), 8)
+    return _combined(partial, peak, total, first, arith.muli(unit, const(count)), count)
 
 
 def _combined(
