@@ -74,9 +74,16 @@ CASES = {
     "unbiased keys": Case(4, centered=True, clips=(0.97, 0.91), unbiased=True, lengths=(4, 3)),
     "S and offset, all groups in a warp": Case(4, scaled=True, centered=True, lengths=(4, 3), config=sm90.Config(99)),
     "three groups a warp": Case(7, heads=32, kv_heads=8, lengths=(7, 6), config=sm90.Config(3)),
+    "eight pairs a lane": Case(heads=32, kv_heads=8, starts=(0, 39, 5), lengths=(1, 1, 1), config=sm90.Config(1)),
+    "four pairs a lane, three groups a warp": Case(
+        7, heads=32, kv_heads=8, lengths=(7, 6), scaled=True, unbiased=True, config=sm90.Config(3, pairs=4)
+    ),
     "prompts": Case(700, slots=720, starts=(0, 0, 30), lengths=(700, 12, 699), clips=(0.97, 0.91), unbiased=True),
     "a sum": Case(heads=32, kv_heads=8, starts=(0, 39, 5), lengths=(1, 1, 1), parts=2),
     "a sum, S and offset": Case(5, 9, 3, 64, scaled=True, centered=True, lengths=(5, 4), parts=8, quarter_turns=True),
+    "a sum, eight pairs a lane, S, offset": Case(
+        5, scaled=True, centered=True, lengths=(5, 4), parts=3, quarter_turns=True, config=sm90.Config(1)
+    ),
     "a sum, three groups a warp": Case(7, heads=32, kv_heads=8, lengths=(7, 6), parts=4, config=sm90.Config(3)),
     "quarter turns": Case(64, slots=64, starts=(0, 0), lengths=(64, 64), quarter_turns=True),
     "quarter turns, S, offset": Case(
@@ -245,15 +252,23 @@ def test_a_named_kernel_never_falls_back():
         run(rope_quantize, *operands(Case(), "fp8"), implementation="mosaic_gpu")
 
 
-@pytest.mark.parametrize(("tokens", "groups"), [(1, 1), (256, 1), (1024, 2), (16384, 12)])
-def test_a_warp_takes_more_groups_where_there_are_many_tokens(tokens, groups):
-    assert sm90.default_config(tokens, 12).groups == groups
+@pytest.mark.parametrize(
+    ("tokens", "groups", "pairs"), [(1, 1, 4), (64, 1, 4), (256, 1, 8), (1024, 2, 8), (16384, 12, 8)]
+)
+def test_a_warp_takes_more_where_there_are_many_tokens(tokens, groups, pairs):
+    assert sm90.default_config(tokens, 12) == sm90.Config(groups, pairs=pairs)
+    assert sm90.default_config(tokens, 12, unbiased_keys=True) == sm90.Config(groups)
 
 
 @pytest.mark.parametrize("make", [functools.partial(sm90.Config, 0), functools.partial(sm90.Config, 1, warpgroups=0)])
 def test_configs_quote_what_is_wrong(make):
     with pytest.raises(ValueError, match="is 0; expected a positive number"):
         make()
+
+
+def test_configs_quote_pairs_that_make_no_whole_word():
+    with pytest.raises(ValueError, match="pairs is 6; expected 4 or 8"):
+        sm90.Config(1, pairs=6)
 
 
 # --- the kernel on a GPU ------------------------------------------------------------------------------

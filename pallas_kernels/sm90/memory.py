@@ -28,7 +28,7 @@ def wide(x: ir.Value) -> ir.Value:
 def load(
     address: ir.Value, element: ir.Type, count: int = 4, offset: int = 0, *, written: bool = False
 ) -> list[ir.Value]:
-    """One or four 32-bit numbers. In order, so that none is put off.
+    """One, two or four 32-bit numbers. In order, so that none is put off.
 
     Args:
         address: of the first, less ``offset``.
@@ -41,14 +41,21 @@ def load(
     space = "global" if written else "global.nc"
     if count == 1:
         return asm([element], [address], f"ld.{space}.{kind} $0, [$1 + {offset}];", f"{register},l", volatile=True)
-    assert count == 4
-    code = f"ld.{space}.v4.{kind} {{$0, $1, $2, $3}}, [$4 + {offset}];"
-    return asm([element] * 4, [address], code, ",".join([register] * 4 + ["l"]), volatile=True)
+    assert count in (2, 4)
+    results = ", ".join(f"${i}" for i in range(count))
+    code = f"ld.{space}.v{count}.{kind} {{{results}}}, [${count} + {offset}];"
+    return asm([element] * count, [address], code, ",".join([register] * count + ["l"]), volatile=True)
+
+
+def load_floats(address: ir.Value, count: int, offset: int = 0, *, written: bool = False) -> list[ir.Value]:
+    """``count`` float32, a multiple of four."""
+    places = range(offset, offset + 4 * count, 16)
+    return [number for at in places for number in load(address, f32(), offset=at, written=written)]
 
 
 def load_eight(address: ir.Value, offset: int = 0, *, written: bool = False) -> list[ir.Value]:
     """Eight float32."""
-    return [number for at in (offset, offset + 16) for number in load(address, f32(), offset=at, written=written)]
+    return load_floats(address, 8, offset, written=written)
 
 
 def store(address: ir.Value, numbers: Sequence[ir.Value]) -> None:

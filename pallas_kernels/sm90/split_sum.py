@@ -7,7 +7,7 @@ from jaxlib.mlir.dialects import arith
 from jaxtyping import Array
 
 from pallas_kernels.sm90.inline import f32, i32
-from pallas_kernels.sm90.memory import address, load, load_eight, offset, pack, unpack
+from pallas_kernels.sm90.memory import address, load, load_floats, offset, pack, unpack
 from pallas_kernels.split_sum import SplitSum
 
 EIGHT = 8  # channels that a thread adds up at once
@@ -26,12 +26,12 @@ def operands(total: SplitSum) -> dict[str, Array]:
     return {"parts": total.parts, "channel_scale": total.channel_scale, "x_scale": total.x_scale}
 
 
-def add_up(refs: Mapping[str, ir.Value], row: ir.Value, index: ir.Value) -> list[ir.Value]:
-    """The ``index``-th eight of a row's sums, times both scales, in float32.
+def add_up(refs: Mapping[str, ir.Value], row: ir.Value, index: ir.Value, count: int) -> list[ir.Value]:
+    """The ``index``-th ``count`` (four or eight) of a row's sums, times both scales, in float32.
 
     Each step is rounded as in ``SplitSum.finish``. All loads come before the first sum.
     """
-    return _start_sums(refs, row, index)()
+    return _start_sums(refs, row, index, count)()
 
 
 def start_row(
@@ -45,18 +45,18 @@ def start_row(
     words = load(offset(address(refs["residual"], row, 2 * width), index, 2 * EIGHT), i32(), written=written)
     if "parts" not in refs:
         return lambda: words
-    sums = _start_sums(refs, row, index, written=written)
+    sums = _start_sums(refs, row, index, EIGHT, written=written)
     return lambda: pack([arith.addf(*pair) for pair in zip(sums(), unpack(words), strict=True)])
 
 
 def _start_sums(
-    refs: Mapping[str, ir.Value], row: ir.Value, index: ir.Value, *, written: bool = False
+    refs: Mapping[str, ir.Value], row: ir.Value, index: ir.Value, count: int, *, written: bool = False
 ) -> Callable[[], list[ir.Value]]:
     """The loads of ``add_up``, and the rest of it."""
     parts, rows, columns = ir.MemRefType(refs["parts"].type).shape
-    first = offset(address(refs["parts"], row, 4 * columns), index, 4 * EIGHT)
-    loaded = [load_eight(first, 4 * rows * columns * part, written=written) for part in range(parts)]
-    channel_scale = load_eight(offset(address(refs["channel_scale"]), index, 4 * EIGHT))
+    first = offset(address(refs["parts"], row, 4 * columns), index, 4 * count)
+    loaded = [load_floats(first, count, 4 * rows * columns * part, written=written) for part in range(parts)]
+    channel_scale = load_floats(offset(address(refs["channel_scale"]), index, 4 * count), count)
     (x_scale,) = load(address(refs["x_scale"], row, 4), f32(), 1, written=written)
 
     def finish() -> list[ir.Value]:

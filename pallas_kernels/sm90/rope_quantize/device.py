@@ -4,7 +4,8 @@ How a row is quantized in registers is in ``registers``.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -19,21 +20,23 @@ from pallas_kernels.sm90.inline import (
     SCALAR,
     absmax_scale,
     const,
-    f32,
     i32,
     inlined,
     number,
-    reciprocal,
     to_e4m3,
 )
 from pallas_kernels.sm90.rope_quantize import registers as emit
 
 CACHE = ("key", "key_scale", "value", "value_scale")
+PARAMETERS = ("post_rope_scale", "key_offset")  # by channel; there may be none
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Sizes; ``heads`` and ``kv_heads`` of ``head_dim`` for each of ``batch`` x ``length`` tokens."""
+    """Sizes; ``heads`` and ``kv_heads`` of ``head_dim`` for each of ``batch`` x ``length`` tokens.
+
+    A lane holds ``pairs`` (i, i + H/2) of a row, four or eight.
+    """
 
     batch: int
     length: int
@@ -44,6 +47,7 @@ class Problem:
     key_clip: float
     value_clip: float
     unbiased_keys: bool
+    pairs: int = 8
 
     @property
     def tokens(self) -> int:
@@ -52,7 +56,7 @@ class Problem:
     @property
     def lanes(self) -> int:
         """Lanes that share a row."""
-        return self.head_dim // (2 * emit.PAIRS)
+        return self.head_dim // (2 * self.pairs)
 
     @property
     def rows(self) -> int:
@@ -92,7 +96,11 @@ class Group(NamedTuple):
     is_key: ir.Value  # i1, likewise
     head: ir.Value  # among the heads of its kind
     packed_head: ir.Value  # among all
+    kv_head: ir.Value  # that it belongs to
     exists: ir.Value  # i1; a group may have more rows than there are heads
+
+
+ByChannel = Callable[[str], emit.Row]  # the lane's part of one of PARAMETERS
 
 
 def run(refs: dict[str, Any], block: Any, problem: Problem, groups: int, warps: int) -> None:
@@ -120,11 +128,14 @@ class _Warp:
         index = arith.divui(warp, const(parts))
         with emit.when(emit.less(index, const(problem.tokens))):
             first = arith.muli(arith.remui(warp, const(parts)), const(groups))
-            words = self.load(index, self.group(first))
-            token = self.token(index)
+            group = self.group(first)
+            words = self.load(index, group)
             if groups == 1:
-                self.process(token, self.group(first), emit.unpacked(words))
+                # All loads before anything that waits for one.
+                held = {name: self.by_channel(group, name) for name in PARAMETERS if name in self.refs}
+                self.process(self.token(index), group, emit.unpacked(words), held.__getitem__)
                 return
+            token = self.token(index)
             end = arith.minui(arith.addi(first, const(groups)), const(problem.groups))
             last = arith.subi(end, const(1))
             loop = scf.ForOp(first, end, const(1), words)
@@ -134,7 +145,8 @@ class _Warp:
                 # a move to others would wait for the load.
                 row = emit.unpacked(loop.inner_iter_args)
                 ahead = self.load(index, self.group(following))
-                self.process(token, self.group(loop.induction_variable), row)
+                group = self.group(loop.induction_variable)
+                self.process(token, group, row, functools.partial(self.by_channel, group))
                 scf.yield_(ahead)
 
     # --- what is where --------------------------------------------------------------------------------
@@ -167,7 +179,8 @@ class _Warp:
             arith.select(below_values, const(problem.heads), const(problem.heads + problem.kv_heads)),
         )
         is_key = arith.andi(below_values, arith.xori(is_query, emit.true()))
-        return Group(is_query, is_key, head, arith.addi(first, head), exists)
+        kv_head = arith.select(is_query, arith.divui(head, const(problem.heads // problem.kv_heads)), head)
+        return Group(is_query, is_key, head, arith.addi(first, head), kv_head, exists)
 
     def address(self, name: str, row: ir.Value, row_bytes: int, lane_bytes: int = 0, offset: int = 0) -> ir.Value:
         """Of byte ``offset`` in the lane's ``lane_bytes`` of a row, as a 64-bit integer."""
@@ -175,7 +188,7 @@ class _Warp:
         return arith.addi(memory.address(self.refs[name], row, row_bytes), memory.wide(lane))
 
     def load(self, token: ir.Value, group: Group) -> list[ir.Value]:
-        """The lane's bf16 pairs: four words of the first half, four of the second."""
+        """The lane's bf16 pairs: words of the first half, and of the second."""
         if "parts" in self.refs:
             return self.add_up(token, group)
         problem = self.problem
@@ -184,7 +197,9 @@ class _Warp:
         return [
             word
             for offset in (0, size // 2)
-            for word in memory.load(self.address("packed", row, size, 2 * emit.PAIRS, offset), i32())
+            for word in memory.load(
+                self.address("packed", row, size, 2 * problem.pairs, offset), i32(), problem.pairs // 2
+            )
         ]
 
     def add_up(self, token: ir.Value, group: Group) -> list[ir.Value]:
@@ -194,35 +209,37 @@ class _Warp:
             arith.addi(arith.muli(arith.addi(halves, const(half)), const(self.problem.lanes)), self.part)
             for half in (0, 1)
         ]
-        return [word for place in places for word in memory.pack(split_sum.add_up(self.refs, token, place))]
+        sums = [split_sum.add_up(self.refs, token, place, self.problem.pairs) for place in places]
+        return [word for half in sums for word in memory.pack(half)]
 
     def floats(self, name: str, row: ir.Value, columns: int, first: int) -> list[ir.Value]:
-        """The lane's emit.PAIRS of the float32 columns from ``first`` on."""
-        offsets = (4 * first, 4 * first + 16)
-        starts = [self.address(name, row, 4 * columns, 4 * emit.PAIRS, at) for at in offsets]
-        return [number for start in starts for number in memory.load(start, f32())]
+        """The lane's pairs of the float32 columns from ``first`` on."""
+        pairs = self.problem.pairs
+        return memory.load_floats(self.address(name, row, 4 * columns, 4 * pairs, 4 * first), pairs)
 
-    def by_channel(self, name: str, kv_head: ir.Value) -> emit.Row:
+    def by_channel(self, group: Group, name: str) -> emit.Row:
         """The lane's part of a [kv_heads, H] parameter."""
         head_dim = self.problem.head_dim
-        return emit.Row(*(self.floats(name, kv_head, head_dim, first) for first in (0, head_dim // 2)))
+        return emit.Row(*(self.floats(name, group.kv_head, head_dim, first) for first in (0, head_dim // 2)))
 
     # --- the steps ------------------------------------------------------------------------------------
 
-    def process(self, token: Token, group: Group, row: emit.Row) -> None:
+    def process(self, token: Token, group: Group, row: emit.Row, by_channel: ByChannel) -> None:
+        pairs = self.problem.pairs
+
         def query() -> Sequence[ir.Value]:
-            self.store_query(token, group, self.rotated_query(token, group, row))
+            self.store_query(token, group, self.rotated_query(token, row, by_channel))
             return ()
 
         def key_or_value() -> Sequence[ir.Value]:
             with emit.when(token.stored):
                 elements = emit.choose(
                     group.is_key,
-                    lambda: self.rotated_key(token, group, row).elements,
+                    lambda: self.rotated_key(token, row, by_channel).elements,
                     lambda: row.elements,
-                    2 * emit.PAIRS,
+                    2 * pairs,
                 )
-                self.store_codes(token, group, emit.Row(elements[: emit.PAIRS], elements[emit.PAIRS :]))
+                self.store_codes(token, group, emit.Row(elements[:pairs], elements[pairs:]))
             return ()
 
         emit.choose(group.is_query, query, key_or_value)
@@ -235,18 +252,16 @@ class _Warp:
             high.append(emit.fma(second, cos, arith.mulf(first, sin)))
         return emit.Row(low, high)
 
-    def rotated_query(self, token: Token, group: Group, row: emit.Row) -> emit.Row:
+    def rotated_query(self, token: Token, row: emit.Row, by_channel: ByChannel) -> emit.Row:
         row = self.rotate(token, row)
         if "post_rope_scale" not in self.refs:
             return row
-        kv_head = arith.divui(group.head, const(self.problem.heads // self.problem.kv_heads))
-        inverse = self.by_channel("post_rope_scale", kv_head).map(reciprocal)
-        return row.map(arith.mulf, inverse)
+        return row.map(arith.mulf, emit.reciprocals(by_channel("post_rope_scale")))
 
-    def rotated_key(self, token: Token, group: Group, row: emit.Row) -> emit.Row:
+    def rotated_key(self, token: Token, row: emit.Row, by_channel: ByChannel) -> emit.Row:
         row = self.rotate(token, row)
-        scale = self.by_channel("post_rope_scale", group.head) if "post_rope_scale" in self.refs else None
-        offset = self.by_channel("key_offset", group.head).map(arith.negf) if "key_offset" in self.refs else None
+        scale = by_channel("post_rope_scale") if "post_rope_scale" in self.refs else None
+        offset = by_channel("key_offset").map(arith.negf) if "key_offset" in self.refs else None
         if scale is not None and offset is not None:
             return row.map(emit.fma, scale, offset)
         if scale is not None:
@@ -259,8 +274,8 @@ class _Warp:
         row = emit.quotients(row, scale)
         index = arith.addi(arith.muli(token.index, const(problem.heads)), group.head)
         for offset, half in zip((0, problem.head_dim // 2), row, strict=True):
-            words = [to_e4m3(half[i : i + 4]) for i in (0, 4)]
-            emit.store(self.address("query", index, problem.head_dim, emit.PAIRS, offset), words, group.exists)
+            words = [to_e4m3(half[i : i + 4]) for i in range(0, problem.pairs, 4)]
+            emit.store(self.address("query", index, problem.head_dim, problem.pairs, offset), words, group.exists)
         self.store_scale("query_scale", index, 4, arith.bitcast(i32(), scale), group)
 
     def store_codes(self, token: Token, group: Group, row: emit.Row) -> None:
@@ -281,7 +296,7 @@ class _Warp:
                 1,
             )
             rounded = emit.to_bf16(scale)
-        words = [emit.to_int4(row.low[i : i + 4], row.high[i : i + 4]) for i in (0, 4)]
+        words = [emit.to_int4(row.low[i : i + 4], row.high[i : i + 4]) for i in range(0, problem.pairs, 4)]
         sequence = arith.addi(arith.muli(token.sequence, const(problem.kv_heads)), group.head)
         capacity = arith.constant(ir.IntegerType.get_signless(64), problem.capacity)
         index = arith.addi(arith.muli(memory.wide(sequence), capacity), memory.wide(token.slot))
@@ -289,7 +304,7 @@ class _Warp:
         is_value = arith.xori(group.is_key, emit.true())
         for name, wanted in (("key", group.is_key), ("value", is_value)):
             this = group._replace(exists=arith.andi(group.exists, wanted))
-            emit.store(self.address(name, index, problem.head_dim // 2, emit.PAIRS), words, this.exists)
+            emit.store(self.address(name, index, problem.head_dim // 2, problem.pairs), words, this.exists)
             self.store_scale(f"{name}_scale", index, 2, rounded, this)
 
     def store_scale(self, name: str, row: ir.Value, size: int, word: ir.Value, group: Group) -> None:

@@ -6,6 +6,9 @@ magnitude is shuffled. A warp takes 512 / H heads of a token at a time: a group.
 token's cos and sin in registers, goes through its groups and loads one ahead. What a matmul left
 in parts (``SplitSum``) is added up as it is loaded.
 
+With few tokens a warp waits for memory once and then for its own instructions, which are as many as
+its lanes have elements: there they have half of them.
+
 The caches are refs that the kernel writes into: where their buffers are donated nothing is copied.
 """
 
@@ -28,6 +31,7 @@ from pallas_kernels.sm90.rope_quantize import device
 from pallas_kernels.split_sum import SplitSum
 
 HEAD_DIMS = (64, 128, 256)
+FEW_WARPS = 8  # for each multiprocessor: so few wait for memory, and for each instruction's result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,19 +41,28 @@ class Config:
     Attributes:
         groups: groups of heads that a warp goes through, at most.
         warpgroups: warpgroups of a thread block.
+        pairs: that a lane holds of a row, 4 or 8.
     """
 
     groups: int
     warpgroups: int = 1
+    pairs: int = 8
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
             if value < 1:
                 raise ValueError(f"{name} is {value}; expected a positive number")
+        if self.pairs not in (4, 8):
+            raise ValueError(f"pairs is {self.pairs}; expected 4 or 8")
 
 
-def default_config(tokens: int, groups: int) -> Config:
-    """All of a token's ``groups`` in one warp where that leaves 32 warps for each of a GPU's multiprocessors."""
+def default_config(tokens: int, groups: int, *, unbiased_keys: bool = False) -> Config:
+    """All of a token's ``groups`` in one warp where that leaves 32 warps for each of a GPU's multiprocessors.
+
+    Half a group, if there would be few warps. ``unbiased_keys`` keep the order in which eight pairs are summed.
+    """
+    if tokens * groups <= NUM_SMS * FEW_WARPS and not unbiased_keys:
+        return Config(1, pairs=4)
     most = min(groups, max(1, tokens * groups // (NUM_SMS * 32)))
     return Config(-(-groups // -(-groups // most)))  # the same for all warps of a token
 
@@ -111,7 +124,8 @@ def rope_quantize(
         value_clip=value_clip,
         unbiased_keys=unbiased_keys,
     )
-    config = config or default_config(problem.tokens, problem.groups)
+    config = config or default_config(problem.tokens, problem.groups, unbiased_keys=unbiased_keys)
+    problem = dataclasses.replace(problem, pairs=config.pairs)
     parts = -(-problem.groups // config.groups)
     blocks = -(-problem.tokens * parts // (4 * config.warpgroups))
     optional = {"post_rope_scale": post_rope_scale, "key_offset": key_offset}

@@ -4,6 +4,7 @@ Nothing is rounded by a rule of its own: scales, E4M3 and INT4 follow ``formats`
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -13,12 +14,11 @@ from jaxlib.mlir.dialects import arith, llvm, scf
 
 from pallas_kernels.sm90.inline import asm, const, f32, i32, number, reciprocal
 from pallas_kernels.sm90.memory import unpack
-
-PAIRS = 8  # (i, i + H/2) that a lane holds: 16 bytes of bf16 of each half
+from pallas_kernels.sm90.reduction import tree
 
 
 class Row(NamedTuple):
-    """A lane's part of a row: elements i and i + H/2, PAIRS each."""
+    """A lane's part of a row: elements i and i + H/2, as many of each."""
 
     low: Sequence[ir.Value]
     high: Sequence[ir.Value]
@@ -81,8 +81,9 @@ def store(address: ir.Value, words: Sequence[ir.Value], condition: ir.Value, bit
 
 
 def unpacked(words: Sequence[ir.Value]) -> Row:
-    """float32 of two bf16 a word, four words of each half."""
-    return Row(unpack(words[:4]), unpack(words[4:]))
+    """float32 of two bf16 a word, as many words of each half."""
+    middle = len(words) // 2
+    return Row(unpack(words[:middle]), unpack(words[middle:]))
 
 
 def to_bf16(x: ir.Value) -> ir.Value:
@@ -100,10 +101,9 @@ def from_bf16(word: ir.Value) -> ir.Value:
 
 def finite_absmax(row: Row, lanes: int) -> ir.Value:
     """``formats.finite_absmax`` of a row that ``lanes`` neighbouring lanes share."""
-    largest = number(0.0)
-    for x in row.elements:
-        largest = _larger_if_finite(largest, x)
-    return _over_lanes(arith.maxnumf, largest, lanes)
+    # Four chains, which do not wait for each other.
+    chains = [functools.reduce(_larger_if_finite, row.elements[i::4], number(0.0)) for i in range(4)]
+    return _over_lanes(arith.maxnumf, tree(arith.maxnumf, chains), lanes)
 
 
 def energy_over_kept(row: Row, lanes: int) -> ir.Value:
@@ -132,6 +132,27 @@ def _larger_if_finite(largest: ir.Value, x: ir.Value) -> ir.Value:
     """max(largest, |x|); x * 0 + x is NaN for an infinity, and the maximum passes over NaN."""
     code = "{ .reg .f32 y; fma.rn.f32 y, $2, 0f00000000, $2; abs.f32 y, y; max.f32 $0, $1, y; }"
     return asm([f32()], [largest, x], code, "=f,f,f", volatile=False)[0]
+
+
+def reciprocals(row: Row) -> Row:
+    """1 / x of each element, as ``reciprocal``, but with one branch for all where that has one for each.
+
+    The hardware's reciprocal and a Newton step are rounded to nearest for 2^-126 <= |x| < 2^126.
+    """
+
+    def quick(x: ir.Value) -> ir.Value:
+        [inverse] = asm([f32()], [x], "rcp.approx.ftz.f32 $0, $1;", "=f,f", volatile=False)
+        return fma(inverse, fma(arith.negf(x), inverse, number(1.0)), inverse)
+
+    bits = [arith.andi(arith.bitcast(i32(), x), const(0x7FFFFFFF)) for x in row.elements]
+    farthest = tree(arith.maxui, [arith.subi(x, const(0x00800000)) for x in bits])
+    elements = choose(
+        less(farthest, const(0x7E000000)),
+        lambda: [quick(x) for x in row.elements],
+        lambda: [reciprocal(x) for x in row.elements],
+        len(row.elements),
+    )
+    return Row(elements[: len(row.low)], elements[len(row.low) :])
 
 
 def quotients(row: Row, scale: ir.Value) -> Row:
