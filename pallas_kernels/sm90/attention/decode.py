@@ -6,7 +6,7 @@ stages, which it asks TMA to fill, so that one's arithmetic hides another's late
 dequantized in registers and are WGMMA's A operand in both products (S^T = K Q^T, O^T = V^T P^T):
 the few queries are the narrow N side. The warpgroups' results are combined in shared memory; the
 blocks', where a sequence is split over several, by a second kernel. Output in FP8 needs a token's
-largest number: a third kernel finds it, unless the token's splits are few enough for one block.
+largest number: a third kernel finds it, unless the token's splits are few enough for the second.
 
 P is cast to FP8 with the value's scale folded in: P = exp2(score - m) * scale_v * 256, where m is
 the running maximum of score + log2(scale_v); nothing overflows and the largest term of each
@@ -35,8 +35,9 @@ from pallas_kernels.sm90.hardware import NUM_SMS
 HEAD_DIMS = (64, 128, 256)
 PAGE_MULTIPLE = 256  # a page holds whole tiles
 SHORT = 2048  # slots up to which small blocks are faster than long streams
-# Numbers of a token's splits (splits x heads x head_dim) up to which one block combines and quantizes
-# them: 192 KiB, which a multiprocessor reads in less than the time of another kernel, 2 us.
+# Numbers of a token's splits (splits x heads x head_dim) up to which one block, or with few tokens a
+# cluster, combines and quantizes them: 192 KiB, which a multiprocessor reads in less than the time of
+# another kernel, 2 us.
 MOST_IN_A_BLOCK = 3 << 14
 _LOG2E = math.log2(math.e)
 
