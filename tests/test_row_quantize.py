@@ -274,6 +274,8 @@ def test_configuration_quotes_what_is_wrong(warpgroups):
         sm90.Config(warpgroups)
     with pytest.raises(ValueError, match="more warpgroups"):
         sm90.quantize_rows(random_rows((2, 16384)), config=sm90.Config(1))
+    with pytest.raises(ValueError, match="expected a cluster of 1"):
+        sm90.quantize_rows(random_rows((2, 4096)), config=sm90.Config(1, 8))
     with pytest.raises(ValueError, match="warpgroups is 5; expected 1 to 4"):
         sm90.Config(5, 8)
     with pytest.raises(ValueError, match="cluster is 3"):

@@ -176,6 +176,8 @@ def _launch(
     flat = math.prod(rows), width
     if config.threads * config.chunk * MAX_CHUNKS < width:
         raise ValueError(f"config is {config}; expected more warpgroups for rows of {width} elements")
+    if config.cluster > 1 and "partial" not in operands:
+        raise ValueError(f"config is {config}; expected a cluster of 1, but for decode attention's parts")
     out_types = {
         "values": jax.ShapeDtypeStruct(flat, formats.E4M3),
         "scale": jax.ShapeDtypeStruct(flat[:1], jnp.float32),
