@@ -11,13 +11,15 @@ each visible pair of query and key; decode rates count the bytes of codes and sc
 import argparse
 import concurrent.futures
 import functools
+import itertools
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from timing import alone, compile_all
 
 from pallas_kernels import formats
 from pallas_kernels.formats import ScaledArray
@@ -38,27 +40,43 @@ PAGE = 256
 PREFILL_CONFIGS = (prefill.Config(), prefill.Config(pipeline=1))
 
 
-def median_ms(run: Callable, inputs: Sequence[tuple], iterations: int, repeats: int = 5) -> float:
-    """Median time of one ``run``, called in turn on each of ``inputs`` inside one jitted loop."""
+class Timing(NamedTuple):
+    """A call to be timed, in turn on each of its inputs inside one jitted loop."""
 
-    @jax.jit
-    def loop(inputs):
-        def body(_, token):
-            for args in inputs:
-                # Ties every call to the last one's result, so that none is hoisted or merged.
-                args, token = jax.lax.optimization_barrier((args, token))
-                token = token + run(*args).reshape(-1)[0].astype(jnp.float32)
-            return token
+    run: Callable
+    inputs: Callable[[], Sequence[tuple]]  # made when they are needed
+    iterations: int
 
-        return jax.lax.fori_loop(0, iterations, body, jnp.float32(0))
+    def program(self) -> tuple[Any, tuple[Any]]:
+        """For ``compile_all``."""
 
-    loop(inputs).block_until_ready()
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        loop(inputs).block_until_ready()
-        times.append(time.perf_counter() - begin)
-    return float(np.median(times)) * 1e3 / (iterations * len(inputs))
+        @jax.jit
+        def loop(inputs):
+            def body(_, token):
+                for args in inputs:
+                    # Ties every call to the last one's result, so that none is hoisted or merged.
+                    args, token = jax.lax.optimization_barrier((args, token))
+                    token = token + self.run(*args).reshape(-1)[0].astype(jnp.float32)
+                return token
+
+            return jax.lax.fori_loop(0, self.iterations, body, jnp.float32(0))
+
+        return loop, (jax.eval_shape(self.inputs),)
+
+
+def median_ms(timings: Sequence[Timing], repeats: int = 5) -> Iterator[float]:
+    """Median time of a call, for each timing in turn; all are compiled before any runs."""
+    programs = compile_all({i: timing.program() for i, timing in enumerate(timings)})
+    for timing, program in zip(timings, programs.values(), strict=True):
+        inputs = timing.inputs()
+        times = []
+        with alone():
+            program(inputs).block_until_ready()
+            for _ in range(repeats):
+                begin = time.perf_counter()
+                program(inputs).block_until_ready()
+                times.append(time.perf_counter() - begin)
+        yield float(np.median(times)) * 1e3 / (timing.iterations * len(inputs))
 
 
 # --- errors ---------------------------------------------------------------------------------------
@@ -129,57 +147,74 @@ def random_cache(seed: int, batch: int, slots: int) -> tuple[ScaledArray, Scaled
 
 def time_decode(quick: bool) -> None:
     print("decode, one token: us and GB/s for each Config, then bf16 caches")
-    shapes = [(batch, slots) for batch in (1, 16, 64) for slots in (1024, 4096, 16384, 65536)]
+    shapes = [(batch, slots) for batch in (1, 16, 64) for slots in (1024, 2048, 4096, 16384, 65536)]
     if quick:
         shapes = [(1, 1024), (16, 1024), (1, 65536), (16, 4096), (64, 16384)]
+    peers = ("cudnn",) if quick else ("cudnn", "xla")
+    timings, of_shape = [], {}
     for batch, slots in shapes:
         size = batch * slots * 2 * KV_HEADS * (HEAD_DIM // 2 + 2)
+        iterations = max(2, int(2e-2 / max(5e-6, size / 3e12)))
         copies = max(1, min(8, -(-4 * L2_BYTES // size)))
         lengths = jnp.full((batch,), slots, jnp.int32)
-        q = formats.quantize_fp8(jax.random.normal(jax.random.key(0), (batch, 1, HEADS, HEAD_DIM)))
-        inputs = [(q, *random_cache(i, batch, slots)) for i in range(copies)]
-        iterations = max(2, int(2e-2 / max(5e-6, size / 3e12)) // copies)
-        line = f"  {batch:3d} x {slots:6d}"
+        first = len(timings)
         for config in DECODE_CONFIGS:
             run = functools.partial(
                 decode.decode_attention, query_start=lengths - 1, kv_lengths=lengths, scale=SCALE, config=config
             )
-            ms = median_ms(run, inputs, iterations)
-            line += f" | {ms * 1e3:7.1f} us {size / ms / 1e6:5.0f}"
-        del inputs
-        if batch * slots > 1 << 20:  # the bf16 cache would not fit beside its copies
-            print(line, flush=True)
-            continue
-        copies = max(1, min(4, -(-4 * L2_BYTES // (4 * batch * slots * KV_HEADS * HEAD_DIM))))
-        inputs = [bf16_operands(i, batch, 1, slots) for i in range(copies)]
-        for name in ("cudnn",) if quick else ("cudnn", "xla"):
-            attend = functools.partial(jax.nn.dot_product_attention, implementation=name)
-            line += f" | {name} {median_ms(attend, inputs, max(2, iterations // 4), 3) * 1e3:7.1f} us"
+            inputs = functools.partial(decode_operands, batch, 1, slots, copies)
+            timings.append(Timing(run, inputs, max(2, iterations // copies)))
+        if batch * slots <= 1 << 20:  # else the bf16 cache would not fit beside its copies
+            copies = max(1, min(4, -(-4 * L2_BYTES // (4 * batch * slots * KV_HEADS * HEAD_DIM))))
+            for name in peers:
+                attend = functools.partial(jax.nn.dot_product_attention, implementation=name)
+                inputs = functools.partial(bf16_operands, copies, batch, 1, slots)
+                timings.append(Timing(attend, inputs, max(2, iterations // (4 * copies))))
+        of_shape[batch, slots] = size, len(timings) - first
+    times = median_ms(timings)
+    for (batch, slots), (size, count) in of_shape.items():
+        line = f"  {batch:3d} x {slots:6d}"
+        for i, ms in enumerate(itertools.islice(times, count)):
+            line += f" | {ms * 1e3:7.1f} us"
+            line += f" {size / ms / 1e6:5.0f}" if i < len(DECODE_CONFIGS) else f" {peers[i - len(DECODE_CONFIGS)]}"
         print(line, flush=True)
+
+
+def decode_operands(batch: int, length: int, slots: int, copies: int) -> list[tuple]:
+    """One batch of queries, and ``copies`` INT4 caches."""
+    q = formats.quantize_fp8(jax.random.normal(jax.random.key(0), (batch, length, HEADS, HEAD_DIM)))
+    return [(q, *random_cache(i, batch, slots)) for i in range(copies)]
 
 
 def time_few_queries() -> None:
     """Several queries a sequence, and the cache in pages, against one query over a cache in one piece."""
     print("decode of several tokens, and in pages of 256 slots in random order: us, and over one token's")
-    for batch, slots in ((1, 16384), (16, 4096), (64, 4096)):
-        key, value = random_cache(0, batch, slots)
-        lengths, one = jnp.full((batch,), slots, jnp.int32), None
+    shapes = (1, 16384), (16, 4096), (64, 4096)
+    forms = (1, False), (1, True), (4, False), (8, False), (16, False), (16, True)
+    timings = []
+    for (batch, slots), (length, paged) in itertools.product(shapes, forms):
+        lengths = jnp.full((batch,), slots, jnp.int32)
         pages = batch * slots // PAGE
         table = jax.random.permutation(jax.random.key(1), pages).astype(jnp.int32).reshape(batch, -1)
+        run = functools.partial(
+            decode.decode_attention,
+            query_start=lengths - length,
+            kv_lengths=lengths,
+            scale=SCALE,
+            page_table=table if paged else None,
+        )
+
+        def inputs(batch: int = batch, length: int = length, slots: int = slots, paged: bool = paged) -> list[tuple]:
+            [(q, *cache)] = decode_operands(batch, length, slots, 1)
+            return [(q, *(jax.tree.map(in_pages, cache) if paged else cache))]
+
+        timings.append(Timing(run, inputs, 200))
+    times = median_ms(timings)
+    for batch, slots in shapes:
+        us = [ms * 1e3 for ms in itertools.islice(times, len(forms))]
         line = f"  {batch:3d} x {slots:6d}"
-        for length, paged in ((1, False), (1, True), (4, False), (8, False), (16, False), (16, True)):
-            q = formats.quantize_fp8(jax.random.normal(jax.random.key(0), (batch, length, HEADS, HEAD_DIM)))
-            rows = jax.tree.map(in_pages, (key, value)) if paged else (key, value)
-            run = functools.partial(
-                decode.decode_attention,
-                query_start=lengths - length,
-                kv_lengths=lengths,
-                scale=SCALE,
-                page_table=table if paged else None,
-            )
-            us = median_ms(run, [(q, *rows)], 200) * 1e3
-            one = one or us
-            line += f" | T {length:2d}{' paged' if paged else ''} {us:7.1f} us {us / one:5.2f}"
+        for (length, paged), each in zip(forms, us, strict=True):
+            line += f" | T {length:2d}{' paged' if paged else ''} {each:7.1f} us {each / us[0]:5.2f}"
         print(line, flush=True)
 
 
@@ -191,39 +226,46 @@ def in_pages(x: jax.Array) -> jax.Array:
 
 
 def time_prefill() -> None:
-    print("prefill, causal: ms and TFLOP/s for each Config, the kernel without preparation, then bf16")
-    for batch, length in ((16, 1024), (4, 4096), (1, 16384)):
+    print("prefill, causal: ms and TFLOP/s for each Config, the kernel without preparation, then cuDNN's in bf16")
+    shapes = (16, 1024), (4, 4096), (1, 16384)
+    timings = []
+    for batch, length in shapes:
         start, lengths = jnp.zeros((batch,), jnp.int32), jnp.full((batch,), length, jnp.int32)
-        tera = 4e-9 * HEAD_DIM * HEADS * batch * length * (length + 1) / 2
-        q = formats.quantize_fp8(jax.random.normal(jax.random.key(0), (batch, length, HEADS, HEAD_DIM)))
-        inputs = [(q, *random_cache(1, batch, length))]
-        line = f"  {batch:3d} x {length:6d}"
+        inputs = functools.partial(decode_operands, batch, length, length, 1)
         for config in PREFILL_CONFIGS:
             run = functools.partial(
                 prefill.prefill_attention, query_start=start, kv_lengths=lengths, scale=SCALE, config=config
             )
-            ms = median_ms(run, inputs, 10, 3)
-            line += f" | {ms:6.3f} {tera / ms:5.0f}"
-        _, key, value = inputs[0]
-        assert q.scale is not None
-        prepared = [(q.values, q.scale[..., 0], *jax.jit(prefill.prepare)(key, value, lengths), start, lengths)]
+            timings.append(Timing(run, inputs, 10))
+
+        def prepared(inputs: Callable = inputs, start: jax.Array = start, lengths: jax.Array = lengths) -> list[tuple]:
+            [(q, key, value)] = inputs()
+            assert q.scale is not None
+            return [(q.values, q.scale[..., 0], *jax.jit(prefill.prepare)(key, value, lengths), start, lengths)]
+
         launch = functools.partial(
             prefill.launch, scale=SCALE, causal=True, window=None, out_dtype=jnp.bfloat16, config=prefill.Config()
         )
-        ms = median_ms(launch, prepared, 10, 3)
-        line += f" | kernel {ms:6.3f} {tera / ms:5.0f}"
+        timings.append(Timing(launch, prepared, 10))
         attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
-        ms = median_ms(attend, [bf16_operands(0, batch, length, length)], 10, 3)
-        print(line + f" | cudnn {ms:6.3f} {tera / ms:5.0f}", flush=True)
+        timings.append(Timing(attend, functools.partial(bf16_operands, 1, batch, length, length), 10))
+    times = median_ms(timings, 3)
+    for batch, length in shapes:
+        tera = 4e-9 * HEAD_DIM * HEADS * batch * length * (length + 1) / 2
+        found = itertools.islice(times, len(PREFILL_CONFIGS) + 2)
+        print(f"  {batch:3d} x {length:6d}" + "".join(f" | {ms:6.3f} {tera / ms:5.0f}" for ms in found), flush=True)
 
 
-def bf16_operands(seed: int, batch: int, length: int, slots: int) -> tuple[jax.Array, ...]:
+def bf16_operands(copies: int, batch: int, length: int, slots: int) -> list[tuple[jax.Array, ...]]:
     """Random queries, keys and values [B, T, heads, H] as ``jax.nn.dot_product_attention`` takes them."""
     shapes = ((batch, length, HEADS), (batch, slots, KV_HEADS), (batch, slots, KV_HEADS))
-    keys = jax.random.split(jax.random.key(seed), 3)
-    return tuple(
-        jax.random.normal(key, (*shape, HEAD_DIM), jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True)
-    )
+    return [
+        tuple(
+            jax.random.normal(key, (*shape, HEAD_DIM), jnp.bfloat16)
+            for key, shape in zip(jax.random.split(jax.random.key(seed), 3), shapes, strict=True)
+        )
+        for seed in range(copies)
+    ]
 
 
 def main() -> None:

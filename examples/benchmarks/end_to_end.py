@@ -14,14 +14,13 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from timing import kernel_times
+from timing import alone, compile_all, kernel_times
 
 from fireq_jax import LlamaForCausalLM, ModelConfig, recipes
 from fireq_jax.json_files import write_json
@@ -76,12 +75,13 @@ def shapes(text: str) -> list[tuple[int, int]]:
 
 def median_seconds(call: Callable[[], Any], repeats: int) -> float:
     """Median wall time of a call that ends with its result on the device; compiled beforehand."""
-    jax.block_until_ready(call())
     times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
+    with alone():
         jax.block_until_ready(call())
-        times.append(time.perf_counter() - begin)
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            jax.block_until_ready(call())
+            times.append(time.perf_counter() - begin)
     return statistics.median(times)
 
 
@@ -140,21 +140,17 @@ class Measurement:
         jax.block_until_ready(self.state)
         print(f"{recipe}: {self.model.nbytes / 1e9:.2f} GB, made in {time.perf_counter() - begin:.1f} s", flush=True)
         begin = time.perf_counter()
-        lowered = {}
+        programs = {}
         for batch, length in args.prefill:
             tokens, lengths = jax.ShapeDtypeStruct((batch, length), jnp.int32), self._abstract(batch)
-            lowered["prefill", batch, length] = jax.jit(functools.partial(prefill, graph)).lower(
-                self.state, tokens, lengths
-            )
+            program = jax.jit(functools.partial(prefill, graph))
+            programs["prefill", batch, length] = program, (self.state, tokens, lengths)
         for batch, context in args.decode:
             program = jax.jit(functools.partial(decode, graph), donate_argnums=2)
             cache = jax.eval_shape(lambda b=batch, c=context: self._cache(b, c))
-            lowered["decode", batch, context] = program.lower(self.state, self._abstract(batch), cache)
-        with ThreadPoolExecutor(8) as pool:
-            options = {"xla_gpu_enable_command_buffer": ""} if args.no_graphs else None
-            compiled = pool.map(lambda program: program.compile(compiler_options=options), lowered.values())
-            self.programs = dict(zip(lowered, compiled, strict=True))
-        print(f"{recipe}: {len(lowered)} programs compiled in {time.perf_counter() - begin:.1f} s", flush=True)
+            programs["decode", batch, context] = program, (self.state, self._abstract(batch), cache)
+        self.programs = compile_all(programs, {"xla_gpu_enable_command_buffer": ""} if args.no_graphs else None)
+        print(f"{recipe}: {len(programs)} programs compiled in {time.perf_counter() - begin:.1f} s", flush=True)
 
     def _abstract(self, batch: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((batch,), jnp.int32)
@@ -191,8 +187,7 @@ class Measurement:
         seconds = median_seconds(run, self.args.repeats)
         floor = prefill_operations(self.config, batch, length) / self.args.peak
         row = self._row("prefill", batch, length, seconds, batch * length, floor)
-        if self.args.profile:
-            print_kernels(kernel_times(run), 1)
+        self._profile(run, 1)
         return row
 
     def _decode(self, program: Any, batch: int, context: int) -> Row:
@@ -209,9 +204,14 @@ class Measurement:
 
         seconds = median_seconds(run, self.args.repeats) / DECODE_STEPS
         row = self._row("decode", batch, context, seconds, batch, moved / self.args.bandwidth)
-        if self.args.profile:
-            print_kernels(kernel_times(run), DECODE_STEPS)
+        self._profile(run, DECODE_STEPS)
         return row
+
+    def _profile(self, run: Callable[[], Any], steps: int) -> None:
+        if self.args.profile:
+            with alone():
+                records = kernel_times(run)
+            print_kernels(records, steps)
 
 
 def print_kernels(records: list[tuple[str, float]], steps: int) -> None:

@@ -2,19 +2,20 @@
 
     PYTHONPATH=. python examples/benchmarks/matmul.py --shapes 28672x4096 --tokens 1 16 64 1024 4096
 
-Prints a Markdown table. The floor is the larger of the bytes that must move (packed weights,
-scales, x, y) over this run's read bandwidth and the operations over 2 * 4096 a cycle and SM at
-the GPU's highest clock; the tensor cores do not hold that clock under load.
+A shape takes a minute, most of it compiling: start a process for each, with
+XLA_PYTHON_CLIENT_PREALLOCATE=false, and their measurements wait for each other. Prints a Markdown
+table. The floor is the larger of the bytes that must move (packed weights, scales, x, y) over this
+run's read bandwidth and the operations over 2 * 4096 a cycle and SM at the GPU's highest clock; the
+tensor cores do not hold that clock under load.
 """
 
 import argparse
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from timing import device_time
+from timing import compile_all, device_time
 from tune_matmul import LLAMA
 
 from pallas_kernels import formats
@@ -69,14 +70,16 @@ def compare(n: int, k: int, tokens: list[int], bandwidth: float) -> None:
     wide = [dense * (1 + i / 8) for i in range(copies(n * k * 2))]
     eight = [w.astype(formats.E4M3) for w in wide]
     op = jax.jit(lambda x, w: matmul(x, w, implementation="mosaic_gpu"))
-    inputs = {m: jax.random.normal(jax.random.key(m), (m, k)) for m in tokens}
-    with ThreadPoolExecutor(8) as pool:  # Compiling is most of the time.
-        list(pool.map(lambda x: jax.block_until_ready(op(formats.quantize_fp8(x), weights[0])), inputs.values()))
-    for m, x in inputs.items():
+    calls = {}
+    for m in tokens:
+        x = jax.random.normal(jax.random.key(m), (m, k))
         x8 = formats.quantize_fp8(x)
-        ours = device_time(op, [(x8, w) for w in weights])
-        fp8 = device_time(_dot, [(x8.values, w) for w in eight])
-        bf16 = device_time(_dot, [(x.astype(jnp.bfloat16), w) for w in wide])
+        calls[m, "ours"] = op, [(x8, w) for w in weights]
+        calls[m, "fp8"] = _dot, [(x8.values, w) for w in eight]
+        calls[m, "bf16"] = _dot, [(x.astype(jnp.bfloat16), w) for w in wide]
+    programs = compile_all({key: (function, arguments[0]) for key, (function, arguments) in calls.items()})
+    for m in tokens:
+        ours, fp8, bf16 = (device_time(programs[m, name], calls[m, name][1]) for name in ("ours", "fp8", "bf16"))
         moved = weights[0].nbytes + m * k + 4 * m + 2 * m * n
         floor = max(moved / bandwidth, 2 * m * n * k / PEAK_FLOPS) * 1e6
         rate = f"{moved / ours / 1e3:.0f} GB/s" if m <= 64 else f"{2 * m * n * k / ours / 1e6:.0f} TFLOP/s"
@@ -85,6 +88,16 @@ def compare(n: int, k: int, tokens: list[int], bandwidth: float) -> None:
             f"| {floor / ours:.2f} |",
             flush=True,
         )
+
+
+def compare_variants(n: int, k: int, tokens: list[int]) -> None:
+    """Table rows of the fused variants of one weight shape."""
+    for m in tokens:
+        calls = variants(n, k, m)
+        programs = compile_all({name: (function, arguments[0]) for name, (function, arguments) in calls.items()})
+        times = {name: device_time(program, calls[name][1]) for name, program in programs.items()}
+        for name, us in times.items():
+            print(f"| {n} x {k} | {m} | {name} | {us:.1f} | {times['int4 x fp8'] / us:.2f} |", flush=True)
 
 
 def main() -> None:
@@ -106,12 +119,7 @@ def main() -> None:
     print("\n| N x K | M | variant | us | plain / variant |\n|---|---|---|---|---|")
     for shape in args.shapes:
         n, k = map(int, shape.split("x"))
-        for m in args.tokens:
-            plain = None
-            for name, (function, arguments) in variants(n, k, m).items():
-                us = device_time(function, arguments)
-                plain = plain or us
-                print(f"| {n} x {k} | {m} | {name} | {us:.1f} | {plain / us:.2f} |", flush=True)
+        compare_variants(n, k, args.tokens)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,46 @@
-"""Device time of jitted functions, from CUPTI's record of every kernel."""
+"""Device time of jitted functions, from CUPTI's record of every kernel; benchmarks that compile side by side.
 
+Compiling takes most of a benchmark's time. So programs are compiled on threads before any runs, and several
+benchmarks (or shapes of one) may be started at once: their measurements wait until no other compiles or measures.
+"""
+
+import contextlib
+import fcntl
+import os
 import statistics
-from collections.abc import Callable, Sequence
-from typing import Any
+import tempfile
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
 
 import jax
+
+_Key = TypeVar("_Key", bound=Hashable)
+_LOCK = Path(tempfile.gettempdir()) / "fireq-jax-benchmark.lock"
+
+
+def compile_all(
+    programs: Mapping[_Key, tuple[Any, Sequence[Any]]], options: Mapping[str, str] | None = None
+) -> dict[_Key, Any]:
+    """{key: (jitted function, arguments or their shapes)} -> {key: its compiled program}; ``options`` are XLA's."""
+    with _locked(fcntl.LOCK_SH):
+        lowered = {key: function.lower(*arguments) for key, (function, arguments) in programs.items()}
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            compiled = pool.map(lambda program: program.compile(compiler_options=options), lowered.values())
+            return dict(zip(lowered, compiled, strict=True))
+
+
+def alone() -> contextlib.AbstractContextManager[None]:
+    """The device for a measurement, once no other process measures or compiles (compiling tunes on the device)."""
+    return _locked(fcntl.LOCK_EX)
+
+
+@contextlib.contextmanager
+def _locked(operation: int) -> Iterator[None]:
+    with _LOCK.open("w") as file:
+        fcntl.flock(file, operation)
+        yield
 
 
 def kernel_times(run: Callable[[], Any]) -> list[tuple[str, float]]:
@@ -25,7 +61,7 @@ def device_time(call: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], 
     """Median microseconds of one ``call``, all its kernels together.
 
     Args:
-        call: a jitted function that starts the same kernels for every argument.
+        call: a jitted function, or a compiled one, that starts the same kernels for every argument.
         arguments: visited in turn, so that no call finds the last one's weights in the L2 cache.
         min_us: time to measure for; short bursts run at clocks that longer ones do not keep.
     """
@@ -45,7 +81,8 @@ def device_time(call: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], 
             raise RuntimeError(f"{len(records)} kernels in {count} calls: {sorted({name for name, _ in records})}")
         return [sum(us for _, us in records[i : i + kernels]) for i in range(0, len(records), kernels)]
 
-    first = statistics.median(sweep(5))
-    count = max(10, min(400, int(min_us / first)))
-    times = sweep(count)
+    with alone():
+        first = statistics.median(sweep(5))
+        count = max(10, min(400, int(min_us / first)))
+        times = sweep(count)
     return statistics.median(times[len(times) // 5 :])
