@@ -84,7 +84,7 @@ def over_block(
 
 
 def start_over_cluster(
-    partials: ir.Value, arrived: ir.Value, peer: ir.Value, warpgroups: int, cluster: int
+    partials: ir.Value, arrived: ir.Value, peer: ir.Value, warpgroups: int, cluster: int, *, with_sum: bool
 ) -> Callable[[ir.Value, ir.Value | None], tuple[ir.Value, ir.Value | None]]:
     """Get ready for what ``over_block`` does, over a cluster's threads; the rest of it takes a thread's numbers.
 
@@ -97,29 +97,25 @@ def start_over_cluster(
         peer: which block of the cluster this is.
         warpgroups: of a block.
         cluster: blocks.
+        with_sum: whether there will be one.
     """
     warps, all_warps, thread = 4 * warpgroups, 4 * warpgroups * cluster, utils.thread_idx()
     shared, barrier = shared_address(partials), shared_address(arrived)
-    code = """{
+    code = f"""{{
         .reg .pred p;
         setp.eq.u32 p, $1, 0;
         @p mbarrier.init.shared::cta.b64 [$0], 1;
+        @p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {4 * all_warps * (1 + with_sum)};
         fence.mbarrier_init.release.cluster;
         barrier.cluster.arrive.relaxed.aligned;
-    }"""
+    }}"""
     asm([], [barrier, thread], code, "r,r", volatile=True)
 
     def finish(largest: ir.Value, total: ir.Value | None) -> tuple[ir.Value, ir.Value | None]:
         lane, warp = arith.andi(thread, const(31)), arith.shrui(thread, const(5))
         place = arith.addi(shared, arith.muli(arith.addi(arith.muli(peer, const(warps)), warp), const(4)))
         found = _over_warp(largest, total)
-        code = f"""{{
-            .reg .pred p;
-            setp.eq.u32 p, $1, 0;
-            @p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {4 * all_warps * len(found)};
-            barrier.cluster.wait.acquire.aligned;
-        }}"""
-        asm([], [barrier, thread], code, "r,r", volatile=True)
+        asm([], [], "barrier.cluster.wait.acquire.aligned;", "", volatile=True)
         for i, own in enumerate(found):
             # Each of a warp's first lanes sends to another block.
             code = f"""{{

@@ -149,8 +149,8 @@ def sum_norm_quantize(
 ) -> tuple[ScaledArray, Float[Array, "*rows D"]]:
     """Normalized sums in FP8, and the sums in bf16; see ``row_quantize.sum_norm_quantize``."""
     operands = {**split_sum.operands(total), "residual": total.residual, "weight": weight}
-    config = config or parts_config(math.prod(total.rows), total.n, len(total.parts))
-    rows, x = _launch((*total.rows, total.n), operands, config, eps)
+    # Clusters for who asks for them: what they gain here has not been measured.
+    rows, x = _launch((*total.rows, total.n), operands, config or default_config(total.n, parts=True), eps)
     assert x is not None
     return rows, x
 
@@ -251,7 +251,8 @@ def _quantize_row(
         over_row = functools.partial(over_block, partials=refs["partials"], warpgroups=config.warpgroups)
     else:
         thread = arith.addi(arith.muli(peer, const(WARPGROUP * config.warpgroups)), thread)
-        over_row = start_over_cluster(refs["partials"], refs["arrived"], peer, config.warpgroups, config.cluster)
+        shared = refs["partials"], refs["arrived"]
+        over_row = start_over_cluster(*shared, peer, config.warpgroups, config.cluster, with_sum="weight" in refs)
     index, inside = own_units(width // chunk, config.threads, thread)
     if "parts" in refs:
         loaded = [_add_up(refs, row, i, chunk) for i in index]
