@@ -109,7 +109,7 @@ def test_a_token_is_combined_as_its_heads_are(monkeypatch, head_dim):
     chunks = np.pad(chunks, (0, -len(chunks) % WARPGROUP), mode="edge").reshape(-1, WARPGROUP)
     for threads in chunks:
         token, index = np.divmod(threads, np.uint32(heads * head_dim // 8))
-        got = np.stack(combine.combine_eight(refs, token, index), axis=1)
+        got = np.stack(combine.combine_channels(refs, token, index, 8), axis=1)
         np.testing.assert_array_equal(got, expected.reshape(-1, 8)[threads])
 
 

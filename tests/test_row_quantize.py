@@ -1,5 +1,6 @@
 """Rows to FP8: what the ops promise, the kernels' numbers on a GPU and their lowering anywhere."""
 
+import dataclasses
 import functools
 import math
 
@@ -34,6 +35,12 @@ SUMS = [
     ((3,), 136, 192, 3),
     ((2, 2), 1000, 1024, 4),
 ]
+# A row in one block, in clusters that it fills and, most of these, in clusters that have more threads than it needs.
+SUM_CONFIGS = [
+    None,
+    sm90.Config(8),
+    *(sm90.Config(n, c) for n, c in ((1, 8), (3, 8), (4, 8), (1, 4), (2, 4), (3, 2), (4, 2))),
+]
 CONFIGS = [None, *(sm90.Config(warpgroups) for warpgroups in (1, 2, 3, 4, 7, 8))]
 
 
@@ -67,6 +74,12 @@ def weight_of(width: int) -> jax.Array:
 def residual_sum(rows: tuple[int, ...], n: int, padded: int, parts: int, **changes) -> SplitSum:
     """With a residual, as o_proj and down_proj leave it."""
     return random_sum(rows, n, padded, parts, **({"residual": random_rows((math.prod(rows), n))} | changes))
+
+
+def poison(shape: tuple[int, ...]):
+    """Memory that the next outputs may get holds other bytes than zeros."""
+    poisoned = jnp.full(shape, 0x55, jnp.uint8), jnp.full(shape, jnp.nan, jnp.bfloat16), jnp.full(shape[:-1], jnp.nan)
+    jax.block_until_ready(poisoned)
 
 
 def on_cpu(function, *arguments):
@@ -195,16 +208,33 @@ def test_kernel_normalizes_as_the_reference_does(shape):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("rows", "n", "padded", "parts"), SUMS)
-def test_kernel_adds_parts_up_as_the_reference_does(rows, n, padded, parts):
+@pytest.mark.parametrize("config", SUM_CONFIGS)
+def test_kernel_adds_parts_up_as_the_reference_does(rows, n, padded, parts, config):
     """The sum's steps are the reference's but for fused multiply-adds: x is at most a bf16 step away."""
     total, weight = residual_sum(rows, n, padded, parts), weight_of(n)
-    quantized, x = sm90.sum_norm_quantize(total, weight, eps=EPS)
+    poison((*rows, n))
+    quantized, x = sm90.sum_norm_quantize(total, weight, eps=EPS, config=config)
     expected = on_cpu(lambda total: total.finish(), total).astype(np.float32)
     np.testing.assert_allclose(np.asarray(x, np.float32), expected, rtol=2**-7, atol=1e-3)
     assert np.mean(np.asarray(x, np.float32) == expected) > 0.99
     exact = on_cpu(functools.partial(rms_norm_quantize_reference, eps=EPS), x, weight)
     assert_same_numbers(quantized.values, exact.values)
     np.testing.assert_allclose(quantized.scale, exact.scale, rtol=2e-6)
+    again, _ = sm90.sum_norm_quantize(total, weight, eps=EPS, config=config)
+    assert_same_numbers(again.scale, quantized.scale)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", SUM_CONFIGS)
+def test_kernel_of_a_sum_follows_the_rules_for_special_rows(config):
+    special, weight = special_rows(4096), weight_of(4096)
+    total = residual_sum(special.shape[:1], 4096, 4096, 8, residual=special)
+    total = dataclasses.replace(total, parts=jnp.zeros_like(total.parts))
+    poison(special.shape)
+    rows, x = sm90.sum_norm_quantize(total, weight, eps=EPS, config=config)
+    assert_same_numbers(x, special)
+    expected = on_cpu(functools.partial(rms_norm_quantize_reference, eps=EPS), special, weight)
+    np.testing.assert_allclose(formats.dequantize(rows), formats.dequantize(expected), rtol=1e-5)
 
 
 @pytest.mark.gpu
@@ -236,9 +266,10 @@ def test_kernels_lower_for_cuda(shape):
 
 
 @pytest.mark.parametrize(("rows", "n", "padded", "parts"), SUMS)
-def test_kernel_of_a_sum_lowers_for_cuda(rows, n, padded, parts):
+@pytest.mark.parametrize("config", [None, sm90.Config(1, 8), sm90.Config(4, 2)])
+def test_kernel_of_a_sum_lowers_for_cuda(rows, n, padded, parts, config):
     total, weight = jax.eval_shape(lambda: (residual_sum(rows, n, padded, parts), weight_of(n)))
-    normalize = jax.jit(functools.partial(sm90.sum_norm_quantize, eps=EPS))
+    normalize = jax.jit(functools.partial(sm90.sum_norm_quantize, eps=EPS, config=config))
     exported = jax.export.export(normalize, platforms=["cuda"])(total, weight)
     assert [aval.shape for aval in exported.out_avals] == [(*rows, n), (*rows, 1), (*rows, n)]
     assert exported.mlir_module().count("stablehlo.custom_call @mosaic_gpu") == 1
@@ -251,21 +282,23 @@ def test_default_configuration_is_the_smallest_that_holds_a_row(width):
 
 
 @pytest.mark.parametrize(
-    ("rows", "width", "config"),
+    ("rows", "width", "parts", "config"),
     [
-        (1, 4096, sm90.Config(1, 8)),
-        (16, 4096, sm90.Config(1, 8)),
-        (17, 4096, sm90.Config(2, 4)),
-        (64, 4096, sm90.Config(4, 2)),
-        (67, 4096, sm90.Config(4)),
-        (1, 1152, sm90.Config(2, 2)),
-        (1, 320, sm90.Config(1)),
-        (1, 16384, sm90.Config(4, 8)),
-        (1, 65536, sm90.Config(4, 8)),
+        (1, 4096, 9, sm90.Config(1, 8)),
+        (16, 4096, 4, sm90.Config(1, 8)),
+        (17, 4096, 4, sm90.Config(2, 4)),
+        (64, 4096, 4, sm90.Config(4, 2)),
+        (67, 4096, 4, sm90.Config(4)),
+        (1, 4096, 2, sm90.Config(1, 8)),
+        (1, 4088, 2, sm90.Config(4)),
+        (1, 1152, 8, sm90.Config(2, 2)),
+        (1, 320, 32, sm90.Config(1)),
+        (1, 16384, 2, sm90.Config(4, 8)),
+        (1, 65536, 2, sm90.Config(4, 8)),
     ],
 )
-def test_few_rows_of_splits_are_shared_by_clusters(rows, width, config):
-    assert sm90.combine_config(rows, width) == config
+def test_few_rows_in_parts_are_shared_by_clusters(rows, width, parts, config):
+    assert sm90.parts_config(rows, width, parts) == config
 
 
 @pytest.mark.parametrize("warpgroups", [0, 9])

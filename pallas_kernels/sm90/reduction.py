@@ -69,11 +69,7 @@ def over_block(
         barrier: for their threads.
     """
     warps, thread = 4 * warpgroups, utils.thread_idx()
-    found = [_over_warp(largest)]
-    if total is not None:
-        for distance in (16, 8, 4, 2, 1):
-            total = arith.addf(total, utils.shfl_bfly(total, distance))
-        found.append(total)
+    found = _over_warp(largest, total)
     shared = shared_address(partials)
     with utils.when(arith.cmpi(arith.CmpIPredicate.eq, arith.andi(thread, const(31)), const(0))):
         place = arith.addi(shared, arith.muli(arith.shrui(thread, const(5)), const(4)))
@@ -82,68 +78,85 @@ def over_block(
     barrier()
     results = []
     for i, combine in zip(range(len(found)), (larger, arith.addf), strict=False):
-        numbers = []
-        for warp in range(0, warps, 4):
-            code = f"ld.shared.v4.f32 {{$0, $1, $2, $3}}, [$4 + {4 * (warps * i + warp)}];"
-            numbers += asm([f32()] * 4, [shared], code, "=f,=f,=f,=f,r", volatile=True)
-        results.append(tree(combine, numbers))
+        places = range(4 * warps * i, 4 * warps * (i + 1), 16)
+        results.append(tree(combine, [number for place in places for number in _four(shared, place)]))
     return results[0], results[1] if total is not None else None
 
 
 def start_over_cluster(
-    partials: ir.Value, arrived: ir.Value, peer: ir.Value, warpgroups: int, cluster: int
-) -> Callable[[ir.Value], ir.Value]:
-    """Get ready to find a maximum over a cluster's threads; the rest of it takes a thread's number, not negative.
+    partials: ir.Value, arrived: ir.Value, peer: ir.Value, warpgroups: int, cluster: int, *, with_sum: bool
+) -> Callable[[ir.Value, ir.Value | None], tuple[ir.Value, ir.Value | None]]:
+    """Get ready for what ``over_block`` does, over a cluster's threads; the rest of it takes a thread's numbers.
 
     No fence waits for memory: a number that a warp sends to another block counts there as a barrier's bytes.
+    The sum has one order, whichever warp is first.
 
     Args:
-        partials: float32 [cluster * warps] in SMEM, up to 128.
+        partials: float32 [2 * cluster * warps] in SMEM, cluster * warps up to 128.
         arrived: int32 [1, 2] in SMEM, the mbarrier.
         peer: which block of the cluster this is.
         warpgroups: of a block.
         cluster: blocks.
+        with_sum: whether there will be one.
     """
-    warps, thread = 4 * warpgroups, utils.thread_idx()
+    warps, all_warps, thread = 4 * warpgroups, 4 * warpgroups * cluster, utils.thread_idx()
     shared, barrier = shared_address(partials), shared_address(arrived)
     code = f"""{{
         .reg .pred p;
         setp.eq.u32 p, $1, 0;
         @p mbarrier.init.shared::cta.b64 [$0], 1;
-        @p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {4 * cluster * warps};
+        @p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {4 * all_warps * (1 + with_sum)};
         fence.mbarrier_init.release.cluster;
         barrier.cluster.arrive.relaxed.aligned;
     }}"""
     asm([], [barrier, thread], code, "r,r", volatile=True)
 
-    def finish(largest: ir.Value) -> ir.Value:
+    def finish(largest: ir.Value, total: ir.Value | None) -> tuple[ir.Value, ir.Value | None]:
         lane, warp = arith.andi(thread, const(31)), arith.shrui(thread, const(5))
         place = arith.addi(shared, arith.muli(arith.addi(arith.muli(peer, const(warps)), warp), const(4)))
-        # Each of a warp's first lanes sends to another block.
-        code = f"""{{
-            .reg .pred p;
-            .reg .b32 to, counted;
-            barrier.cluster.wait.acquire.aligned;
-            setp.lt.u32 p, $2, {cluster};
-            @p mapa.shared::cluster.u32 to, $0, $2;
-            @p mapa.shared::cluster.u32 counted, $3, $2;
-            @p st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [to], $1, [counted];
-        }}"""
-        sent = arith.bitcast(i32(), _over_warp(largest))
-        asm([], [place, sent, lane, barrier], code, "r,r,r,r", volatile=True)
+        found = _over_warp(largest, total)
+        asm([], [], "barrier.cluster.wait.acquire.aligned;", "", volatile=True)
+        for i, own in enumerate(found):
+            # Each of a warp's first lanes sends to another block.
+            code = f"""{{
+                .reg .pred p;
+                .reg .b32 to, counted;
+                setp.lt.u32 p, $2, {cluster};
+                @p mapa.shared::cluster.u32 to, $0, $2;
+                @p mapa.shared::cluster.u32 counted, $3, $2;
+                @p st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [to + {4 * all_warps * i}], $1, [counted];
+            }}"""
+            asm([], [place, own, lane, barrier], code, "r,f,r,r", volatile=True)
         emit_wait(arrived, const(0), const(0))
-        quad = arith.addi(shared, arith.muli(arith.minui(lane, const(cluster * warps // 4 - 1)), const(16)))
-        code = "ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];"
-        return _over_warp(tree(larger, asm([f32()] * 4, [quad], code, "=f,=f,=f,=f,r", volatile=True)))
+        quads = all_warps // 4
+        quad = arith.addi(shared, arith.muli(arith.minui(lane, const(quads - 1)), const(16)))
+        largest = tree(larger, _four(quad))
+        if total is not None:
+            # Lanes beyond the last quad have read it once more.
+            total = tree(arith.addf, _four(quad, 4 * all_warps))
+            total = arith.select(arith.cmpi(arith.CmpIPredicate.ult, lane, const(quads)), total, number(0.0))
+        results = _over_warp(largest, total)
+        return results[0], results[1] if total is not None else None
 
     return finish
 
 
-def _over_warp(largest: ir.Value) -> ir.Value:
-    """The maximum over a warp of numbers that are not negative."""
+def _over_warp(largest: ir.Value, total: ir.Value | None) -> list[ir.Value]:
+    """The maximum (of numbers that are not negative) over a warp, and the sum where there is one."""
     # Such floats order as their bits do.
     bits = asm([i32()], [largest], "redux.sync.max.u32 $0, $1, 0xffffffff;", "=r,f", volatile=True)
-    return arith.bitcast(f32(), bits[0])
+    found: list[ir.Value] = [arith.bitcast(f32(), bits[0])]
+    if total is not None:
+        for distance in (16, 8, 4, 2, 1):
+            total = arith.addf(total, utils.shfl_bfly(total, distance))
+        found.append(total)
+    return found
+
+
+def _four(place: ir.Value, offset: int = 0) -> list[ir.Value]:
+    """float32 in shared memory."""
+    code = f"ld.shared.v4.f32 {{$0, $1, $2, $3}}, [$4 + {offset}];"
+    return asm([f32()] * 4, [place], code, "=f,=f,=f,=f,r", volatile=True)
 
 
 def sum_of_squares(elements: list[ir.Value]) -> ir.Value:

@@ -6,9 +6,9 @@ multiplied by its scale's reciprocal, cast and stored, 8 bytes a thread and step
 warpgroups as its registers fit in: many rows want several blocks on a multiprocessor, so that one's
 loads hide another's reduction, and one row wants few partial results to wait for. A row that a
 matmul (``SplitSum``) or decode attention left in parts is added up as it is loaded; it has a thread
-for each 8 elements, so that all of its parts are on their way at once. Decode attention's parts of a
-few rows are much to read for so few multiprocessors: a cluster of blocks takes each row, with a thread
-for each 4 elements, and its blocks tell each other their maxima through shared memory.
+for each 8 elements, so that all of its parts are on their way at once. The parts of a few rows are much
+to read for so few multiprocessors: a cluster of blocks takes each row, with a thread for each 4 elements,
+and its blocks tell each other their maxima, and their sums of squares, through shared memory.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ from pallas_kernels.sm90.inline import (
     reciprocal,
     to_e4m3,
 )
-from pallas_kernels.sm90.memory import address, load, load_eight, offset, pack, store, unpack
+from pallas_kernels.sm90.memory import address, load, load_floats, offset, pack, store, unpack
 from pallas_kernels.sm90.reduction import inverse_rms, larger, over_block, own_units, start_over_cluster, weighted
 from pallas_kernels.split_sum import SplitSum
 
@@ -50,6 +50,9 @@ CHUNK = 8  # elements of a load
 MAX_WARPGROUPS = 8
 CLUSTERS = (8, 4, 2)
 MAX_CLUSTERED = 4  # warpgroups of a block in a cluster
+# Bytes of a row's parts that repay a cluster, whose blocks wait for each other at the start and for their numbers:
+# about 0.2 us, in which one multiprocessor reads 22 KB.
+MIN_SHARED = 32 << 10
 MAX_CHUNKS = 8  # a thread holds at most, as 64 float32 registers
 MAX_WIDTH = CHUNK * WARPGROUP * MAX_WARPGROUPS * MAX_CHUNKS
 
@@ -60,7 +63,7 @@ class Config:
 
     Attributes:
         warpgroups: of a block, 1 to 8; up to 4 in a cluster.
-        cluster: blocks that share a row of decode attention's parts: 1, 2, 4 or 8.
+        cluster: blocks that share a row in parts: 1, 2, 4 or 8.
     """
 
     warpgroups: int
@@ -90,9 +93,12 @@ def default_config(width: int, *, parts: bool = False) -> Config:
     return Config(min(warpgroups, MAX_WARPGROUPS))
 
 
-def combine_config(rows: int, width: int) -> Config:
-    """The largest cluster that leaves each of its blocks a multiprocessor and a warpgroup of work; else one block."""
-    for cluster in CLUSTERS:
+def parts_config(rows: int, width: int, parts: int) -> Config:
+    """The largest cluster that leaves each of its blocks a multiprocessor and a warpgroup of work; else one block.
+
+    Of few bytes always one block.
+    """
+    for cluster in CLUSTERS if 4 * parts * width >= MIN_SHARED else ():
         one = Config(1, cluster)
         if rows * cluster <= NUM_SMS and width >= one.threads * one.chunk:
             return Config(min(-(-width // (one.threads * one.chunk)), MAX_CLUSTERED), cluster)
@@ -143,6 +149,7 @@ def sum_norm_quantize(
 ) -> tuple[ScaledArray, Float[Array, "*rows D"]]:
     """Normalized sums in FP8, and the sums in bf16; see ``row_quantize.sum_norm_quantize``."""
     operands = {**split_sum.operands(total), "residual": total.residual, "weight": weight}
+    # Clusters for who asks for them: what they gain here has not been measured.
     rows, x = _launch((*total.rows, total.n), operands, config or default_config(total.n, parts=True), eps)
     assert x is not None
     return rows, x
@@ -162,10 +169,10 @@ def combine_quantize(
     The arguments are what the kernel leaves, rows of T tokens and ``group`` heads; the numbers are
     those of the splits' combination in bf16 and ``quantize_rows``.
     """
-    batch, kv_heads, _, _, rows, head_dim = partial.shape
+    batch, kv_heads, splits, _, rows, head_dim = partial.shape
     length, width = rows // group, kv_heads * group * head_dim
     operands = {"partial": partial, "peak": peak, "total": total}
-    return _launch((batch, length, width), operands, config or combine_config(batch * length, width))[0]
+    return _launch((batch, length, width), operands, config or parts_config(batch * length, width, splits))[0]
 
 
 def _launch(
@@ -176,8 +183,8 @@ def _launch(
     flat = math.prod(rows), width
     if config.threads * config.chunk * MAX_CHUNKS < width:
         raise ValueError(f"config is {config}; expected more warpgroups for rows of {width} elements")
-    if config.cluster > 1 and "partial" not in operands:
-        raise ValueError(f"config is {config}; expected a cluster of 1, but for decode attention's parts")
+    if config.cluster > 1 and not {"parts", "partial"} & set(operands):
+        raise ValueError(f"config is {config}; expected a cluster of 1, but for rows in parts")
     out_types = {
         "values": jax.ShapeDtypeStruct(flat, formats.E4M3),
         "scale": jax.ShapeDtypeStruct(flat[:1], jnp.float32),
@@ -189,7 +196,7 @@ def _launch(
     elif "partial" in operands:
         name = "combine_quantize"
     warps = 4 * config.warpgroups
-    scratch = {"partials": plgpu.SMEM((max(2, config.cluster) * warps,), jnp.float32)}
+    scratch = {"partials": plgpu.SMEM((2 * config.cluster * warps,), jnp.float32)}
     if config.cluster > 1:
         scratch["arrived"] = plgpu.SMEM((1, 2), jnp.int32)
     results = plgpu.kernel(
@@ -231,8 +238,8 @@ def _quantize_row(
     """Row ``row`` of x, or of what it is the sum of, to values and scale; normalized if there is a weight.
 
     Args:
-        refs: in global memory, by the names of ``_launch``; ``partials``, float32 [2 * warps], and
-            what a cluster needs for ``start_over_cluster`` are shared.
+        refs: in global memory, by the names of ``_launch``; ``partials`` and ``arrived`` are shared,
+            as ``over_block`` and ``start_over_cluster`` want them.
         row: which.
         peer: which of the cluster's blocks this is, where there is one.
         config: how the row is cut.
@@ -240,13 +247,15 @@ def _quantize_row(
     """
     (_, width), chunk = ir.MemRefType(refs["values"].type).shape, config.chunk
     thread = utils.thread_idx()
-    over_cluster = None
-    if peer is not None:
+    if peer is None:
+        over_row = functools.partial(over_block, partials=refs["partials"], warpgroups=config.warpgroups)
+    else:
         thread = arith.addi(arith.muli(peer, const(WARPGROUP * config.warpgroups)), thread)
-        over_cluster = start_over_cluster(refs["partials"], refs["arrived"], peer, config.warpgroups, config.cluster)
+        shared = refs["partials"], refs["arrived"]
+        over_row = start_over_cluster(*shared, peer, config.warpgroups, config.cluster, with_sum="weight" in refs)
     index, inside = own_units(width // chunk, config.threads, thread)
     if "parts" in refs:
-        loaded = [_add_up(refs, row, i) for i in index]
+        loaded = [_add_up(refs, row, i, chunk) for i in index]
     elif "partial" in refs:
         loaded = [pack(combine_channels(refs, row, i, chunk)) for i in index]
     else:
@@ -258,12 +267,9 @@ def _quantize_row(
         largest = _finite_absmax([word for words in loaded for word in words])
     else:
         start = address(refs["weight"])
-        factors = [load_eight(offset(start, i, 4 * CHUNK)) for i in index]
+        factors = [load_floats(offset(start, i, 4 * chunk), chunk) for i in index]
         held, largest, total = weighted(held, factors, inside)
-    if over_cluster is None:
-        largest, total = over_block(largest, total, refs["partials"], config.warpgroups)
-    else:
-        largest = over_cluster(largest)
+    largest, total = over_row(largest, total)
 
     row_scale = absmax_scale(largest, number(1 / formats.E4M3_MAX))
     inverse = reciprocal(row_scale)
@@ -280,11 +286,11 @@ def _quantize_row(
         store(address(refs["scale"], row, 4), [row_scale])
 
 
-def _add_up(refs: dict[str, ir.Value], row: ir.Value, index: ir.Value) -> list[ir.Value]:
-    """The row's ``index``-th eight sums plus residual, written to x; the four words of bf16 that were written."""
+def _add_up(refs: dict[str, ir.Value], row: ir.Value, index: ir.Value, count: int) -> list[ir.Value]:
+    """The row's ``index``-th ``count`` sums plus residual, written to x; the words of bf16 that were written."""
     _, width = ir.MemRefType(refs["x"].type).shape
-    words = split_sum.start_row(refs, row, index)()
-    store(offset(address(refs["x"], row, 2 * width), index, 2 * CHUNK), words)
+    words = split_sum.start_row(refs, row, index, count)()
+    store(offset(address(refs["x"], row, 2 * width), index, 2 * count), words)
     return words
 
 

@@ -35,17 +35,18 @@ def add_up(refs: Mapping[str, ir.Value], row: ir.Value, index: ir.Value, count: 
 
 
 def start_row(
-    refs: Mapping[str, ir.Value], row: ir.Value, index: ir.Value, *, written: bool = False
+    refs: Mapping[str, ir.Value], row: ir.Value, index: ir.Value, count: int = EIGHT, *, written: bool = False
 ) -> Callable[[], list[ir.Value]]:
-    """Start to load the ``index``-th eight of a row's bf16 residual, and of its sums where there are ``parts``.
+    """Start to load the ``index``-th ``count`` of a row's bf16 residual, and of its sums where there are ``parts``.
 
-    The rest of it makes four words of bf16 of their sum. ``written``: whether this kernel writes what is read.
+    The rest of it makes words of bf16 of their sum. ``written``: whether this kernel writes what is read.
     """
     _, width = ir.MemRefType(refs["residual"].type).shape
-    words = load(offset(address(refs["residual"], row, 2 * width), index, 2 * EIGHT), i32(), written=written)
+    start = offset(address(refs["residual"], row, 2 * width), index, 2 * count)
+    words = load(start, i32(), count // 2, written=written)
     if "parts" not in refs:
         return lambda: words
-    sums = _start_sums(refs, row, index, EIGHT, written=written)
+    sums = _start_sums(refs, row, index, count, written=written)
     return lambda: pack([arith.addf(*pair) for pair in zip(sums(), unpack(words), strict=True)])
 
 
