@@ -108,11 +108,11 @@ def test_kept_layers_stay_float_and_the_others_do_not() -> None:
     )
 
 
-def test_converted_model_runs_and_is_close(source: Path, converted: Path) -> None:
-    ids = jnp.arange(30)[None] % 64
-    exact = LlamaForCausalLM.from_pretrained(source, dtype=jnp.float32)(ids)
-    quantized = LlamaForCausalLM.from_pretrained(converted, dtype=jnp.float32)(ids)
-    assert 0 < jnp.linalg.norm(quantized - exact) / jnp.linalg.norm(exact) < 0.4
+def test_converted_model_runs_and_is_close(source: Path, tokens: np.ndarray, converted: Path) -> None:
+    """On calibration text, where rounding to nearest is off by 0.42; other text says little of a random model."""
+    exact = LlamaForCausalLM.from_pretrained(source, dtype=jnp.float32)(jnp.asarray(tokens))
+    quantized = LlamaForCausalLM.from_pretrained(converted, dtype=jnp.float32)(jnp.asarray(tokens))
+    assert 0 < jnp.linalg.norm(quantized - exact) / jnp.linalg.norm(exact) < 0.2
     assert not (converted / conversion.WORK_FOLDER).exists()
 
 
