@@ -8,6 +8,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from poisoned_memory import poison
 
 from pallas_kernels import formats
 from pallas_kernels.decode_attention import decode_attention, gather_pages
@@ -203,11 +204,6 @@ def splits_of(shape, special=None):
         partial = partial.at[0, :, :, 0, : heads // kv_heads].set(0)
     peak, total = 3 * jax.random.normal(keys[1], numbers), jnp.exp(jax.random.normal(keys[2], numbers))
     return partial.at[:, :, 1].set(0), peak.at[:, :, 1].set(-jnp.inf), total.at[:, :, 1].set(0)
-
-
-def poison(shape):
-    """Memory that the next outputs may get holds other bytes than zeros."""
-    jax.block_until_ready([jnp.full(shape, 0x55, jnp.uint8), jnp.full(shape[:-1], jnp.nan)])
 
 
 def assert_same_rows(actual, expected):

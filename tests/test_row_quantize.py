@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from poisoned_memory import poison
 from random_sum import random_sum
 
 from pallas_kernels import formats
@@ -74,12 +75,6 @@ def weight_of(width: int) -> jax.Array:
 def residual_sum(rows: tuple[int, ...], n: int, padded: int, parts: int, **changes) -> SplitSum:
     """With a residual, as o_proj and down_proj leave it."""
     return random_sum(rows, n, padded, parts, **({"residual": random_rows((math.prod(rows), n))} | changes))
-
-
-def poison(shape: tuple[int, ...]):
-    """Memory that the next outputs may get holds other bytes than zeros."""
-    poisoned = jnp.full(shape, 0x55, jnp.uint8), jnp.full(shape, jnp.nan, jnp.bfloat16), jnp.full(shape[:-1], jnp.nan)
-    jax.block_until_ready(poisoned)
 
 
 def on_cpu(function, *arguments):

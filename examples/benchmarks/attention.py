@@ -12,14 +12,12 @@ import argparse
 import concurrent.futures
 import functools
 import itertools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from timing import alone, compile_all
+from timing import compile_all, median_seconds
 
 from pallas_kernels import formats
 from pallas_kernels.formats import ScaledArray
@@ -69,14 +67,8 @@ def median_ms(timings: Sequence[Timing], repeats: int = 5) -> Iterator[float]:
     programs = compile_all({i: timing.program() for i, timing in enumerate(timings)})
     for timing, program in zip(timings, programs.values(), strict=True):
         inputs = timing.inputs()
-        times = []
-        with alone():
-            program(inputs).block_until_ready()
-            for _ in range(repeats):
-                begin = time.perf_counter()
-                program(inputs).block_until_ready()
-                times.append(time.perf_counter() - begin)
-        yield float(np.median(times)) * 1e3 / (timing.iterations * len(inputs))
+        seconds = median_seconds(functools.partial(program, inputs), repeats)
+        yield seconds * 1e3 / (timing.iterations * len(inputs))
 
 
 # --- errors ---------------------------------------------------------------------------------------
@@ -162,7 +154,7 @@ def time_decode(quick: bool) -> None:
             run = functools.partial(
                 decode.decode_attention, query_start=lengths - 1, kv_lengths=lengths, scale=SCALE, config=config
             )
-            inputs = functools.partial(decode_operands, batch, 1, slots, copies)
+            inputs = functools.partial(quantized_operands, batch, 1, slots, copies)
             timings.append(Timing(run, inputs, max(2, iterations // copies)))
         if batch * slots <= 1 << 20:  # else the bf16 cache would not fit beside its copies
             copies = max(1, min(4, -(-4 * L2_BYTES // (4 * batch * slots * KV_HEADS * HEAD_DIM))))
@@ -180,7 +172,7 @@ def time_decode(quick: bool) -> None:
         print(line, flush=True)
 
 
-def decode_operands(batch: int, length: int, slots: int, copies: int) -> list[tuple]:
+def quantized_operands(batch: int, length: int, slots: int, copies: int) -> list[tuple]:
     """One batch of queries, and ``copies`` INT4 caches."""
     q = formats.quantize_fp8(jax.random.normal(jax.random.key(0), (batch, length, HEADS, HEAD_DIM)))
     return [(q, *random_cache(i, batch, slots)) for i in range(copies)]
@@ -205,7 +197,7 @@ def time_few_queries() -> None:
         )
 
         def inputs(batch: int = batch, length: int = length, slots: int = slots, paged: bool = paged) -> list[tuple]:
-            [(q, *cache)] = decode_operands(batch, length, slots, 1)
+            [(q, *cache)] = quantized_operands(batch, length, slots, 1)
             return [(q, *(jax.tree.map(in_pages, cache) if paged else cache))]
 
         timings.append(Timing(run, inputs, 200))
@@ -231,7 +223,7 @@ def time_prefill() -> None:
     timings = []
     for batch, length in shapes:
         start, lengths = jnp.zeros((batch,), jnp.int32), jnp.full((batch,), length, jnp.int32)
-        inputs = functools.partial(decode_operands, batch, length, length, 1)
+        inputs = functools.partial(quantized_operands, batch, length, length, 1)
         for config in PREFILL_CONFIGS:
             run = functools.partial(
                 prefill.prefill_attention, query_start=start, kv_lengths=lengths, scale=SCALE, config=config

@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from timing import alone, compile_all, kernel_times
+from timing import alone, compile_all, kernel_times, median_seconds
 
 from fireq_jax import LlamaForCausalLM, ModelConfig, recipes
 from fireq_jax.json_files import write_json
@@ -71,18 +70,6 @@ def shapes(text: str) -> list[tuple[int, int]]:
         return [(int(batch), int(length)) for batch, length in (part.split("x") for part in text.split(",") if part)]
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form 16x1024,1x8192") from error
-
-
-def median_seconds(call: Callable[[], Any], repeats: int) -> float:
-    """Median wall time of a call that ends with its result on the device; compiled beforehand."""
-    times = []
-    with alone():
-        jax.block_until_ready(call())
-        for _ in range(repeats):
-            begin = time.perf_counter()
-            jax.block_until_ready(call())
-            times.append(time.perf_counter() - begin)
-    return statistics.median(times)
 
 
 def prefill(graph: Any, state: Any, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, KVCache]:

@@ -9,6 +9,7 @@ import fcntl
 import os
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,6 +42,18 @@ def _locked(operation: int) -> Iterator[None]:
     with _LOCK.open("w") as file:
         fcntl.flock(file, operation)
         yield
+
+
+def median_seconds(call: Callable[[], Any], repeats: int) -> float:
+    """Median wall time of a call that ends with its result on the device; compiled beforehand."""
+    times = []
+    with alone():
+        jax.block_until_ready(call())
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            jax.block_until_ready(call())
+            times.append(time.perf_counter() - begin)
+    return statistics.median(times)
 
 
 def kernel_times(run: Callable[[], Any]) -> list[tuple[str, float]]:

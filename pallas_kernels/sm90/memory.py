@@ -53,11 +53,6 @@ def load_floats(address: ir.Value, count: int, offset: int = 0, *, written: bool
     return [number for at in places for number in load(address, f32(), offset=at, written=written)]
 
 
-def load_eight(address: ir.Value, offset: int = 0, *, written: bool = False) -> list[ir.Value]:
-    """Eight float32."""
-    return load_floats(address, 8, offset, written=written)
-
-
 def store(address: ir.Value, numbers: Sequence[ir.Value]) -> None:
     """One, two or four 32-bit numbers of one type."""
     kind, register = ("f32", "f") if numbers[0].type == f32() else ("b32", "r")

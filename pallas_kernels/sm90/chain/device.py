@@ -12,6 +12,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, scf
 
 from pallas_kernels import layouts
+from pallas_kernels.sm90 import sync
 from pallas_kernels.sm90.chain.schedule import AHEAD, CHUNK, THREADS, TILE_BYTES, TILE_M, WARPGROUPS, Link
 from pallas_kernels.sm90.inline import (
     SCALAR,
@@ -27,7 +28,7 @@ from pallas_kernels.sm90.inline import (
     thread,
     to_float,
 )
-from pallas_kernels.sm90.matmul import epilogue, sync
+from pallas_kernels.sm90.matmul import epilogue
 from pallas_kernels.sm90.memory import address, offset, store, wide
 
 _SUM = plgpu.Layout.WG_STRIDED((layouts.TILE_N * TILE_M,), vec_size=1)

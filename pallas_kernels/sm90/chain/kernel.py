@@ -25,6 +25,7 @@ from jax import lax
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import formats, layouts
+from pallas_kernels.sm90 import sync
 from pallas_kernels.sm90.chain import device, rows
 from pallas_kernels.sm90.chain.schedule import (
     AHEAD,
@@ -38,7 +39,7 @@ from pallas_kernels.sm90.chain.schedule import (
 )
 from pallas_kernels.sm90.hardware import NUM_SMS
 from pallas_kernels.sm90.inline import SCALAR, const, inlined
-from pallas_kernels.sm90.matmul import epilogue, sync, weights
+from pallas_kernels.sm90.matmul import epilogue, weights
 
 # A thread's of the feeding warpgroup and of the computing ones.
 _REGISTERS = 24, 112

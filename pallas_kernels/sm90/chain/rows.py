@@ -28,7 +28,7 @@ from pallas_kernels.sm90.inline import (
     shared_address,
     to_e4m3,
 )
-from pallas_kernels.sm90.memory import address, load, load_eight, offset, store, unpack, wide
+from pallas_kernels.sm90.memory import address, load, load_floats, offset, store, unpack, wide
 from pallas_kernels.sm90.reduction import inverse_rms, over_block, own_units, weighted
 from pallas_kernels.sm90.split_sum import EIGHT
 
@@ -126,7 +126,7 @@ def norm_rows(refs: Refs, eps: float, leader: ir.Value, after_loads: Callable[[]
     """
     m, width = ir.MemRefType(refs["residual"].type).shape
     index, inside = own_units(width // EIGHT, THREADS)
-    factors = [load_eight(offset(address(refs["weight"]), i, 4 * EIGHT)) for i in index]
+    factors = [load_floats(offset(address(refs["weight"]), i, 4 * EIGHT), EIGHT) for i in index]
     at_once = max(1, UNITS // len(index))
     for start in range(0, m, at_once):
         rows = [const(row) for row in range(start, min(start + at_once, m))]

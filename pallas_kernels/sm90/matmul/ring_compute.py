@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import layouts
+from pallas_kernels.sm90 import sync
 from pallas_kernels.sm90.matmul import epilogue as outputs
-from pallas_kernels.sm90.matmul import sync, weights
+from pallas_kernels.sm90.matmul import weights
 from pallas_kernels.sm90.matmul.config import Config, Problem
 from pallas_kernels.sm90.matmul.output import Operands, Output
 

@@ -1,4 +1,4 @@
-"""Barriers of the Hopper matmul's rings.
+"""Barriers in shared memory: those of the rings, and a block's.
 
 "Slot free" barriers are raw mbarriers: one arrival a warp instead of Pallas' one a thread, and in
 a cluster every warp speaks for itself, so no warp's reads can be overtaken by another's arrival.
