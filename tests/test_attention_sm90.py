@@ -98,7 +98,8 @@ FP8 = {
     "no split": (Case(), 2),
     "a few splits": (Case(heads=32, kv_heads=8, slots=4096, lengths=(4096,)), 2),
     "odd heads, three queries": (Case(length=3, heads=9, kv_heads=3, head_dim=64, slots=2048, lengths=(2048, 5)), 2),
-    "more splits than a block reads": (Case(heads=32, kv_heads=8, slots=16384, lengths=(16384,)), 3),
+    "many splits, for a cluster": (Case(heads=32, kv_heads=8, slots=16384, lengths=(16384,)), 2),
+    "more splits than a thread holds": (Case(slots=65536, lengths=(65536,)), 3),
 }
 # (batch, queries, heads, kv_heads, head_dim, splits)
 SPLIT_SHAPES = [

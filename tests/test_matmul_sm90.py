@@ -84,6 +84,12 @@ CASES: dict[str, tuple[int, int, int, dict, Config]] = {
     "k-warpgroups-8": (16, 512, 4096, {"residual": True}, DecodeConfig(16, 8, 8, depth=4)),
     "decode-two-rows": (23, 320, 1024, {"bias": True}, DecodeConfig(16, k_warpgroups=2)),
     "split-two-rows": (23, 320, 1024, {"residual": True}, DecodeConfig(16, k_warpgroups=2, split_k=2)),
+    "ring-split": (300, 512, 1024, {"residual": True}, Config(256, split_k=2, multicast=2)),
+    "ring-split-uneven": (70, 1000, 1408, {"group_size": 64}, Config(128, split_k=8, multicast=2)),
+    "ring-split-silu": (133, 528, 1024, {"silu_mul": True, "bias": True, "residual": True}, Config(64, split_k=3)),
+    "ring-split-bf16-scale": (100, 512, 1152, {"scale_dtype": "bf16"}, Config(128, stages=6, split_k=2)),
+    "ring-split-bf16-x": (100, 512, 1024, {"x_dtype": jnp.bfloat16}, Config(128, split_k=2)),
+    "ring-split-batched": (13, 512, 2048, {}, Config(16, warpgroups=4, split_k=2, stages=2, k_tiles=4, store_m=16)),
     "split-7": (16, 512, 14336, {}, DecodeConfig(16, k_warpgroups=2, split_k=7)),
     "split-uneven": (5, 512, 11008, {}, DecodeConfig(8, k_warpgroups=4, split_k=2, depth=16)),
     "split-past-the-end": (5, 100, 640, {}, DecodeConfig(8, k_warpgroups=4, split_k=4)),
@@ -211,10 +217,11 @@ def test_a_decode_config_that_cannot_work_is_refused(fields, message):
     ("values", "scale_in_table", "groups"), list(itertools.product(("e4m3", "bf16"), (True, False), (1, 2)))
 )
 def test_the_heuristic_fits_every_shape(values, scale_in_table, groups):
-    for m, n, k in itertools.product(
-        (1, 8, 9, 17, 33, 64, 65, 128, 129, 4096), (64, 320, 4096, 57344), (128, 384, 4096, 28672)
+    for m, n, k, may_split in itertools.product(
+        (1, 8, 9, 17, 33, 64, 65, 128, 129, 300, 4096), (64, 320, 4096, 57344), (128, 384, 4096, 28672), (False, True)
     ):
-        config = heuristic(m, n, k, values, scale_in_table, groups)
+        config = heuristic(m, n, k, values, scale_in_table, groups, may_split=may_split)
+        assert m <= 64 or may_split or config.split_k == 1
         if not scale_in_table and isinstance(config, Config):
             config = dataclasses.replace(config, promote=1)
         assert smem_bytes(config, k, values) <= SMEM_BYTES
@@ -235,6 +242,27 @@ def test_tuned_configs_fit_and_serve_their_shapes(monkeypatch):
         assert choose(1 << 20, n, k, "e4m3", True, 1) == expected
         assert choose(100, n, k, "e4m3", True, 1) == heuristic(100, n, k, "e4m3", True, 1)
         assert choose(4096, n, k, "bf16", True, 1) == heuristic(4096, n, k, "bf16", True, 1)
+
+
+# The fastest of what ``tune_matmul.py`` timed on an H200, with the norm that adds up the parts.
+@pytest.mark.parametrize(
+    ("m", "n", "k", "tile_m", "split_k"),
+    [
+        (128, 6144, 4096, 128, 2),
+        (256, 6144, 4096, 128, 1),
+        (512, 6144, 4096, 256, 1),
+        (128, 4096, 4096, 128, 4),
+        (256, 4096, 4096, 128, 2),
+        (512, 4096, 4096, 128, 1),
+        (128, 4096, 14336, 128, 4),
+        (256, 4096, 14336, 256, 4),
+        (512, 4096, 14336, 256, 2),
+        (256, 28672, 4096, 256, 1),
+    ],
+)
+def test_the_rule_finds_what_was_fastest(m, n, k, tile_m, split_k):
+    config = heuristic(m, n, k, "e4m3", True, 1, may_split=True)
+    assert (config.tile_m, config.split_k) == (tile_m, split_k)
 
 
 @pytest.mark.parametrize("config", [Config(256, store_m=32), DecodeConfig(16, split_k=3)])

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from timing import compile_all, median_seconds
+from timing import alone, compile_all, median_seconds
 
 from pallas_kernels import formats
 from pallas_kernels.formats import ScaledArray
@@ -66,7 +66,8 @@ def median_ms(timings: Sequence[Timing], repeats: int = 5) -> Iterator[float]:
     """Median time of a call, for each timing in turn; all are compiled before any runs."""
     programs = compile_all({i: timing.program() for i, timing in enumerate(timings)})
     for timing, program in zip(timings, programs.values(), strict=True):
-        inputs = timing.inputs()
+        with alone():  # making them would disturb another's measurement
+            inputs = jax.block_until_ready(timing.inputs())
         seconds = median_seconds(functools.partial(program, inputs), repeats)
         yield seconds * 1e3 / (timing.iterations * len(inputs))
 

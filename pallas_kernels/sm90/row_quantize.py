@@ -50,9 +50,9 @@ CHUNK = 8  # elements of a load
 MAX_WARPGROUPS = 8
 CLUSTERS = (8, 4, 2)
 MAX_CLUSTERED = 4  # warpgroups of a block in a cluster
-# Bytes of a row's parts that repay a cluster, whose blocks wait for each other at the start and for their numbers:
-# about 0.2 us, in which one multiprocessor reads 22 KB.
-MIN_SHARED = 32 << 10
+# Bytes that a cluster must spare one multiprocessor to be repaid for its blocks' waiting for each other, at the
+# start and for their numbers: about 0.2 us, in which one multiprocessor reads as many.
+MIN_SPARED = 22 << 10
 MAX_CHUNKS = 8  # a thread holds at most, as 64 float32 registers
 MAX_WIDTH = CHUNK * WARPGROUP * MAX_WARPGROUPS * MAX_CHUNKS
 
@@ -98,9 +98,9 @@ def parts_config(rows: int, width: int, parts: int) -> Config:
 
     Of few bytes always one block.
     """
-    for cluster in CLUSTERS if 4 * parts * width >= MIN_SHARED else ():
-        one = Config(1, cluster)
-        if rows * cluster <= NUM_SMS and width >= one.threads * one.chunk:
+    for cluster in CLUSTERS:
+        one, spared = Config(1, cluster), 4 * parts * width * (cluster - 1) // cluster
+        if rows * cluster <= NUM_SMS and width >= one.threads * one.chunk and spared >= MIN_SPARED:
             return Config(min(-(-width // (one.threads * one.chunk)), MAX_CLUSTERED), cluster)
     return default_config(width, parts=True)
 
@@ -149,8 +149,8 @@ def sum_norm_quantize(
 ) -> tuple[ScaledArray, Float[Array, "*rows D"]]:
     """Normalized sums in FP8, and the sums in bf16; see ``row_quantize.sum_norm_quantize``."""
     operands = {**split_sum.operands(total), "residual": total.residual, "weight": weight}
-    # Clusters for who asks for them: what they gain here has not been measured.
-    rows, x = _launch((*total.rows, total.n), operands, config or default_config(total.n, parts=True), eps)
+    config = config or parts_config(math.prod(total.rows), total.n, len(total.parts))
+    rows, x = _launch((*total.rows, total.n), operands, config, eps)
     assert x is not None
     return rows, x
 

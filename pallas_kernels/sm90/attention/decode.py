@@ -34,11 +34,12 @@ from pallas_kernels.sm90.hardware import NUM_SMS
 
 HEAD_DIMS = (64, 128, 256)
 PAGE_MULTIPLE = 256  # a page holds whole tiles
-SHORT = 2048  # slots up to which small blocks are faster than long streams
-# Numbers of a token's splits (splits x heads x head_dim) up to which one block, or with few tokens a
-# cluster, combines and quantizes them: 192 KiB, which a multiprocessor reads in less than the time of
-# another kernel, 2 us.
+SHORT = 4096  # slots up to which small blocks are faster than long streams; half as many where a multiprocessor has one
+# Numbers of a token's splits (splits x heads x head_dim) up to which one block, or each of a cluster's,
+# combines and quantizes them: 192 KiB, which a multiprocessor reads in less than the time of another
+# kernel, 2 us.
 MOST_IN_A_BLOCK = 3 << 14
+MOST_IN_A_THREAD = 128  # of them, in registers
 _LOG2E = math.log2(math.e)
 
 
@@ -92,10 +93,10 @@ def default_config(head_dim: int, block_rows: int, blocks: int, slots: int) -> C
     ``blocks`` is how many there are if no sequence is split.
     """
     if head_dim <= 128 and block_rows == 8:
-        if slots > SHORT:
-            return Config()
         # Few tiles each, so about four warpgroups a multiprocessor: in small blocks, unless it has just one or two.
         residents = -(-blocks // NUM_SMS) if 0.75 * NUM_SMS <= blocks <= 2 * NUM_SMS else 4
+        if slots > (SHORT if residents > 1 else SHORT // 2):
+            return Config()
         return Config(block_kv=128, warpgroups=min(3, 4 // residents), residents=residents)
     if head_dim <= 128:
         return Config(block_kv=128, stages=3, warpgroups=3 if head_dim * block_rows <= 2048 else 2)
@@ -225,11 +226,18 @@ def decode_attention(
     )
     if splits == 1:
         (out,) = partials
-    elif quantized and splits * heads * head_dim <= MOST_IN_A_BLOCK:
-        return row_quantize.combine_quantize(*partials, group=group)
+    elif quantized and (together := _in_one_kernel(batch * length, heads * head_dim, splits)):
+        return row_quantize.combine_quantize(*partials, group=group, config=together)
     else:
         out = combine_splits(*partials, out_type=out_type)
     return row_quantize.quantize_rows(out.reshape(batch, length, -1)) if quantized else out
+
+
+def _in_one_kernel(tokens: int, width: int, splits: int) -> row_quantize.Config | None:
+    """How one kernel combines and quantizes the splits; None if two are better."""
+    config = row_quantize.parts_config(tokens, width, splits)
+    fits = splits * width <= MOST_IN_A_BLOCK * config.cluster and splits * config.chunk <= MOST_IN_A_THREAD
+    return config if fits else None
 
 
 def combine_splits(

@@ -17,9 +17,9 @@ next, whose copies run under the end of the last. Inside a compute warpgroup (``
    addition of P.V to the output runs under it.
 
 In pipeline 2 the warpgroups take turns: one starts its products of a tile (P.V and the next Q.K^T)
-when the other has started its own. So the softmax of one runs under the products of the other,
-where without an order both would wait for the tensor cores at the same time and then for the
-exponentials.
+when the other has its P.V, and only the Q.K^T behind that is still in flight. So the softmax of one runs
+under the products of the other, where without an order both would wait for the tensor cores at the
+same time and then for the exponentials.
 
 Softmax statistics and the output are float32. P.V of a tile is accumulated from zero by the
 tensor cores, whose FP8 accumulation is short, and added to the output by FMAs.

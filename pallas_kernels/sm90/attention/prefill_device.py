@@ -232,10 +232,10 @@ class _Tiles:
         plgpu.barrier_arrive(self.q_free)
 
     # Turns cannot hang: both warpgroups take one in each tile of the thread block, also where the queries of one see
-    # nothing of it or do not exist, and between taking a turn and passing it on a warpgroup waits for nothing. The
-    # tiles and queries that it waits for in front of a turn depend on what was released after earlier turns alone.
+    # nothing of it or do not exist, and between taking a turn and passing it on a warpgroup waits for its own products
+    # alone. The tiles and queries that it waits for in front of a turn depend on what was released after earlier turns.
     def take_turn(self) -> None:
-        """Wait until the other warpgroup has started its products."""
+        """Wait until the other warpgroup has its product P V."""
         plgpu.barrier_wait(self.turn)
 
     def pass_turn(self) -> None:
@@ -340,8 +340,9 @@ def _overlapped(tiles: _Tiles, begin, full_end, end):
         if not last:
             # Into the registers of this tile's scores, which are P by now.
             scores = tiles.start_scores(tile + 1)
+        product = tiles.finish(product, later=0 if last else 1)
         tiles.pass_turn()
-        product, tile_sums = _split(tiles.finish(product, later=0 if last else 1), tiles.head_dim)
+        product, tile_sums = _split(product, tiles.head_dim)
         sums = sums * _over_columns(decay, sums.shape) + tile_sums * tiles.columns[tiles.stage(tile), registers.UNIT, 0]
         out = out * _over_columns(decay, out.shape) + product
         tiles.release(tile)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.resources
+import itertools
 import json
 from typing import Any, Literal
 
@@ -17,6 +18,8 @@ Values = Literal["e4m3", "bf16"]
 STORE_BUFFERS = 2
 # Up to so many tokens are few.
 MOST_DECODED = 64
+# From there to so many a rule finds what tuning does, and each number its own.
+MOST_BY_RULE = 512
 # Tiles of 128 inputs between two waits for x in the kernel for few tokens.
 CHUNK = 4
 
@@ -28,6 +31,8 @@ class Config:
     Attributes:
         tile_m: tokens of a tile (WGMMA's N).
         warpgroups: computing warpgroups of a CTA; a tile has 64 output channels for each.
+        split_k: tiles that share tokens and channels, each with a part of K, where there are fewer
+            than SMs. Above one, their sums go to GMEM for the next pass to add up (``SplitSum``).
         stages: steps that the ring holds.
         k_tiles: a step is 128 inputs times this. One: the next step's weights are dequantized
             while the tensor cores have this one's. More: few waits, for when they have little to do.
@@ -41,6 +46,7 @@ class Config:
 
     tile_m: int
     warpgroups: int = 2
+    split_k: int = 1
     stages: int = 4
     k_tiles: int = 1
     multicast: int = 1
@@ -59,6 +65,7 @@ class Config:
             raise ValueError(f"warpgroups is {self.warpgroups}; expected 2 or 4")
         if self.warpgroups == 4 and self.tile_m > 64:
             raise ValueError(f"tile_m is {self.tile_m}; four warpgroups have registers for at most 64")
+        _check_split(self.split_k)
         if not 2 <= self.stages <= 32:
             raise ValueError(f"stages is {self.stages}; expected 2 to 32")
         if self.multicast not in (1, 2):
@@ -72,6 +79,10 @@ class Config:
     def tile_n(self) -> int:
         """Output channels of a CTA's tile."""
         return layouts.TILE_N * self.warpgroups
+
+    def steps(self, k: int) -> int:
+        """Steps of each tile of y, or part of one; the last may go beyond the end of K."""
+        return -(-(k // layouts.TILE_K) // (self.k_tiles * self.split_k))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +111,7 @@ class DecodeConfig:
             raise ValueError(f"tile_m is {self.tile_m}; expected a multiple of 8 from 8 to {MOST_DECODED}")
         if not 1 <= self.warpgroups <= 8 or self.k_warpgroups < 1 or self.warpgroups % self.k_warpgroups:
             raise ValueError(f"{self}: expected 1 to 8 warpgroups, a multiple of k_warpgroups")
-        if not 1 <= self.split_k <= MAX_PARTS:
-            raise ValueError(f"split_k is {self.split_k}; expected 1 to {MAX_PARTS}")
+        _check_split(self.split_k)
         if not 2 <= self.stages <= 32 or self.depth < 1:
             raise ValueError(f"{self}: expected 2 to 32 stages and a depth of at least 1")
 
@@ -113,6 +123,11 @@ class DecodeConfig:
     def k_tiles(self, k: int) -> int:
         """Tiles of 128 inputs of each warpgroup; the last parts of K may have fewer."""
         return -(-(k // layouts.TILE_K) // (self.split_k * self.k_warpgroups))
+
+
+def _check_split(split_k: int) -> None:
+    if not 1 <= split_k <= MAX_PARTS:
+        raise ValueError(f"split_k is {split_k}; expected 1 to {MAX_PARTS}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +183,7 @@ def smem_bytes(config: Config | DecodeConfig, k: int, values: Values) -> int:
         chunk = CHUNK * (x_tile + config.columns * layouts.TILE_N * 4)
         return weights + config.k_warpgroups * decode_stages(config, k) * chunk + store + 2048
     tile = x_tile + config.tile_n * (layouts.TILE_K // 2 + 4)
-    store = config.warpgroups * _store_bytes(config.store_m, config.tile_m)
+    store = config.warpgroups * _store_bytes(config.store_m, config.tile_m) if config.split_k == 1 else 0
     return config.stages * config.k_tiles * tile + store + 2048
 
 
@@ -186,7 +201,9 @@ def word_slots(config: DecodeConfig, k: int) -> int:
     return max(min(config.depth, config.k_tiles(k)), -(-config.tile_m // 16) if config.k_warpgroups > 1 else 1)
 
 
-def choose(m: int, n: int, k: int, values: Values, scale_in_table: bool, groups: int) -> Config | DecodeConfig:
+def choose(
+    m: int, n: int, k: int, values: Values, scale_in_table: bool, groups: int, *, may_split: bool = False
+) -> Config | DecodeConfig:
     """The configuration for a problem: tuned if its weight's shape was, else by rule.
 
     Args:
@@ -196,37 +213,46 @@ def choose(m: int, n: int, k: int, values: Values, scale_in_table: bool, groups:
         values: type of x.
         scale_in_table: whether group scales are E4M3 (else each group has its own float32 sum).
         groups: groups in 128 inputs (1 or 2).
+        may_split: whether a kernel that reads y can add up parts of K; few tokens do not ask.
     """
-    # Between 65 and 128 tokens the tile is half that of the next bucket.
-    if values == "e4m3" and scale_in_table and groups == 1 and not MOST_DECODED < m <= 128:
+    if values == "e4m3" and scale_in_table and groups == 1 and not MOST_DECODED < m <= MOST_BY_RULE:
         by_tokens = _tuned(_device_kind()).get(f"{n}x{k}", {})
         # The largest bucket serves every larger number of tokens.
         buckets = [bucket for bucket in by_tokens if bucket >= m] or list(by_tokens)[-1:]
         if buckets and (m <= MOST_DECODED) == (buckets[0] <= MOST_DECODED):
             return by_tokens[buckets[0]]
-    return heuristic(m, n, k, values, scale_in_table, groups)
+    return heuristic(m, n, k, values, scale_in_table, groups, may_split=may_split)
 
 
-def heuristic(m: int, n: int, k: int, values: Values, scale_in_table: bool, groups: int) -> Config | DecodeConfig:
-    """A sound configuration for a shape that nobody has tuned."""
+def heuristic(
+    m: int, n: int, k: int, values: Values, scale_in_table: bool, groups: int, *, may_split: bool = False
+) -> Config | DecodeConfig:
+    """A sound configuration for a shape that nobody has tuned; arguments as those of ``choose``."""
     if m <= MOST_DECODED:
         return _few_tokens(-(-m // 8) * 8, n, k, values, scale_in_table)
-    tile_m = 128 if m <= 128 or values == "bf16" else _tile_m(m, n)
-    if not scale_in_table:
-        # A second sum takes as many registers as the first, and wider weights or two scales more.
-        tile_m = 64 if values == "bf16" or groups == 2 else 128
+    # A second sum takes as many registers as the first, and wider weights or two scales more.
+    most = 256 // ((1 if scale_in_table else 2 * groups) * (1 if values == "e4m3" else 2))
+    sizes = [size for size in (64, 128, 192, 208, 224, 240, 256) if size <= max(64, most)]
+    parts = range(1, MAX_PARTS + 1) if may_split else (1,)
+    tile_m, split_k = min(itertools.product(sizes, parts), key=lambda cut: _microseconds(m, n, k, *cut))
     store_m = next(size for size in range(64, 0, -8) if tile_m % size == 0)
-    return _largest(Config(tile_m, multicast=2, store_m=store_m), "stages", 8, k, values)
+    return deepest(Config(tile_m, split_k=split_k, multicast=1 if tile_m <= 128 else 2, store_m=store_m), k, values)
 
 
-def _tile_m(m: int, n: int) -> int:
-    """Tokens of a tile so that the SMs' last wave is as full as may be; large ones are a little faster."""
+def _microseconds(m: int, n: int, k: int, tile_m: int, split_k: int) -> float:
+    """About what the ring takes on an H200 with a reader that adds up parts of K, but for what all cuts have in common.
 
-    def cost(tile_m: int) -> int:
-        tiles = -(-m // tile_m) * -(-n // (2 * layouts.TILE_N))
-        return -(-tiles // NUM_SMS) * (tile_m + 8)
+    The numbers are a fit to (4096, 4096), (6144, 4096) and (4096, 14336) at 128, 256 and 512 tokens.
+    """
+    config = Config(tile_m, split_k=split_k, store_m=8)
+    tiles = -(-m // tile_m) * -(-n // config.tile_n) * split_k
+    wave = 2 + config.steps(k) * (0.215 + 0.0014 * tile_m)
+    return -(-tiles // NUM_SMS) * wave + (0.3e-6 * 4 * split_k * m * n if split_k > 1 else 0)
 
-    return min((256, 240, 224, 208, 192), key=cost)
+
+def deepest(config: Config, k: int, values: Values) -> Config:
+    """``config`` with as many stages as fit into an SM, up to eight."""
+    return _largest(config, "stages", 8, k, values)
 
 
 def _few_tokens(tile_m: int, n: int, k: int, values: Values, scale_in_table: bool) -> Config | DecodeConfig:

@@ -127,6 +127,20 @@ def add_to_sum(total: jax.Array, acc: jax.Array, scale: jax.Array | None) -> jax
     return inline(*args)
 
 
+def raw_sum(acc: jax.Array) -> jax.Array:
+    """float32 [64, tile_m] in the accumulator's layout as a raw sum."""
+    layout = _sum_layout(acc.shape[1])
+    shape = (layouts.TILE_N * acc.shape[1],)
+
+    @inlined(arg_types=(plgpu.Layout.WGMMA,), return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layout))
+    def inline(_: Any, acc: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+        one = ir.VectorType.get((1,), ir.F32Type.get())
+        values = [vector.broadcast(one, element(pair, i)) for pair in acc.registers.flat for i in range(2)]
+        return mgpu.FragmentedArray(_registers=np.array(values, object), _layout=layout.to_mgpu(), _is_signed=None)
+
+    return inline(acc)
+
+
 def sum_to_accumulator(total: jax.Array) -> jax.Array:
     """A raw sum as float32 [64, tile_m] in the accumulator's layout."""
     tile_m = total.shape[0] // layouts.TILE_N

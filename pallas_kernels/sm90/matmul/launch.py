@@ -57,7 +57,7 @@ def matmul(
     n_out = n // 2 if silu_mul else n
     # A row of y must be a multiple of 16 bytes for TMA.
     n_stored = -(-n_out // 8) * 8
-    split = isinstance(config, DecodeConfig) and config.split_k > 1
+    split = config.split_k > 1
     problem = Problem(
         m=m,
         n=words.shape[0] * layouts.TILE_N,
@@ -85,12 +85,12 @@ def matmul(
     arrays = {name: value for name, value in operands._asdict().items() if value is not None}
     if isinstance(config, DecodeConfig):
         y = decode.kernel(problem, config, tuple(arrays))(*arrays.values())
-        if split:
-            activation = "silu_mul" if silu_mul else "none"
-            return SplitSum(y, channel_scale, x_scale, bias, residual, rows=(m,), n=n, activation=activation)
     else:
         if not problem.scale_in_table:
             # Each group's sum is multiplied by its scale, so it must be a sum of its own.
             config = dataclasses.replace(config, promote=1)
         y = ring.kernel(problem, config, tuple(arrays))(*arrays.values())
+    if split:
+        activation = "silu_mul" if silu_mul else "none"
+        return SplitSum(y, channel_scale, x_scale, bias, residual, rows=(m,), n=n, activation=activation)
     return y[:, :n_out] if n_stored != n_out else y

@@ -23,9 +23,13 @@ from pallas_kernels.sm90.matmul.ring_compute import Consumer, Scratch, Tile
 
 
 def kernel(problem: Problem, config: Config, present: tuple[str, ...]) -> Any:
-    """The Pallas call; its arguments are the ``present`` operands."""
+    """The Pallas call; its arguments are the ``present`` operands.
+
+    Its result is y, or with ``config.split_k`` > 1 the unscaled float32 sums [split_k, M, N].
+    """
     tiles = -(-problem.m // config.tile_m), -(-problem.n // (config.tile_n * config.multicast))
-    clusters = min(tiles[0] * tiles[1], NUM_SMS // config.multicast)
+    clusters = min(tiles[0] * tiles[1] * config.split_k, NUM_SMS // config.multicast)
+    whole = config.split_k == 1
     x_dtype = formats.E4M3 if problem.values == "e4m3" else jnp.bfloat16
     x_columns = layouts.TILE_K // problem.halves
     x_shape = config.stages, config.k_tiles * problem.halves, config.tile_m, x_columns
@@ -43,8 +47,10 @@ def kernel(problem: Problem, config: Config, present: tuple[str, ...]) -> Any:
             plgpu.SMEM(x_shape, x_dtype, transforms=(plgpu.TilingTransform((8, x_columns)), swizzle)),
         ),
         words=plgpu.SMEM((config.stages, config.warpgroups, config.k_tiles, 4, 256), jnp.int32),
-        y=plgpu.SMEM(y_shape, jnp.bfloat16, transforms=(plgpu.SwizzleTransform(2 * problem.rows_out),)),
-        tokens=plgpu.SMEM((config.warpgroups, outputs.token_slots(config.tile_m)), jnp.int32),
+        y=plgpu.SMEM(y_shape, jnp.bfloat16, transforms=(plgpu.SwizzleTransform(2 * problem.rows_out),))
+        if whole
+        else None,
+        tokens=plgpu.SMEM((config.warpgroups, outputs.token_slots(config.tile_m)), jnp.int32) if whole else None,
         scales=plgpu.SMEM(scale_shape, problem.scale_dtype) if in_ring else None,
         full=plgpu.Barrier(num_barriers=config.stages, num_arrivals=2 + in_ring),
         free=plgpu.SMEM((config.stages, 2), jnp.int32),
@@ -57,9 +63,14 @@ def kernel(problem: Problem, config: Config, present: tuple[str, ...]) -> Any:
         scratch = Scratch(**{name: scratch_refs.get(name) for name in Scratch._fields})
         _cta(problem, config, operands, scratch, tiles, clusters)
 
+    out_type = (
+        jax.ShapeDtypeStruct((problem.m, problem.n_out), jnp.bfloat16)
+        if whole
+        else jax.ShapeDtypeStruct((config.split_k, problem.m, problem.n), jnp.float32)
+    )
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((problem.m, problem.n_out), jnp.bfloat16),
+        out_type=out_type,
         grid=(clusters,),
         grid_names=("cluster",),
         cluster=(config.multicast,),
@@ -82,26 +93,28 @@ def _cta(
 ) -> None:
     """One CTA: the last warpgroup feeds the ring, the others compute."""
     m_tiles, n_tiles = tile_counts
+    total = m_tiles * n_tiles * config.split_k
     wg, peer, cluster = lax.axis_index("wg"), lax.axis_index("peer"), lax.axis_index("cluster")
-    # The last step may go beyond the end of K, where TMA fills with zeros.
-    steps = -(-(problem.k // layouts.TILE_K) // config.k_tiles)
     sync.init_barriers(scratch.free, 4 * config.warpgroups * config.multicast, cluster=config.multicast > 1)
 
-    def start(i: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-        """(first token, first channel) of this CTA's i-th tile."""
-        at = jnp.minimum(cluster + i * clusters, m_tiles * n_tiles - 1)
+    def tile(i: jax.Array | int) -> Tile:
+        """This CTA's i-th."""
+        at = jnp.minimum(cluster + i * clusters, total - 1)
+        part = jnp.int32(0)
+        if config.split_k > 1:
+            at, part = lax.div(at, jnp.int32(config.split_k)), lax.rem(at, jnp.int32(config.split_k))
         m_tile, n_tile = plgpu.planar_snake(at, (m_tiles, n_tiles), 0, min(config.band, m_tiles))
         n_cta = n_tile * config.multicast + peer if config.multicast > 1 else n_tile
-        return m_tile * config.tile_m, n_cta * config.tile_n
+        return Tile(m_tile * config.tile_m, n_cta * config.tile_n, part)
 
     def tiles(visit: Any, begin: Any) -> Any:
-        """Fold ``visit(tile, carry)`` over this CTA's tiles, from ``begin(first tile)``."""
+        """Fold ``visit(tile, the one after it, carry)`` over this CTA's tiles, from ``begin(first tile)``."""
 
         def step(i: jax.Array, carry: Any) -> Any:
-            return visit(Tile(*start(i), start(i + 1)[1]), carry)
+            return visit(tile(i), tile(i + 1), carry)
 
-        count = lax.div(m_tiles * n_tiles - cluster + clusters - 1, jnp.int32(clusters))
-        return lax.fori_loop(0, count, step, begin(Tile(*start(0), start(1)[1])))
+        count = lax.div(total - cluster + clusters - 1, jnp.int32(clusters))
+        return lax.fori_loop(0, count, step, begin(tile(0)))
 
     registers = _registers(config)
 
@@ -109,13 +122,13 @@ def _cta(
     def _() -> None:
         if registers:
             plgpu.set_max_registers(registers[0], action="decrease")
-        _feed(problem, config, operands, scratch, tiles, steps)
+        _feed(problem, config, operands, scratch, tiles)
 
     @pl.when(wg < config.warpgroups)
     def _() -> None:
         if registers:
             plgpu.set_max_registers(registers[1], action="increase")
-        Consumer(problem, config, operands, scratch, steps, wg).run(tiles)
+        Consumer(problem, config, operands, scratch, wg).run(tiles)
 
 
 def _feed(
@@ -124,21 +137,21 @@ def _feed(
     operands: Operands,
     scratch: Scratch,
     tiles: Any,
-    steps: int,
 ) -> None:
     """Keep the ring full: x and packed weights of one step after the other, tile after tile."""
-    halves, k_tiles = problem.halves, config.k_tiles
+    halves, k_tiles, steps = problem.halves, config.k_tiles, config.steps(problem.k)
     x_rows, _ = scratch.x
 
     def advance(slot: jax.Array, parity: jax.Array) -> tuple[jax.Array, jax.Array]:
         wrapped = slot == config.stages - 1
         return jnp.where(wrapped, 0, slot + 1), jnp.where(wrapped, 1 - parity, parity)
 
-    def visit(tile: Tile, carry: Any) -> Any:
+    def visit(tile: Tile, _: Tile, carry: Any) -> Any:
         def step(i: jax.Array, carry: Any) -> Any:
             slot, parity = carry
             sync.wait(scratch.free, slot, parity)
-            k_tile = i * k_tiles
+            # Beyond the end of K TMA fills with zeros.
+            k_tile = (tile.part * steps + i) * k_tiles
             plgpu.copy_gmem_to_smem(
                 operands.x.at[pl.ds(tile.token, config.tile_m), pl.ds(k_tile * halves, k_tiles * halves)],
                 jax_compat.transpose_ref(x_rows.at[slot], (1, 0, 2)),

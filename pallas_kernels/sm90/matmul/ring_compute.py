@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.experimental.pallas as pl
@@ -27,19 +27,23 @@ class Scratch(NamedTuple):
     x: Any  # (rows for TMA, tiles for WGMMA), one memory: [stages, k_tiles * halves, tile_m, columns]
     words: Any  # int32 [stages, warpgroups, k_tiles, 4, 256]
     scales: Any | None  # [stages, k_tiles * groups, tile_n]
-    y: Any  # bf16 [warpgroups, STORE_BUFFERS, tokens, rows_out]
-    tokens: Any  # float32, as int32 [warpgroups, token_slots]
+    y: Any | None  # bf16 [warpgroups, STORE_BUFFERS, tokens, rows_out]; None with split K
+    tokens: Any | None  # float32, as int32 [warpgroups, token_slots]
     full: Any  # [stages], TMA arrives
     free: Any  # raw mbarriers [stages, 2]; see ``sync``
     residual_full: Any | None  # [warpgroups * STORE_BUFFERS]
 
 
 class Tile(NamedTuple):
-    """Where a tile begins, and the channels of the one after it."""
+    """Where a tile begins, and which part of K it has."""
 
     token: jax.Array
     channel: jax.Array
-    next_channel: jax.Array
+    part: jax.Array
+
+
+Carry: TypeAlias = tuple[jax.Array, tuple[jax.Array, ...]]  # slot of the ring, scales on their way
+Visit: TypeAlias = Callable[[Tile, Tile, Carry], Carry]  # of a tile and the one after it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +51,6 @@ class Consumer:
     """One computing warpgroup: 64 output channels of each of its CTA's tiles.
 
     Attributes:
-        steps: steps of ``config.k_tiles`` tiles of 128 inputs for each tile of y.
         wg: index of the warpgroup.
     """
 
@@ -55,32 +58,47 @@ class Consumer:
     config: Config
     operands: Operands
     scratch: Scratch
-    steps: int
     wg: jax.Array
 
-    def run(self, tiles: Callable[[Callable[[Tile, Any], Any], Callable[[Tile], Any]], Any]) -> None:
-        """All tiles; ``tiles(visit, begin)`` folds ``visit`` over them, from ``begin(first tile)``."""
+    @property
+    def steps(self) -> int:
+        """Of ``config.k_tiles`` tiles of 128 inputs for each tile of y, or part of one."""
+        return self.config.steps(self.problem.k)
 
+    def run(self, tiles: Callable[[Visit, Callable[[Tile], Carry]], Carry]) -> None:
+        """All tiles; ``tiles(visit, begin)`` folds ``visit`` over them, from ``begin(first tile)``."""
         scratch = self.scratch
         output = Output(
             self.problem, self.operands, self.config.tile_m, self.wg, scratch.y, scratch.tokens, scratch.residual_full
         )
 
-        def visit(tile: Tile, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-            slot, scales = carry
+        def visit_whole(tile: Tile, next_tile: Tile, carry: Carry) -> Carry:
             epilogue = output.begin(tile.token, self._rows(tile.channel))
             output.begin_residual(epilogue)
-            if self.config.promote:
-                acc, slot, scales = self._promoted(tile, slot, scales)
-            elif self.config.k_tiles == 1:
-                acc, slot, scales = self._overlapped(tile, slot, scales)
-            else:
-                acc, slot = self._batched(slot)
+            acc, carry = self._sum(tile, next_tile, carry)
             output.finish(acc, epilogue)
-            return slot, scales
+            return carry
 
-        tiles(visit, lambda first: (jnp.int32(0), self._load_scales(first.channel, 0)))
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        def visit_part(tile: Tile, next_tile: Tile, carry: Carry) -> Carry:
+            acc, carry = self._sum(tile, next_tile, carry)
+            n_tile = lax.div(self._rows(tile.channel), jnp.int32(layouts.TILE_N))
+            outputs.store_partial(outputs.raw_sum(acc), self.operands.y, tile.part, tile.token, n_tile)
+            return carry
+
+        whole = self.config.split_k == 1
+        tiles(visit_whole if whole else visit_part, lambda first: (jnp.int32(0), self._load_scales(first, 0)))
+        if whole:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def _sum(self, tile: Tile, next_tile: Tile, carry: Carry) -> tuple[jax.Array, Carry]:
+        """The sum over the tile's part of K; carries the next slot and the first scales of the tile it is for."""
+        if self.config.promote:
+            return self._promoted(tile, next_tile, *carry)
+        if self.config.k_tiles == 1:
+            return self._overlapped(tile, next_tile, *carry)
+        slot, scales = carry
+        acc, slot = self._batched(slot)
+        return acc, (slot, scales)
 
     # --- main loop ------------------------------------------------------------------------------------
 
@@ -96,15 +114,15 @@ class Consumer:
     def _table_sets(self) -> int:
         return -(-self._unit * self.problem.groups // 4)
 
-    def _load_scales(self, channel: jax.Array, k_tile: jax.Array | int) -> tuple[jax.Array, ...]:
-        """Start to load a unit's scales from GMEM; () if they come through the ring.
+    def _load_scales(self, tile: Tile, step: jax.Array | int) -> tuple[jax.Array, ...]:
+        """Start to load from GMEM the scales of a unit that begins with ``step``; () if they come through the ring.
 
         They are wanted a unit later. Nothing may be done to them until then, not even a move to
         another register, or everything waits for them.
         """
         if self.scratch.scales is not None:
             return ()
-        group, rows = k_tile * self.problem.groups, self._rows(channel)
+        group, rows = (tile.part * self.steps + step) * self.problem.groups, self._rows(tile.channel)
         scales = self.operands.group_scale
         return tuple(
             weights.load_four_scales(scales, jnp.asarray(group + 4 * i, jnp.int32), rows)
@@ -164,14 +182,14 @@ class Consumer:
                 words = self._fetch(slot)
         return slot, previous
 
-    def _overlapped(self, tile: Tile, slot: jax.Array, scales: Any) -> tuple[jax.Array, jax.Array, Any]:
-        """(sum over all steps, next slot, first scales of the next tile)."""
+    def _overlapped(self, tile: Tile, next_tile: Tile, slot: jax.Array, scales: Any) -> tuple[jax.Array, Carry]:
+        """``_sum`` in steps of one tile of K each, dequantized under the products of the one before."""
         iterations, rest = divmod(self.steps - 1, UNROLL)
 
-        def body(acc_ref: Any) -> tuple[jax.Array, jax.Array, Any]:
+        def body(acc_ref: Any) -> tuple[jax.Array, Carry]:
             def iteration(i: jax.Array, carry: Any) -> Any:
                 words, slot, sets = carry
-                scales = self._load_scales(tile.channel, (i + 1) * UNROLL)
+                scales = self._load_scales(tile, (i + 1) * UNROLL)
                 following, used = self._issue(words, self._tables(sets), slot, UNROLL, acc_ref)
                 # What the next iteration begins with is made while this one's last step is in
                 # flight. The compiler serializes WGMMAs in flight at a loop's end, so none is.
@@ -183,11 +201,11 @@ class Consumer:
 
             first = self._fetch(slot), slot, self._build(scales)
             words, current, sets = lax.fori_loop(0, iterations, iteration, first)
-            next_scales = self._load_scales(tile.next_channel, 0)
+            next_scales = self._load_scales(next_tile, 0)
             following, used = self._issue(words, self._tables(sets), current, rest + 1, acc_ref)
             acc = acc_ref[...]
             self._release(used)
-            return acc, following, next_scales
+            return acc, (following, next_scales)
 
         return self._accumulate(body)
 
@@ -216,7 +234,7 @@ class Consumer:
 
         return self._accumulate(body)
 
-    def _promoted(self, tile: Tile, slot: jax.Array, scales: Any) -> tuple[jax.Array, jax.Array, Any]:
+    def _promoted(self, tile: Tile, next_tile: Tile, slot: jax.Array, scales: Any) -> tuple[jax.Array, Carry]:
         """As ``_overlapped``, but a float32 sum of the (scaled) sums of ``config.promote`` steps."""
         count = self.config.promote
         by_half = self.problem.groups == 2 and not self.problem.scale_in_table
@@ -251,8 +269,8 @@ class Consumer:
 
         carry = self._fetch(slot), slot, scales, outputs.zero_sum(self.config.tile_m)
         carry = lax.fori_loop(
-            0, blocks, lambda i, carry: block(carry, count, self._load_scales(tile.channel, (i + 1) * count)), carry
+            0, blocks, lambda i, carry: block(carry, count, self._load_scales(tile, (i + 1) * count)), carry
         )
-        next_scales = self._load_scales(tile.next_channel, 0)
+        next_scales = self._load_scales(next_tile, 0)
         _, slot, scales, total = block(carry, self.steps - blocks * count, next_scales, last=True)
-        return outputs.sum_to_accumulator(total), slot, scales
+        return outputs.sum_to_accumulator(total), (slot, scales)
