@@ -31,9 +31,9 @@ def test_decode_multiplies_what_the_cache_holds(monkeypatch, head_dim, tokens):
     queries = rng.integers(-8, 9, (length, heads, head_dim)).astype(E4M3)
     width = min(128, head_dim)
     q_smem = machine.ref(np.zeros((1, head_dim // width, 8, width), E4M3))
-    registers.store_queries(
-        None, machine.scalar(first_row), machine.scalar(first_head), machine.ref(queries), q_smem, group=group
-    )
+    start, source = machine.scalar(first_row), machine.ref(queries)
+    words = registers.load_queries(None, start, machine.scalar(first_head), source, rows=8, group=group)
+    registers.store_queries(None, start, words, q_smem, valid_rows=length * group, head_dim=head_dim)
     rows = np.zeros((8, head_dim), np.float32)
     rows[:7] = queries[:, first_head : first_head + group].reshape(length * group, head_dim)[first_row:]
     scores = keys @ unswizzled(q_smem.memory).astype(np.float32).T / registers.CODE_UNIT
@@ -261,6 +261,8 @@ class Machine:
             "number": lambda value: np.full(WARPGROUP, value, np.float32),
             "element_of": lambda vector, i: vector[i],
             "fragments": lambda tiles, shape: tiles,
+            "query_layout": lambda rows, head_dim: None,
+            "raw_array": lambda words, layout: named(registers=named(flat=[[word] for word in words])),
             "_exp2": np.exp2,
             "to_e4m3": self.to_e4m3,
             "_log2": np.log2,

@@ -61,6 +61,10 @@ def kernel(
     first_row, first_head = row_block * block_rows, kv_head * group
     row, column = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
+    # Before the first tiles, behind which they would wait.
+    queries, q_scale = _load_queries(
+        first_row, first_head, q_gmem.at[batch], q_scale_gmem.at[batch], rows=block_rows, group=group
+    )
     length = kv_lengths_gmem[batch]
     # Rows of this block are the queries at these positions, first and last.
     start = query_start_gmem[batch]
@@ -97,18 +101,12 @@ def kernel(
 
     @pl.when(warpgroup == 0)
     def _queries():
-        store = functools.partial(registers.store_queries, group=group)
-        types = (SCALAR, SCALAR, plgpu.RefType(), plgpu.RefType(swizzle(head_dim)))
-        plgpu.inline_mgpu(arg_types=types)(store)(first_row, first_head, q_gmem.at[batch], q_smem)
+        store = functools.partial(registers.store_queries, valid_rows=q_gmem.shape[1] * group, head_dim=head_dim)
+        types = (SCALAR, registers.query_layout(block_rows, head_dim), plgpu.RefType(swizzle(head_dim)))
+        plgpu.inline_mgpu(arg_types=types)(store)(first_row, queries, q_smem)
         plgpu.commit_smem()
         plgpu.barrier_arrive(q_barrier)
 
-    load = functools.partial(registers.load_query_scales, rows=block_rows, group=group)
-    types = (SCALAR, SCALAR, plgpu.RefType())
-    result = plgpu.ShapeDtypeStruct((block_rows,), jnp.float32, layout=column)
-    q_scale = plgpu.inline_mgpu(arg_types=types, return_type=result)(load)(
-        first_row, first_head, q_scale_gmem.at[batch]
-    )
     row_to_scores = _over_rows(q_scale * to_scores, block_kv)
     plgpu.barrier_wait(q_barrier)
 
@@ -250,6 +248,20 @@ def swizzle(columns: int, dtype: jax.typing.DTypeLike = formats.E4M3) -> tuple[A
     size = jnp.dtype(dtype).itemsize
     swizzle = min(128, columns * size)
     return plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)
+
+
+def _load_queries(first_row, first_head, queries, scales, *, rows: int, group: int):
+    """Start to load a block's queries [T, heads, H], as raw words, and their scales [T, heads]."""
+    layout = registers.query_layout(rows, queries.shape[2])
+    raw = plgpu.ShapeDtypeStruct((rows * queries.shape[2] // 4,), jnp.int32, layout=layout)
+    row_scales = plgpu.ShapeDtypeStruct((rows,), jnp.float32, layout=plgpu.Layout.WGMMA.reduce(0))
+
+    def load(function, source, result):
+        function = functools.partial(function, rows=rows, group=group)
+        inline = plgpu.inline_mgpu(arg_types=(SCALAR, SCALAR, plgpu.RefType()), return_type=result)
+        return inline(function)(first_row, first_head, source)
+
+    return load(registers.load_queries, queries, raw), load(registers.load_query_scales, scales, row_scales)
 
 
 def _over_rows(x, rows: int):

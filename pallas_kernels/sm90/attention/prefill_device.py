@@ -80,11 +80,11 @@ def kernel(
     row_blocks = -(-length // block_rows)
     group = heads // k_gmem.shape[1]
     cta, ctas, warpgroup = lax.axis_index("cta"), lax.axis_size("cta"), lax.axis_index("warpgroup")
-    count = lax.div(row_blocks * batches * heads - cta + ctas - 1, jnp.int32(ctas))
+    count = visits(cta, ctas, row_blocks * batches * heads)
 
     def block(i) -> _Block:
         """This thread block's i-th. Heads that share keys are neighbours, and the longest come first."""
-        index = cta + jnp.minimum(i, count - 1) * ctas
+        index = visited(cta, ctas, jnp.minimum(i, count - 1))
         rest, head = lax.div(index, jnp.int32(heads)), lax.rem(index, jnp.int32(heads))
         batch = lax.rem(rest, jnp.int32(batches))
         # The last queries see the most keys.
@@ -174,6 +174,20 @@ def kernel(
         first = block(0)
         lax.fori_loop(0, count, visit, (first, scales(first), jnp.int32(0)))
         plgpu.wait_smem_to_gmem(0)
+
+
+def visited(cta, ctas: int, i):
+    """Index of the i-th block of queries that one of ``ctas`` thread blocks visits.
+
+    They take a row of blocks forth and the next one back: of blocks that become shorter, all get as much.
+    """
+    return i * ctas + jnp.where(i % 2 == 0, cta, ctas - 1 - cta)
+
+
+def visits(cta, ctas: int, blocks: int):
+    """How many of ``blocks`` blocks of queries a thread block visits."""
+    rows, rest = divmod(blocks, ctas)
+    return rows + (visited(cta, ctas, jnp.int32(rows)) < rows * ctas + rest).astype(jnp.int32)
 
 
 class _Block(NamedTuple):

@@ -15,14 +15,16 @@ Notation below: warp w, lane = 4 * g + q, half h (rows r and r + 8 of a fragment
 """
 
 import math
+from typing import Any
 
 import jax.experimental.mosaic.gpu as mgpu
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import numpy as np
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf, vector
 
-from pallas_kernels.sm90.inline import const, to_e4m3
+from pallas_kernels.sm90.inline import const, raw_array, to_e4m3
 from pallas_kernels.sm90.inline import element as element_of
 
 # E4M3 value of the byte that code 1 turns into.
@@ -31,35 +33,63 @@ CODE_UNIT = 2.0**-9
 TOKEN_BLOCK = 128
 
 
-def store_queries(
+def load_queries(
     _: mgpu.LaunchContext,
     first_row: mgpu.FragmentedArray,
     first_head: mgpu.FragmentedArray,
     queries: ir.Value,
-    q_smem: ir.Value,
     *,
+    rows: int,
     group: int,
-) -> None:
-    """Rows of E4M3 queries [T, heads, H] to shared memory, channels in :func:`load_keys`' order.
+) -> mgpu.FragmentedArray:
+    """Start to load rows of E4M3 queries [T, heads, H]; words of them, for :func:`store_queries`.
 
     Row r, from ``first_row`` on, is the query of token r // group and head ``first_head`` + r % group;
-    past the last token it is 0. ``q_smem`` is tiled (8, 128) with 128-byte swizzle, or (8, 64) with 64-byte swizzle.
+    past the last token any. Nothing is done to the words here, so that nothing waits for them.
     """
     length, heads, head_dim = ir.MemRefType(queries.type).shape
-    width = ir.MemRefType(q_smem.type).shape[-1]
-    rows, words = math.prod(ir.MemRefType(q_smem.type).shape) // head_dim, head_dim // 4
-    source, target = utils.memref_ptr(queries), utils.memref_ptr(q_smem)
-    i8, i32 = ir.IntegerType.get_signless(8), ir.IntegerType.get_signless(32)
-    thread = arith.remui(utils.thread_idx(), const(128))
+    words, i32 = head_dim // 4, ir.IntegerType.get_signless(32)
+    source, thread = utils.memref_ptr(queries), arith.remui(utils.thread_idx(), const(128))
+    loaded = []
     for i in range(rows * words // 128):
         unit = arith.addi(thread, const(128 * i))
+        row = arith.addi(arith.divui(unit, const(words)), first_row.registers.item())
+        row = arith.minui(row, const(length * group - 1))
+        head = arith.addi(arith.remui(row, const(group)), first_head.registers.item())
+        index = arith.addi(arith.muli(arith.divui(row, const(group)), const(heads)), head)
+        index = arith.addi(arith.muli(index, const(words)), arith.remui(unit, const(words)))
+        loaded.append(llvm.load(i32, utils.getelementptr(source, [index], i32)))
+    return raw_array(loaded, query_layout(rows, head_dim))
+
+
+def query_layout(rows: int, head_dim: int) -> Any:
+    """Of :func:`load_queries`' words, int32 [rows * H / 4]."""
+    return plgpu.Layout.WG_STRIDED((rows * head_dim // 4,), vec_size=1)
+
+
+def store_queries(
+    _: mgpu.LaunchContext,
+    first_row: mgpu.FragmentedArray,
+    loaded: mgpu.FragmentedArray,
+    q_smem: ir.Value,
+    *,
+    valid_rows: int,
+    head_dim: int,
+) -> None:
+    """What :func:`load_queries` has loaded to shared memory, channels in :func:`load_keys`' order.
+
+    From row ``valid_rows`` on, of which ``first_row`` are before the first, queries are 0. ``q_smem`` is tiled
+    (8, 128) with 128-byte swizzle, or (8, 64) with 64-byte swizzle.
+    """
+    width = ir.MemRefType(q_smem.type).shape[-1]
+    words, i8 = head_dim // 4, ir.IntegerType.get_signless(8)
+    target, thread = utils.memref_ptr(q_smem), arith.remui(utils.thread_idx(), const(128))
+    for i, register in enumerate(loaded.registers.flat):
+        unit = arith.addi(thread, const(128 * i))
         row, word = arith.divui(unit, const(words)), arith.remui(unit, const(words))
-        global_row = arith.addi(row, first_row.registers.item())
-        valid = arith.cmpi(arith.CmpIPredicate.ult, global_row, const(length * group))
-        token = arith.divui(arith.select(valid, global_row, const(0)), const(group))
-        head = arith.addi(arith.remui(global_row, const(group)), first_head.registers.item())
-        index = arith.addi(arith.muli(arith.addi(arith.muli(token, const(heads)), head), const(words)), word)
-        loaded = arith.select(valid, llvm.load(i32, utils.getelementptr(source, [index], i32)), const(0))
+        valid = arith.addi(row, first_row.registers.item())
+        valid = arith.cmpi(arith.CmpIPredicate.ult, valid, const(valid_rows))
+        number = arith.select(valid, element_of(register, 0), const(0))
         # Word [nibble, q, j] of a row becomes word [nibble, j, q].
         half, j_words = const(words // 2), const(words // 8)
         rest = arith.remui(word, half)
@@ -74,7 +104,7 @@ def store_queries(
         swizzled = row if width == 128 else arith.shrui(row, const(1))
         within = arith.xori(within, arith.muli(swizzled, const(16)))
         offset = arith.addi(arith.addi(arith.muli(tile, const(8 * width)), arith.muli(row, const(width))), within)
-        llvm.store(loaded, utils.getelementptr(target, [offset], i8), alignment=4)
+        llvm.store(number, utils.getelementptr(target, [offset], i8), alignment=4)
 
 
 def load_query_scales(
@@ -86,7 +116,7 @@ def load_query_scales(
     rows: int,
     group: int,
 ) -> mgpu.FragmentedArray:
-    """The float32 scales [T, heads] of :func:`store_queries`' rows, one for each column of S^T."""
+    """The float32 scales [T, heads] of :func:`load_queries`' rows, one for each column of S^T."""
     length, heads = ir.MemRefType(scales.type).shape
     f32 = ir.F32Type.get()
     registers = np.empty((rows // 8,), dtype=object)
@@ -116,7 +146,7 @@ def store_output(
 ) -> None:
     """O^T [H, N], rows in :func:`load_values`' order, to ``target`` [T, heads, H] (float32 or bfloat16).
 
-    Column n is the token and head of row ``first_row`` + n, as in :func:`store_queries`.
+    Column n is the token and head of row ``first_row`` + n, as in :func:`load_queries`.
     """
     head_dim = output.shape[0]
     length, heads = ir.MemRefType(target.type).shape[:2]
