@@ -17,7 +17,7 @@ from pallas_kernels import dispatch
 CONFIG = ModelConfig(
     vocab_size=64, hidden_size=256, intermediate_size=384, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=128,
 )  # fmt: skip
-# Wide enough that matmuls of few tokens cut K.
+# Wide enough that matmuls of up to 512 tokens cut K.
 WIDE = dataclasses.replace(CONFIG, hidden_size=2048, intermediate_size=2048, num_layers=2, num_heads=16)
 CAPACITY = 256
 
@@ -55,8 +55,9 @@ def test_lowers_for_cuda_with_every_op_a_kernel(prompt: int | None) -> None:
 
 
 @pytest.mark.usefixtures("hopper")
-def test_norms_add_up_what_matmuls_leave_in_parts() -> None:
-    calls = re.findall(r"call @(\w+)", lowered(WIDE, 8))
+@pytest.mark.parametrize("prompt", [None, 24], ids=["8 tokens", "192 tokens"])
+def test_norms_add_up_what_matmuls_leave_in_parts(prompt: int | None) -> None:
+    calls = re.findall(r"call @(\w+)", lowered(WIDE, 8, prompt=prompt))
     # Both norms after attention and the second layer's first.
     assert len([name for name in calls if name.startswith("sum_norm_quantize")]) == 3
 
@@ -70,7 +71,7 @@ def test_one_token_goes_through_a_layer_in_two_chains() -> None:
 
 @pytest.mark.usefixtures("hopper")
 def test_attention_that_is_split_hands_o_proj_fp8_rows() -> None:
-    module = lowered(CONFIG, 2, 4096)
+    module = lowered(CONFIG, 2, 1024)
     assert len(re.findall(r"call @combine_quantize", module)) == 1
     # down_proj's input is the only one left.
     assert len(re.findall(r"call @quantize_rows", module)) == 1
