@@ -236,7 +236,9 @@ def heuristic(
     parts = range(1, MAX_PARTS + 1) if may_split else (1,)
     tile_m, split_k = min(itertools.product(sizes, parts), key=lambda cut: _microseconds(m, n, k, *cut))
     store_m = next(size for size in range(64, 0, -8) if tile_m % size == 0)
-    return deepest(Config(tile_m, split_k=split_k, multicast=1 if tile_m <= 128 else 2, store_m=store_m), k, values)
+    # Sharing x spares the L2 cache, which matters where many tokens keep all SMs at it.
+    multicast = 1 if tile_m <= 128 and m <= MOST_BY_RULE else 2
+    return deepest(Config(tile_m, split_k=split_k, multicast=multicast, store_m=store_m), k, values)
 
 
 def _microseconds(m: int, n: int, k: int, tile_m: int, split_k: int) -> float:
