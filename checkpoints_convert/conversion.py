@@ -8,6 +8,7 @@ done when its Orbax checkpoint is committed; the folder is complete when ``fireq
 import dataclasses
 import hashlib
 import logging
+import math
 import resource
 import shutil
 import sys
@@ -183,8 +184,11 @@ def _convert_block(
         parameters = layer_parameters(block, index, quantization, options.dtype)
     else:
         parameters = _compensate_block(compensator, block, index, options.dtype, work)
+    errors = _weight_errors(block, index, parameters)
+    if broken := [name for name, error in errors.items() if not math.isfinite(error)]:
+        raise ValueError(f"block {index}: {broken[0]} became NaN or infinite when it was smoothed or quantized")
     report = {
-        "weight_error": _weight_errors(block, index, parameters),
+        "weight_error": errors,
         "bytes": formats.nbytes(parameters),
         "seconds": round(time.perf_counter() - started, 3),
     }
@@ -254,7 +258,8 @@ def _column_absmax(block: Mapping[str, Array]) -> dict[str, Float[Array, " K"]]:
 
 @jax.jit
 def _relative_error(quantized: QuantizedTensor, weight: Float[Array, "N K"]) -> Float[Array, ""]:
-    return jnp.linalg.norm(quantized.dequantize() - weight) / jnp.linalg.norm(weight)
+    norm = jnp.linalg.norm(weight)
+    return jnp.linalg.norm(quantized.dequantize() - weight) / jnp.where(norm > 0, norm, 1.0)
 
 
 def _finish(
@@ -308,17 +313,27 @@ def _check_tokens(tokens: Int[np.ndarray, "samples T"], vocab_size: int, longest
 def _check_output(output: Path, fingerprint: Mapping[str, Any], *, resume: bool) -> None:
     if (output / checkpoint.MANIFEST).exists():
         raise ValueError(f"{output} already holds a complete model; give another output folder or remove it")
-    if not output.exists() or not any(output.iterdir()):
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is not a folder; give another output folder")
+    work = output / WORK_FOLDER
+    options = work / "options.json"
+    # Not even begun, or killed before the options were there.
+    if not output.exists() or (set(output.iterdir()) <= {work} and (not work.exists() or _only_aside(work, options))):
         return
-    options = output / WORK_FOLDER / "options.json"
     if not options.is_file():
         raise ValueError(f"{output} is not empty and not an interrupted conversion; give another output folder")
     if not resume:
         raise ValueError(f"{output} holds an interrupted conversion; use --resume to go on, or remove it")
     before = json_files.read_json(options)
-    if changed := sorted(key for key in fingerprint if before.get(key) != fingerprint[key]):
-        key = changed[0]
-        raise ValueError(f"cannot resume {output}: {key} was {before.get(key)!r} and is now {fingerprint[key]!r}")
+    for key in sorted({*before, *fingerprint}):
+        was, now = before.get(key), fingerprint.get(key)
+        if was != now:
+            raise ValueError(f"cannot resume {output}: {key} was {was!r} and is now {now!r}")
+
+
+def _only_aside(work: Path, options: Path) -> bool:
+    """Whether there is nothing in the work folder but what may become its first file."""
+    return {path.name for path in work.iterdir()} <= {options.name + ".tmp"}
 
 
 def _fingerprint(
@@ -327,7 +342,8 @@ def _fingerprint(
     """What must not change between an interrupted run and its continuation."""
     return {
         "model": str(options.model.resolve()),
-        "model_bytes": source.nbytes,
+        **{f"the model's {name}": value for name, value in source.config.to_dict().items()},
+        **{f"{path.name}, size and time": [path.stat().st_size, path.stat().st_mtime_ns] for path in source.files},
         "quantization": options.quantization.to_dict(),
         "dtype": options.dtype,
         "calibration": None if tokens is None else [*tokens.shape, hashlib.sha256(tokens.tobytes()).hexdigest()],

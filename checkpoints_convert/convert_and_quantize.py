@@ -34,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument(
         "--keep-float",
         nargs="+",
+        action="extend",
         default=[],
         metavar="PATTERN",
         help="linear layers to leave alone, as in 'layers.0.*'",
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.WARNING)
     try:
         run(args)
-    except (ValueError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"fireq-convert: {error}", file=sys.stderr)
         return 2
     return 0
@@ -99,7 +100,10 @@ def resolve_model(name: str) -> Path:
 
     try:
         patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        folder = Path(snapshot_download(name, allow_patterns=patterns))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=[*patterns, "pytorch_model*.bin"]))
+        return folder
     except Exception as error:
         raise ValueError(f"model {name!r} is not a folder and could not be downloaded: {error}") from error
 

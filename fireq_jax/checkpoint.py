@@ -125,6 +125,8 @@ def save_model(
     folder: Path, config: ModelConfig, quantization: QuantizationConfig, parameters: Mapping[str, Parameter]
 ) -> None:
     """Write a model to ``folder`` (without a tokenizer), part by part, manifest last."""
+    # A model that was here must not look complete while it is half replaced.
+    (folder / MANIFEST).unlink(missing_ok=True)
     for part in dict.fromkeys(map(part_of, parameters)):
         save_part(folder, part, {name: value for name, value in parameters.items() if part_of(name) == part})
     write_manifest(folder, config, quantization)

@@ -114,7 +114,12 @@ class HuggingFaceCheckpoint:
     @property
     def nbytes(self) -> int:
         """Bytes of the weight files."""
-        return sum(path.stat().st_size for path in set(self._file_of.values()))
+        return sum(path.stat().st_size for path in self.files)
+
+    @property
+    def files(self) -> list[Path]:
+        """The weight files."""
+        return sorted(set(self._file_of.values()))
 
     def block(self, index: int) -> dict[str, np.ndarray]:
         """All tensors of block ``index``, by their names without ``BLOCK_PREFIX``."""
@@ -193,10 +198,12 @@ def _and_more(names: list[str]) -> str:
 
 
 def _locate_tensors(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file, from an index or from a single file; safetensors come first."""
+    """Tensor name -> file, from a single file or an index; safetensors come first, all as in transformers."""
     for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
         index = folder / f"{stem}{suffix}.index.json"
         single = folder / f"{stem}{suffix}"
+        if single.is_file():
+            return dict.fromkeys(_names_in(single), single)
         if index.is_file():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
@@ -207,8 +214,6 @@ def _locate_tensors(folder: Path) -> dict[str, Path]:
                     raise ValueError(f"{index} names {path.name}, which is not in {folder}")
             _check_index(index, files)
             return files
-        if single.is_file():
-            return dict.fromkeys(_names_in(single), single)
     raise ValueError(
         f"{folder} has no weights; expected model.safetensors, pytorch_model.bin, or one of them with an index"
     )

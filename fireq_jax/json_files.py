@@ -22,7 +22,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, fields: Mapping[str, Any]) -> None:
-    """Write aside, then rename: the file is never half there."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    """Write aside, then rename: the file is never half there.
+
+    Raises:
+        ValueError: for NaN or infinity, which JSON does not have.
+    """
+    aside, text = path.with_name(path.name + ".tmp"), json.dumps(fields, indent=2, allow_nan=False)
+    aside.write_text(text + "\n", encoding="utf-8")
     aside.replace(path)

@@ -97,7 +97,7 @@ def _read_jsonl(path: Path, text: str, text_field: str) -> list[str]:
             continue
         try:
             fields = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: {error}; expected one JSON object a line") from error
         if not isinstance(fields, dict):
             raise ValueError(f"{path}, line {number}: a JSON {type(fields).__name__}; expected an object")
@@ -110,6 +110,10 @@ def _text_of(fields: dict[str, Any], text_field: str, where: str) -> str:
         raise ValueError(f"{where}: no field {text_field!r}; it has {sorted(fields)}")
     if not isinstance(fields[text_field], str):
         raise ValueError(f"{where}: field {text_field!r} is {fields[text_field]!r:.40}; expected a string")
+    try:
+        fields[text_field].encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: field {text_field!r} is no Unicode text: {error}") from error
     return fields[text_field]
 
 
@@ -122,7 +126,10 @@ def _read_parquet(path: Path, text_field: str) -> list[str]:
     names = file.schema_arrow.names
     if text_field not in names:
         raise ValueError(f"{path}: no column {text_field!r}; it has {sorted(names)}")
-    column = file.read(columns=[text_field]).column(text_field).to_pylist()
+    try:
+        column = file.read(columns=[text_field]).column(text_field).to_pylist()
+    except OSError as error:
+        raise ValueError(f"{path}: {error}; expected a .parquet file") from error
     return _strings(column, text_field, str(path))
 
 

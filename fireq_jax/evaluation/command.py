@@ -67,6 +67,13 @@ def run(args: argparse.Namespace) -> None:
     """Evaluate as the parsed command line says."""
     if args.json is not None and not args.json.absolute().parent.is_dir():
         raise ValueError(f"--json is {args.json}; expected a file in a folder that exists")
+    if args.json is not None and args.json.is_dir():
+        raise ValueError(f"--json is {args.json}, a folder; expected a file")
+    if args.plots is not None and args.plots.exists() and not args.plots.is_dir():
+        raise ValueError(f"--plots is {args.plots}; expected a folder")
+    names = [Path(model).resolve().name for model in args.models]
+    if args.plots is not None and len(set(names)) < len(names):
+        raise ValueError(f"--plots names a folder after each model's, and these are {names}; expected different ones")
     results = evaluate(
         args.models,
         args.text,
@@ -81,9 +88,9 @@ def run(args: argparse.Namespace) -> None:
     )
     print(format_table(results))
     if args.plots is not None:
-        for model in args.models:
+        for model, name in zip(args.models, names, strict=True):
             if (Path(model) / "smoothing.npz").is_file():
-                figures = plot_smoothing(model, args.plots / Path(model).name)
+                figures = plot_smoothing(model, args.plots / name)
                 print(f"{len(figures)} figures in {figures[0].parent}")
     if args.json is not None:
         fields = {

@@ -26,6 +26,8 @@ from tqdm import tqdm
 
 from fireq_jax.models import LlamaForCausalLM
 
+_MOST_NLL = 700.0  # nats a token, whose exponential is still a float
+
 logger = logging.getLogger(__name__)
 
 
@@ -69,7 +71,7 @@ def perplexity(
 
     Raises:
         ValueError: for sizes out of range, fewer than two tokens, tokens outside the vocabulary,
-            or a model whose log-likelihoods are not finite.
+            or a model whose log-likelihoods are not finite, or none that a perplexity can be made of.
     """
     stride = window if stride is None else stride
     _validate(tokens, window, stride, batch_size, max_windows, model.config.vocab_size)
@@ -96,7 +98,7 @@ def perplexity(
                 # Column i of token_nll belongs to the window's token i + 1.
                 nll += float(token_nll[row, begin - 1 : end - 1].sum())
                 scored += end - begin
-                if not math.isfinite(nll):
+                if not nll / scored < _MOST_NLL:
                     raise ValueError(f"window {first + row}: the negative log-likelihood is {nll}; the model is broken")
             bar.update(count)
             bar.set_postfix_str(f"{math.exp(nll / scored):.4f}", refresh=False)

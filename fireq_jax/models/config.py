@@ -8,6 +8,30 @@ from typing import Any, Literal, Self, get_args
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 logger = logging.getLogger(__name__)
 
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    """Whether a JSON value is of a kind; a whole number is a number too, and a bool is none."""
+    return isinstance(value, bool) if kind is bool else isinstance(value, int | kind) and not isinstance(value, bool)
+
+
+def _check_types(config: Any) -> None:
+    """Raise ValueError unless numbers and flags are of their fields' types."""
+    for field in dataclasses.fields(config):
+        value, options = getattr(config, field.name), get_args(field.type) or (field.type,)
+        kind = next((kind for kind in _KINDS if kind in options), None)
+        if kind is None or (value is None and type(None) in options):
+            continue
+        if not all(_is_a(each, kind) for each in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError(f"{field.name} is {value!r}; expected {_KINDS[kind]}")
+
+
+def _mapping(value: Any, name: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} is {value!r}; expected an object")
+    return value
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
@@ -38,6 +62,7 @@ class RopeConfig:
     mscale_all_dim: float | None = None
 
     def __post_init__(self) -> None:
+        _check_types(self)
         if self.rope_type not in get_args(RopeType):
             raise ValueError(f"rope_type is {self.rope_type!r}; expected one of {get_args(RopeType)}")
         if not self.factor > 0 or not self.theta > 0:
@@ -51,10 +76,8 @@ class RopeConfig:
     @classmethod
     def from_huggingface(cls, fields: Mapping[str, Any]) -> Self:
         """Read ``rope_parameters`` (v5) or ``rope_theta`` and ``rope_scaling`` (v4) of a config."""
-        if fields.get("rope_parameters") is not None:
-            values = dict(fields["rope_parameters"])
-        else:
-            values = dict(fields.get("rope_scaling") or {})
+        name = "rope_scaling" if fields.get("rope_parameters") is None else "rope_parameters"
+        values = dict(_mapping(fields.get(name) or {}, name))
         for name in ("rope_theta", "partial_rotary_factor"):
             if name in fields:
                 values.setdefault(name, fields[name])
@@ -72,7 +95,7 @@ class RopeConfig:
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
         """Read the fields by name; unknown keys are errors."""
         known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(fields) - known):
+        if unknown := sorted(set(_mapping(fields, "rope")) - known):
             raise ValueError(f"unknown RoPE keys {unknown}; expected some of {sorted(known)}")
         return cls(**fields)
 
@@ -103,6 +126,7 @@ class ModelConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
+        _check_types(self)
         sizes = (
             "vocab_size",
             "hidden_size",
@@ -111,6 +135,7 @@ class ModelConfig:
             "num_heads",
             "num_kv_heads",
             "head_dim",
+            "max_position_embeddings",
         )
         for name in sizes:
             if getattr(self, name) < 1:
@@ -135,6 +160,9 @@ class ModelConfig:
         values = {ours: fields[theirs] for theirs, ours in _NAMES.items() if fields.get(theirs) is not None}
         if missing := [name for name in _REQUIRED if fields.get(name) is None]:
             raise ValueError(f"config.json lacks {missing[0]}")
+        for name in ("hidden_size", "num_attention_heads"):
+            if not _is_a(fields[name], int) or fields[name] < 1:
+                raise ValueError(f"{name} is {fields[name]!r}; expected a positive whole number")
         heads = values["num_heads"]
         values.setdefault("num_kv_heads", heads)
         values.setdefault("head_dim", values["hidden_size"] // heads)
@@ -152,10 +180,14 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
         """Read :meth:`to_dict`'s output; unknown keys are errors."""
+        values = dict(_mapping(fields, "the model's config"))
         known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(fields) - known):
+        if unknown := sorted(set(values) - known):
             raise ValueError(f"unknown ModelConfig keys {unknown}; expected some of {sorted(known)}")
-        values = dict(fields)
+        if missing := sorted(known - set(values)):
+            raise ValueError(f"ModelConfig keys {missing} are missing; expected all of {sorted(known)}")
+        if not isinstance(values["eos_token_ids"], list | tuple):
+            raise ValueError(f"eos_token_ids is {values['eos_token_ids']!r}; expected a list of whole numbers")
         values["rope"] = RopeConfig.from_dict(values["rope"])
         values["eos_token_ids"] = tuple(values["eos_token_ids"])
         return cls(**values)

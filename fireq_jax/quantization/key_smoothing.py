@@ -198,7 +198,9 @@ def fit_pairs(start: Float[Array, "kv_heads half"], sample: KeySample) -> PairTr
         scale = jnp.exp(fitted[0])
         largest = jnp.max(jnp.abs(PairTransform(scale, fitted[1]).apply(sample.keys)), axis=-1)
         read = jnp.sum(sample.reads / jnp.square(scale), axis=-1)
-        return jnp.sum(jnp.log(jnp.mean(jnp.square(largest) * read, axis=0) + tiny))
+        mean = jnp.mean(jnp.square(largest) * read, axis=0)
+        # A head that nobody reads has no error, whose logarithm's gradient would overflow.
+        return jnp.sum(jnp.log(jnp.where(mean > tiny, mean, 1.0)))
 
     optimizer = optax.adam(optax.cosine_decay_schedule(FIT_RATE, FIT_STEPS))
 
