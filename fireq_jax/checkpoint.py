@@ -30,6 +30,7 @@ from fireq_jax.quantization.config import QuantizationConfig
 MANIFEST = "fireq.json"
 FORMAT_VERSION = 1
 _RESTORE_THREADS = 8
+_FLOATS = {jnp.dtype(name) for name in ("bfloat16", "float16", "float32")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,11 +163,8 @@ def restore_part(folder: Path, part: str, expected: Mapping[str, Parameter]) -> 
             raise ValueError(f"{path} does not hold the arrays that {MANIFEST} describes: {error}") from error
     for name, leaf in abstract.items():
         # Orbax casts silently; only a change of precision of what is not quantized is meant.
-        if stored[name] != leaf.dtype and not {stored[name], leaf.dtype} <= {
-            jnp.dtype("bfloat16"),
-            jnp.dtype("float32"),
-        }:
-            raise ValueError(f"{path} holds {name} as {stored[name]}; {MANIFEST} says {leaf.dtype}")
+        if stored[name] != leaf.dtype and not {stored[name], leaf.dtype} <= _FLOATS:
+            raise ValueError(f"{path} holds {name} as {stored[name]}; expected {leaf.dtype}")
     return {
         name: dataclasses.replace(value, **{field: loaded[f"{name}.{field}"] for field in _arrays(value)})
         if not isinstance(value, jax.ShapeDtypeStruct | jax.Array)

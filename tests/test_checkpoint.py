@@ -149,6 +149,13 @@ def edit(folder, change):
         (lambda f: f.pop("model"), "'format_version', 'quantization'.*; expected.*'model'"),
         (lambda f: f["model"].update(layers=1), "'layers'"),
         (lambda f: f["model"]["rope"].update(base=1), "'base'"),
+        (lambda f: f["model"].pop("rope"), r"\['rope'\] are missing"),
+        (lambda f: f["model"].pop("hidden_size"), r"\['hidden_size'\] are missing"),
+        (lambda f: f.update(model=None), "is None; expected an object"),
+        (lambda f: f["model"].update(hidden_size="64"), "hidden_size is '64'; expected a whole number"),
+        (lambda f: f["model"].update(rms_norm_eps="1e-5"), "rms_norm_eps is '1e-5'; expected a number"),
+        (lambda f: f["model"].update(tie_word_embeddings="false"), "'false'; expected true or false"),
+        (lambda f: f["model"].update(eos_token_ids=["2"]), r"\('2',\); expected a whole number"),
         (lambda f: f["quantization"].update(bits=3), "'bits'"),
         (lambda f: f["quantization"]["smoothing"].update(gamma=3), "'gamma'"),
         (lambda f: f["quantization"].update(weight_format="int3"), "'int3'"),
@@ -187,7 +194,7 @@ def test_arrays_that_the_manifest_does_not_describe_are_refused(copy, change):
 
 def test_another_scale_type_than_the_stored_one_is_refused_not_cast(copy):
     edit(copy, lambda f: f["quantization"].update(scale_dtype="bf16"))
-    with pytest.raises(ValueError, match=r"group_scale as float8_e4m3fn; fireq\.json says bfloat16"):
+    with pytest.raises(ValueError, match=r"group_scale as float8_e4m3fn; expected bfloat16"):
         LlamaForCausalLM.from_pretrained(copy)
 
 
@@ -214,6 +221,37 @@ def test_json_is_written_as_a_whole(tmp_path):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_json_has_no_nan(tmp_path):
+    with pytest.raises(ValueError, match="nan"):
+        write_json(tmp_path / "report.json", {"error": float("nan")})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_is_half_replaced_does_not_look_complete(copy, monkeypatch):
+    model = LlamaForCausalLM.from_pretrained(copy)
+    save, calls = checkpoint.save_part, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        save(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save_part", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.save(copy)
+    with pytest.raises(ValueError, match=r"unfinished conversion|no config"):
+        LlamaForCausalLM.from_pretrained(copy)
+
+
+def test_float16_is_a_dtype_of_float_parameters(tmp_path):
+    model = LlamaForCausalLM(CONFIG, recipes.fireq(), dtype=jnp.float16)
+    model.save(tmp_path)
+    assert LlamaForCausalLM.from_pretrained(tmp_path).embed_tokens.get_value().dtype == jnp.bfloat16
+    again = LlamaForCausalLM.from_pretrained(tmp_path, dtype=jnp.float16)
+    assert_same(parameters_of(again), parameters_of(model))
 
 
 def test_manifest_round_trip(tmp_path):

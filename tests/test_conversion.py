@@ -160,6 +160,39 @@ def test_resume_with_other_options_is_refused(
         convert(options(source, output, other), tokens, resume=True, progress=False)
 
 
+def test_resume_from_another_source_is_refused(tokens: np.ndarray, tmp_path: Path) -> None:
+    model, output = write_checkpoint(tmp_path / "model", CONFIG, 0.05), tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conversion, "_finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            convert(options(model, output), tokens, progress=False)
+    (model / "config.json").write_text(json.dumps(CONFIG | {"rms_norm_eps": 1e-6}))
+    with pytest.raises(ValueError, match="rms_norm_eps was 1e-05 and is now 1e-06"):
+        convert(options(model, output), tokens, resume=True, progress=False)
+    (model / "config.json").write_text(json.dumps(CONFIG))
+    weights = model / "model.safetensors"
+    os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1))
+    with pytest.raises(ValueError, match=r"model\.safetensors, size and time was"):
+        convert(options(model, output), tokens, resume=True, progress=False)
+
+
+def test_a_run_that_was_killed_before_it_began_leaves_no_trace(
+    source: Path, tokens: np.ndarray, tmp_path: Path
+) -> None:
+    work = tmp_path / "out" / conversion.WORK_FOLDER
+    work.mkdir(parents=True)
+    (work / "options.json.tmp").write_text("{")
+    convert(options(source, tmp_path / "out"), tokens, progress=False)
+    assert (tmp_path / "out" / "fireq.json").is_file()
+
+
+def test_dead_weights_have_no_error(tokens: np.ndarray, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    model = write_checkpoint(tmp_path / "model", CONFIG, 0.05, **{name: np.zeros((72, 100), np.float32)})
+    report = convert(options(model, tmp_path / "out", recipes.rtn()), tokens, progress=False)
+    assert report["layers"]["layers.1"]["weight_error"]["mlp.down_proj"] == 0.0
+
+
 def test_output_that_holds_something_else_is_never_touched(source: Path, tokens: np.ndarray, tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("keep me")
     with pytest.raises(ValueError, match="not empty"):
@@ -230,6 +263,7 @@ def test_recipes_without_calibration_need_no_text(source: Path, tmp_path: Path, 
         (["--recipe", "firek"], "'firek'"),
         (["--recipe", "fireq"], "--calibration"),
         (["--recipe", "rtn", "--keep-float", "layers.9.*"], "layers.9"),
+        (["--recipe", "rtn", "--keep-float", "layers.9.*", "--keep-float", "layers.0.*"], "layers.9"),
         (["--recipe", "rtn", "--dtype", "float8"], "'float8'"),
         (["--recipe", "w8a8_fp8", "--weight-format", "nf4"], "'w8a8_fp8' has no 4-bit weights"),
     ],

@@ -88,6 +88,10 @@ def test_errors_before_anything_is_loaded(tmp_path, text, capsys):
     check_error(["--model", MODEL, "--model", MODEL, "--text", text], capsys, "is named more than once")
     check_error(["--model", MODEL, "--text", tmp_path / "gone.txt"], capsys, "gone.txt: no such file")
     check_error(["--model", MODEL, "--text", text, "--json", gone / "a.json"], capsys, "a folder that exists")
+    check_error(["--model", MODEL, "--text", text, "--json", tmp_path], capsys, "a folder; expected a file")
+    check_error(["--model", MODEL, "--text", text, "--plots", text], capsys, "expected a folder")
+    same = ["--model", MODEL, "--model", tmp_path / MODEL.name, "--text", text, "--plots", tmp_path]
+    check_error(same, capsys, "expected different ones")
     check_error(["--model", MODEL, "--text", text, "--window", "1"], capsys, "window is 1; expected at least 2")
     with pytest.raises(SystemExit) as error:
         main(["--model", str(MODEL)])

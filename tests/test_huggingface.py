@@ -90,6 +90,12 @@ def test_torch_files(tmp_path):
     assert_reads(write_sharded(tmp_path / "sharded", TENSORS, save_torch, "pytorch_model", ".bin")[0])
 
 
+def test_a_single_file_wins_over_an_index_that_was_left(tmp_path):
+    folder, _, _ = write_sharded(tmp_path, {name: 2 * array for name, array in TENSORS.items()})
+    save_file(TENSORS, folder / "model.safetensors")
+    assert_reads(folder)
+
+
 def test_safetensors_win_over_torch_files(tmp_path):
     folder = write_folder(tmp_path, FIELDS)
     (folder / "pytorch_model.bin").write_bytes(b"not read")

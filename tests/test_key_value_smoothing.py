@@ -169,6 +169,15 @@ def test_fitted_pairs_cost_less_than_what_they_started_from() -> None:
     assert (cost(fit_pairs(start, sample)) < 0.8 * cost(PairTransform(start))).all()
 
 
+@pytest.mark.parametrize("largest", [2.0, 30.0, 60.0])
+def test_a_head_that_nobody_reads_is_left_as_it_is(largest: float) -> None:
+    keys = largest * jax.random.normal(jax.random.key(0), (8, 2, 16))
+    reads = jnp.ones((8, 2, 8)).at[:, 1].set(0.0)
+    pairs = fit_pairs(jnp.ones((2, 8)), KeySample(keys, reads))
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(pairs))
+    np.testing.assert_array_equal(pairs.scale[1], 1.0)
+
+
 def test_reads_predict_what_an_error_in_a_key_does_to_the_output() -> None:
     """To first order: the output moves as the sampled sensitivities say, averaged over random errors."""
     block = block_of()

@@ -59,6 +59,18 @@ def test_transformers_own_config_reads_back(tmp_path):
         assert saved == ours
 
 
+def test_several_forms_in_one_config_count_as_in_transformers():
+    scaling = {"rope_type": "linear", "factor": 4.0}
+    assert read(rope_parameters={}, rope_scaling=scaling).rope.rope_type == "linear"
+    assert read(rope_parameters={"rope_type": "default"}, rope_scaling=scaling).rope.rope_type == "linear"
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    assert read(rope_scaling=yarn, original_max_position_embeddings=32).rope.original_max_position_embeddings == 32
+    with pytest.raises(ValueError, match="rope_scaling is 'linear'; expected an object"):
+        read(rope_scaling="linear")
+    with pytest.raises(ValueError, match=r"beta_fast is 0 .*expected positive"):
+        read(rope_scaling={**yarn, "beta_fast": 0})
+
+
 def test_top_level_theta_counts_where_rope_parameters_lack_it():
     """As in transformers, which fills ``rope_parameters`` from the old key."""
     config = read(rope_parameters={"rope_type": "linear", "factor": 2.0})

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -194,7 +195,9 @@ def test_noise_depends_on_key_and_position_only():
         ("temperature", -0.5),
         ("temperature", float("nan")),
         ("temperature", float("inf")),
+        ("temperature", 1e39),
         ("top_k", 0),
+        ("top_k", float("nan")),
         ("top_k", 2.5),
         ("top_p", 0.0),
         ("top_p", 1.5),
@@ -202,10 +205,12 @@ def test_noise_depends_on_key_and_position_only():
         ("min_p", 1.01),
         ("repetition_penalty", 0.0),
         ("repetition_penalty", -1.0),
+        ("repetition_penalty", 1e-50),
+        ("min_p", True),
     ],
 )
 def test_values_out_of_range_are_quoted(field, value):
-    with pytest.raises(ValueError, match=f"{field} is {value}; expected"):
+    with pytest.raises(ValueError, match=rf"{field} is {re.escape(str(value))}; expected"):
         SamplingConfig(**{field: value})
 
 

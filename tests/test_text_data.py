@@ -110,6 +110,8 @@ def test_the_example_texts_are_long_enough_and_disjoint(example_tokenizer):
         ("list.jsonl", b'["a"]\n', r"list.jsonl, line 1: a JSON list; expected an object"),
         ("field.jsonl", b'{"b": "x", "a": 1}\n', r"field.jsonl, line 1: no field 'text'; it has \['a', 'b'\]"),
         ("type.jsonl", b'{"text": null}\n', r"type.jsonl, line 1: field 'text' is None; expected a string"),
+        ("deep.jsonl", b"[" * 100_000, r"deep.jsonl, line 1: .*expected one JSON object a line"),
+        ("half.jsonl", b'{"text": "\\ud800"}', r"half.jsonl, line 1: field 'text' is no Unicode text"),
         ("broken.parquet", b"PAR1 is not enough", r"broken.parquet: .*expected a .parquet file"),
     ],
 )

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         _run(arguments)
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         print(f"fireq-generate: {error}", file=sys.stderr)
         return 2
     return 0
@@ -74,9 +74,15 @@ def _run(arguments: argparse.Namespace) -> None:
         defaults, {name: getattr(arguments, name) for name in (*_SAMPLING, "repetition_penalty")}
     )
     SamplingConfig(**sampling)
+    try:
+        key = jax.random.key(arguments.seed)
+    except OverflowError as error:
+        raise ValueError(f"--seed is {arguments.seed}; expected a number of 64 bits") from error
     max_new_tokens = arguments.max_new_tokens
     if max_new_tokens is None:
-        max_new_tokens = defaults.get("max_new_tokens") or DEFAULT_NEW_TOKENS
+        max_new_tokens = defaults.get("max_new_tokens")
+    if max_new_tokens is None:
+        max_new_tokens = DEFAULT_NEW_TOKENS
     tokenizer = load_tokenizer(arguments.model)
     prompts = [_encode(tokenizer, text, arguments) for text in arguments.prompt]
     model = LlamaForCausalLM.from_pretrained(
@@ -91,7 +97,7 @@ def _run(arguments: argparse.Namespace) -> None:
         "attention_mask": [[1] * len(prompt) + [0] * (width - len(prompt)) for prompt in prompts],
         "max_new_tokens": max_new_tokens,
         "eos_token_ids": defaults.get("eos_token_id"),
-        "key": jax.random.key(arguments.seed),
+        "key": key,
         **sampling,
     }
     if len(prompts) == 1 and not (arguments.no_stream or arguments.json):
@@ -108,7 +114,8 @@ def sampling_options(defaults: dict[str, Any], given: dict[str, Any]) -> Samplin
     """
     options = {"repetition_penalty": defaults.get("repetition_penalty")}
     if defaults.get("do_sample"):
-        options |= {"temperature": 1.0, **{name: defaults[name] for name in _SAMPLING if name in defaults}}
+        stated = {name: value for name in _SAMPLING if (value := defaults.get(name)) is not None}
+        options |= {"temperature": 1.0, **stated}
     options |= {name: value for name, value in given.items() if value is not None}
     if options.get("top_k") == 0:
         options["top_k"] = None
@@ -160,7 +167,8 @@ def pieces(tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[int], tokens: 
             yield ""
             continue
         yield text[len(before) :]
-        context, done = done, len(ids)
+        # What leaves no text, a special token, is no context: after nothing a first space would be dropped.
+        context, done = (done if len(text) > len(before) else context), len(ids)
     yield decode(context, len(ids))[len(decode(context, done)) :]
 
 

@@ -7,7 +7,7 @@ a multiple of it too, so that calls of similar lengths share their compilations.
 import functools
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple, TypeGuard, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -98,8 +98,9 @@ def generate(
     graph, params = _split(model)
     cache, progress = _prefill(graph, params, request.tokens, request.lengths, request.choice, request.capacity)
     first = progress.tokens[:, None]
-    _, progress, new_tokens, lengths = _decode(graph, params, cache, progress, request.choice, max_new_tokens - 1)
-    sequences = jnp.concatenate([request.prompt, first, new_tokens[:, : max_new_tokens - 1]], axis=1)
+    further = int(max_new_tokens) - 1
+    _, progress, new_tokens, lengths = _decode(graph, params, cache, progress, request.choice, further)
+    sequences = jnp.concatenate([request.prompt, first, new_tokens[:, :further]], axis=1)
     return GenerationOutput(sequences, 1 + lengths, ~progress.running)
 
 
@@ -286,10 +287,12 @@ def _prepare(
     config = model.config
     prompt, mask = np.asarray(input_ids), None if attention_mask is None else np.asarray(attention_mask)
     tokens, lengths = _right_padded(prompt, mask, config.vocab_size)
-    if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected a whole number of at least 1")
+    if not _is_whole(max_new_tokens) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens!r}; expected a whole number of at least 1")
+    if cache_capacity is not None and not _is_whole(cache_capacity):
+        raise ValueError(f"cache_capacity is {cache_capacity!r}; expected a whole number, or None")
     longest = int(lengths.max())
-    total = longest + max_new_tokens
+    total = longest + int(max_new_tokens)
     if cache_capacity is not None and total > cache_capacity:
         raise ValueError(
             f"the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, together {total}; "
@@ -302,13 +305,16 @@ def _prepare(
             max_new_tokens,
             config.max_position_embeddings,
         )
-    capacity = _round_up(total) if cache_capacity is None else cache_capacity
+    capacity = _round_up(total) if cache_capacity is None else int(cache_capacity)
     width = min(_round_up(longest), capacity)
     tokens = np.pad(tokens[:, :longest], ((0, 0), (0, width - longest)))
     eos = config.eos_token_ids if eos_token_ids is None else tuple(np.atleast_1d(eos_token_ids).tolist())
-    if eos_token_ids is not None and any(not 0 <= token < config.vocab_size for token in eos):
-        raise ValueError(f"eos_token_ids is {eos_token_ids}; expected ids from 0 to {config.vocab_size - 1}")
-    defaults = (pad_token_id, config.pad_token_id, *eos, 0)
+    for name, given, ids in (("eos_token_ids", eos_token_ids, eos), ("pad_token_id", pad_token_id, (pad_token_id,))):
+        if given is not None and not all(_is_whole(token) and 0 <= token < config.vocab_size for token in ids):
+            raise ValueError(f"{name} is {given!r}; expected ids from 0 to {config.vocab_size - 1}")
+    # Old checkpoints have -1 for no padding id.
+    default_pad = None if config.pad_token_id is None or config.pad_token_id < 0 else config.pad_token_id
+    defaults = (pad_token_id, default_pad, *eos, 0)
     sampling = SamplingConfig(**options)
     choice = _Choice(
         sampling=sampling.arrays(),
@@ -352,10 +358,17 @@ def _row_keys(key: Key[Array, "..."] | None, batch: int) -> Key[Array, " B"]:
     if not isinstance(keys, jax.Array):
         raise ValueError(f"key is {key!r}; expected jax.random.key(seed), or an array of one such key a sequence")
     if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
-        keys = jax.random.wrap_key_data(keys)
+        try:
+            keys = jax.random.wrap_key_data(keys)
+        except TypeError as error:
+            raise ValueError(f"key is {key!r}; expected jax.random.key(seed)") from error
     if keys.shape not in ((), (batch,)):
         raise ValueError(f"key has shape {keys.shape}; expected () or ({batch},), one key a sequence")
     return jnp.broadcast_to(keys, (batch,))
+
+
+def _is_whole(number: Any) -> TypeGuard[int | np.integer]:
+    return isinstance(number, int | np.integer) and not isinstance(number, bool)
 
 
 def _round_up(length: int) -> int:

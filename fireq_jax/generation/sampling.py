@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 
 class SamplingOptions(TypedDict, total=False):
     """:class:`SamplingConfig`'s fields as keyword arguments."""
@@ -49,7 +51,12 @@ class SamplingConfig:
     repetition_penalty: float | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature is not None and not 0 <= self.temperature < math.inf:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            number = isinstance(value, int | float | np.number | jax.Array) and not isinstance(value, bool)
+            if value is not None and not (number and math.isfinite(value)):
+                raise ValueError(f"{field.name} is {value!r}; expected a finite number, or None")
+        if self.temperature is not None and not 0 <= self.temperature <= _LARGEST:
             raise ValueError(f"temperature is {self.temperature}; expected 0 (greedy) or a positive number")
         if self.top_k is not None and (self.top_k != int(self.top_k) or self.top_k < 1):
             raise ValueError(f"top_k is {self.top_k}; expected a whole number of at least 1, or None")
@@ -57,7 +64,7 @@ class SamplingConfig:
             raise ValueError(f"top_p is {self.top_p}; expected a number in (0, 1], or None")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p is {self.min_p}; expected a number in [0, 1], or None")
-        if self.repetition_penalty is not None and not 0 < self.repetition_penalty < math.inf:
+        if self.repetition_penalty is not None and not 1 / _LARGEST <= self.repetition_penalty <= _LARGEST:
             raise ValueError(f"repetition_penalty is {self.repetition_penalty}; expected a positive number, or None")
 
     @property

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self, get_args
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 logger = logging.getLogger(__name__)
 
+_ORIGINAL = "original_max_position_embeddings"
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -67,6 +68,8 @@ class RopeConfig:
             raise ValueError(f"rope_type is {self.rope_type!r}; expected one of {get_args(RopeType)}")
         if not self.factor > 0 or not self.theta > 0:
             raise ValueError(f"rope theta is {self.theta} and factor {self.factor}; expected positive numbers")
+        if self.rope_type == "yarn" and not (self.beta_fast > 0 and self.beta_slow > 0):
+            raise ValueError(f"beta_fast is {self.beta_fast} and beta_slow {self.beta_slow}; expected positive numbers")
         if self.rope_type == "llama3" and not self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
                 f"low_freq_factor is {self.low_freq_factor} and high_freq_factor {self.high_freq_factor}; "
@@ -76,13 +79,16 @@ class RopeConfig:
     @classmethod
     def from_huggingface(cls, fields: Mapping[str, Any]) -> Self:
         """Read ``rope_parameters`` (v5) or ``rope_theta`` and ``rope_scaling`` (v4) of a config."""
-        name = "rope_scaling" if fields.get("rope_parameters") is None else "rope_parameters"
+        # transformers' order where a config has several forms of it.
+        name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
         values = dict(_mapping(fields.get(name) or {}, name))
         for name in ("rope_theta", "partial_rotary_factor"):
             if name in fields:
                 values.setdefault(name, fields[name])
         values["rope_type"] = values.pop("rope_type", None) or values.pop("type", None) or "default"
         values.pop("type", None)
+        if values["rope_type"] in ("llama3", "yarn") and (positions := fields.get(_ORIGINAL)) is not None:
+            values[_ORIGINAL] = positions
         if (theta := values.pop("rope_theta", None)) is not None:
             values["theta"] = float(theta)
         if (partial := values.pop("partial_rotary_factor", None)) not in (None, 1.0):
@@ -216,5 +222,5 @@ _MUST_BE = {"hidden_act": "silu", "quantization_config": None, "is_decoder": Fal
 _NO_EFFECT = {
     "model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache",
     "initializer_range", "attention_dropout", "pretraining_tp", "rope_parameters", "rope_scaling", "rope_theta",
-    "partial_rotary_factor", "eos_token_id", "return_dict", "output_hidden_states", "output_attentions",
+    "partial_rotary_factor", _ORIGINAL, "eos_token_id", "return_dict", "output_hidden_states", "output_attentions",
 }  # fmt: skip

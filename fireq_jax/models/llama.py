@@ -198,7 +198,12 @@ class LlamaForCausalLM(nnx.Module):
             input_ids: token ids.
             attention_mask: 1 for tokens, 0 for padding anywhere in the row; None means no padding.
                 Logits of padding are 0.
+
+        Raises:
+            ValueError: if the mask has another shape than the ids. Values cannot be checked under jit.
         """
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(f"attention_mask has shape {attention_mask.shape}; expected {input_ids.shape}")
         if attention_mask is None:
             lengths = jnp.full(input_ids.shape[:1], input_ids.shape[1], jnp.int32)
             return self._forward(input_ids, lengths, positions="all")[0]
