@@ -164,7 +164,7 @@ def restore_part(folder: Path, part: str, expected: Mapping[str, Parameter]) -> 
     for name, leaf in abstract.items():
         # Orbax casts silently; only a change of precision of what is not quantized is meant.
         if stored[name] != leaf.dtype and not {stored[name], leaf.dtype} <= _FLOATS:
-            raise ValueError(f"{path} holds {name} as {stored[name]}; expected {leaf.dtype}")
+            raise ValueError(f"{path} holds {name} as {stored[name]}; {MANIFEST} says {leaf.dtype}")
     return {
         name: dataclasses.replace(value, **{field: loaded[f"{name}.{field}"] for field in _arrays(value)})
         if not isinstance(value, jax.ShapeDtypeStruct | jax.Array)

@@ -194,7 +194,7 @@ def test_arrays_that_the_manifest_does_not_describe_are_refused(copy, change):
 
 def test_another_scale_type_than_the_stored_one_is_refused_not_cast(copy):
     edit(copy, lambda f: f["quantization"].update(scale_dtype="bf16"))
-    with pytest.raises(ValueError, match=r"group_scale as float8_e4m3fn; expected bfloat16"):
+    with pytest.raises(ValueError, match=r"group_scale as float8_e4m3fn; fireq\.json says bfloat16"):
         LlamaForCausalLM.from_pretrained(copy)
 
 

@@ -285,6 +285,7 @@ def test_default_configuration_is_the_smallest_that_holds_a_row(width):
         (64, 4096, 4, sm90.Config(4, 2)),
         (67, 4096, 4, sm90.Config(4)),
         (1, 4096, 2, sm90.Config(1, 8)),
+        (1, 4088, 2, sm90.Config(2, 4)),
         (1, 2048, 2, sm90.Config(2)),
         (1, 1152, 8, sm90.Config(2)),
         (64, 4096, 2, sm90.Config(4)),
