@@ -6,6 +6,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 from jaxtyping import Array
 
+from pallas_kernels.matmul_epilogue import Activation
 from pallas_kernels.sm90.inline import f32, i32
 from pallas_kernels.sm90.memory import address, load, load_floats, offset, pack, unpack
 from pallas_kernels.split_sum import SplitSum
@@ -13,11 +14,16 @@ from pallas_kernels.split_sum import SplitSum
 EIGHT = 8  # channels that a thread adds up at once
 
 
+def adds_up(x_scale: Array | None, bias: Array | None, activation: Activation) -> bool:
+    """Whether a kernel can add up the parts of a product with these."""
+    return x_scale is not None and bias is None and activation == "none"
+
+
 def unsupported(total: SplitSum) -> str | None:
     """Why a kernel cannot add this up, or None."""
-    if total.x_scale is None or total.bias is not None or total.activation != "none":
-        return "the sum is not of FP8 rows, or has a bias or an activation"
-    return None
+    if adds_up(total.x_scale, total.bias, total.activation):
+        return None
+    return "the sum is not of FP8 rows, or has a bias or an activation"
 
 
 def operands(total: SplitSum) -> dict[str, Array]:

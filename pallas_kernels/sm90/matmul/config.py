@@ -172,6 +172,12 @@ class Problem:
         """Columns of y that a warpgroup's 64 channels become."""
         return layouts.TILE_N // 2 if self.silu_mul else layouts.TILE_N
 
+    def result(self, split_k: int) -> jax.ShapeDtypeStruct:
+        """What a kernel writes: y, or if K is cut the unscaled float32 sums [split_k, M, N]."""
+        if split_k == 1:
+            return jax.ShapeDtypeStruct((self.m, self.n_out), jnp.bfloat16)
+        return jax.ShapeDtypeStruct((split_k, self.m, self.n), jnp.float32)
+
 
 def smem_bytes(config: Config | DecodeConfig, k: int, values: Values) -> int:
     """Shared memory that a CTA needs for k inputs of x in ``values``, with what the allocator may add."""

@@ -38,10 +38,7 @@ class Scratch(NamedTuple):
 
 
 def kernel(problem: Problem, config: DecodeConfig, present: tuple[str, ...]) -> Any:
-    """The Pallas call; its arguments are the ``present`` operands.
-
-    Its result is y, or with ``config.split_k`` > 1 the unscaled float32 sums [split_k, M, N].
-    """
+    """The Pallas call; its arguments are the ``present`` operands, its result is ``problem.result``."""
     columns, stages = config.columns, config.k_warpgroups * decode_stages(config, problem.k)
     x_columns = layouts.TILE_K // problem.halves
     x_dtype = formats.E4M3 if problem.values == "e4m3" else jnp.bfloat16
@@ -80,14 +77,9 @@ def kernel(problem: Problem, config: DecodeConfig, present: tuple[str, ...]) -> 
         tile, part, row = (lax.axis_index(name) for name in ("tile", "part", "row"))
         _Warpgroup(problem, config, operands, scratch, wg, k_wg, column, tile, part, row * config.tile_m).run()
 
-    out_type = (
-        jax.ShapeDtypeStruct((problem.m, problem.n_out), jnp.bfloat16)
-        if whole
-        else jax.ShapeDtypeStruct((config.split_k, problem.m, problem.n), jnp.float32)
-    )
     return plgpu.kernel(
         body,
-        out_type=out_type,
+        out_type=problem.result(config.split_k),
         grid=(-(-problem.n // (columns * layouts.TILE_N)), config.split_k, -(-problem.m // config.tile_m)),
         grid_names=("tile", "part", "row"),
         num_threads=config.warpgroups,

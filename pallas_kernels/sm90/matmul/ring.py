@@ -23,10 +23,7 @@ from pallas_kernels.sm90.matmul.ring_compute import Consumer, Scratch, Tile
 
 
 def kernel(problem: Problem, config: Config, present: tuple[str, ...]) -> Any:
-    """The Pallas call; its arguments are the ``present`` operands.
-
-    Its result is y, or with ``config.split_k`` > 1 the unscaled float32 sums [split_k, M, N].
-    """
+    """The Pallas call; its arguments are the ``present`` operands, its result is ``problem.result``."""
     tiles = -(-problem.m // config.tile_m), -(-problem.n // (config.tile_n * config.multicast))
     clusters = min(tiles[0] * tiles[1] * config.split_k, NUM_SMS // config.multicast)
     whole = config.split_k == 1
@@ -63,14 +60,9 @@ def kernel(problem: Problem, config: Config, present: tuple[str, ...]) -> Any:
         scratch = Scratch(**{name: scratch_refs.get(name) for name in Scratch._fields})
         _cta(problem, config, operands, scratch, tiles, clusters)
 
-    out_type = (
-        jax.ShapeDtypeStruct((problem.m, problem.n_out), jnp.bfloat16)
-        if whole
-        else jax.ShapeDtypeStruct((config.split_k, problem.m, problem.n), jnp.float32)
-    )
     return plgpu.kernel(
         body,
-        out_type=out_type,
+        out_type=problem.result(config.split_k),
         grid=(clusters,),
         grid_names=("cluster",),
         cluster=(config.multicast,),
