@@ -91,7 +91,7 @@ def time_sums(shapes: list[str], parts: list[int]) -> None:
             calls[shape, count, function.__name__] = jax.jit(function), arguments
     programs = compile_all(calls)
     times = {key: device_time(program, [calls[key][1]]) for key, program in programs.items()}
-    print("\n| sum, norm, quantize | parts | a block, us | by default, us | XLA's sum, norm us |\n|---|---|---|---|---|")
+    print("\n| sum, norm, FP8 | parts | a block, us | by default, us | XLA's sum, norm us |\n|---|---|---|---|---|")
     for shape, count in itertools.product(shapes, parts):
         found = [f"{times[shape, count, name]:.2f}" for name in ("in_a_block", "by_default", "xla")]
         print(f"| {shape} | {count} | {' | '.join(found)} |", flush=True)
