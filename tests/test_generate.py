@@ -1,5 +1,8 @@
 """Generation on small random models, against repeated full forward passes and against itself."""
 
+import math
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +11,7 @@ from flax import nnx
 
 from fireq_jax import LlamaForCausalLM, ModelConfig, generate, recipes
 from fireq_jax.generation import stream
-from fireq_jax.generation.generate import BUCKET, _decode, _prefill, _prepare, _split
+from fireq_jax.generation.generate import BUCKET, GLANCE, _decode, _next_count, _prefill, _prepare, _split
 
 VOCAB = 97
 PROMPTS = [[11, 12, 13, 14, 15], [3], [40, 2, 77]]
@@ -205,8 +208,10 @@ def test_the_cache_is_donated(model):
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((kept, params)))
 
 
+@pytest.mark.parametrize("glance", [0.0, math.inf], ids=["one token a call", "ever more"])
 @pytest.mark.parametrize("options", [{}, SAMPLED])
-def test_stream_is_generate_step_by_step(model, options):
+def test_stream_is_generate_step_by_step(model, options, glance, monkeypatch):
+    monkeypatch.setattr(sys.modules[stream.__module__], "GLANCE", glance)
     free = new_tokens(model, PROMPTS, **options)
     ids, mask = padded(PROMPTS, "left")
     options = {**options, "max_new_tokens": NEW, "eos_token_ids": (free[0][4], free[2][7])}
@@ -217,6 +222,20 @@ def test_stream_is_generate_step_by_step(model, options):
     tokens, active = (np.stack(parts, axis=1) for parts in zip(*steps, strict=True))
     np.testing.assert_array_equal(tokens, output.sequences[:, ids.shape[1] :][:, : len(steps)])
     np.testing.assert_array_equal(active.sum(axis=1), output.lengths)
+
+
+def test_streaming_asks_for_as_many_tokens_as_come_at_a_glance():
+    def asked(seconds_a_token, calls=12):
+        counts = [1]
+        for _ in range(calls):
+            # What a call costs by itself, and each token.
+            counts.append(_next_count(counts[-1], 0.005 + counts[-1] * seconds_a_token))
+        return counts
+
+    assert asked(0.002)[-1] == 32
+    assert asked(0.03)[-1] == 2
+    assert asked(2.0) == [1] * 13
+    assert _next_count(32, 2 * GLANCE) == 16
 
 
 def test_streaming_runs_the_program_of_generate(model, caplog):

@@ -1,4 +1,4 @@
-"""Prefill once, then decode: in one jitted ``while_loop``, or step by step for streaming.
+"""Prefill once, then decode: in one jitted ``while_loop``, or a few steps at a time for streaming.
 
 Prompts go to the model right-padded to a multiple of ``BUCKET`` tokens and the cache's capacity is
 a multiple of it too, so that calls of similar lengths share their compilations.
@@ -6,6 +6,7 @@ a multiple of it too, so that calls of similar lengths share their compilations.
 
 import functools
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeGuard, Unpack
 
@@ -20,6 +21,9 @@ from fireq_jax.models.kv_cache import KVCache
 from fireq_jax.models.llama import LlamaForCausalLM
 
 BUCKET = 64
+# A call costs the host as much as several steps of a fast GPU, and what arrives within so many seconds a reader sees at
+# once: streaming makes as many tokens a call as that holds.
+GLANCE = 0.1
 logger = logging.getLogger(__name__)
 
 
@@ -116,10 +120,10 @@ def stream(
     cache_capacity: int | None = None,
     **sampling: Unpack[SamplingOptions],
 ) -> Iterator[StreamStep]:
-    """:func:`generate`, handing out each step's tokens as they are made.
+    """:func:`generate`, handing out tokens as they are made.
 
     Arguments and errors are the same, and so are the tokens. Errors are raised by the call itself,
-    not by the iteration.
+    not by the iteration. On a fast device tokens come a few at a time, within ``GLANCE`` seconds.
     """
     request = _prepare(
         model, input_ids, attention_mask, max_new_tokens, eos_token_ids, pad_token_id, key, cache_capacity, sampling
@@ -128,30 +132,28 @@ def stream(
 
 
 def _steps(model: LlamaForCausalLM, request: "_Request", max_new_tokens: int) -> Iterator[StreamStep]:
-    """The next step starts before a step's tokens are fetched, so that the device does not wait for the host.
-
-    Only the first token comes before its next step, which may have to be compiled.
-    """
     graph, params = _split(model)
-    cache, ahead = _prefill(graph, params, request.tokens, request.lengths, request.choice, request.capacity)
+    cache, progress = _prefill(graph, params, request.tokens, request.lengths, request.choice, request.capacity)
+    tokens, running = jax.device_get((progress.tokens, progress.running))
+    yield StreamStep(tokens, np.ones(len(tokens), bool))
+    done, count = 1, 1
+    while done < max_new_tokens and running.any():
+        count = min(count, max_new_tokens - done)
+        begin = time.perf_counter()
+        cache, progress, new_tokens, lengths = _decode(graph, params, cache, progress, request.choice, count)
+        new_tokens, lengths, running = jax.device_get((new_tokens, lengths, progress.running))
+        seconds = time.perf_counter() - begin
+        for step in range(lengths.max()):
+            yield StreamStep(new_tokens[:, step], step < lengths)
+        done += count
+        count = _next_count(count, seconds)
 
-    def start_next() -> _Progress:
-        nonlocal cache
-        cache, following, _, _ = _decode(graph, params, cache, ahead, request.choice, 1)
-        return following
 
-    active = np.ones(len(request.tokens), bool)
-    for step in range(max_new_tokens):
-        current, more = ahead, step + 1 < max_new_tokens
-        if more and step > 0:
-            ahead = start_next()
-        tokens, running = jax.device_get((current.tokens, current.running))
-        yield StreamStep(tokens, active)
-        if not running.any():
-            return
-        if more and step == 0:
-            ahead = start_next()
-        active = running
+def _next_count(count: int, seconds: float) -> int:
+    """How many tokens to ask for after a call for ``count`` that took so long."""
+    if seconds > GLANCE:
+        return max(1, count // 2)
+    return 2 * count if seconds < GLANCE / 2 else count
 
 
 class _Graph:
@@ -232,7 +234,7 @@ def _decode(
 ) -> tuple[KVCache, _Progress, Int[Array, "B S"], Int[Array, " B"]]:
     """Up to ``count`` more tokens, fewer if all sequences end.
 
-    Streaming runs the same program with ``count`` 1: another one would round otherwise.
+    Streaming runs the same program with a small ``count``: another one would round otherwise.
 
     Returns:
         The cache, in the argument's memory; where the sequences are; the new tokens, as wide as

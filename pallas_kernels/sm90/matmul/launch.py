@@ -8,7 +8,9 @@ FireQ (arXiv 2505.20839), INT4 x FP8 kernel; mapping and packing are ours (see `
 """
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, UInt32
@@ -20,6 +22,8 @@ from pallas_kernels.sm90.matmul.output import Operands
 from pallas_kernels.split_sum import SplitSum
 
 
+# Equal calls of a program are lowered once, which for an unrolled kernel takes a second.
+@functools.partial(jax.jit, static_argnames=("n", "config", "silu_mul", "codebook"))
 def matmul(
     x: Float[Array, "M K"],
     words: UInt32[Array, "tiles_n tiles_k 2 128 4"],
