@@ -9,6 +9,7 @@ from pathlib import Path
 
 from checkpoints_convert.calibration_data import calibration_batches
 from checkpoints_convert.conversion import ConversionOptions, convert, needs_calibration
+from fireq_jax.compilation import keep_programs
 from fireq_jax.quantization import recipes
 from fireq_jax.tokenizer import load_tokenizer
 from pallas_kernels import formats
@@ -81,6 +82,7 @@ def run(args: argparse.Namespace) -> None:
             sequence_length=args.sequence_length,
             seed=args.seed,
         )
+    keep_programs()
     report = convert(options, tokens, resume=args.resume)
     before, after = report["bytes_before"] / 1e6, report["bytes_after"] / 1e6
     print(f"{args.output}: {before:.1f} MB -> {after:.1f} MB in {report['seconds']:.1f} s ({args.recipe})")

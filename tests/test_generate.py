@@ -11,7 +11,7 @@ from flax import nnx
 
 from fireq_jax import LlamaForCausalLM, ModelConfig, generate, recipes
 from fireq_jax.generation import stream
-from fireq_jax.generation.generate import BUCKET, GLANCE, _decode, _next_count, _prefill, _prepare, _split
+from fireq_jax.generation.generate import BUCKET, GLANCE, _decode, _next_count, _prefill, _prepare, _round_up, _split
 
 VOCAB = 97
 PROMPTS = [[11, 12, 13, 14, 15], [3], [40, 2, 77]]
@@ -196,6 +196,16 @@ def test_nearby_lengths_share_a_compilation(model):
     assert sizes() == before
     generate(model, [[1, 2, 3, 4, 5, 6]], max_new_tokens=BUCKET - 5)
     assert sizes() == (before[0] + 1, before[1] + 1)
+
+
+def test_rounded_lengths_are_few_and_near():
+    lengths = np.arange(1, 131073)
+    rounded = np.array([_round_up(int(length)) for length in lengths])
+    assert (rounded >= lengths).all()
+    assert (rounded % BUCKET == 0).all()
+    assert (rounded < lengths + BUCKET)[lengths <= 1024].all()
+    assert (rounded[lengths > 1024] < 1.125 * lengths[lengths > 1024]).all()
+    assert len(np.unique(rounded)) == 16 + 7 * 8
 
 
 def test_the_cache_is_donated(model):

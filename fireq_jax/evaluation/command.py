@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+from fireq_jax.compilation import keep_programs
 from fireq_jax.evaluation.comparison import evaluate, format_table
 from fireq_jax.evaluation.plots import plot_smoothing
 from fireq_jax.json_files import write_json
@@ -74,6 +75,7 @@ def run(args: argparse.Namespace) -> None:
     names = [Path(model).resolve().name for model in args.models]
     if args.plots is not None and len(set(names)) < len(names):
         raise ValueError(f"--plots names a folder after each model's, and these are {names}; expected different ones")
+    keep_programs()
     results = evaluate(
         args.models,
         args.text,

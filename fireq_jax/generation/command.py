@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import jax
 import numpy as np
 
+from fireq_jax.compilation import keep_programs
 from fireq_jax.generation.generate import generate, stream
 from fireq_jax.generation.sampling import SamplingConfig, SamplingOptions
 from fireq_jax.huggingface import read_generation_config
@@ -85,6 +86,7 @@ def _run(arguments: argparse.Namespace) -> None:
         max_new_tokens = DEFAULT_NEW_TOKENS
     tokenizer = load_tokenizer(arguments.model)
     prompts = [_encode(tokenizer, text, arguments) for text in arguments.prompt]
+    keep_programs()
     model = LlamaForCausalLM.from_pretrained(
         arguments.model,
         dtype=arguments.dtype,

@@ -1,7 +1,7 @@
 """Prefill once, then decode: in one jitted ``while_loop``, or a few steps at a time for streaming.
 
-Prompts go to the model right-padded to a multiple of ``BUCKET`` tokens and the cache's capacity is
-a multiple of it too, so that calls of similar lengths share their compilations.
+Prompts go to the model right-padded to a length of ``_round_up`` and the cache's capacity is one too, so
+that calls of similar lengths share their compilations.
 """
 
 import functools
@@ -70,8 +70,9 @@ def generate(
 
     It stops early when all sequences have ended. Neither the rest of the batch nor padding changes
     a sequence's text, beyond rounding. The model is compiled again only if the batch size, the
-    lengths rounded up to ``BUCKET``, the number of EOS ids, or which sampling options are on, are
-    new; their values are not compiled in. It cannot itself be called under ``jax.jit``.
+    lengths rounded up (to 64 tokens, past 1024 to an eighth of the power of two below), the number of
+    EOS ids, or which sampling options are on, are new; their values are not compiled in. It cannot
+    itself be called under ``jax.jit``.
 
     Past the model's ``max_position_embeddings`` it goes on, with a warning in the log: text gets
     worse there, but most sequences end before.
@@ -374,4 +375,6 @@ def _is_whole(number: Any) -> TypeGuard[int | np.integer]:
 
 
 def _round_up(length: int) -> int:
-    return -(-length // BUCKET) * BUCKET
+    """To a multiple of ``BUCKET``, and of an eighth of the largest power of two below."""
+    step = max(BUCKET, 1 << (length - 1).bit_length() >> 4)
+    return -(-length // step) * step
