@@ -49,6 +49,11 @@ class StoredModel:
     quantization: QuantizationConfig
     source: HuggingFaceCheckpoint | None
 
+    @property
+    def sharding(self) -> jax.sharding.Sharding | None:
+        """What ``read`` commits arrays to; None where it leaves that open."""
+        return jax.sharding.SingleDeviceSharding(jax.devices()[0]) if self.source is None else None
+
     @classmethod
     def open(cls, folder: Path) -> Self:
         """Recognise a folder.

@@ -8,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from small_checkpoint import write_checkpoint
+from tiny_llama import config_of
 
 from fireq_jax import LlamaForCausalLM, ModelConfig, generate, recipes
-from fireq_jax.generation import stream
+from fireq_jax.checkpoint import StoredModel
+from fireq_jax.generation import compile_ahead, stream
 from fireq_jax.generation.generate import BUCKET, GLANCE, _decode, _next_count, _prefill, _prepare, _round_up, _split
 
 VOCAB = 97
@@ -72,6 +75,11 @@ def new_tokens(model: LlamaForCausalLM, prompts: list[list[int]], side: str = "l
 
 def compilations(caplog) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.getMessage().startswith("Compiling")]
+
+
+def programs(caplog) -> set[str]:
+    """Names of what was compiled."""
+    return {name for name in ("_prefill", "_decode") if any(f"jit({name})" in text for text in compilations(caplog))}
 
 
 def test_greedy_is_that_of_repeated_full_forward(any_model):
@@ -184,6 +192,31 @@ def test_the_second_call_compiles_nothing(model, caplog):
         changed = {"temperature": 0.3, "top_k": 5, "key": jax.random.key(1), "repetition_penalty": 1.3}
         generate(model, ids[:, ::-1], attention_mask=mask[:, ::-1], max_new_tokens=NEW, **changed)
         assert compilations(caplog) == []
+
+
+@pytest.mark.parametrize("kind", ["loaded", "abstract", "converted"])
+def test_what_was_compiled_ahead_is_not_compiled_again(kind, tmp_path, caplog):
+    folder = tmp_path / "model"
+    if kind == "loaded":
+        model = described = make_model("fireq")
+    else:
+        if kind == "converted":
+            make_model("fireq").save(folder)
+        else:
+            write_checkpoint(folder, config_of("mha_tied", vocab_size=VOCAB), std=0.1)
+        described = LlamaForCausalLM.abstract(StoredModel.open(folder))
+        model = LlamaForCausalLM.from_pretrained(folder)
+    options = {"max_new_tokens": NEW, "temperature": 0.9, "key": jax.random.key(0)}
+    prompts = [[5] * 3] * 7  # a batch that no other test has
+    with jax.log_compiles():
+        compile_ahead(described, prompts, **options, only_prefill=True)
+        assert programs(caplog) == {"_prefill"}
+        caplog.clear()
+        compile_ahead(described, prompts, **options)
+        assert programs(caplog) == {"_decode"}
+        caplog.clear()
+        generate(model, prompts, **options)
+        assert programs(caplog) == set()
 
 
 def test_nearby_lengths_share_a_compilation(model):

@@ -2,8 +2,9 @@
 
     PYTHONPATH=. python examples/benchmarks/first_token.py [--model DIR | --random llama3-8b] [--prompt-tokens 512]
 
-Each run is a process of its own: it imports, loads the model, and streams a few tokens. The first
-finds an empty compilation cache (``jax_compilation_cache_dir``), the others what it left there.
+Each run is a process of its own that does what ``fireq-generate`` does: it imports, reads the model and
+meanwhile compiles for the prompt, and streams a few tokens. The first finds an empty compilation cache
+(``jax_compilation_cache_dir``), the others what it left there.
 """
 
 import argparse
@@ -14,11 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from fireq_jax.json_files import write_json
 
-PHASES = ("imports", "device", "load", "first token", "second token", "each further token")
+PHASES = ("imports", "device", "abstract model", "read and compile", "first token", "second token", "further tokens")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--random", default="llama3-8b", help="else random weights of this model's shapes")
     parse.add_argument("--recipe", default="fireq_plus", help="of the random weights")
     parse.add_argument("--prompt-tokens", type=int, default=512)
-    parse.add_argument("--new-tokens", type=int, default=34)
+    parse.add_argument("--new-tokens", type=int, default=128)
     parse.add_argument("--runs", type=int, default=3)
     parse.add_argument("--json", type=Path)
     parse.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -47,20 +50,34 @@ def run_child(args: argparse.Namespace) -> None:
     import numpy as np
 
     from fireq_jax import LlamaForCausalLM
-    from fireq_jax.generation import stream
+    from fireq_jax.checkpoint import StoredModel
+    from fireq_jax.generation import compile_ahead, stream
 
     mark()
     jax.devices()
     mark()
-    model = LlamaForCausalLM.from_pretrained(args.model)
-    jax.block_until_ready(jax.tree.leaves(model))
+    stored = StoredModel.open(args.model)
+    abstract = LlamaForCausalLM.abstract(stored)
+    prompt = np.random.default_rng(0).integers(0, stored.config.vocab_size, (1, args.prompt_tokens))
+    options: dict[str, Any] = {"max_new_tokens": args.new_tokens, "eos_token_ids": ()}
     mark()
-    prompt = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, args.prompt_tokens))
-    for _ in stream(model, prompt, max_new_tokens=args.new_tokens, eos_token_ids=()):
+
+    def read() -> tuple[LlamaForCausalLM, float]:
+        model = jax.block_until_ready(abstract.filled(stored))
+        return model, time.time() - marks[-1]
+
+    with ThreadPoolExecutor() as pool:
+        reading = pool.submit(read)
+        compile_ahead(abstract, prompt, **options, only_prefill=True)
+        alone = {"compiled after": time.time() - marks[-1]}
+        model, alone["read after"] = reading.result()
+    mark()
+    for _ in stream(model, prompt, **options):
         mark()
     seconds = [after - before for before, after in itertools.pairwise(marks)]
     further = seconds[len(PHASES) - 1 :]
-    print(json.dumps(dict(zip(PHASES, [*seconds[: len(PHASES) - 1], sum(further) / len(further)], strict=True))))
+    phases = [*seconds[: len(PHASES) - 1], sum(further) / len(further)]
+    print(json.dumps(dict(zip(PHASES, phases, strict=True)) | alone))
 
 
 def save_random(name: str, recipe: str, folder: Path) -> None:
@@ -92,12 +109,13 @@ def main() -> None:
             environment = os.environ | cache | {"FIRST_TOKEN_STARTED": str(time.time())}
             output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
             rows.append(json.loads(output.splitlines()[-1]))
-    print("| seconds | to the first token | " + " | ".join(PHASES) + " |")
-    print("|---" * (len(PHASES) + 2) + "|")
+    columns = (*PHASES, "read after", "compiled after")
+    print("| seconds | to the first token | " + " | ".join(columns) + " |")
+    print("|---" * (len(columns) + 2) + "|")
     for i, row in enumerate(rows):
-        total = sum(row[phase] for phase in PHASES[:4])
+        total = sum(row[phase] for phase in PHASES[:5])
         name = "nothing cached" if i == 0 else "compilation cached"
-        print(f"| {name} | {total:.2f} | " + " | ".join(f"{row[phase]:.3f}" for phase in PHASES) + " |")
+        print(f"| {name} | {total:.2f} | " + " | ".join(f"{row[column]:.4f}" for column in columns) + " |")
     if args.json is not None:
         write_json(args.json, {"rows": rows})
 

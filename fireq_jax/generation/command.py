@@ -5,14 +5,16 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import jax
 import numpy as np
 
+from fireq_jax.checkpoint import StoredModel
 from fireq_jax.compilation import keep_programs
-from fireq_jax.generation.generate import generate, stream
+from fireq_jax.generation.generate import compile_ahead, generate, stream
 from fireq_jax.generation.sampling import SamplingConfig, SamplingOptions
 from fireq_jax.huggingface import read_generation_config
 from fireq_jax.models.llama import LlamaForCausalLM
@@ -86,13 +88,6 @@ def _run(arguments: argparse.Namespace) -> None:
         max_new_tokens = DEFAULT_NEW_TOKENS
     tokenizer = load_tokenizer(arguments.model)
     prompts = [_encode(tokenizer, text, arguments) for text in arguments.prompt]
-    keep_programs()
-    model = LlamaForCausalLM.from_pretrained(
-        arguments.model,
-        dtype=arguments.dtype,
-        kv_format=arguments.kv_format,
-        implementation=arguments.implementation,
-    )
     width = max(map(len, prompts))
     options = {
         "input_ids": [prompt + [0] * (width - len(prompt)) for prompt in prompts],
@@ -102,10 +97,24 @@ def _run(arguments: argparse.Namespace) -> None:
         "key": key,
         **sampling,
     }
-    if len(prompts) == 1 and not (arguments.no_stream or arguments.json):
+    streaming = len(prompts) == 1 and not (arguments.no_stream or arguments.json)
+    model = _load(arguments, options, only_prefill=streaming)
+    if streaming:
         _stream(model, tokenizer, prompts[0], options)
     else:
         _print_complete(model, tokenizer, prompts, options, arguments)
+
+
+def _load(arguments: argparse.Namespace, options: dict[str, Any], *, only_prefill: bool) -> LlamaForCausalLM:
+    """The model; what generation will run is compiled while it is read."""
+    keep_programs()
+    stored = StoredModel.open(arguments.model)
+    kinds = {name: getattr(arguments, name) for name in ("dtype", "kv_format", "implementation")}
+    abstract = LlamaForCausalLM.abstract(stored, **kinds)
+    with ThreadPoolExecutor() as pool:
+        model = pool.submit(abstract.filled, stored)
+        compile_ahead(abstract, **options, only_prefill=only_prefill)
+        return model.result()
 
 
 def sampling_options(defaults: dict[str, Any], given: dict[str, Any]) -> SamplingOptions:

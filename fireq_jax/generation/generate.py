@@ -8,6 +8,7 @@ import functools
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeGuard, Unpack
 
 import jax
@@ -130,6 +131,46 @@ def stream(
         model, input_ids, attention_mask, max_new_tokens, eos_token_ids, pad_token_id, key, cache_capacity, sampling
     )
     return _steps(model, request, max_new_tokens)
+
+
+def compile_ahead(
+    model: LlamaForCausalLM,
+    input_ids: jax.typing.ArrayLike | Sequence[Sequence[int]],
+    attention_mask: jax.typing.ArrayLike | Sequence[Sequence[int]] | None = None,
+    *,
+    max_new_tokens: int,
+    eos_token_ids: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    key: Key[Array, "..."] | None = None,
+    cache_capacity: int | None = None,
+    only_prefill: bool = False,
+    **sampling: Unpack[SamplingOptions],
+) -> None:
+    """Compile what :func:`generate` and :func:`stream` run for such a call, and for others as they describe it.
+
+    Arguments and errors are theirs, and ``only_prefill``: the first token's program alone. The model may be
+    ``LlamaForCausalLM.abstract``, so that compiling and reading a model take no longer than one of them.
+    """
+    request = _prepare(
+        model, input_ids, attention_mask, max_new_tokens, eos_token_ids, pad_token_id, key, cache_capacity, sampling
+    )
+    graph, params = _split(model)
+    prompt = graph, params, request.tokens, request.lengths, request.choice, request.capacity
+    with ThreadPoolExecutor() as pool:
+        compiling = [pool.submit(_prefill.lower(*prompt).compile)]
+        if not only_prefill:
+            cache, progress = _placed_with(params, jax.eval_shape(_prefill, *prompt))
+            compiling.append(pool.submit(_decode.lower(graph, params, cache, progress, request.choice, 1).compile))
+        for program in compiling:
+            program.result()
+
+
+def _placed_with(params: Any, results: Any) -> Any:
+    """Shapes of a program's results, placed as it places them: where its arguments are committed to."""
+    first = jax.tree.leaves(params)[0]
+    committed = first.committed if isinstance(first, jax.Array) else first.sharding is not None
+    sharding = first.sharding if committed else None
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), results)
 
 
 def _steps(model: LlamaForCausalLM, request: "_Request", max_new_tokens: int) -> Iterator[StreamStep]:

@@ -7,7 +7,7 @@ says how many there are. ``__call__`` accepts any 0/1 mask and brings it to that
 import functools
 import math
 from pathlib import Path
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,9 @@ from pallas_kernels.formats import ScaledArray
 from pallas_kernels.matmul import matmul
 from pallas_kernels.quantized_tensor import QuantizedTensor
 from pallas_kernels.split_sum import SplitSum, finished
+
+if TYPE_CHECKING:
+    from fireq_jax.checkpoint import StoredModel
 
 Positions = Literal["all", "last"]
 
@@ -174,9 +177,30 @@ class LlamaForCausalLM(nnx.Module):
         from fireq_jax.checkpoint import StoredModel
 
         stored = StoredModel.open(Path(folder))
+        return cls.abstract(stored, dtype=dtype, kv_format=kv_format, implementation=implementation).filled(stored)
+
+    @classmethod
+    def abstract(
+        cls,
+        stored: "StoredModel",
+        *,
+        dtype: jax.typing.DTypeLike = jnp.bfloat16,
+        kv_format: formats.KVFormat | None = None,
+        implementation: Implementation = "auto",
+    ) -> Self:
+        """A folder's model with shapes for arrays: what a program can be compiled for while they are read.
+
+        Arguments are those of :meth:`from_pretrained`, which is this and then :meth:`filled`.
+        """
         quantization = stored.quantization if kv_format is None else stored.quantization.with_kv_format(kv_format)
         model = nnx.eval_shape(lambda: cls(stored.config, quantization, dtype=dtype, implementation=implementation))
-        return with_parameters(model, stored.read(parameters_of(model), dtype))
+        graph, state = nnx.split(model)
+        placed = functools.partial(jax.ShapeDtypeStruct, sharding=stored.sharding)
+        return nnx.merge(graph, jax.tree.map(lambda array: placed(array.shape, array.dtype), state))
+
+    def filled(self, stored: "StoredModel") -> Self:
+        """This (abstract) model with the folder's arrays."""
+        return with_parameters(self, stored.read(parameters_of(self), self.dtype))
 
     def save(self, folder: str | Path) -> None:
         """Write the model, without a tokenizer, to a folder that :meth:`from_pretrained` reads."""
