@@ -1,6 +1,6 @@
 """Attention kernels on a Hopper GPU: errors against float32, and times against cuDNN and XLA.
 
-    python examples/benchmarks/attention.py [check] [decode] [queries] [prefill] [--quick]
+    python examples/benchmarks/attention.py [check] [decode] [queries] [prefill] [--quick] [--head-dim 64]
 
 Times are medians over repetitions of a loop inside one jit, over rotating buffers larger than the
 L2 cache where the cache is smaller than that. They include every pass of the op: decode's
@@ -35,7 +35,6 @@ DECODE_CONFIGS = (
     decode.Config(block_kv=128, warpgroups=1, residents=4),
 )
 PAGE = 256
-PREFILL_CONFIGS = (prefill.Config(), prefill.Config(pipeline=1))
 
 
 class Timing(NamedTuple):
@@ -124,7 +123,7 @@ def check_all() -> None:
 # --- times ----------------------------------------------------------------------------------------
 
 
-def random_cache(seed: int, batch: int, slots: int) -> tuple[ScaledArray, ScaledArray]:
+def random_cache(seed: int, batch: int, slots: int, head_dim: int = HEAD_DIM) -> tuple[ScaledArray, ScaledArray]:
     """A random INT4 cache made without a float one."""
     shape = (batch, KV_HEADS, slots)
 
@@ -132,7 +131,7 @@ def random_cache(seed: int, batch: int, slots: int) -> tuple[ScaledArray, Scaled
     def make(key):
         codes, scales = jax.random.split(key)
         scale = jnp.exp(0.2 * jax.random.normal(scales, (*shape, 1))) / formats.INT4_MAX
-        return ScaledArray(jax.random.bits(codes, (*shape, HEAD_DIM // 2), jnp.uint8), scale.astype(jnp.bfloat16))
+        return ScaledArray(jax.random.bits(codes, (*shape, head_dim // 2), jnp.uint8), scale.astype(jnp.bfloat16))
 
     keys = jax.random.split(jax.random.key(seed))
     return make(keys[0]), make(keys[1])
@@ -173,10 +172,10 @@ def time_decode(quick: bool) -> None:
         print(line, flush=True)
 
 
-def quantized_operands(batch: int, length: int, slots: int, copies: int) -> list[tuple]:
+def quantized_operands(batch: int, length: int, slots: int, copies: int, head_dim: int = HEAD_DIM) -> list[tuple]:
     """One batch of queries, and ``copies`` INT4 caches."""
-    q = formats.quantize_fp8(jax.random.normal(jax.random.key(0), (batch, length, HEADS, HEAD_DIM)))
-    return [(q, *random_cache(i, batch, slots)) for i in range(copies)]
+    q = formats.quantize_fp8(jax.random.normal(jax.random.key(0), (batch, length, HEADS, head_dim)))
+    return [(q, *random_cache(i, batch, slots, head_dim)) for i in range(copies)]
 
 
 def time_few_queries() -> None:
@@ -218,43 +217,49 @@ def in_pages(x: jax.Array) -> jax.Array:
     return cut.reshape(-1, kv_heads, PAGE, columns)
 
 
-def time_prefill() -> None:
-    print("prefill, causal: ms and TFLOP/s for each Config, the kernel without preparation, then cuDNN's in bf16")
-    shapes = (16, 1024), (4, 4096), (1, 16384)
+def time_prefill(head_dim: int) -> None:
+    configs = (prefill.Config(), prefill.Config(pipeline=1)) if head_dim <= 128 else (prefill.default_config(head_dim),)
+    print(
+        f"prefill, causal, head_dim {head_dim}: ms and TFLOP/s of {configs}, of the first without preparation, of cuDNN"
+    )
+    shapes, scale = ((16, 1024), (4, 4096), (1, 16384), (1, 1024)), head_dim**-0.5
     timings = []
     for batch, length in shapes:
         start, lengths = jnp.zeros((batch,), jnp.int32), jnp.full((batch,), length, jnp.int32)
-        inputs = functools.partial(quantized_operands, batch, length, length, 1)
-        for config in PREFILL_CONFIGS:
+        inputs = functools.partial(quantized_operands, batch, length, length, 1, head_dim)
+        for config in configs:
             run = functools.partial(
-                prefill.prefill_attention, query_start=start, kv_lengths=lengths, scale=SCALE, config=config
+                prefill.prefill_attention, query_start=start, kv_lengths=lengths, scale=scale, config=config
             )
             timings.append(Timing(run, inputs, 10))
 
         def prepared(inputs: Callable = inputs, start: jax.Array = start, lengths: jax.Array = lengths) -> list[tuple]:
             [(q, key, value)] = inputs()
             assert q.scale is not None
-            return [(q.values, q.scale[..., 0], *jax.jit(prefill.prepare)(key, value, lengths), start, lengths)]
+            prepare = jax.jit(functools.partial(prefill.prepare, config=configs[0]))
+            return [(q.values, q.scale[..., 0], *prepare(key, value, lengths), start, lengths)]
 
         launch = functools.partial(
-            prefill.launch, scale=SCALE, causal=True, window=None, out_dtype=jnp.bfloat16, config=prefill.Config()
+            prefill.launch, scale=scale, causal=True, window=None, out_dtype=jnp.bfloat16, config=configs[0]
         )
         timings.append(Timing(launch, prepared, 10))
         attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
-        timings.append(Timing(attend, functools.partial(bf16_operands, 1, batch, length, length), 10))
+        timings.append(Timing(attend, functools.partial(bf16_operands, 1, batch, length, length, head_dim), 10))
     times = median_ms(timings, 3)
     for batch, length in shapes:
-        tera = 4e-9 * HEAD_DIM * HEADS * batch * length * (length + 1) / 2
-        found = itertools.islice(times, len(PREFILL_CONFIGS) + 2)
+        tera = 4e-9 * head_dim * HEADS * batch * length * (length + 1) / 2
+        found = itertools.islice(times, len(configs) + 2)
         print(f"  {batch:3d} x {length:6d}" + "".join(f" | {ms:6.3f} {tera / ms:5.0f}" for ms in found), flush=True)
 
 
-def bf16_operands(copies: int, batch: int, length: int, slots: int) -> list[tuple[jax.Array, ...]]:
+def bf16_operands(
+    copies: int, batch: int, length: int, slots: int, head_dim: int = HEAD_DIM
+) -> list[tuple[jax.Array, ...]]:
     """Random queries, keys and values [B, T, heads, H] as ``jax.nn.dot_product_attention`` takes them."""
     shapes = ((batch, length, HEADS), (batch, slots, KV_HEADS), (batch, slots, KV_HEADS))
     return [
         tuple(
-            jax.random.normal(key, (*shape, HEAD_DIM), jnp.bfloat16)
+            jax.random.normal(key, (*shape, head_dim), jnp.bfloat16)
             for key, shape in zip(jax.random.split(jax.random.key(seed), 3), shapes, strict=True)
         )
         for seed in range(copies)
@@ -265,19 +270,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=list(MEASUREMENTS), metavar="|".join(MEASUREMENTS))
     parser.add_argument("--quick", action="store_true", help="fewer decode shapes, cuDNN alone as baseline")
+    parser.add_argument("--head-dim", type=int, default=HEAD_DIM, help="of prefill")
     arguments = parser.parse_args()
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}")
     for what in arguments.what:
         if what not in MEASUREMENTS:
             parser.error(f"unknown measurement {what!r}; expected some of {list(MEASUREMENTS)}")
-        MEASUREMENTS[what](arguments.quick)
+        MEASUREMENTS[what](arguments)
 
 
-MEASUREMENTS: dict[str, Callable[[bool], None]] = {
+MEASUREMENTS: dict[str, Callable[[argparse.Namespace], None]] = {
     "check": lambda _: check_all(),
-    "decode": time_decode,
+    "decode": lambda arguments: time_decode(arguments.quick),
     "queries": lambda _: time_few_queries(),
-    "prefill": lambda _: time_prefill(),
+    "prefill": lambda arguments: time_prefill(arguments.head_dim),
 }
 
 if __name__ == "__main__":
