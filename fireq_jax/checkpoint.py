@@ -29,7 +29,7 @@ from fireq_jax.quantization.config import QuantizationConfig
 
 MANIFEST = "fireq.json"
 FORMAT_VERSION = 1
-_RESTORE_THREADS = 8
+_RESTORE_THREADS = 4
 _FLOATS = {jnp.dtype(name) for name in ("bfloat16", "float16", "float32")}
 
 
@@ -52,7 +52,7 @@ class StoredModel:
     @property
     def sharding(self) -> jax.sharding.Sharding | None:
         """What ``read`` commits arrays to; None where it leaves that open."""
-        return jax.sharding.SingleDeviceSharding(jax.devices()[0]) if self.source is None else None
+        return _device_sharding() if self.source is None else None
 
     @classmethod
     def open(cls, folder: Path) -> Self:
@@ -156,26 +156,37 @@ def restore_part(folder: Path, part: str, expected: Mapping[str, Parameter]) -> 
     path = part_path(folder, part)
     if not path.is_dir():
         raise ValueError(f"{path} is missing; the model in {folder} is incomplete")
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device) for name, leaf in _flatten(expected).items()
+    wanted = _flatten(expected)
+    device = _device_sharding()
+    # As they are stored: asked for a dtype, Orbax casts silently.
+    options = {
+        name: ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=device, global_shape=leaf.shape, strict=True)
+        for name, leaf in wanted.items()
     }
-    with ocp.StandardCheckpointer() as checkpointer:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         try:
-            stored = {name: array.dtype for name, array in checkpointer.metadata(path).item_metadata.items()}
-            loaded = checkpointer.restore(path, abstract)
+            restore = ocp.args.PyTreeRestore(item=dict.fromkeys(wanted, 0), restore_args=options)
+            loaded = checkpointer.restore(path, args=restore)
         except Exception as error:  # Orbax raises bare Exception for an unreadable array
             raise ValueError(f"{path} does not hold the arrays that {MANIFEST} describes: {error}") from error
-    for name, leaf in abstract.items():
-        # Orbax casts silently; only a change of precision of what is not quantized is meant.
-        if stored[name] != leaf.dtype and not {stored[name], leaf.dtype} <= _FLOATS:
-            raise ValueError(f"{path} holds {name} as {stored[name]}; {MANIFEST} says {leaf.dtype}")
+    for name, leaf in wanted.items():
+        stored = loaded[name].dtype
+        if stored == leaf.dtype:
+            continue
+        # Only a change of precision of what is not quantized is meant.
+        if not {stored, leaf.dtype} <= _FLOATS:
+            raise ValueError(f"{path} holds {name} as {stored}; {MANIFEST} says {leaf.dtype}")
+        loaded[name] = loaded[name].astype(leaf.dtype)
     return {
         name: dataclasses.replace(value, **{field: loaded[f"{name}.{field}"] for field in _arrays(value)})
         if not isinstance(value, jax.ShapeDtypeStruct | jax.Array)
         else loaded[name]
         for name, value in expected.items()
     }
+
+
+def _device_sharding() -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
 def _flatten(parameters: Mapping[str, Parameter]) -> dict[str, Array]:
