@@ -107,6 +107,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _load(arguments: argparse.Namespace, options: dict[str, Any], *, only_prefill: bool) -> LlamaForCausalLM:
     """The model; what generation will run is compiled while it is read."""
+    begin = time.perf_counter()
     keep_programs()
     stored = StoredModel.open(arguments.model)
     kinds = {name: getattr(arguments, name) for name in ("dtype", "kv_format", "implementation")}
@@ -114,7 +115,9 @@ def _load(arguments: argparse.Namespace, options: dict[str, Any], *, only_prefil
     with ThreadPoolExecutor() as pool:
         model = pool.submit(abstract.filled, stored)
         compile_ahead(abstract, **options, only_prefill=only_prefill)
-        return model.result()
+        loaded = model.result()
+    print(f"{arguments.model}: read, and compiled for, in {time.perf_counter() - begin:.1f} s", file=sys.stderr)
+    return loaded
 
 
 def sampling_options(defaults: dict[str, Any], given: dict[str, Any]) -> SamplingOptions:
@@ -197,9 +200,9 @@ def _stream(
         print(piece, end="", flush=True)
     print()
     count = len(times) - 1
-    speed = f"first after {times[1] - times[0]:.2f} s, compilation included"
+    speed = f"first after {times[1] - times[0]:.2f} s"
     if count > 2:
-        # The second token waits for the decoding step's compilation.
+        # The second waits for the decoding step's compilation.
         speed += f", then {(count - 2) / (times[-1] - times[2]):.1f} tokens/s"
     _report(len(prompt), count, times[-1] - times[0], speed)
 
@@ -232,7 +235,7 @@ def _print_complete(
         for result in results:
             print(f"=== {result['prompt']}\n{result['text']}" if len(results) > 1 else result["text"])
     count = int(lengths.sum())
-    _report(sum(map(len, prompts)), count, seconds, f"{count / seconds:.1f} tokens/s, compilation included")
+    _report(sum(map(len, prompts)), count, seconds, f"{count / seconds:.1f} tokens/s")
 
 
 def _report(prompt_tokens: int, count: int, seconds: float, speed: str) -> None:
