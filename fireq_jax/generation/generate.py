@@ -146,10 +146,10 @@ def compile_ahead(
     only_prefill: bool = False,
     **sampling: Unpack[SamplingOptions],
 ) -> None:
-    """Compile what :func:`generate` and :func:`stream` run for such a call, and for others as they describe it.
+    """Compile what :func:`generate` and :func:`stream` run for such a call, and for calls that share its programs.
 
     Arguments and errors are theirs, and ``only_prefill``: the first token's program alone. The model may be
-    ``LlamaForCausalLM.abstract``, so that compiling and reading a model take no longer than one of them.
+    ``LlamaForCausalLM.abstract``, whose arrays are read meanwhile.
     """
     request = _prepare(
         model, input_ids, attention_mask, max_new_tokens, eos_token_ids, pad_token_id, key, cache_capacity, sampling
@@ -186,7 +186,7 @@ def _steps(model: LlamaForCausalLM, request: "_Request", max_new_tokens: int) ->
         new_tokens, lengths, running = jax.device_get((new_tokens, lengths, progress.running))
         seconds = time.perf_counter() - begin
         for step in range(lengths.max()):
-            yield StreamStep(new_tokens[:, step], step < lengths)
+            yield StreamStep(new_tokens[:, step].copy(), step < lengths)
         done += count
         count = _next_count(count, seconds)
 

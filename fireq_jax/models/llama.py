@@ -195,8 +195,9 @@ class LlamaForCausalLM(nnx.Module):
         quantization = stored.quantization if kv_format is None else stored.quantization.with_kv_format(kv_format)
         model = nnx.eval_shape(lambda: cls(stored.config, quantization, dtype=dtype, implementation=implementation))
         graph, state = nnx.split(model)
-        placed = functools.partial(jax.ShapeDtypeStruct, sharding=stored.sharding)
-        return nnx.merge(graph, jax.tree.map(lambda array: placed(array.shape, array.dtype), state))
+        place = stored.sharding
+        placed = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place), state)
+        return nnx.merge(graph, placed)
 
     def filled(self, stored: "StoredModel") -> Self:
         """This (abstract) model with the folder's arrays."""
