@@ -69,15 +69,15 @@ def run_child(args: argparse.Namespace) -> None:
     with ThreadPoolExecutor() as pool:
         reading = pool.submit(read)
         compile_ahead(abstract, prompt, **options, only_prefill=True)
-        alone = {"compiled after": time.time() - marks[-1]}
-        model, alone["read after"] = reading.result()
+        ready = {"compiled after": time.time() - marks[-1]}
+        model, ready["read after"] = reading.result()
     mark()
     for _ in stream(model, prompt, **options):
         mark()
     seconds = [after - before for before, after in itertools.pairwise(marks)]
     further = seconds[len(PHASES) - 1 :]
     phases = [*seconds[: len(PHASES) - 1], sum(further) / len(further)]
-    print(json.dumps(dict(zip(PHASES, phases, strict=True)) | alone))
+    print(json.dumps(dict(zip(PHASES, phases, strict=True)) | ready))
 
 
 def save_random(name: str, recipe: str, folder: Path) -> None:
