@@ -242,7 +242,7 @@ def test_rounded_lengths_are_few_and_near():
 
 
 def test_the_cache_is_donated(model):
-    request = _prepare(model, PROMPTS[:1], None, 4, None, None, None, None, {})
+    request = _prepare(model, PROMPTS[:1], max_new_tokens=4)
     graph, params = _split(model)
 
     cache, progress = _prefill(graph, params, request.tokens, request.lengths, request.choice, request.capacity)

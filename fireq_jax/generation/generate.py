@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeGuard, Unpack
+from typing import Any, NamedTuple, Required, TypeGuard, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,16 @@ BUCKET = 64
 # once: streaming makes as many tokens a call as that holds.
 GLANCE = 0.1
 logger = logging.getLogger(__name__)
+
+
+class GenerationOptions(SamplingOptions, total=False):
+    """Options of :func:`generate`, which says what they mean, :func:`stream` and :func:`compile_ahead`."""
+
+    max_new_tokens: Required[int]
+    eos_token_ids: int | Sequence[int] | None
+    pad_token_id: int | None
+    key: Key[Array, "..."] | None
+    cache_capacity: int | None
 
 
 class GenerationOutput(NamedTuple):
@@ -59,13 +69,7 @@ def generate(
     model: LlamaForCausalLM,
     input_ids: jax.typing.ArrayLike | Sequence[Sequence[int]],
     attention_mask: jax.typing.ArrayLike | Sequence[Sequence[int]] | None = None,
-    *,
-    max_new_tokens: int,
-    eos_token_ids: int | Sequence[int] | None = None,
-    pad_token_id: int | None = None,
-    key: Key[Array, "..."] | None = None,
-    cache_capacity: int | None = None,
-    **sampling: Unpack[SamplingOptions],
+    **options: Unpack[GenerationOptions],
 ) -> GenerationOutput:
     """Continue each prompt by up to ``max_new_tokens`` tokens; greedy unless options say otherwise.
 
@@ -91,20 +95,20 @@ def generate(
             prompt several times, give each copy its own key.
             Keys of the default threefry implementation keep sequences independent of the batch.
         cache_capacity: slots of the cache; None means as many as needed, rounded up.
-        **sampling: :class:`~fireq_jax.generation.sampling.SamplingConfig`'s fields: ``temperature``,
+        **options: the options above from ``max_new_tokens`` on, and
+            :class:`~fireq_jax.generation.sampling.SamplingConfig`'s fields: ``temperature``,
             ``top_k``, ``top_p``, ``min_p`` and ``repetition_penalty``.
 
     Raises:
+        TypeError: without ``max_new_tokens``, or for an option of another name.
         ValueError: for empty prompts, ids outside the vocabulary, a mask of another shape or with
             other values than 0 and 1, options out of range, or more tokens than ``cache_capacity``.
     """
-    request = _prepare(
-        model, input_ids, attention_mask, max_new_tokens, eos_token_ids, pad_token_id, key, cache_capacity, sampling
-    )
+    request = _prepare(model, input_ids, attention_mask, **options)
     graph, params = _split(model)
     cache, progress = _prefill(graph, params, request.tokens, request.lengths, request.choice, request.capacity)
     first = progress.tokens[:, None]
-    further = int(max_new_tokens) - 1
+    further = request.new_tokens - 1
     _, progress, new_tokens, lengths = _decode(graph, params, cache, progress, request.choice, further)
     sequences = jnp.concatenate([request.prompt, first, new_tokens[:, :further]], axis=1)
     return GenerationOutput(sequences, 1 + lengths, ~progress.running)
@@ -114,23 +118,15 @@ def stream(
     model: LlamaForCausalLM,
     input_ids: jax.typing.ArrayLike | Sequence[Sequence[int]],
     attention_mask: jax.typing.ArrayLike | Sequence[Sequence[int]] | None = None,
-    *,
-    max_new_tokens: int,
-    eos_token_ids: int | Sequence[int] | None = None,
-    pad_token_id: int | None = None,
-    key: Key[Array, "..."] | None = None,
-    cache_capacity: int | None = None,
-    **sampling: Unpack[SamplingOptions],
+    **options: Unpack[GenerationOptions],
 ) -> Iterator[StreamStep]:
     """:func:`generate`, handing out tokens as they are made.
 
     Arguments and errors are the same, and so are the tokens. Errors are raised by the call itself,
     not by the iteration. On a fast device tokens come a few at a time, within ``GLANCE`` seconds.
     """
-    request = _prepare(
-        model, input_ids, attention_mask, max_new_tokens, eos_token_ids, pad_token_id, key, cache_capacity, sampling
-    )
-    return _steps(model, request, max_new_tokens)
+    request = _prepare(model, input_ids, attention_mask, **options)
+    return _steps(model, request)
 
 
 def compile_ahead(
@@ -138,22 +134,15 @@ def compile_ahead(
     input_ids: jax.typing.ArrayLike | Sequence[Sequence[int]],
     attention_mask: jax.typing.ArrayLike | Sequence[Sequence[int]] | None = None,
     *,
-    max_new_tokens: int,
-    eos_token_ids: int | Sequence[int] | None = None,
-    pad_token_id: int | None = None,
-    key: Key[Array, "..."] | None = None,
-    cache_capacity: int | None = None,
     only_prefill: bool = False,
-    **sampling: Unpack[SamplingOptions],
+    **options: Unpack[GenerationOptions],
 ) -> None:
     """Compile what :func:`generate` and :func:`stream` run for such a call, and for calls that share its programs.
 
     Arguments and errors are theirs, and ``only_prefill``: the first token's program alone. The model may be
     ``LlamaForCausalLM.abstract``, whose arrays are read meanwhile.
     """
-    request = _prepare(
-        model, input_ids, attention_mask, max_new_tokens, eos_token_ids, pad_token_id, key, cache_capacity, sampling
-    )
+    request = _prepare(model, input_ids, attention_mask, **options)
     graph, params = _split(model)
     prompt = graph, params, request.tokens, request.lengths, request.choice, request.capacity
     with ThreadPoolExecutor() as pool:
@@ -173,14 +162,14 @@ def _placed_with(params: Any, results: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), results)
 
 
-def _steps(model: LlamaForCausalLM, request: "_Request", max_new_tokens: int) -> Iterator[StreamStep]:
+def _steps(model: LlamaForCausalLM, request: "_Request") -> Iterator[StreamStep]:
     graph, params = _split(model)
     cache, progress = _prefill(graph, params, request.tokens, request.lengths, request.choice, request.capacity)
     tokens, running = jax.device_get((progress.tokens, progress.running))
     yield StreamStep(tokens, np.ones(len(tokens), bool))
     done, count = 1, 1
-    while done < max_new_tokens and running.any():
-        count = min(count, max_new_tokens - done)
+    while done < request.new_tokens and running.any():
+        count = min(count, request.new_tokens - done)
         begin = time.perf_counter()
         cache, progress, new_tokens, lengths = _decode(graph, params, cache, progress, request.choice, count)
         new_tokens, lengths, running = jax.device_get((new_tokens, lengths, progress.running))
@@ -232,6 +221,7 @@ class _Request(NamedTuple):
     tokens: Int[np.ndarray, "B padded"]
     lengths: Int[np.ndarray, " B"]
     choice: _Choice
+    new_tokens: int
     capacity: int
 
 
@@ -320,13 +310,14 @@ def _choose(
 def _prepare(
     model: LlamaForCausalLM,
     input_ids: Any,
-    attention_mask: Any,
+    attention_mask: Any = None,
+    *,
     max_new_tokens: int,
-    eos_token_ids: int | Sequence[int] | None,
-    pad_token_id: int | None,
-    key: Key[Array, "..."] | None,
-    cache_capacity: int | None,
-    options: SamplingOptions,
+    eos_token_ids: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    key: Key[Array, "..."] | None = None,
+    cache_capacity: int | None = None,
+    **sampling: Unpack[SamplingOptions],
 ) -> _Request:
     config = model.config
     prompt, mask = np.asarray(input_ids), None if attention_mask is None else np.asarray(attention_mask)
@@ -359,14 +350,14 @@ def _prepare(
     # Old checkpoints have -1 for no padding id.
     default_pad = None if config.pad_token_id is None or config.pad_token_id < 0 else config.pad_token_id
     defaults = (pad_token_id, default_pad, *eos, 0)
-    sampling = SamplingConfig(**options)
+    chosen = SamplingConfig(**sampling)
     choice = _Choice(
-        sampling=sampling.arrays(),
-        keys=None if sampling.greedy else _row_keys(key, len(tokens)),
+        sampling=chosen.arrays(),
+        keys=None if chosen.greedy else _row_keys(key, len(tokens)),
         eos=np.asarray(eos, np.int32),
         pad=np.int32(next(token for token in defaults if token is not None)),
     )
-    return _Request(prompt.astype(np.int32), tokens, lengths, choice, capacity)
+    return _Request(prompt.astype(np.int32), tokens, lengths, choice, int(max_new_tokens), capacity)
 
 
 def _right_padded(
