@@ -218,7 +218,8 @@ def in_pages(x: jax.Array) -> jax.Array:
 
 
 def time_prefill(head_dim: int) -> None:
-    configs = (prefill.Config(), prefill.Config(pipeline=1)) if head_dim <= 128 else (prefill.default_config(head_dim),)
+    default = prefill.default_config(head_dim)
+    configs = (default,) if default.pipeline == 1 else (default, prefill.Config(pipeline=1))
     print(
         f"prefill, causal, head_dim {head_dim}: ms and TFLOP/s of {configs}, of the first without preparation, of cuDNN"
     )
@@ -236,11 +237,10 @@ def time_prefill(head_dim: int) -> None:
         def prepared(inputs: Callable = inputs, start: jax.Array = start, lengths: jax.Array = lengths) -> list[tuple]:
             [(q, key, value)] = inputs()
             assert q.scale is not None
-            prepare = jax.jit(functools.partial(prefill.prepare, config=configs[0]))
-            return [(q.values, q.scale[..., 0], *prepare(key, value, lengths), start, lengths)]
+            return [(q.values, q.scale[..., 0], *jax.jit(prefill.prepare)(key, value, lengths), start, lengths)]
 
         launch = functools.partial(
-            prefill.launch, scale=scale, causal=True, window=None, out_dtype=jnp.bfloat16, config=configs[0]
+            prefill.launch, scale=scale, causal=True, window=None, out_dtype=jnp.bfloat16, config=default
         )
         timings.append(Timing(launch, prepared, 10))
         attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
