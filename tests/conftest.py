@@ -2,10 +2,18 @@
 
 Nothing here picks a platform: on a machine with a GPU, ``JAX_PLATFORMS=cpu pytest`` runs the
 suite on the CPU.
+
+On a CPU LLVM does not optimize, for tests compile more than they compute and take two thirds of
+the time so; XLA's own passes are as always. ``JAX_DISABLE_MOST_OPTIMIZATIONS=0 pytest`` has both.
 """
+
+import os
 
 import jax
 import pytest
+
+if jax.default_backend() == "cpu" and "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, Required, TypeGuard, Unpack
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from fireq_jax.generation.sampling import SamplingArrays, SamplingConfig, SamplingOptions, sample
@@ -105,13 +104,14 @@ def generate(
             other values than 0 and 1, options out of range, or more tokens than ``cache_capacity``.
     """
     request = _prepare(model, input_ids, attention_mask, **options)
-    graph, params = _split(model)
-    cache, progress = _prefill(graph, params, request.tokens, request.lengths, request.choice, request.capacity)
-    first = progress.tokens[:, None]
-    further = request.new_tokens - 1
-    _, progress, new_tokens, lengths = _decode(graph, params, cache, progress, request.choice, further)
-    sequences = jnp.concatenate([request.prompt, first, new_tokens[:, :further]], axis=1)
-    return GenerationOutput(sequences, 1 + lengths, ~progress.running)
+    arrays, structure = jax.tree.flatten(model)
+    cache, progress = _prefill(structure, arrays, request.tokens, request.lengths, request.choice, request.capacity)
+    first, further = progress.tokens, request.new_tokens - 1
+    _, progress, new_tokens, lengths = _decode(structure, arrays, cache, progress, request.choice, further)
+    # Put together by numpy, which compiles nothing for lengths that it has not seen.
+    first, new_tokens, lengths, running = jax.device_get((first, new_tokens, lengths, progress.running))
+    sequences = np.concatenate([request.prompt, first[:, None], new_tokens[:, :further]], axis=1)
+    return GenerationOutput(*jax.device_put((sequences, 1 + lengths, ~running)))
 
 
 def stream(
@@ -143,35 +143,34 @@ def compile_ahead(
     ``LlamaForCausalLM.abstract``, whose arrays are read meanwhile.
     """
     request = _prepare(model, input_ids, attention_mask, **options)
-    graph, params = _split(model)
-    prompt = graph, params, request.tokens, request.lengths, request.choice, request.capacity
+    arrays, structure = jax.tree.flatten(model)
+    prompt = structure, arrays, request.tokens, request.lengths, request.choice, request.capacity
     with ThreadPoolExecutor() as pool:
         compiling = [pool.submit(_prefill.lower(*prompt).compile)]
         if not only_prefill:
-            cache, progress = _placed_with(params, jax.eval_shape(_prefill, *prompt))
-            compiling.append(pool.submit(_decode.lower(graph, params, cache, progress, request.choice, 1).compile))
+            cache, progress = _placed_with(arrays[0], jax.eval_shape(_prefill, *prompt))
+            compiling.append(pool.submit(_decode.lower(structure, arrays, cache, progress, request.choice, 1).compile))
         for program in compiling:
             program.result()
 
 
-def _placed_with(params: Any, results: Any) -> Any:
-    """Shapes of a program's results, placed as it places them: where its arguments are committed to."""
-    first = jax.tree.leaves(params)[0]
-    committed = first.committed if isinstance(first, jax.Array) else first.sharding is not None
-    sharding = first.sharding if committed else None
+def _placed_with(array: Array | jax.ShapeDtypeStruct, results: Any) -> Any:
+    """Shapes of a program's results, placed as it places them: where an argument is committed to."""
+    committed = array.committed if isinstance(array, jax.Array) else array.sharding is not None
+    sharding = array.sharding if committed else None
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), results)
 
 
 def _steps(model: LlamaForCausalLM, request: "_Request") -> Iterator[StreamStep]:
-    graph, params = _split(model)
-    cache, progress = _prefill(graph, params, request.tokens, request.lengths, request.choice, request.capacity)
+    arrays, structure = jax.tree.flatten(model)
+    cache, progress = _prefill(structure, arrays, request.tokens, request.lengths, request.choice, request.capacity)
     tokens, running = jax.device_get((progress.tokens, progress.running))
     yield StreamStep(tokens, np.ones(len(tokens), bool))
     done, count = 1, 1
     while done < request.new_tokens and running.any():
         count = min(count, request.new_tokens - done)
         begin = time.perf_counter()
-        cache, progress, new_tokens, lengths = _decode(graph, params, cache, progress, request.choice, count)
+        cache, progress, new_tokens, lengths = _decode(structure, arrays, cache, progress, request.choice, count)
         new_tokens, lengths, running = jax.device_get((new_tokens, lengths, progress.running))
         seconds = time.perf_counter() - begin
         for step in range(lengths.max()):
@@ -185,24 +184,6 @@ def _next_count(count: int, seconds: float) -> int:
     if seconds > GLANCE:
         return max(1, count // 2)
     return 2 * count if seconds < GLANCE / 2 else count
-
-
-class _Graph:
-    """A module graph that is hashed once: that takes as long as a decoding step of a large model."""
-
-    def __init__(self, definition: nnx.GraphDef[LlamaForCausalLM]) -> None:
-        self.definition, self._hash = definition, hash(definition)
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Graph) and self.definition == other.definition
-
-
-def _split(model: LlamaForCausalLM) -> tuple[_Graph, Any]:
-    definition, params = nnx.split(model)
-    return _Graph(definition), params
 
 
 class _Choice(NamedTuple):
@@ -237,16 +218,17 @@ class _Progress(NamedTuple):
     seen: Bool[Array, "B V"] | None
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "capacity"))
+@functools.partial(jax.jit, static_argnames=("structure", "capacity"))
 def _prefill(
-    graph: _Graph,
-    params: Any,
+    structure: Any,
+    arrays: list[Array],
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
     choice: _Choice,
     capacity: int,
 ) -> tuple[KVCache, _Progress]:
-    logits, cache = nnx.merge(graph.definition, params).prefill(tokens, lengths, capacity)
+    model: LlamaForCausalLM = jax.tree.unflatten(structure, arrays)
+    logits, cache = model.prefill(tokens, lengths, capacity)
     batch, vocabulary = logits.shape
     seen = None
     if choice.sampling.repetition_penalty is not None:
@@ -255,10 +237,10 @@ def _prefill(
     return cache, _choose(logits, cache, jnp.ones((batch,), bool), seen, choice)
 
 
-@functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames="structure", donate_argnames="cache")
 def _decode(
-    graph: _Graph,
-    params: Any,
+    structure: Any,
+    arrays: list[Array],
     cache: KVCache,
     progress: _Progress,
     choice: _Choice,
@@ -272,7 +254,7 @@ def _decode(
         The cache, in the argument's memory; where the sequences are; the new tokens, as wide as
         the cache so that ``count`` is not compiled in; and how many of each sequence are new.
     """
-    model = nnx.merge(graph.definition, params)
+    model: LlamaForCausalLM = jax.tree.unflatten(structure, arrays)
     batch = progress.tokens.shape[0]
 
     def unfinished(carry: tuple) -> Bool[Array, ""]:
