@@ -40,7 +40,8 @@ def prefill_attention(
         key, value: [B, kv_heads, S, H] rows in cache format; slot s holds the token at position
             s of its sequence. ``heads`` is a multiple of ``kv_heads``; query head h reads kv head
             h // (heads // kv_heads).
-        query_start: position of each sequence's first query; None says that all are 0.
+        query_start: position of each sequence's first query; None says that all are 0, and if ``causal``
+            then only as many slots as there are queries are looked at.
         kv_lengths: valid slots of each sequence; slots beyond are never read as data.
         scale: factor of the scores, usually head_dim ** -0.5.
         causal: a query sees the slots up to its own position.
@@ -60,18 +61,25 @@ def prefill_attention(
     query_start = jnp.zeros_like(kv_lengths) if query_start is None else query_start
     validate(query, key, value, query_start, kv_lengths, window)
     floats = float_dtype(out_dtype)
+    slots = key.values.shape[2]
+    if starts_at_zero and causal:
+        slots = min(slots, query.values.shape[1])
+    options = {"kv_lengths": kv_lengths, "scale": scale}
     if implementation == "auto" and starts_at_zero and causal and window is None and _cudnn_runs(query, key, value):
-        out = _attention_cudnn(query, key, value, kv_lengths=kv_lengths, scale=scale).astype(floats)
+        out = _attention_cudnn(query, _first(key, slots), _first(value, slots), **options).astype(floats)
         return as_output(out, out_dtype, implementation)
+    options |= {"query_start": query_start, "causal": causal, "window": window, "out_dtype": floats}
     unsupported = sm90.unsupported(query, key, value, scale, floats)
-    run = attention_reference
     if dispatch.resolve("prefill_attention", implementation, unsupported) == "mosaic_gpu":
-        run = sm90.prefill_attention
-    out = run(
-        query, key, value, query_start=query_start, kv_lengths=kv_lengths, scale=scale, causal=causal, window=window,
-        out_dtype=floats,
-    )  # fmt: skip
+        out = sm90.prefill_attention(query, key, value, slots=slots, **options)
+    else:
+        out = attention_reference(query, _first(key, slots), _first(value, slots), **options)
     return as_output(out, out_dtype, implementation)
+
+
+def _first(rows: ScaledArray, slots: int) -> ScaledArray:
+    """Rows [B, kv_heads, S, H] of the first ``slots`` tokens."""
+    return jax.tree.map(lambda x: x[:, :, :slots], rows)
 
 
 def float_dtype(out_dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLike:

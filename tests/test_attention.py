@@ -71,6 +71,18 @@ def test_masks_groups_and_chunks(kv_heads, window, causal):
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=2e-6)
 
 
+def test_whole_prompts_start_at_zero():
+    """In a cache of their own, and in one that is longer and holds more, which a causal prompt does not see."""
+    q, k, v = operands()
+    start = np.zeros(3, np.int32)
+    expected = brute_force(q, k, v, start, LENGTHS)
+    np.testing.assert_allclose(run(prefill_attention, q, k, v, None), expected, rtol=1e-5, atol=2e-6)
+    own = jax.tree.map(lambda x: x[:, :, :5], (k, v))
+    np.testing.assert_allclose(run(prefill_attention, q, *own, None), expected, rtol=1e-5, atol=2e-6)
+    all_seen = brute_force(q, k, v, start, LENGTHS, causal=False)
+    np.testing.assert_allclose(run(prefill_attention, q, k, v, None, causal=False), all_seen, rtol=1e-5, atol=2e-6)
+
+
 def test_long_prompts_are_scored_a_few_queries_at_a_time(monkeypatch):
     """Five queries in chunks of two (the last one padded) are what they are in one piece."""
     q, k, v = operands("int4", fp8_query=True)

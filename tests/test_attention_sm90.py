@@ -153,6 +153,16 @@ def test_prefill_kernel_is_as_near_to_float32_as_the_reference(case):
 
 
 @pytest.mark.gpu
+def test_a_prompt_in_a_longer_cache_is_what_it_is_in_its_own():
+    query, key, value, _, lengths = operands(Case(300, slots=1000, lengths=(300, 129)))
+    options = {"query_start": None, "kv_lengths": lengths, "scale": 0.1, "implementation": "mosaic_gpu"}
+    own = prefill_attention(query, *jax.tree.map(lambda x: x[:, :, :300], (key, value)), **options)
+    np.testing.assert_array_equal(
+        *(np.asarray(out, np.float32) for out in (prefill_attention(query, key, value, **options), own))
+    )
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("case", [case for case, _ in FP8.values()], ids=FP8)
 def test_fp8_output_is_the_bf16_one_quantized(case):
     query, key, value, start, lengths = operands(case)
@@ -416,6 +426,15 @@ def test_configs_quote_what_is_wrong(make):
     (name, value), *_ = make.keywords.items()
     with pytest.raises(ValueError, match=f"{name} is {value}"):
         make()
+
+
+def test_only_slots_that_are_seen_are_prepared():
+    _, key, value, lengths = abstract_operands(Case(slots=1000))
+    for slots, columns in ((None, 1024), (300, 384)):
+        prepare = functools.partial(prefill.prepare, slots=slots)
+        assert {
+            x.shape[axis] for x, axis in zip(jax.eval_shape(prepare, key, value, lengths), (2, 3, 3), strict=True)
+        } == {columns}
 
 
 def test_a_kernel_wants_what_was_prepared_for_it():

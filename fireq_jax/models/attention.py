@@ -141,9 +141,6 @@ class Attention(nnx.Module):
             implementation=self.implementation,
         )
         new_cache = None if cache is None and capacity is None else LayerCache(*rows)
-        if cache is None:
-            # The first chunk sees itself alone; the rest of the cache is empty.
-            rows = jax.tree.map(lambda x: x[:, :, :length], rows)
         # What o_proj would do to bf16 anyway; a tap wants to see the floats.
         quantized = self.o_proj.takes_fp8 and dtype == jnp.bfloat16 and tap is no_tap
         attend = functools.partial(

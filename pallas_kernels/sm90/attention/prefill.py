@@ -100,7 +100,7 @@ def unsupported(
     return unsupported_formats(query, key, value)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "causal", "window", "out_dtype", "config"))
+@functools.partial(jax.jit, static_argnames=("slots", "scale", "causal", "window", "out_dtype", "config"))
 def prefill_attention(
     query: ScaledArray,
     key: ScaledArray,
@@ -109,19 +109,23 @@ def prefill_attention(
     query_start: Int[Array, " B"],
     kv_lengths: Int[Array, " B"],
     scale: float,
+    slots: int | None = None,
     causal: bool = True,
     window: int | None = None,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
     config: Config | None = None,
 ) -> Float[Array, "B T heads H"]:
-    """Attention of [B, T, heads, H] queries over an INT4 cache; arguments as ``prefill_attention``."""
+    """Attention of [B, T, heads, H] queries over an INT4 cache; arguments as ``prefill_attention``.
+
+    ``slots`` says that no query sees a slot from there on; None, that any may be seen.
+    """
     length = query.values.shape[1]
     config = config or default_config(query.values.shape[-1])
     assert query.scale is not None
     out = launch(
         jnp.pad(query.values, ((0, 0), (0, -length % 8), (0, 0), (0, 0))),
         query.scale[..., 0],
-        *prepare(key, value, kv_lengths, config),
+        *prepare(key, value, kv_lengths, config, slots=slots),
         query_start.astype(jnp.int32),
         kv_lengths.astype(jnp.int32),
         scale=scale,
@@ -134,22 +138,27 @@ def prefill_attention(
 
 
 def prepare(
-    key: ScaledArray, value: ScaledArray, kv_lengths: Int[Array, " B"], config: Config | None = None
+    key: ScaledArray,
+    value: ScaledArray,
+    kv_lengths: Int[Array, " B"],
+    config: Config | None = None,
+    *,
+    slots: int | None = None,
 ) -> tuple[
     Float[Array, "B kv_heads columns H"],
     Float[Array, "B kv_heads H_sums columns"],
     Float[Array, "B kv_heads 3 columns"],
 ]:
-    """The kernel's K, V^T and their columns' numbers, by one pass over the cache.
+    """The kernel's K, V^T and their columns' numbers, by one pass over the cache's first ``slots`` (None: all).
 
-    ``columns`` is the number of slots rounded up to whole tiles, and H_sums is H and the config's
+    ``columns`` is the number of these rounded up to whole tiles, and H_sums is H and the config's
     ``sum_columns``. The columns' numbers are the key's scale, the logarithm of the value's and one
     over it, or where V has columns for that their unit.
     """
     assert key.scale is not None
     assert value.scale is not None
-    batch, kv_heads, slots, stored = key.values.shape
-    blocks = -(-slots // PREPARED_TOKENS)
+    batch, kv_heads, capacity, stored = key.values.shape
+    blocks = -(-(capacity if slots is None else slots) // PREPARED_TOKENS)
     columns = blocks * PREPARED_TOKENS
     sum_columns = (config or default_config(2 * stored)).sum_columns
     return plgpu.kernel(
