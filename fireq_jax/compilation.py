@@ -1,13 +1,24 @@
-"""Compilation: options of functions that run a few times for each, and where commands keep what they compiled."""
+"""Compilation: options of functions that run a few times for each, and where processes keep what they compiled."""
 
+import functools
+import hashlib
+import logging
 import os
+from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
+from typing import Any, TypeVar
 
 import jax
+import jax.export
 
 # XLA tunes a Triton matmul by compiling and timing dozens of it, which takes longer here than it saves. (A CPU
 # ignores options of GPUs; JAX refuses options of a function that is called inside another jitted one.)
 COMPILE_QUICKLY: dict[str, bool | str] = {"xla_gpu_enable_triton_gemm": False}
+
+_Result = TypeVar("_Result")
+_PACKAGES = "fireq_jax", "pallas_kernels"
+logger = logging.getLogger(__name__)
 
 
 def keep_programs() -> None:
@@ -21,3 +32,85 @@ def keep_programs() -> None:
     cache = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
     jax.config.update("jax_compilation_cache_dir", str(Path(cache) / "fireq-jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def lowered_once(name: str, function: Callable[..., _Result], static: Any, *arguments: Any) -> _Result:
+    """``function(*arguments)``, traced and lowered by one process for all: for the body of a jitted function.
+
+    JAX's compilation cache spares XLA's work, and not Python's: tracing, and building the kernels' MLIR, take longer
+    for a large model. So StableHLO is kept beside that cache (if there is one, in a local folder), under a name that
+    depends on all it was made from: this project's code, the versions of JAX and Flax, JAX's settings, the device,
+    ``static`` and the arguments' types. A function that cannot be exported is traced by every process.
+
+    Args:
+        name: of the function, for people who look into the folder.
+        function: of pytrees that ``jax.export`` can serialize.
+        static: all else that the function depends on; its ``repr`` must say it whole.
+        *arguments: pytrees of arrays, traced or not.
+    """
+    folder = _folder()
+    if folder is None:
+        return function(*arguments)
+    types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), jax.tree.map(jax.typeof, arguments))
+    file = folder / f"{name}-{_digest(static, types)}"
+    exported = _read(file)
+    if exported is None:
+        try:
+            exported = jax.export.export(jax.jit(function))(*types)
+            kept = exported.serialize()
+        except (ValueError, NotImplementedError) as error:
+            logger.info("%s is lowered by each process anew: %s", name, error)
+            return function(*arguments)
+        _write(file, kept)
+    result: Any = exported.call(*arguments)
+    return result
+
+
+def _folder() -> Path | None:
+    """Where lowered programs are kept, if they are."""
+    cache = jax.config.values["jax_compilation_cache_dir"]
+    if not cache or "://" in cache or not jax.config.values["jax_enable_compilation_cache"]:
+        return None
+    return Path(cache) / "lowered"
+
+
+def _digest(static: Any, types: Any) -> str:
+    device = jax.devices()[0]
+    settings = {name: value for name, value in jax.config.values.items() if "cache" not in name}
+    leaves, structure = jax.tree.flatten(types)
+    versions = [metadata.version(package) for package in ("jax", "jaxlib", "flax")]
+    parts = _sources(), versions, device.platform, device.device_kind
+    described = repr((parts, sorted(settings.items()), static, structure, [(x.shape, str(x.dtype)) for x in leaves]))
+    return hashlib.sha256(described.encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _sources() -> str:
+    """A digest of the code that programs are made from."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parents[1]
+    for file in sorted(file for package in _PACKAGES for file in (root / package).rglob("*.*")):
+        if file.suffix in (".py", ".json"):
+            digest.update(str(file.relative_to(root)).encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _read(file: Path) -> jax.export.Exported | None:
+    try:
+        return jax.export.deserialize(bytearray(file.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # Whatever is wrong with the file, the program can be made again.
+        logger.warning("%s cannot be read, and is made again: %s", file, error)
+        return None
+
+
+def _write(file: Path, kept: bytearray) -> None:
+    """Aside, then renamed: other processes may write the same."""
+    aside = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_bytes(kept)
+        aside.replace(file)
+    except OSError as error:
+        logger.warning("a lowered program cannot be kept: %s", error)

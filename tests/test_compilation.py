@@ -1,14 +1,17 @@
-"""Where commands keep compiled programs."""
+"""Where processes keep compiled programs, and that lowered ones are made once."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from fireq_jax.compilation import keep_programs
+from fireq_jax import LlamaForCausalLM, ModelConfig, compilation, generate, recipes
+from fireq_jax.compilation import keep_programs, lowered_once
 
-OPTIONS = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+OPTIONS = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_enable_compilation_cache"
 
 
 @pytest.fixture(autouse=True)
@@ -47,3 +50,119 @@ def test_a_cpu_keeps_none(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     keep_programs()
     assert jax.config.values["jax_compilation_cache_dir"] is None
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Of lowered programs."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    return tmp_path / "lowered"
+
+
+class Double:
+    """A function that counts how often it is traced; after ``jax.clear_caches`` it is called as in a new process."""
+
+    def __init__(self, code=lambda x: 2 * x) -> None:
+        self.code, self.traced = code, 0
+
+    def __call__(self, x, static=("a", 1)):
+        def function(x):
+            self.traced += 1
+            return {"result": self.code(x)}
+
+        return jax.jit(lambda x: lowered_once("double", function, static, x))(x)["result"]
+
+
+def test_a_lowered_program_is_made_once(folder):
+    double = Double()
+    for _ in range(2):  # processes
+        np.testing.assert_array_equal(double(jnp.arange(3)), [0, 2, 4])
+        jax.clear_caches()
+    assert double.traced == 1
+    assert [file.name.split("-")[0] for file in folder.iterdir()] == ["double"]
+
+
+def test_another_program_is_not_mistaken_for_it(folder, monkeypatch):
+    double = Double()
+    double(jnp.arange(3))
+    double(jnp.arange(4))
+    double(jnp.arange(3.0))
+    double(jnp.arange(3), static=("a", 2))
+    with jax.default_matmul_precision("highest"):
+        double(jnp.arange(3))
+    monkeypatch.setattr(compilation, "_sources", lambda: "other code")
+    double(jnp.arange(3))
+    assert double.traced == len(list(folder.iterdir())) == 6
+
+
+def test_code_is_part_of_the_name(tmp_path, monkeypatch):
+    digests = []
+    for code in ("x = 1", "x = 2"):
+        for package in ("fireq_jax", "pallas_kernels"):
+            (tmp_path / package).mkdir(exist_ok=True)
+            (tmp_path / package / "module.py").write_text(code)
+        monkeypatch.setattr(compilation, "__file__", str(tmp_path / "fireq_jax" / "compilation.py"))
+        digests.append(compilation._sources.__wrapped__())
+    assert digests[0] != digests[1]
+
+
+def test_what_cannot_be_exported_runs_all_the_same(folder, caplog):
+    seen = []
+    double = Double(lambda x: jax.pure_callback(lambda y: seen.append(1) or 2 * y, x, x))
+    with caplog.at_level("INFO"):
+        np.testing.assert_array_equal(double(jnp.arange(3)), [0, 2, 4])
+    assert seen
+    assert not folder.exists()
+    assert "double is lowered by each process anew" in caplog.text
+
+
+def test_a_broken_file_is_made_again(folder, caplog):
+    double = Double()
+    double(jnp.arange(3))
+    [file] = folder.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:100])
+    jax.clear_caches()
+    np.testing.assert_array_equal(double(jnp.arange(3)), [0, 2, 4])
+    assert f"{file} cannot be read" in caplog.text
+    assert len(file.read_bytes()) == len(whole)
+
+
+@pytest.mark.parametrize(
+    "setting", [("jax_compilation_cache_dir", "gs://bucket"), ("jax_enable_compilation_cache", False)]
+)
+def test_without_a_folder_nothing_is_kept(folder, setting):
+    name, value = setting
+    before = jax.config.values[name]
+    jax.config.update(name, value)
+    try:
+        assert compilation._folder() is None
+    finally:
+        jax.config.update(name, before)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.9, "top_k": 5, "key": jax.random.key(7), "repetition_penalty": 1.2}]
+)
+def test_generation_is_that_of_another_process_without_its_model_code(folder, monkeypatch, options):
+    config = ModelConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=16
+    )
+    model = LlamaForCausalLM(config, recipes.fireq())
+
+    def tokens() -> list[list[int]]:
+        return generate(model, [[5, 6, 7], [8, 9, 10]], max_new_tokens=6, **options).sequences.tolist()
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    expected = tokens()
+    jax.config.update("jax_enable_compilation_cache", True)
+    jax.clear_caches()
+    assert tokens() == expected
+    assert sorted(file.name.split("-")[0] for file in folder.iterdir()) == ["decode", "prefill"]
+    jax.clear_caches()
+
+    def forbidden(*_, **__):
+        raise AssertionError("the model is traced")
+
+    monkeypatch.setattr(LlamaForCausalLM, "_forward", forbidden)
+    assert tokens() == expected

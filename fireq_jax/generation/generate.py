@@ -12,13 +12,16 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Required, TypeGuard, Unpack
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from fireq_jax.compilation import lowered_once
 from fireq_jax.generation.sampling import SamplingArrays, SamplingConfig, SamplingOptions, sample
-from fireq_jax.models.kv_cache import KVCache
+from fireq_jax.models.kv_cache import KVCache, LayerCache
 from fireq_jax.models.llama import LlamaForCausalLM
+from pallas_kernels.formats import ScaledArray
 
 BUCKET = 64
 # A call costs the host as much as several steps of a fast GPU, and what arrives within so many seconds a reader sees at
@@ -218,6 +221,14 @@ class _Progress(NamedTuple):
     seen: Bool[Array, "B V"] | None
 
 
+# What programs of ``_prefill`` and ``_decode`` are kept with.
+for _kind in (ScaledArray, LayerCache, SamplingArrays, _Choice, _Progress):
+    jax.export.register_namedtuple_serialization(_kind, serialized_name=f"fireq_jax.{_kind.__name__}")
+jax.export.register_pytree_node_serialization(
+    KVCache, serialized_name="fireq_jax.KVCache", serialize_auxdata=lambda _: b"", deserialize_auxdata=lambda _: ()
+)
+
+
 @functools.partial(jax.jit, static_argnames=("structure", "capacity"))
 def _prefill(
     structure: Any,
@@ -225,6 +236,20 @@ def _prefill(
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
     choice: _Choice,
+    capacity: int,
+) -> tuple[KVCache, _Progress]:
+    """The first token; ``structure`` and ``arrays`` are the model, flattened once for several calls."""
+    run = functools.partial(_first_token, structure, capacity=capacity)
+    return lowered_once("prefill", run, (structure, capacity), arrays, tokens, lengths, choice)
+
+
+def _first_token(
+    structure: Any,
+    arrays: list[Array],
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    choice: _Choice,
+    *,
     capacity: int,
 ) -> tuple[KVCache, _Progress]:
     model: LlamaForCausalLM = jax.tree.unflatten(structure, arrays)
@@ -254,6 +279,18 @@ def _decode(
         The cache, in the argument's memory; where the sequences are; the new tokens, as wide as
         the cache so that ``count`` is not compiled in; and how many of each sequence are new.
     """
+    run = functools.partial(_further_tokens, structure)
+    return lowered_once("decode", run, structure, arrays, cache, progress, choice, count)
+
+
+def _further_tokens(
+    structure: Any,
+    arrays: list[Array],
+    cache: KVCache,
+    progress: _Progress,
+    choice: _Choice,
+    count: Int[Array, ""],
+) -> tuple[KVCache, _Progress, Int[Array, "B S"], Int[Array, " B"]]:
     model: LlamaForCausalLM = jax.tree.unflatten(structure, arrays)
     batch = progress.tokens.shape[0]
 
