@@ -16,14 +16,15 @@ import dataclasses
 import functools
 import logging
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float32, Int, Int32
 from tqdm import tqdm
 
+from fireq_jax.compilation import lowered_once
 from fireq_jax.models import LlamaForCausalLM
 
 _MOST_NLL = 700.0  # nats a token, whose exponential is still a float
@@ -80,7 +81,7 @@ def perplexity(
     windows = count_windows(len(tokens), window, stride)
     windows = windows if max_windows is None else min(windows, max_windows)
     batch_size = min(batch_size, windows)
-    graph, state = nnx.split(model)
+    arrays, structure = jax.tree.flatten(model)
 
     nll, scored = 0.0, 0
     with tqdm(total=windows, desc=description, unit="window", disable=not progress) as bar:
@@ -92,7 +93,7 @@ def perplexity(
             for row in range(count):
                 part = tokens[(first + row) * stride :][:window]
                 batch[row, : len(part)] = part
-            token_nll = np.asarray(_token_nll(graph, state, jnp.asarray(batch)), np.float64)
+            token_nll = np.asarray(_token_nll(structure, arrays, jnp.asarray(batch)), np.float64)
             for row in range(count):
                 begin, end = scored_range(first + row, len(tokens), window, stride)
                 # Column i of token_nll belongs to the window's token i + 1.
@@ -116,14 +117,17 @@ def scored_range(index: int, length: int, window: int, stride: int) -> tuple[int
     return begin, min(window, length - index * stride)
 
 
-@functools.partial(jax.jit, static_argnames="graph")
-def _token_nll(
-    graph: nnx.GraphDef[LlamaForCausalLM], state: nnx.State, tokens: Int32[Array, "B T"]
-) -> Float32[Array, "B T-1"]:
-    """Negative log-likelihood of each row's tokens 1, 2, ..., T - 1."""
-    logits = nnx.merge(graph, state)(tokens)[:, :-1]
-    chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
+@functools.partial(jax.jit, static_argnames="structure")
+def _token_nll(structure: Any, arrays: list[Array], tokens: Int32[Array, "B T"]) -> Float32[Array, "B T-1"]:
+    """Negative log-likelihood of each row's tokens 1, 2, ..., T - 1 by the model that was flattened."""
+
+    def run(arrays: list[Array], tokens: Array) -> Array:
+        model: LlamaForCausalLM = jax.tree.unflatten(structure, arrays)
+        logits = model(tokens)[:, :-1]
+        chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+    return lowered_once("token_nll", run, structure, arrays, tokens)
 
 
 def _validate(
