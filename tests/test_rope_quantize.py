@@ -74,6 +74,7 @@ CASES = {
     "unbiased keys": Case(4, centered=True, clips=(0.97, 0.91), unbiased=True, lengths=(4, 3)),
     "S and offset, all groups in a warp": Case(4, scaled=True, centered=True, lengths=(4, 3), config=sm90.Config(99)),
     "three groups a warp": Case(7, heads=32, kv_heads=8, lengths=(7, 6), config=sm90.Config(3)),
+    "six groups a warp": Case(7, heads=32, kv_heads=8, lengths=(7, 6), scaled=True, config=sm90.Config(6)),
     "eight pairs a lane": Case(heads=32, kv_heads=8, starts=(0, 39, 5), lengths=(1, 1, 1), config=sm90.Config(1)),
     "four pairs a lane, three groups a warp": Case(
         7, heads=32, kv_heads=8, lengths=(7, 6), scaled=True, unbiased=True, config=sm90.Config(3, pairs=4)
@@ -253,7 +254,7 @@ def test_a_named_kernel_never_falls_back():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "groups", "pairs"), [(1, 1, 4), (64, 1, 4), (256, 1, 8), (1024, 2, 8), (16384, 12, 8)]
+    ("tokens", "groups", "pairs"), [(1, 1, 4), (64, 1, 4), (256, 1, 8), (768, 1, 8), (1024, 6, 8), (16384, 12, 8)]
 )
 def test_a_warp_takes_more_where_there_are_many_tokens(tokens, groups, pairs):
     assert sm90.default_config(tokens, 12) == sm90.Config(groups, pairs=pairs)

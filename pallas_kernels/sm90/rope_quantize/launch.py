@@ -31,7 +31,9 @@ from pallas_kernels.sm90.rope_quantize import device
 from pallas_kernels.split_sum import SplitSum
 
 HEAD_DIMS = (64, 128, 256)
-FEW_WARPS = 8  # for each multiprocessor: so few wait for memory, and for each instruction's result
+# Warps for each multiprocessor: so few wait for memory, and for each instruction's result; up to so many, each with one
+# group, take less time than fewer that load ahead; and so many are enough to load at the memory's speed.
+FEW_WARPS, MANY_WARPS, ENOUGH_WARPS = 8, 80, 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +59,16 @@ class Config:
 
 
 def default_config(tokens: int, groups: int, *, unbiased_keys: bool = False) -> Config:
-    """All of a token's ``groups`` in one warp where that leaves 32 warps for each of a GPU's multiprocessors.
+    """A group a warp as long as these fill a GPU a few times, then half of a token's ``groups``, then all.
 
     Half a group, if there would be few warps. ``unbiased_keys`` keep the order in which eight pairs are summed.
     """
-    if tokens * groups <= NUM_SMS * FEW_WARPS and not unbiased_keys:
+    warps = tokens * groups / NUM_SMS  # with one group each
+    if warps <= FEW_WARPS and not unbiased_keys:
         return Config(1, pairs=4)
-    most = min(groups, max(1, tokens * groups // (NUM_SMS * 32)))
-    return Config(-(-groups // -(-groups // most)))  # the same for all warps of a token
+    if warps <= MANY_WARPS:
+        return Config(1)
+    return Config(groups if warps >= ENOUGH_WARPS * groups else -(-groups // 2))
 
 
 def unsupported(
