@@ -4,7 +4,7 @@ import functools
 import hashlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ COMPILE_QUICKLY: dict[str, bool | str] = {"xla_gpu_enable_triton_gemm": False}
 
 _Result = TypeVar("_Result")
 _PACKAGES = "fireq_jax", "pallas_kernels"
+_KNOWN = *_PACKAGES, "builtins", "flax", "jax"  # what the name of a lowered program tells apart
 logger = logging.getLogger(__name__)
 
 
@@ -34,25 +35,32 @@ def keep_programs() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def lowered_once(name: str, function: Callable[..., _Result], static: Any, *arguments: Any) -> _Result:
+def lowered_once(
+    name: str, function: Callable[..., _Result], structure: Any, *arguments: Any, static: Any = None
+) -> _Result:
     """``function(*arguments)``, traced and lowered by one process for all: for the body of a jitted function.
 
     JAX's compilation cache spares XLA's work, and not Python's: tracing, and building the kernels' MLIR, take longer
     for a large model. So StableHLO is kept beside that cache (if there is one, in a local folder), under a name that
     depends on all it was made from: this project's code, the versions of JAX and Flax, JAX's settings, the device,
-    ``static`` and the arguments' types. A function that cannot be exported is traced by every process.
+    ``structure``, ``static`` and the arguments' types. A function that cannot be exported is traced by every process,
+    and so is a model with classes of somebody else's, whose code may change.
 
     Args:
         name: of the function, for people who look into the folder.
         function: of pytrees that ``jax.export`` can serialize.
-        static: all else that the function depends on; its ``repr`` must say it whole.
+        structure: of the model (``jax.tree.structure``).
         *arguments: pytrees of arrays, traced or not.
+        static: all else that the function depends on; its ``repr`` must say it whole.
     """
     folder = _folder()
     if folder is None:
         return function(*arguments)
+    if foreign := next((kind for kind in _classes(structure) if kind.__module__.split(".")[0] not in _KNOWN), None):
+        logger.info("%s is lowered by each process anew: the code of %s may change", name, foreign)
+        return function(*arguments)
     types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), jax.tree.map(jax.typeof, arguments))
-    file = folder / f"{name}-{_digest(static, types)}"
+    file = folder / f"{name}-{_digest(structure, static, types)}"
     exported = _read(file)
     if exported is None:
         try:
@@ -74,13 +82,22 @@ def _folder() -> Path | None:
     return Path(cache) / "lowered"
 
 
-def _digest(static: Any, types: Any) -> str:
+def _classes(structure: Any) -> Iterator[type]:
+    """Of all nodes of a tree."""
+    if (data := structure.node_data()) is not None:
+        yield data[0]
+    for child in structure.children():
+        yield from _classes(child)
+
+
+def _digest(structure: Any, static: Any, types: Any) -> str:
     device = jax.devices()[0]
     settings = {name: value for name, value in jax.config.values.items() if "cache" not in name}
-    leaves, structure = jax.tree.flatten(types)
+    leaves, arguments = jax.tree.flatten(types)
     versions = [metadata.version(package) for package in ("jax", "jaxlib", "flax")]
     parts = _sources(), versions, device.platform, device.device_kind
-    described = repr((parts, sorted(settings.items()), static, structure, [(x.shape, str(x.dtype)) for x in leaves]))
+    shapes = [(x.shape, str(x.dtype)) for x in leaves]
+    described = repr((parts, sorted(settings.items()), structure, static, arguments, shapes))
     return hashlib.sha256(described.encode()).hexdigest()[:32]
 
 

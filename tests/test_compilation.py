@@ -70,7 +70,9 @@ class Double:
             self.traced += 1
             return {"result": self.code(x)}
 
-        return jax.jit(lambda x: lowered_once("double", function, static, x))(x)["result"]
+        return jax.jit(lambda x: lowered_once("double", function, jax.tree.structure(()), x, static=static))(x)[
+            "result"
+        ]
 
 
 def test_a_lowered_program_is_made_once(folder):
@@ -141,14 +143,30 @@ def test_without_a_folder_nothing_is_kept(folder, setting):
         jax.config.update(name, before)
 
 
+def small_model(cls: type[LlamaForCausalLM] = LlamaForCausalLM) -> LlamaForCausalLM:
+    config = ModelConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=16
+    )
+    return cls(config, recipes.fireq())
+
+
+def test_a_model_with_code_of_its_own_is_traced_by_each_process(folder, caplog):
+    class Own(LlamaForCausalLM):
+        pass
+
+    with caplog.at_level("INFO"):
+        own = generate(small_model(Own), [[5, 6, 7]], max_new_tokens=3)
+    assert not folder.exists()
+    assert "Own" in caplog.text
+    assert own.sequences.tolist() == generate(small_model(), [[5, 6, 7]], max_new_tokens=3).sequences.tolist()
+    assert folder.exists()
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"temperature": 0.9, "top_k": 5, "key": jax.random.key(7), "repetition_penalty": 1.2}]
 )
 def test_generation_is_that_of_another_process_without_its_model_code(folder, monkeypatch, options):
-    config = ModelConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=96, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=16
-    )
-    model = LlamaForCausalLM(config, recipes.fireq())
+    model = small_model()
 
     def tokens() -> list[list[int]]:
         return generate(model, [[5, 6, 7], [8, 9, 10]], max_new_tokens=6, **options).sequences.tolist()

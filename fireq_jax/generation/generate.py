@@ -240,7 +240,7 @@ def _prefill(
 ) -> tuple[KVCache, _Progress]:
     """The first token; ``structure`` and ``arrays`` are the model, flattened once for several calls."""
     run = functools.partial(_first_token, structure, capacity=capacity)
-    return lowered_once("prefill", run, (structure, capacity), arrays, tokens, lengths, choice)
+    return lowered_once("prefill", run, structure, arrays, tokens, lengths, choice, static=capacity)
 
 
 def _first_token(
