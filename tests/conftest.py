@@ -14,6 +14,7 @@ import pytest
 
 if jax.default_backend() == "cpu" and "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
     jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for processes that tests start, whose bits are compared
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
