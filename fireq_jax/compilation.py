@@ -18,7 +18,8 @@ COMPILE_QUICKLY: dict[str, bool | str] = {"xla_gpu_enable_triton_gemm": False}
 
 _Result = TypeVar("_Result")
 _PACKAGES = "fireq_jax", "pallas_kernels"
-_KNOWN = *_PACKAGES, "builtins", "flax", "jax"  # what the name of a lowered program tells apart
+# Where classes may be from: their code, or its version, is part of a lowered program's name.
+_KNOWN = *_PACKAGES, "builtins", "flax", "jax"
 logger = logging.getLogger(__name__)
 
 
