@@ -2,12 +2,13 @@
 
 import functools
 import hashlib
+import inspect
 import logging
 import os
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.export
@@ -16,7 +17,8 @@ import jax.export
 # ignores options of GPUs; JAX refuses options of a function that is called inside another jitted one.)
 COMPILE_QUICKLY: dict[str, bool | str] = {"xla_gpu_enable_triton_gemm": False}
 
-_Result = TypeVar("_Result")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 _PACKAGES = "fireq_jax", "pallas_kernels"
 # Where classes may be from: their code, or its version, is part of a lowered program's name.
 _KNOWN = *_PACKAGES, "builtins", "flax", "jax"
@@ -36,43 +38,56 @@ def keep_programs() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def lowered_once(
-    name: str, function: Callable[..., _Result], structure: Any, *arguments: Any, static: Any = None
-) -> _Result:
-    """``function(*arguments)``, traced and lowered by one process for all: for the body of a jitted function.
+def lowered_once(*static: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Decorator of a function that is to be jitted: one process traces and lowers it for all.
 
     JAX's compilation cache spares XLA's work, and not Python's: tracing, and building the kernels' MLIR, take longer
     for a large model. So StableHLO is kept beside that cache (if there is one, in a local folder), under a name that
     depends on all it was made from: this project's code, the versions of JAX and Flax, JAX's settings, the device,
-    ``structure``, ``static`` and the arguments' types. A function that cannot be exported is traced by every process,
-    and so is a model with classes of somebody else's, whose code may change.
+    the ``static`` arguments and the others' types. A function that cannot be exported is traced by every process, and
+    so is one of a model with classes of somebody else's, whose code may change.
 
     Args:
-        name: of the function, for people who look into the folder.
-        function: of pytrees that ``jax.export`` can serialize.
-        structure: of the model (``jax.tree.structure``).
-        *arguments: pytrees of arrays, traced or not.
-        static: all else that the function depends on; its ``repr`` must say it whole.
+        static: names of the arguments that are no arrays. A ``repr`` of each must say it whole; a model's structure
+            (``jax.tree.structure``) does. The others are pytrees that ``jax.export`` can serialize.
     """
-    folder = _folder()
-    if folder is None:
-        return function(*arguments)
-    if foreign := next((kind for kind in _classes(structure) if kind.__module__.split(".")[0] not in _KNOWN), None):
+
+    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            if (folder := _folder()) is None:
+                return function(*args, **kwargs)
+            arrays = signature.bind(*args, **kwargs).arguments
+            fixed = {name: arrays.pop(name) for name in static}
+            exported = _kept(folder, function, fixed, jax.eval_shape(lambda x: x, arrays))
+            result: Any = function(*args, **kwargs) if exported is None else exported.call(**arrays)
+            return result
+
+        return run
+
+    return decorate
+
+
+def _kept(
+    folder: Path, function: Callable[..., Any], fixed: dict[str, Any], types: dict[str, Any]
+) -> jax.export.Exported | None:
+    """``function`` with ``fixed`` arguments, lowered for others of ``types``; None where it cannot be kept."""
+    name = function.__name__.lstrip("_")
+    if foreign := next((kind for kind in _classes(fixed) if kind.__module__.split(".")[0] not in _KNOWN), None):
         logger.info("%s is lowered by each process anew: the code of %s may change", name, foreign)
-        return function(*arguments)
-    types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), jax.tree.map(jax.typeof, arguments))
-    file = folder / f"{name}-{_digest(structure, static, types)}"
+        return None
+    file = folder / f"{name}-{_digest(fixed, types)}"
     exported = _read(file)
     if exported is None:
         try:
-            exported = jax.export.export(jax.jit(function))(*types)
-            kept = exported.serialize()
+            exported = jax.export.export(jax.jit(functools.partial(function, **fixed)))(**types)
+            _write(file, exported.serialize())
         except (ValueError, NotImplementedError) as error:
             logger.info("%s is lowered by each process anew: %s", name, error)
-            return function(*arguments)
-        _write(file, kept)
-    result: Any = exported.call(*arguments)
-    return result
+            return None
+    return exported
 
 
 def _folder() -> Path | None:
@@ -83,22 +98,21 @@ def _folder() -> Path | None:
     return Path(cache) / "lowered"
 
 
-def _classes(structure: Any) -> Iterator[type]:
-    """Of all nodes of a tree."""
-    if (data := structure.node_data()) is not None:
-        yield data[0]
-    for child in structure.children():
-        yield from _classes(child)
+def _classes(fixed: dict[str, Any]) -> Iterator[type]:
+    """Of all nodes of the trees among the arguments."""
+    trees = [value for value in fixed.values() if isinstance(value, jax.tree_util.PyTreeDef)]
+    while trees:
+        tree = trees.pop()
+        if (data := tree.node_data()) is not None:
+            yield data[0]
+        trees += tree.children()
 
 
-def _digest(structure: Any, static: Any, types: Any) -> str:
+def _digest(fixed: dict[str, Any], types: dict[str, Any]) -> str:
     device = jax.devices()[0]
-    settings = {name: value for name, value in jax.config.values.items() if "cache" not in name}
-    leaves, arguments = jax.tree.flatten(types)
+    settings = sorted((name, value) for name, value in jax.config.values.items() if "cache" not in name)
     versions = [metadata.version(package) for package in ("jax", "jaxlib", "flax")]
-    parts = _sources(), versions, device.platform, device.device_kind
-    shapes = [(x.shape, str(x.dtype)) for x in leaves]
-    described = repr((parts, sorted(settings.items()), structure, static, arguments, shapes))
+    described = repr((_sources(), versions, device.platform, device.device_kind, settings, fixed, types))
     return hashlib.sha256(described.encode()).hexdigest()[:32]
 
 

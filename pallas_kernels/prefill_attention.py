@@ -61,9 +61,8 @@ def prefill_attention(
     query_start = jnp.zeros_like(kv_lengths) if query_start is None else query_start
     validate(query, key, value, query_start, kv_lengths, window)
     floats = float_dtype(out_dtype)
-    slots = key.values.shape[2]
-    if starts_at_zero and causal:
-        slots = min(slots, query.values.shape[1])
+    capacity, length = key.values.shape[2], query.values.shape[1]
+    slots = min(capacity, length) if starts_at_zero and causal else capacity
     options = {"kv_lengths": kv_lengths, "scale": scale}
     if implementation == "auto" and starts_at_zero and causal and window is None and _cudnn_runs(query, key, value):
         out = _attention_cudnn(query, _first(key, slots), _first(value, slots), **options).astype(floats)

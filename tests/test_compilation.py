@@ -67,13 +67,12 @@ class Double:
         self.code, self.traced = code, 0
 
     def __call__(self, x, static=("a", 1)):
-        def function(x):
+        @lowered_once("static")
+        def double(x, static):
             self.traced += 1
             return {"result": self.code(x)}
 
-        return jax.jit(lambda x: lowered_once("double", function, jax.tree.structure(()), x, static=static))(x)[
-            "result"
-        ]
+        return jax.jit(double, static_argnames="static")(x, static)["result"]
 
 
 def test_a_lowered_program_is_made_once(folder):

@@ -226,6 +226,7 @@ def test_nearby_lengths_share_a_compilation(model, caplog):
         assert compilations(caplog) == []
         generate(model, [[1, 2, 3, 4, 5, 6]], max_new_tokens=BUCKET - 5)
         assert programs(caplog) == {"_prefill", "_decode"}
+        assert len(compilations(caplog)) == 2
 
 
 def test_rounded_lengths_are_few_and_near():

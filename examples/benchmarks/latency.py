@@ -10,8 +10,6 @@ the host's. A step is that of ``generate``, by what 64 further tokens take.
 import argparse
 import dataclasses
 import itertools
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 from end_to_end import MODELS, random_model
-from timing import alone, kernel_times
+from timing import alone, kernel_times, median_seconds
 
 from fireq_jax import generate, recipes
 from fireq_jax.generation import stream
@@ -37,17 +35,6 @@ class Row:
     step: float
 
 
-def median_ms(call: Callable[[], Any], repeats: int) -> float:
-    """Median wall time of a call that ends with numbers on the host."""
-    call()
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        call()
-        times.append(1e3 * (time.perf_counter() - begin))
-    return statistics.median(times)
-
-
 def measure(model: Any, prompt: int, tokens: int, repeats: int) -> Row:
     """One prompt length; ``tokens`` are made in all, by programs that all of this shares."""
     ids = np.random.default_rng(prompt).integers(0, model.config.vocab_size, (1, prompt))
@@ -60,12 +47,14 @@ def measure(model: Any, prompt: int, tokens: int, repeats: int) -> Row:
     def complete(count: int) -> None:
         jax.device_get(generate(model, ids, max_new_tokens=count, **options))
 
-    streamed(tokens)
+    def milliseconds(call: Callable[[], None]) -> float:
+        return 1e3 * median_seconds(call, repeats)
+
+    first = milliseconds(lambda: streamed(1))
     with alone():
-        first = median_ms(lambda: streamed(1), repeats)
         kernels = sum(us for _, us in kernel_times(lambda: streamed(1))) / 1e3
-        each = (median_ms(lambda: streamed(tokens), repeats) - first) / (tokens - 1)
-        step = (median_ms(lambda: complete(tokens), repeats) - median_ms(lambda: complete(tokens - 64), repeats)) / 64
+    each = (milliseconds(lambda: streamed(tokens)) - first) / (tokens - 1)
+    step = (milliseconds(lambda: complete(tokens)) - milliseconds(lambda: complete(tokens - 64))) / 64
     return Row(prompt, first, kernels, each, step)
 
 

@@ -118,16 +118,13 @@ def scored_range(index: int, length: int, window: int, stride: int) -> tuple[int
 
 
 @functools.partial(jax.jit, static_argnames="structure")
+@lowered_once("structure")
 def _token_nll(structure: Any, arrays: list[Array], tokens: Int32[Array, "B T"]) -> Float32[Array, "B T-1"]:
     """Negative log-likelihood of each row's tokens 1, 2, ..., T - 1 by the model that was flattened."""
-
-    def run(arrays: list[Array], tokens: Array) -> Array:
-        model: LlamaForCausalLM = jax.tree.unflatten(structure, arrays)
-        logits = model(tokens)[:, :-1]
-        chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - chosen
-
-    return lowered_once("token_nll", run, structure, arrays, tokens)
+    model: LlamaForCausalLM = jax.tree.unflatten(structure, arrays)
+    logits = model(tokens)[:, :-1]
+    chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
 def _validate(

@@ -230,6 +230,7 @@ jax.export.register_pytree_node_serialization(
 
 
 @functools.partial(jax.jit, static_argnames=("structure", "capacity"))
+@lowered_once("structure", "capacity")
 def _prefill(
     structure: Any,
     arrays: list[Array],
@@ -239,19 +240,6 @@ def _prefill(
     capacity: int,
 ) -> tuple[KVCache, _Progress]:
     """The first token; ``structure`` and ``arrays`` are the model, flattened once for several calls."""
-    run = functools.partial(_first_token, structure, capacity=capacity)
-    return lowered_once("prefill", run, structure, arrays, tokens, lengths, choice, static=capacity)
-
-
-def _first_token(
-    structure: Any,
-    arrays: list[Array],
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
-    choice: _Choice,
-    *,
-    capacity: int,
-) -> tuple[KVCache, _Progress]:
     model: LlamaForCausalLM = jax.tree.unflatten(structure, arrays)
     logits, cache = model.prefill(tokens, lengths, capacity)
     batch, vocabulary = logits.shape
@@ -263,6 +251,7 @@ def _first_token(
 
 
 @functools.partial(jax.jit, static_argnames="structure", donate_argnames="cache")
+@lowered_once("structure")
 def _decode(
     structure: Any,
     arrays: list[Array],
@@ -279,18 +268,6 @@ def _decode(
         The cache, in the argument's memory; where the sequences are; the new tokens, as wide as
         the cache so that ``count`` is not compiled in; and how many of each sequence are new.
     """
-    run = functools.partial(_further_tokens, structure)
-    return lowered_once("decode", run, structure, arrays, cache, progress, choice, count)
-
-
-def _further_tokens(
-    structure: Any,
-    arrays: list[Array],
-    cache: KVCache,
-    progress: _Progress,
-    choice: _Choice,
-    count: Int[Array, ""],
-) -> tuple[KVCache, _Progress, Int[Array, "B S"], Int[Array, " B"]]:
     model: LlamaForCausalLM = jax.tree.unflatten(structure, arrays)
     batch = progress.tokens.shape[0]
 
