@@ -130,7 +130,7 @@ def convert(
         disable=not progress,
     ):
         _convert_block(source, options, index, calibrator if tokens is not None else None, compensator, work)
-    return _finish(source, options, tokens, work, time.perf_counter() - started)
+    return _finish(source, options, tokens, work, time.perf_counter() - started, first)
 
 
 def _convert_globals(
@@ -268,9 +268,12 @@ def _finish(
     tokens: Int[np.ndarray, "samples T"] | None,
     work: Path,
     seconds: float,
+    first: int,
 ) -> dict[str, Any]:
+    """The report; this run took ``seconds`` and began with block ``first``."""
     config = source.config
     blocks = {f"layers.{i}": json_files.read_json(work / f"block.{i}.json") for i in range(config.num_layers)}
+    seconds += sum(blocks[f"layers.{i}"]["seconds"] for i in range(first))
     report = {
         "model": str(options.model),
         "recipe": options.recipe,

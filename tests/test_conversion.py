@@ -113,9 +113,11 @@ def test_interrupted_conversion_is_visibly_incomplete_and_resumes_to_the_same_re
         LlamaForCausalLM.from_pretrained(output)
     with pytest.raises(ValueError, match="--resume"):
         convert(options(source, output), tokens, progress=False)
-    convert(options(source, output), tokens, resume=True, progress=False)
+    report = convert(options(source, output), tokens, resume=True, progress=False)
     assert parameter_bytes(output) == parameter_bytes(converted)
     assert not (output / conversion.WORK_FOLDER).exists()
+    # Blocks of the interrupted run are counted, to a rounding each.
+    assert report["seconds"] >= sum(block["seconds"] - 1e-3 for block in report["layers"].values())
 
 
 @pytest.mark.slow

@@ -240,7 +240,7 @@ def test_rounded_lengths_are_few_and_near():
 
 
 def test_the_cache_is_donated(model):
-    request = _prepare(model, PROMPTS[:1], max_new_tokens=4)
+    request = _prepare(model, PROMPTS[:1], None, 4)
     arrays, structure = jax.tree.flatten(model)
 
     cache, progress = _prefill(structure, arrays, request.tokens, request.lengths, request.choice, request.capacity)
@@ -344,3 +344,9 @@ def test_bad_calls_quote_what_was_given(model, case):
 def test_unknown_options_are_errors(model):
     with pytest.raises(TypeError, match="topp"):
         generate(model, [[1]], max_new_tokens=4, topp=0.9)
+
+
+@pytest.mark.parametrize("function", [generate, stream, compile_ahead])
+def test_the_number_of_new_tokens_is_no_option(model, function):
+    with pytest.raises(TypeError, match=rf"{function.__name__}\(\) missing .*'max_new_tokens'"):
+        function(model, [[1]])

@@ -1,7 +1,9 @@
 """``fireq-generate`` on a random model of bytes, its text pieces, and tokenizer loading."""
 
 import json
+import os
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +70,17 @@ def text_of(model, prompt: str, **options) -> str:
     ids = BYTES(prompt).input_ids
     sequence = generate(model, [ids], max_new_tokens=NEW, **options).sequences[0]
     return BYTES.decode(sequence[len(ids) :], skip_special_tokens=True)
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command(folder, monkeypatch):
+    """As in ``fireq-generate ... | head -c 1``."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as text:
+        monkeypatch.setattr(sys, "stdout", text)
+        code = main(["--model", str(folder), "--max-new-tokens", str(NEW), "--dtype", "float32", "--prompt", PROMPT])
+        assert code == 141
+        print("more", flush=True)
 
 
 def test_streamed_text_is_the_complete_text(capsys, folder, model):

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -32,13 +34,17 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code, 2 for invalid input."""
+    """Run the command; returns its exit code, 2 for invalid input, 141 if nobody reads the text any more."""
     arguments = _parser().parse_args(argv)
     try:
         _run(arguments)
     except (ValueError, NotImplementedError) as error:
         print(f"fireq-generate: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # As a shell says of a program that this ended. What is still to be flushed at exit goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     return 0
 
 

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, Required, TypeGuard, Unpack
+from typing import Any, NamedTuple, TypeGuard, Unpack
 
 import jax
 import jax.export
@@ -31,9 +31,8 @@ logger = logging.getLogger(__name__)
 
 
 class GenerationOptions(SamplingOptions, total=False):
-    """Options of :func:`generate`, which says what they mean, :func:`stream` and :func:`compile_ahead`."""
+    """Further options of :func:`generate`, which says what they mean, :func:`stream` and :func:`compile_ahead`."""
 
-    max_new_tokens: Required[int]
     eos_token_ids: int | Sequence[int] | None
     pad_token_id: int | None
     key: Key[Array, "..."] | None
@@ -71,6 +70,8 @@ def generate(
     model: LlamaForCausalLM,
     input_ids: jax.typing.ArrayLike | Sequence[Sequence[int]],
     attention_mask: jax.typing.ArrayLike | Sequence[Sequence[int]] | None = None,
+    *,
+    max_new_tokens: int,
     **options: Unpack[GenerationOptions],
 ) -> GenerationOutput:
     """Continue each prompt by up to ``max_new_tokens`` tokens; greedy unless options say otherwise.
@@ -97,7 +98,7 @@ def generate(
             prompt several times, give each copy its own key.
             Keys of the default threefry implementation keep sequences independent of the batch.
         cache_capacity: slots of the cache; None means as many as needed, rounded up.
-        **options: the options above from ``max_new_tokens`` on, and
+        **options: the options above from ``eos_token_ids`` on, and
             :class:`~fireq_jax.generation.sampling.SamplingConfig`'s fields: ``temperature``,
             ``top_k``, ``top_p``, ``min_p`` and ``repetition_penalty``.
 
@@ -106,7 +107,7 @@ def generate(
         ValueError: for empty prompts, ids outside the vocabulary, a mask of another shape or with
             other values than 0 and 1, options out of range, or more tokens than ``cache_capacity``.
     """
-    request = _prepare(model, input_ids, attention_mask, **options)
+    request = _prepare(model, input_ids, attention_mask, max_new_tokens, **options)
     arrays, structure = jax.tree.flatten(model)
     cache, progress = _prefill(structure, arrays, request.tokens, request.lengths, request.choice, request.capacity)
     first, further = progress.tokens, request.new_tokens - 1
@@ -121,6 +122,8 @@ def stream(
     model: LlamaForCausalLM,
     input_ids: jax.typing.ArrayLike | Sequence[Sequence[int]],
     attention_mask: jax.typing.ArrayLike | Sequence[Sequence[int]] | None = None,
+    *,
+    max_new_tokens: int,
     **options: Unpack[GenerationOptions],
 ) -> Iterator[StreamStep]:
     """:func:`generate`, handing out tokens as they are made.
@@ -128,7 +131,7 @@ def stream(
     Arguments and errors are the same, and so are the tokens. Errors are raised by the call itself,
     not by the iteration. On a fast device tokens come a few at a time, within ``GLANCE`` seconds.
     """
-    request = _prepare(model, input_ids, attention_mask, **options)
+    request = _prepare(model, input_ids, attention_mask, max_new_tokens, **options)
     return _steps(model, request)
 
 
@@ -137,6 +140,7 @@ def compile_ahead(
     input_ids: jax.typing.ArrayLike | Sequence[Sequence[int]],
     attention_mask: jax.typing.ArrayLike | Sequence[Sequence[int]] | None = None,
     *,
+    max_new_tokens: int,
     only_prefill: bool = False,
     **options: Unpack[GenerationOptions],
 ) -> None:
@@ -145,7 +149,7 @@ def compile_ahead(
     Arguments and errors are theirs, and ``only_prefill``: the first token's program alone. The model may be
     ``LlamaForCausalLM.abstract``, whose arrays are read meanwhile.
     """
-    request = _prepare(model, input_ids, attention_mask, **options)
+    request = _prepare(model, input_ids, attention_mask, max_new_tokens, **options)
     arrays, structure = jax.tree.flatten(model)
     prompt = structure, arrays, request.tokens, request.lengths, request.choice, request.capacity
     with ThreadPoolExecutor() as pool:
@@ -306,9 +310,9 @@ def _choose(
 def _prepare(
     model: LlamaForCausalLM,
     input_ids: Any,
-    attention_mask: Any = None,
-    *,
+    attention_mask: Any,
     max_new_tokens: int,
+    *,
     eos_token_ids: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     key: Key[Array, "..."] | None = None,
