@@ -5,6 +5,9 @@ suite on the CPU.
 
 On a CPU LLVM does not optimize, for tests compile more than they compute and take two thirds of
 the time so; XLA's own passes are as always. ``JAX_DISABLE_MOST_OPTIMIZATIONS=0 pytest`` has both.
+
+Pallas' GPU interpreter blocks one of XLA's threads for each warpgroup that waits, and hangs when none
+is left. On a CPU there are as many as ``NPROC`` says, else one for each core.
 """
 
 import os
@@ -12,6 +15,7 @@ import os
 import jax
 import pytest
 
+os.environ.setdefault("NPROC", str(max(8, os.cpu_count() or 1)))
 if jax.default_backend() == "cpu" and "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
     jax.config.update("jax_disable_most_optimizations", True)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for processes that tests start, whose bits are compared
