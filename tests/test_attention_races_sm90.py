@@ -4,7 +4,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import pytest
 from interpreted import interpreted, needs_interpreter, prepared
-from test_attention_sm90 import Case, assert_near, operands, pages
+from test_attention_sm90 import Case, assert_near, cases, operands, pages
 
 from pallas_kernels.sm90.attention import decode, prefill, prefill_device
 
@@ -19,10 +19,6 @@ PREFILL = {
     "two stages": Case(128, 1, 1, 64, slots=640, lengths=(640,), starts=(512,), config=prefill.Config(stages=2)),
     "pipeline 1, head_dim 256": Case(128, 1, 1, 256, slots=256, lengths=(256,), starts=(128,)),
 }
-
-
-def cases(table):
-    return pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in table.items()])
 
 
 def run_prefill(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,14 +72,15 @@ def text_of(model, prompt: str, **options) -> str:
     return BYTES.decode(sequence[len(ids) :], skip_special_tokens=True)
 
 
-def test_a_reader_that_has_seen_enough_ends_the_command(folder, monkeypatch):
+@pytest.mark.parametrize("options", [[], ["--no-stream"]])
+def test_a_reader_that_has_seen_enough_ends_the_command(folder, monkeypatch, options):
     """As in ``fireq-generate ... | head -c 1``."""
+    arguments = ["--model", str(folder), "--max-new-tokens", str(NEW), "--dtype", "float32", "--prompt", PROMPT]
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as text:
         monkeypatch.setattr(sys, "stdout", text)
-        code = main(["--model", str(folder), "--max-new-tokens", str(NEW), "--dtype", "float32", "--prompt", PROMPT])
-        assert code == 141
+        assert main(arguments + options) == 141
         print("more", flush=True)
 
 

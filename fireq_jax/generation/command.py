@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         _run(arguments)
+        sys.stdout.flush()  # here, where a closed pipe is caught, and not at exit
     except (ValueError, NotImplementedError) as error:
         print(f"fireq-generate: {error}", file=sys.stderr)
         return 2
