@@ -24,6 +24,8 @@ _ROW = plgpu.Layout.WGMMA.reduce(1)  # one number for each query
 _COLUMN = plgpu.Layout.WGMMA.reduce(0)  # one number for each key
 _SCALAR = plgpu.Layout.WG_SPLAT(())
 WARPGROUPS = 2  # that compute, of a block; a third leaves each too few registers
+# log2 of how far below the highest peak a tile's may count: what was summed before grows by as much.
+_PEAK_RANGE = 32.0
 # Registers a thread: the copying warpgroup gives what it does not need to the computing ones.
 _COPY_REGISTERS, _COMPUTE_REGISTERS = 24, 240
 
@@ -204,6 +206,13 @@ class _Block(NamedTuple):
         return self.start + self.first_row
 
 
+class _Peaks(NamedTuple):
+    """The greatest exponents of a row."""
+
+    last: jax.Array  # of the last tile, in whose units the sums and the output are
+    highest: jax.Array  # of all tiles
+
+
 @dataclasses.dataclass(frozen=True)
 class _Tiles:
     """What a compute warpgroup does with a tile; the order is the pipelines' affair."""
@@ -275,22 +284,25 @@ class _Tiles:
         finish = functools.partial(registers.finish_product, later=later)
         return plgpu.inline_mgpu(arg_types=(_MATRIX,), return_type=_matrix(product.shape[1]))(finish)(product)
 
-    def exponents(self, scores, tile, peak, key_scale, *, masked: bool):
-        """log2 of P, the new row maxima and the decay of what was summed before.
+    def exponents(self, scores, tile, peaks: _Peaks, key_scale, *, masked: bool):
+        """log2 of P, the new peaks and the decay of what was summed before.
 
-        P = exp2(score + log2 v_scale - maximum) * PROBABILITY_SCALE, so that the largest term of
-        every output is exact in E4M3.
+        P = exp2(score + log2 v_scale - peak) * PROBABILITY_SCALE, so that the largest term of a
+        tile is exact in E4M3 whatever other tiles hold.
         """
         scores *= _over_rows(key_scale, self.shape)
         scores = scores * _over_columns(self.to_scores, self.shape)
         scores += _over_rows(self.load_column(tile, registers.LOG_VALUE_SCALE), self.shape)
         if masked:
             scores = jnp.where(self._visible(tile), scores, -jnp.inf)
-        new_peak = jnp.maximum(peak, jnp.max(scores, axis=1))
-        # Until a row sees its first key its maximum is -inf, and -inf - -inf would be NaN.
-        safe_peak = jnp.where(new_peak == -jnp.inf, 0.0, new_peak) if masked else new_peak
-        decay = jnp.exp2(peak - safe_peak)
-        return scores - _over_columns(safe_peak - math.log2(formats.PROBABILITY_SCALE), self.shape), new_peak, decay
+        tile_peak = jnp.max(scores, axis=1)
+        highest = jnp.maximum(peaks.highest, tile_peak)
+        last = jnp.maximum(tile_peak, highest - _PEAK_RANGE)
+        # Until a row sees its first key its peak is -inf, and -inf - -inf would be NaN.
+        peak = jnp.where(last == -jnp.inf, 0.0, last) if masked else last
+        decay = jnp.exp2(peaks.last - peak)
+        exponents = scores - _over_columns(peak - math.log2(formats.PROBABILITY_SCALE), self.shape)
+        return exponents, _Peaks(last, highest), decay
 
     def load_column(self, tile, which: int):
         """One of the numbers for each key of a tile that has arrived."""
@@ -313,18 +325,18 @@ def _one_by_one(tiles: _Tiles, begin, full_end, end):
     """Pipeline 1: the products of a tile wait for its softmax. Returns row sums and output."""
 
     def step(tile, carry, *, masked: bool):
-        peak, total, out = carry
+        peaks, total, out = carry
         tiles.wait(tile)
         scores = tiles.finish(tiles.start_scores(tile))
         key_scale = tiles.load_column(tile, registers.KEY_SCALE)
-        exponents, peak, decay = tiles.exponents(scores, tile, peak, key_scale, masked=masked)
+        exponents, peaks, decay = tiles.exponents(scores, tile, peaks, key_scale, masked=masked)
         p = jnp.exp2(exponents)
         inverse_scale = tiles.load_column(tile, registers.INVERSE_VALUE_SCALE)
         total = total * decay + jnp.sum(p * _over_rows(inverse_scale, tiles.shape), axis=1)
         product = tiles.finish(tiles.start_product(_operand(p), tile))
         out = out * _over_columns(decay, out.shape) + product
         tiles.release(tile)
-        return peak, total, out
+        return peaks, total, out
 
     carry = _lowest(), plgpu.layout_cast(jnp.zeros((BLOCK_Q,), jnp.float32), _ROW), _zeros(tiles.head_dim)
     carry = lax.fori_loop(begin, full_end, functools.partial(step, masked=False), carry)
@@ -342,8 +354,8 @@ def _overlapped(tiles: _Tiles, begin, full_end, end):
         return tiles.finish(tiles.start_scores(tile)), tiles.load_column(tile, registers.KEY_SCALE)
 
     def step(tile, carry, *, masked: bool, last: bool):
-        scores, key_scale, peak, sums, out = carry
-        exponents, peak, decay = tiles.exponents(scores, tile, peak, key_scale, masked=masked)
+        scores, key_scale, peaks, sums, out = carry
+        exponents, peaks, decay = tiles.exponents(scores, tile, peaks, key_scale, masked=masked)
         left, right = _split(exponents, PRODUCT_KEYS)
         p = _operand(jnp.exp2(left))
         if not last:
@@ -364,7 +376,7 @@ def _overlapped(tiles: _Tiles, begin, full_end, end):
             # Loaded under Q.K^T; the rest of the tile's numbers would not fit beside its scores.
             key_scale = tiles.load_column(tile + 1, registers.KEY_SCALE)
             scores = tiles.finish(scores)
-        return scores, key_scale, peak, sums, out
+        return scores, key_scale, peaks, sums, out
 
     no_scale = plgpu.layout_cast(jnp.zeros(tiles.shape[1:], jnp.float32), _COLUMN)
     ahead = lax.fori_loop(begin, jnp.minimum(begin + 1, end), first, (_zeros(tiles.shape[1]), no_scale))
@@ -385,8 +397,9 @@ def _matrix(columns: int):
 
 
 def _lowest():
-    """Row maxima before the first tile."""
-    return plgpu.layout_cast(jnp.full((BLOCK_Q,), -jnp.inf, jnp.float32), _ROW)
+    """Peaks before the first tile."""
+    lowest = plgpu.layout_cast(jnp.full((BLOCK_Q,), -jnp.inf, jnp.float32), _ROW)
+    return _Peaks(lowest, lowest)
 
 
 def _zeros(columns: int):
