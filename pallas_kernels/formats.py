@@ -265,31 +265,34 @@ def dequantize_weight(weight: WeightCodes, codebook: Codebook = "int4") -> Float
 
 
 def pack_int4(codes: Int[Array, "*rows H"]) -> UInt8[Array, "*rows half"]:
-    """Two codes a byte: element i in the low nibble, element i + H/2 in the high one.
+    """Two codes a byte, elements i and i + H/2, as :func:`sign_magnitude`; the second's nibbles are swapped.
 
-    A nibble is sign (bit 3) and magnitude (bits 0-2), as in the weights.
+    From the highest bit: the first's sign, the second's magnitude, the second's sign, the first's magnitude.
     """
     if codes.shape[-1] % 2:
         raise ValueError(f"codes have shape {codes.shape}; expected an even last dimension")
-    nibbles = sign_magnitude(codes)
-    low, high = jnp.split(nibbles, 2, axis=-1)
-    return low | (high << 4)
+    first, second = jnp.split(sign_magnitude(codes), 2, axis=-1)
+    return first | _swap_nibbles(second)
 
 
 def unpack_int4(packed: UInt8[Array, "*rows half"]) -> Int[Array, "*rows H"]:
     """int8 codes, the inverse of :func:`pack_int4`."""
-    return from_sign_magnitude(jnp.concatenate([packed & 0xF, packed >> 4], axis=-1))
+    return from_sign_magnitude(jnp.concatenate([packed, _swap_nibbles(packed)], axis=-1))
+
+
+def _swap_nibbles(x: UInt8[Array, "..."]) -> UInt8[Array, "..."]:
+    return (x << 4) | (x >> 4)
 
 
 def sign_magnitude(codes: Int[Array, "..."]) -> UInt8[Array, "..."]:
-    """Nibble of a code: bit 3 is the sign, bits 0-2 the magnitude."""
-    return jnp.where(codes < 0, 8, 0).astype(jnp.uint8) | jnp.abs(codes).astype(jnp.uint8)
+    """A code as an E4M3 subnormal, which is worth 2^-9 of it: bit 7 is the sign, bits 0-2 the magnitude."""
+    return jnp.where(codes < 0, 0x80, 0).astype(jnp.uint8) | jnp.abs(codes).astype(jnp.uint8)
 
 
-def from_sign_magnitude(nibbles: UInt8[Array, "..."]) -> Int[Array, "..."]:
-    """int8 code of a nibble; both zeros decode to 0."""
-    magnitude = (nibbles & 7).astype(jnp.int8)
-    return jnp.where(nibbles & 8, -magnitude, magnitude)
+def from_sign_magnitude(x: UInt8[Array, "..."]) -> Int[Array, "..."]:
+    """int8 code of the bits 7 and 0-2; both zeros decode to 0."""
+    magnitude = (x & 7).astype(jnp.int8)
+    return jnp.where(x & 0x80, -magnitude, magnitude)
 
 
 def quantize_kv(

@@ -15,6 +15,7 @@ PREFILL = {
     "any length": Case(77, 2, 2, 64, slots=77, lengths=(77,), starts=(0,)),
     "not causal": Case(128, 1, 1, 64, slots=300, lengths=(300, 1), starts=(0, 0), causal=False),
     "window": Case(256, 1, 1, 64, slots=512, lengths=(512,), starts=(256,), window=100),
+    "falling scores": Case(128, 1, 1, 64, slots=640, lengths=(640,), starts=(512,), falling=0.8),
     "head_dim 128": Case(128, 2, 1, 128, slots=512, lengths=(512,), starts=(384,)),
     "two stages": Case(128, 1, 1, 64, slots=640, lengths=(640,), starts=(512,), config=prefill.Config(stages=2)),
     "pipeline 1, head_dim 256": Case(128, 1, 1, 256, slots=256, lengths=(256,), starts=(128,)),

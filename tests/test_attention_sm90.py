@@ -34,6 +34,7 @@ class Case:
     window: int | None = None
     page: int | None = None
     outliers: bool = False
+    falling: float = 0.0  # nats by which scores fall from one key to the next
     config: decode.Config | prefill.Config | None = None
 
     @property
@@ -83,6 +84,11 @@ PREFILL = {
     "head_dim 256, not causal": Case(256, 8, 2, 256, slots=640, lengths=(640, 1, 0), starts=(0, 0, 0), causal=False),
     "head_dim 256, window": Case(512, 8, 2, 256, slots=1024, lengths=(1024, 500), starts=(512, 0), window=100),
     "eight tiles, outliers": Case(128, slots=1024, lengths=(1024,), starts=(896,), outliers=True),
+    "many tiles, outliers": Case(128, 4, 1, slots=16384, lengths=(16384,), starts=(16256,), outliers=True),
+    "falling scores": Case(256, slots=1024, lengths=(1024,), starts=(768,), falling=0.8),
+    "falling scores, pipeline 1": Case(
+        256, slots=1024, lengths=(1024,), starts=(768,), falling=0.8, config=prefill.Config(pipeline=1)
+    ),
     "eight tiles": Case(128, slots=1024, lengths=(1024,), starts=(896,)),
     "slots not a multiple of the tile": Case(256, slots=1000, lengths=(1000, 300), starts=(744, 44)),
     "more blocks than multiprocessors": Case(512, 32, 8, lengths=(512, 0, 300), starts=(0, 0, 0)),
@@ -252,13 +258,17 @@ def operands(case: Case):
     """Fresh random operands; the slots that hold no token have NaN scales."""
     keys = jax.random.split(jax.random.key(hash(case) % 2**31), 4)
     kv_shape = (case.batch, case.kv_heads, case.slots, case.head_dim)
-    query = formats.quantize_fp8(rows(keys[0], (case.batch, case.length, case.heads, case.head_dim), case.outliers))
+    q = rows(keys[0], (case.batch, case.length, case.heads, case.head_dim), case.outliers)
+    k, v = (rows(key, kv_shape, case.outliers) for key in keys[1:3])
+    if case.falling:
+        q += 4
+        k -= case.falling / (4 * case.head_dim * case.scale) * jnp.arange(case.slots)[:, None]
     lengths = jnp.asarray(case.lengths, jnp.int32)
     start = jnp.maximum(lengths - case.length, 0) if case.starts is None else jnp.asarray(case.starts, jnp.int32)
     empty = (jnp.arange(case.slots) >= lengths[:, None])[:, None, :, None]
-    cache = [formats.quantize_kv(rows(key, kv_shape, case.outliers), "int4") for key in keys[1:3]]
+    cache = [formats.quantize_kv(x, "int4") for x in (k, v)]
     cache = [ScaledArray(x.values, jnp.where(empty, jnp.nan, x.scale)) for x in cache]
-    return query, *cache, start, lengths
+    return formats.quantize_fp8(q), *cache, start, lengths
 
 
 def rows(key: jax.Array, shape: tuple[int, ...], outliers: bool) -> jax.Array:

@@ -112,16 +112,16 @@ def test_pack_int4_round_trip(codes):
 
 
 def test_pack_int4_uses_every_byte_once():
-    """Element i in the low nibble, i + H/2 in the high one; 15 x 15 pairs of codes are distinct bytes."""
+    """Element i has bits 7 and 0-2, i + H/2 bits 3 and 4-6; 15 x 15 pairs of codes are distinct bytes."""
     pairs = jnp.asarray([[low, high] for low in range(-7, 8) for high in range(-7, 8)], jnp.int8)
     packed = np.asarray(formats.pack_int4(pairs))[:, 0]
-    nibble = {code: abs(code) + 8 * (code < 0) for code in range(-7, 8)}
-    np.testing.assert_array_equal(packed, [nibble[int(low)] + 16 * nibble[int(high)] for low, high in pairs])
-    # The other way: all 256 bytes; a negative zero (nibble 8) reads as 0.
+    expected = [128 * int(a < 0) + 16 * abs(int(b)) + 8 * int(b < 0) + abs(int(a)) for a, b in pairs]
+    np.testing.assert_array_equal(packed, expected)
+    # The other way: all 256 bytes; a negative zero reads as 0.
     everything = np.arange(256, dtype=np.uint8)[:, None]
     again = np.asarray(formats.pack_int4(formats.unpack_int4(jnp.asarray(everything))))
-    canonical = np.where(everything & 0xF == 8, everything & 0xF0, everything)
-    np.testing.assert_array_equal(again, np.where(canonical >> 4 == 8, canonical & 0xF, canonical))
+    canonical = np.where(everything & 0x87 == 0x80, everything & 0x7F, everything)
+    np.testing.assert_array_equal(again, np.where(canonical & 0x78 == 0x08, canonical & 0xF7, canonical))
 
 
 def test_pack_int4_refuses_an_odd_row():

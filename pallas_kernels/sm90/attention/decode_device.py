@@ -78,6 +78,9 @@ def kernel(
     part, parts = split * warpgroups + warpgroup, jnp.int32(splits * warpgroups)
     begin = first_tile + lax.div(part * tiles, parts)
     end = first_tile + lax.div((part + 1) * tiles, parts)
+    # All rows see all of the tiles in front of this one.
+    full_slots = jnp.minimum(length, position + 1) if window is None else jnp.int32(0)
+    full_end = jnp.clip(lax.div(full_slots, jnp.int32(block_kv)), begin, jnp.maximum(begin, end))
 
     def slot_of(tile):
         return warpgroup * stages + lax.rem(tile - begin, jnp.int32(stages))
@@ -118,7 +121,7 @@ def kernel(
     def reduce_rows(operation: str, x):
         return _reduce_rows(operation, x, reduction_smem.at[warpgroup])
 
-    def step(tile, carry):
+    def step(tile, carry, *, masked: bool):
         peak, total, out = carry
         slot = slot_of(tile)
 
@@ -135,22 +138,25 @@ def kernel(
         k_scale = jax_compat.load_registers(k_scale_smem.at[slot], row).astype(jnp.float32)
         scores = scores * lax.broadcast_in_dim(k_scale, shape, (0,)) * row_to_scores
 
-        index = slot_in_tile + tile * block_kv
-        visible = (index < length) & (index <= row_position)
-        if window is not None:
-            visible &= index > row_position - window
-        scores = jnp.where(visible, scores, -jnp.inf)
+        if masked:
+            index = slot_in_tile + tile * block_kv
+            visible = (index < length) & (index <= row_position)
+            if window is not None:
+                visible &= index > row_position - window
+            scores = jnp.where(visible, scores, -jnp.inf)
 
         plgpu.barrier_wait(v_barriers.at[slot])
         v_scale = jax_compat.load_registers(v_scale_smem.at[slot], row).astype(jnp.float32)
-        # Slots beyond the end may hold anything; a NaN would survive the product with P = 0.
-        row_index = plgpu.broadcasted_iota(jnp.int32, (block_kv,), 0, layout=row) + tile * block_kv
-        v_scale = jnp.where(row_index < length, v_scale, 0.0)
-        log_v_scale = jnp.where(row_index < length, jnp.log2(v_scale), -jnp.inf)
+        log_v_scale = jnp.log2(v_scale)
+        if masked:
+            # Slots beyond the end may hold anything; a NaN would survive the product with P = 0.
+            row_index = plgpu.broadcasted_iota(jnp.int32, (block_kv,), 0, layout=row) + tile * block_kv
+            v_scale = jnp.where(row_index < length, v_scale, 0.0)
+            log_v_scale = jnp.where(row_index < length, log_v_scale, -jnp.inf)
         weighted = scores + lax.broadcast_in_dim(log_v_scale, shape, (0,))
         new_peak = jnp.maximum(peak, reduce_rows("max", weighted))
         # Until a row sees its first slot the peak is -inf, and -inf - -inf would be NaN.
-        safe_peak = jnp.where(new_peak == -jnp.inf, 0.0, new_peak)
+        safe_peak = jnp.where(new_peak == -jnp.inf, 0.0, new_peak) if masked else new_peak
         decay = jnp.exp2(peak - safe_peak)
         p = jnp.exp2(scores - _over_rows(safe_peak, block_kv))
         total = total * _over_rows(decay, block_kv) + p
@@ -180,7 +186,8 @@ def kernel(
         full(0.0, shape, plgpu.Layout.WGMMA),
         full(0.0, (head_dim, block_rows), plgpu.Layout.WGMMA),
     )
-    peak, total, out = lax.fori_loop(begin, end, step, initial)
+    carry = lax.fori_loop(begin, full_end, functools.partial(step, masked=False), initial)
+    peak, total, out = lax.fori_loop(full_end, end, functools.partial(step, masked=True), carry)
     total = reduce_rows("add", total)
 
     # Bring the warpgroups' results to their common maximum and add them up, one after the other.

@@ -3,7 +3,7 @@
 A pass over the cache first writes what WGMMA wants: the codes as E4M3 (exactly: a code is the
 mantissa of a subnormal), keys as they lie and values head_dim-major, because FP8 WGMMA takes no
 transposed operand. The token scales stay apart: the key's multiplies a column of the scores, the
-value's joins it as a logarithm, so that P is cast to FP8 with it and its largest term is exact.
+value's joins it as a logarithm, so that P is cast to FP8 with it.
 
 A thread block is two compute warpgroups of 64 queries of one head each, and one that issues TMA
 copies into a ring of tiles: keys, values and the numbers of their columns, which arrive and are
@@ -22,7 +22,9 @@ under the products of the other, where without an order both would wait for the 
 same time and then for the exponentials.
 
 Softmax statistics and the output are float32. P.V of a tile is accumulated from zero by the
-tensor cores, whose FP8 accumulation is short, and added to the output by FMAs.
+tensor cores, whose FP8 accumulation is short, and added to the output by FMAs. P is in units of the
+greatest of its own tile, not of all before: so a row whose weight lies in a few keys does not round
+away the many others, and the output changes its unit from tile to tile, within float32's range.
 
 A row's denominator is the sum of P / v_scale. Pipeline 1 sums P in float32. In pipeline 2 the tensor
 cores do, and sum P in E4M3 as they multiply it: V has ``SUM_COLUMNS`` more columns, whose E4M3 numbers

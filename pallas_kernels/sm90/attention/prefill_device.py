@@ -24,7 +24,7 @@ _ROW = plgpu.Layout.WGMMA.reduce(1)  # one number for each query
 _COLUMN = plgpu.Layout.WGMMA.reduce(0)  # one number for each key
 _SCALAR = plgpu.Layout.WG_SPLAT(())
 WARPGROUPS = 2  # that compute, of a block; a third leaves each too few registers
-# log2 of how far below the highest peak a tile's may count: what was summed before grows by as much.
+# log2 of how far a tile's unit may lie below the largest: what was summed before grows by as much.
 _PEAK_RANGE = 32.0
 # Registers a thread: the copying warpgroup gives what it does not need to the computing ones.
 _COPY_REGISTERS, _COMPUTE_REGISTERS = 24, 240
@@ -207,10 +207,10 @@ class _Block(NamedTuple):
 
 
 class _Peaks(NamedTuple):
-    """The greatest exponents of a row."""
+    """Greatest exponents of a row."""
 
-    last: jax.Array  # of the last tile, in whose units the sums and the output are
-    highest: jax.Array  # of all tiles
+    last: jax.Array  # of the last tile: the unit of the sums and the output
+    floor: jax.Array  # the least that a tile's may be: ``_PEAK_RANGE`` below that of all tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,13 +296,12 @@ class _Tiles:
         if masked:
             scores = jnp.where(self._visible(tile), scores, -jnp.inf)
         tile_peak = jnp.max(scores, axis=1)
-        highest = jnp.maximum(peaks.highest, tile_peak)
-        last = jnp.maximum(tile_peak, highest - _PEAK_RANGE)
+        last = jnp.maximum(tile_peak, peaks.floor)
         # Until a row sees its first key its peak is -inf, and -inf - -inf would be NaN.
         peak = jnp.where(last == -jnp.inf, 0.0, last) if masked else last
         decay = jnp.exp2(peaks.last - peak)
         exponents = scores - _over_columns(peak - math.log2(formats.PROBABILITY_SCALE), self.shape)
-        return exponents, _Peaks(last, highest), decay
+        return exponents, _Peaks(last, jnp.maximum(peaks.floor, tile_peak - _PEAK_RANGE)), decay
 
     def load_column(self, tile, which: int):
         """One of the numbers for each key of a tile that has arrived."""

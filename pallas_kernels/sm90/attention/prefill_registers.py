@@ -229,8 +229,8 @@ def prepare_keys(_: mgpu.LaunchContext, first: mgpu.FragmentedArray, packed: ir.
         words = load_words(source, arith.addi(arith.muli(row, const(stored)), column), 4)
         converted = [codes_to_e4m3(word) for word in words]
         offset = arith.addi(arith.muli(token, const(2 * stored)), column)
-        for nibble in range(2):
-            _store_words(target, arith.addi(offset, const(nibble * stored)), [pair[nibble] for pair in converted])
+        for half in range(2):
+            _store_words(target, arith.addi(offset, const(half * stored)), [pair[half] for pair in converted])
 
 
 def prepare_values(_: mgpu.LaunchContext, first: mgpu.FragmentedArray, packed: ir.Value, values: ir.Value) -> None:

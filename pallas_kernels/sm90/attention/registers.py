@@ -1,10 +1,10 @@
 """Register-level pieces of the attention kernels: INT4 codes and probabilities as WGMMA operands.
 
-The cache rows are read as they are stored ([tokens, H/2] bytes, element i in the low nibble and
-i + H/2 in the high one). Three freedoms make this cheap:
+The cache rows are read as they are stored ([tokens, H/2] bytes of elements i and i + H/2). Three
+freedoms make this cheap:
 
-* An INT4 nibble (sign, 3-bit magnitude) becomes E4M3 by moving its sign to bit 7: the magnitude
-  is then the mantissa of a subnormal, so the byte is worth code * 2^-9 (``CODE_UNIT``), exactly.
+* A code's bits are those of an E4M3 subnormal, worth code * 2^-9 (``CODE_UNIT``) exactly; a byte's
+  second code has its nibbles swapped (``formats.pack_int4``).
 * The order of a contraction index is free if both operands share it. For S^T = K Q^T a thread
   takes whichever channels lie together in the row, and Q's channels are permuted to match
   (:func:`store_queries`). For O^T = V^T P^T a thread of P's accumulator holds, for one query,
@@ -90,7 +90,7 @@ def store_queries(
         valid = arith.addi(row, first_row.registers.item())
         valid = arith.cmpi(arith.CmpIPredicate.ult, valid, const(valid_rows))
         number = arith.select(valid, element_of(register, 0), const(0))
-        # Word [nibble, q, j] of a row becomes word [nibble, j, q].
+        # Word [half, q, j] of a row becomes word [half, j, q].
         half, j_words = const(words // 2), const(words // 8)
         rest = arith.remui(word, half)
         moved = arith.addi(
@@ -197,7 +197,7 @@ def load_keys(_: mgpu.LaunchContext, keys: ir.Value, *, head_dim: int) -> mgpu.F
     """Keys, H/2 bytes a token in shared memory, as E4M3 [tokens, H] in WGMMA_8BIT layout.
 
     The thread's part of a row is H/8 contiguous bytes: word j gives the four channels of column
-    tile j (low nibbles) and of column tile j + H/32 (high nibbles).
+    tile j (first codes) and of column tile j + H/32 (second codes).
     """
     tokens, stored = _tokens(keys, head_dim), head_dim // 2
     words = stored // 16
@@ -216,7 +216,7 @@ def load_keys(_: mgpu.LaunchContext, keys: ir.Value, *, head_dim: int) -> mgpu.F
 def load_values(_: mgpu.LaunchContext, values: ir.Value, *, head_dim: int) -> mgpu.FragmentedArray:
     """Values, H/2 bytes a token in shared memory, as E4M3 V^T [H, tokens] in WGMMA_8BIT layout.
 
-    Row 64 b + 16 w + 8 h + g of the result is the channel in nibble h of byte
+    Row 64 b + 16 w + 8 h + g of the result is the channel of code h of byte
     (8 w + g) * H/64 + b. Column 128 i + 4 (8 w + g) + e is token
     128 i + 64 (e // 2) + 16 w + 8 (e % 2) + g: the order of :func:`store_probabilities`.
     """
@@ -272,11 +272,10 @@ def thread_position() -> tuple[ir.Value, ir.Value, ir.Value]:
 
 
 def codes_to_e4m3(word: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Four bytes of two INT4 codes -> four E4M3 bytes each of the low and of the high codes."""
+    """Four bytes of ``formats.pack_int4`` -> four E4M3 bytes each of the first and of the second codes."""
     left, right = arith.shli(word, const(4)), arith.shrui(word, const(4))
-    low = arith.ori(arith.andi(word, const(0x07070707)), arith.andi(left, const(0x80808080)))
-    high = arith.ori(arith.andi(right, const(0x07070707)), arith.andi(word, const(0x80808080)))
-    return low, high
+    second = arith.ori(arith.andi(right, const(0x07070707)), arith.andi(left, const(0x80808080)))
+    return arith.andi(word, const(0x87878787)), second
 
 
 def transpose_bytes(loaded: list[ir.Value], width: int) -> list[ir.Value]:

@@ -163,15 +163,14 @@ def quotients(row: Row, scale: ir.Value) -> Row:
 
 def to_int4(low: Sequence[ir.Value], high: Sequence[ir.Value]) -> ir.Value:
     """Four bytes of ``formats.pack_int4`` from four elements of each half."""
-    magnitudes = [_gather_bytes([_magnitude(x) for x in half], 0) for half in (low, high)]
     signs = [_gather_bytes([arith.bitcast(i32(), x) for x in half], 3) for half in (low, high)]
-    magnitude = arith.ori(magnitudes[0], arith.shli(magnitudes[1], const(4)))
+    low_magnitude, high_magnitude = (_gather_bytes([_magnitude(x) for x in half], 0) for half in (low, high))
+    # Code 0 has no sign: adding 7 brings the other magnitudes to the top bit of a nibble, here of the sign's.
+    nonzero = arith.addi(arith.ori(high_magnitude, arith.shli(low_magnitude, const(4))), const(0x77777777))
     sign = arith.ori(
-        arith.andi(arith.shrui(signs[0], const(4)), const(0x08080808)), arith.andi(signs[1], const(0x80808080))
+        arith.andi(signs[0], const(0x80808080)), arith.andi(arith.shrui(signs[1], const(4)), const(0x08080808))
     )
-    # Code 0 has no sign: adding 7 brings the other magnitudes to the nibble's top bit.
-    nonzero = arith.addi(magnitude, const(0x77777777))
-    return arith.ori(magnitude, arith.andi(sign, nonzero))
+    return arith.ori(arith.ori(low_magnitude, arith.shli(high_magnitude, const(4))), arith.andi(sign, nonzero))
 
 
 def _magnitude(x: ir.Value) -> ir.Value:
