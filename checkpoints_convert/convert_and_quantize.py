@@ -9,6 +9,7 @@ from pathlib import Path
 
 from checkpoints_convert.calibration_data import calibration_batches
 from checkpoints_convert.conversion import ConversionOptions, convert, needs_calibration
+from fireq_jax.command_line import exit_code
 from fireq_jax.compilation import keep_programs
 from fireq_jax.quantization import recipes
 from fireq_jax.tokenizer import load_tokenizer
@@ -45,16 +46,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command; returns its exit code (``command_line``)."""
     args = parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("absl").setLevel(logging.WARNING)
-    try:
-        run(args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"fireq-convert: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code("fireq-convert", lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:

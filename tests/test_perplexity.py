@@ -9,14 +9,16 @@ from flax import nnx
 
 from fireq_jax import LlamaForCausalLM, ModelConfig, recipes
 from fireq_jax.evaluation.perplexity import _token_nll, count_windows, perplexity, scored_range
+from fireq_jax.models.config import RopeConfig
 
 VOCAB = 61
 
 
-def small_model(recipe):
+def small_model(recipe, rope=None):
     config = ModelConfig(
-        VOCAB, 64, 96, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=32, max_position_embeddings=32
-    )
+        VOCAB, 64, 96, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=32, max_position_embeddings=32,
+        rope=rope or RopeConfig(),
+    )  # fmt: skip
     model = LlamaForCausalLM(config, recipe, dtype=jnp.float32)
     assert model.lm_head is not None
     # Peaked distributions: with the initial 0.02 every model has a perplexity of about VOCAB.
@@ -94,6 +96,16 @@ def test_text_shorter_than_a_window(model, tokens):
     short = perplexity(model, tokens[:10], window=32, progress=False)
     assert short.tokens == 9
     assert short.nll == pytest.approx(float64_nll(model, tokens[:10]).sum(), rel=1e-5)
+
+
+def test_padding_does_not_count_where_rotations_depend_on_the_length(tokens):
+    """The last of these windows is longer than the model's positions, and shorter than the others."""
+    dynamic = small_model(recipes.none(), RopeConfig(rope_type="dynamic", factor=2.0))
+    packed = dynamic.layers[0].self_attn.qkv_proj.weight
+    packed.set_value(packed.get_value() * 20)  # so that where a token stands matters
+    result = perplexity(dynamic, tokens[:104], window=64, progress=False)
+    expected = [float64_nll(dynamic, part) for part in (tokens[:64], tokens[64:104])]
+    assert result.nll == pytest.approx(np.concatenate(expected).sum(), rel=1e-5)
 
 
 def test_a_window_beyond_the_models_positions_is_logged(model, tokens, caplog):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+from fireq_jax.command_line import exit_code
 from fireq_jax.compilation import keep_programs
 from fireq_jax.evaluation.comparison import evaluate, format_table
 from fireq_jax.evaluation.plots import plot_smoothing
@@ -54,14 +55,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command; returns its exit code (``command_line``)."""
     args = parser().parse_args(arguments)
-    try:
-        run(args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"fireq-evaluate: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code("fireq-evaluate", lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -82,6 +82,8 @@ def perplexity(
     windows = windows if max_windows is None else min(windows, max_windows)
     batch_size = min(batch_size, windows)
     arrays, structure = jax.tree.flatten(model)
+    # Where rotations depend on a sequence's length, padding must not count.
+    masked = model.config.rope.rope_type == "dynamic"
 
     nll, scored = 0.0, 0
     with tqdm(total=windows, desc=description, unit="window", disable=not progress) as bar:
@@ -90,10 +92,13 @@ def perplexity(
             # All batches have one shape, so that there is one compilation. Padding comes after a
             # window's tokens, where causal attention lets nothing see it.
             batch = np.zeros((batch_size, window), np.int32)
+            mask = np.zeros_like(batch) if masked else None
             for row in range(count):
                 part = tokens[(first + row) * stride :][:window]
                 batch[row, : len(part)] = part
-            token_nll = np.asarray(_token_nll(structure, arrays, jnp.asarray(batch)), np.float64)
+                if mask is not None:
+                    mask[row, : len(part)] = 1
+            token_nll = np.asarray(_token_nll(structure, arrays, batch, mask), np.float64)
             for row in range(count):
                 begin, end = scored_range(first + row, len(tokens), window, stride)
                 # Column i of token_nll belongs to the window's token i + 1.
@@ -119,10 +124,12 @@ def scored_range(index: int, length: int, window: int, stride: int) -> tuple[int
 
 @functools.partial(jax.jit, static_argnames="structure")
 @lowered_once("structure")
-def _token_nll(structure: Any, arrays: list[Array], tokens: Int32[Array, "B T"]) -> Float32[Array, "B T-1"]:
+def _token_nll(
+    structure: Any, arrays: list[Array], tokens: Int32[Array, "B T"], mask: Int32[Array, "B T"] | None
+) -> Float32[Array, "B T-1"]:
     """Negative log-likelihood of each row's tokens 1, 2, ..., T - 1 by the model that was flattened."""
     model: LlamaForCausalLM = jax.tree.unflatten(structure, arrays)
-    logits = model(tokens)[:, :-1]
+    logits = model(tokens, mask)[:, :-1]
     chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 

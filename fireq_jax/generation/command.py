@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import os
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -15,6 +13,7 @@ import jax
 import numpy as np
 
 from fireq_jax.checkpoint import StoredModel
+from fireq_jax.command_line import exit_code
 from fireq_jax.compilation import keep_programs
 from fireq_jax.generation.generate import compile_ahead, generate, stream
 from fireq_jax.generation.sampling import SamplingConfig, SamplingOptions
@@ -34,19 +33,9 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code, 2 for invalid input, 141 if nobody reads the text any more."""
+    """Run the command; returns its exit code (``command_line``)."""
     arguments = _parser().parse_args(argv)
-    try:
-        _run(arguments)
-        sys.stdout.flush()  # here, where a closed pipe is caught, and not at exit
-    except (ValueError, NotImplementedError) as error:
-        print(f"fireq-generate: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        # As a shell says of a program that this ended. What is still to be flushed at exit goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    return 0
+    return exit_code("fireq-generate", lambda: _run(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:

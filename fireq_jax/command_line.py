@@ -1,0 +1,24 @@
+"""How the commands end: with an exit code and one line of what was wrong, not with a traceback."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+# What users can put right: arguments and files, what a named kernel cannot run, packages that are not installed.
+_EXPECTED = ValueError, NotImplementedError, OSError, ImportError
+
+
+def exit_code(command: str, run: Callable[[], None]) -> int:
+    """``run``'s exit code: 0, 2 for invalid input, and 141 (as shells say it) once nobody reads stdout any more."""
+    try:
+        run()
+        sys.stdout.flush()  # here, where a closed pipe is caught, and not at exit
+    except BrokenPipeError:
+        # What is still to be flushed at exit goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except _EXPECTED as error:
+        print(f"{command}: {error}", file=sys.stderr)
+        return 2
+    return 0

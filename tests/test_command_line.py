@@ -1,0 +1,37 @@
+"""How commands end."""
+
+import os
+import sys
+
+import pytest
+
+from fireq_jax.command_line import exit_code
+
+
+def test_a_command_that_ran_ends_with_0(capsys):
+    assert exit_code("fireq-test", lambda: print("done")) == 0
+    assert capsys.readouterr() == ("done\n", "")
+
+
+@pytest.mark.parametrize("kind", [ValueError, NotImplementedError, FileNotFoundError, ImportError])
+def test_what_users_can_put_right_is_one_line(capsys, kind):
+    def run():
+        raise kind("x is 3; expected 4")
+
+    assert exit_code("fireq-test", run) == 2
+    assert capsys.readouterr() == ("", "fireq-test: x is 3; expected 4\n")
+
+
+def test_other_errors_have_a_traceback():
+    with pytest.raises(ZeroDivisionError):
+        exit_code("fireq-test", lambda: print(1 // 0))
+
+
+@pytest.mark.parametrize("flush", [False, True])
+def test_a_reader_that_has_seen_enough_ends_a_command(monkeypatch, flush):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as text:
+        monkeypatch.setattr(sys, "stdout", text)
+        assert exit_code("fireq-test", lambda: print("text", flush=flush)) == 141
+        print("more", flush=True)
