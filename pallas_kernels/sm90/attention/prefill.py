@@ -51,6 +51,7 @@ from pallas_kernels.sm90.attention.decode_device import swizzled
 from pallas_kernels.sm90.attention.prefill_device import BLOCK_Q, PRODUCT_KEYS, WARPGROUPS, kernel, prepare_kernel
 from pallas_kernels.sm90.attention.prefill_registers import PREPARED_TOKENS, SUM_COLUMNS
 from pallas_kernels.sm90.attention.registers import CODE_UNIT
+from pallas_kernels.sm90.attention.schedule import Schedule, causal_schedule
 from pallas_kernels.sm90.hardware import NUM_SMS
 
 _LOG2E = math.log2(math.e)
@@ -202,12 +203,14 @@ def launch(
         raise ValueError(f"v has {v.shape[2]} rows; expected {head_dim + config.sum_columns} in this config")
     block_kv, stages = config.block_kv, config.stages
     row_blocks = -(-length // (WARPGROUPS * BLOCK_Q))
+    copies = heads * batch
+    ctas = min(NUM_SMS, row_blocks * copies)
+    schedule = causal_schedule(row_blocks, copies, ctas) if causal else Schedule(row_blocks * copies, ctas)
+    options = {"causal": causal, "window": window, "pipeline": config.pipeline}
     return plgpu.kernel(
-        functools.partial(
-            kernel, to_scores=scale * _LOG2E / CODE_UNIT, causal=causal, window=window, pipeline=config.pipeline
-        ),
+        functools.partial(kernel, schedule=schedule, to_scores=scale * _LOG2E / CODE_UNIT, **options),
         out_type=jax.ShapeDtypeStruct(q.shape, out_dtype),
-        grid=(min(NUM_SMS, heads * row_blocks * batch),),
+        grid=(ctas,),
         grid_names=("cta",),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",

@@ -16,6 +16,7 @@ from pallas_kernels import formats
 from pallas_kernels.sm90.attention import prefill_registers as registers
 from pallas_kernels.sm90.attention.decode_device import swizzle
 from pallas_kernels.sm90.attention.registers import CODE_UNIT
+from pallas_kernels.sm90.attention.schedule import Schedule
 
 BLOCK_Q = 64  # queries of a warpgroup: WGMMA's M
 PRODUCT_KEYS = 64  # of a product P V where a tile's are two, and so the width of V's swizzled tiles
@@ -70,6 +71,7 @@ def kernel(
     full,
     free,
     turns,
+    schedule: Schedule,
     to_scores: float,
     causal: bool,
     window: int | None,
@@ -81,12 +83,12 @@ def kernel(
     batches, length, heads, _ = out_gmem.shape
     row_blocks = -(-length // block_rows)
     group = heads // k_gmem.shape[1]
-    cta, ctas, warpgroup = lax.axis_index("cta"), lax.axis_size("cta"), lax.axis_index("warpgroup")
-    count = visits(cta, ctas, row_blocks * batches * heads)
+    cta, warpgroup = lax.axis_index("cta"), lax.axis_index("warpgroup")
+    count = schedule.visits(cta)
 
     def block(i) -> _Block:
         """This thread block's i-th. Heads that share keys are neighbours, and the longest come first."""
-        index = visited(cta, ctas, jnp.minimum(i, count - 1))
+        index = schedule.visited(cta, jnp.minimum(i, count - 1))
         rest, head = lax.div(index, jnp.int32(heads)), lax.rem(index, jnp.int32(heads))
         batch = lax.rem(rest, jnp.int32(batches))
         # The last queries see the most keys.
@@ -176,20 +178,6 @@ def kernel(
         first = block(0)
         lax.fori_loop(0, count, visit, (first, scales(first), jnp.int32(0)))
         plgpu.wait_smem_to_gmem(0)
-
-
-def visited(cta, ctas: int, i):
-    """Index of the i-th block of queries that one of ``ctas`` thread blocks visits.
-
-    They take a row of blocks forth and the next one back: of blocks that become shorter, all get as much.
-    """
-    return i * ctas + jnp.where(i % 2 == 0, cta, ctas - 1 - cta)
-
-
-def visits(cta, ctas: int, blocks: int):
-    """How many of ``blocks`` blocks of queries a thread block visits."""
-    rows, rest = divmod(blocks, ctas)
-    return rows + (visited(cta, ctas, jnp.int32(rows)) < rows * ctas + rest).astype(jnp.int32)
 
 
 class _Block(NamedTuple):
