@@ -13,9 +13,9 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
@@ -169,7 +169,8 @@ def _convert_block(
         output, statistics = calibrator.run(block, hidden)
         if not np.isfinite(output).all():
             raise ValueError(f"block {index} turns calibration text into NaN or infinity; the checkpoint is broken")
-        _save_array(_hidden_path(work, index + 1), output)
+        if index + 1 < config.num_layers:
+            _save_array(_hidden_path(work, index + 1), output)
         del output, hidden
     if quantization.smoothing is not None:
         keys = inputs = values = None
@@ -206,7 +207,7 @@ def _compensate_block(
     if compensator.follows_quantized and index > 0:
         quantized_hidden = np.load(_quantized_hidden_path(work, index), mmap_mode="r")
     parameters, output = compensator.quantize(block, index, hidden, quantized_hidden, dtype)
-    if output is not None:
+    if output is not None and index + 1 < compensator.config.num_layers:
         _save_array(_quantized_hidden_path(work, index + 1), output)
     return parameters
 
@@ -314,6 +315,7 @@ def _check_tokens(tokens: Int[np.ndarray, "samples T"], vocab_size: int, longest
 
 
 def _check_output(output: Path, fingerprint: Mapping[str, Any], *, resume: bool) -> None:
+    checkpoint.check_writable(output)
     if (output / checkpoint.MANIFEST).exists():
         raise ValueError(f"{output} already holds a complete model; give another output folder or remove it")
     if output.exists() and not output.is_dir():
@@ -388,16 +390,21 @@ def _quantized_hidden_path(work: Path, index: int) -> Path:
 
 
 def _save_array(path: Path, array: np.ndarray) -> None:
-    aside = path.with_suffix(".tmp")
-    with aside.open("wb") as file:
-        np.save(file, array)
-    aside.replace(path)
+    _write(path, lambda file: np.save(file, array))
 
 
 def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    _write(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
+
+
+def _write(path: Path, save: Callable[[IO[bytes]], None]) -> None:
+    """Aside, then renamed; on a full disk numpy's error names no file."""
     aside = path.with_suffix(".tmp")
-    with aside.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
+    try:
+        with aside.open("wb") as file:
+            save(file)
+    except OSError as error:
+        raise OSError(f"{aside} cannot be written: {error}; is the disk full?") from error
     aside.replace(path)
 
 

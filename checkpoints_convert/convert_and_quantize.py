@@ -78,6 +78,8 @@ def run(args: argparse.Namespace) -> None:
             sequence_length=args.sequence_length,
             seed=args.seed,
         )
+    elif args.calibration is not None:
+        logging.getLogger(__name__).warning("recipe %r reads no text; --calibration is not looked at", args.recipe)
     keep_programs()
     report = convert(options, tokens, resume=args.resume)
     before, after = report["bytes_before"] / 1e6, report["bytes_after"] / 1e6
@@ -90,7 +92,7 @@ def resolve_model(name: str) -> Path:
     Raises:
         ValueError: if ``name`` is neither.
     """
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         return Path(name)
     if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/")):
         raise ValueError(f"model is {name!r}; expected an existing folder or a hub id such as 'owner/model'")

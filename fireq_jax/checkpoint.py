@@ -111,6 +111,12 @@ def write_manifest(folder: Path, config: ModelConfig, quantization: Quantization
     write_json(folder / MANIFEST, fields)
 
 
+def check_writable(folder: Path) -> None:
+    """Raise ValueError where Orbax would write nothing, and say only in its log that it has not."""
+    if "[" in str(folder.absolute()):
+        raise ValueError(f"{folder.absolute()} has a '[' in it, which Orbax takes for a pattern; give another folder")
+
+
 def save_part(folder: Path, part: str, parameters: Mapping[str, Parameter]) -> None:
     """Commit one part ("layers.N", "embed_tokens" ...) of a model's parameters."""
     with ocp.StandardCheckpointer() as checkpointer:
@@ -130,7 +136,12 @@ def part_of(name: str) -> str:
 def save_model(
     folder: Path, config: ModelConfig, quantization: QuantizationConfig, parameters: Mapping[str, Parameter]
 ) -> None:
-    """Write a model to ``folder`` (without a tokenizer), part by part, manifest last."""
+    """Write a model to ``folder`` (without a tokenizer), part by part, manifest last.
+
+    Raises:
+        ValueError: for a folder that cannot be written to (:func:`check_writable`).
+    """
+    check_writable(folder)
     # A model that was here must not look complete while it is half replaced.
     (folder / MANIFEST).unlink(missing_ok=True)
     for part in dict.fromkeys(map(part_of, parameters)):

@@ -10,7 +10,7 @@ _EXPECTED = ValueError, NotImplementedError, OSError, ImportError
 
 
 def exit_code(command: str, run: Callable[[], None]) -> int:
-    """``run``'s exit code: 0, 2 for invalid input, and 141 (as shells say it) once nobody reads stdout any more."""
+    """``run``'s exit code: 0, 2 for invalid input; as shells say it, 130 if interrupted, 141 if nobody reads stdout."""
     try:
         run()
         sys.stdout.flush()  # here, where a closed pipe is caught, and not at exit
@@ -18,6 +18,9 @@ def exit_code(command: str, run: Callable[[], None]) -> int:
         # What is still to be flushed at exit goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        print(f"{command}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     except _EXPECTED as error:
         print(f"{command}: {error}", file=sys.stderr)
         return 2

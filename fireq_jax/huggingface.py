@@ -34,6 +34,7 @@ BLOCK_LINEARS = (
     "mlp.up_proj",
     "mlp.down_proj",
 )
+_LARGEST = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
 # Buffers that old exports carry; RoPE is computed from the config.
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 
@@ -146,11 +147,13 @@ class HuggingFaceCheckpoint:
         return _torch_to_numpy(self._torch_file[1][name])
 
     def check_finite(self, *, progress: bool = True) -> None:
-        """Read every tensor once and raise ValueError naming the first with a NaN or infinity."""
+        """Read every tensor once; ValueError names the first with a NaN or an infinity, also of bfloat16."""
         names = list(expected_shapes(self.config))
         for name in tqdm(names, desc="checking tensors", unit="tensor", disable=not progress, leave=False):
             values = self.tensor(name)
             finite = np.isfinite(values)
+            if values.dtype.itemsize > 2:
+                finite &= np.abs(values) <= _LARGEST
             if not finite.all():
                 where = np.unravel_index(int(np.argmin(finite)), values.shape)
                 raise ValueError(
@@ -208,6 +211,8 @@ def _locate_tensors(folder: Path) -> dict[str, Path]:
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise ValueError(f"{index} has no weight_map; expected tensor names and their files")
+            if odd := [file for file in weight_map.values() if not isinstance(file, str)]:
+                raise ValueError(f"{index} maps a tensor to {odd[0]!r}; expected the name of a file")
             files = {name: folder / file for name, file in weight_map.items()}
             for path in sorted(set(files.values())):
                 if not path.is_file():

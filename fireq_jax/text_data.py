@@ -2,10 +2,12 @@
 
 What each kind of source holds:
 
-- ``.jsonl``: one JSON object a line, one document each, in its text field ("text" unless overridden);
+- ``.jsonl``, ``.ndjson``, ``.json``: one JSON object a line, one document each, in its text field ("text" unless
+  overridden);
 - ``.parquet``: one document a row, in the column of that name; needs pyarrow;
 - any other file (``.txt``, ``.md``, ...): one document;
-- a folder: its ``.txt``, ``.jsonl`` and ``.parquet`` files in the order of their names, not its subfolders;
+- a folder: its ``.txt``, ``.jsonl``, ``.ndjson`` and ``.parquet`` files in the order of their names, not its
+  subfolders;
 - anything else: a data set of the ``datasets`` library, ``NAME``, ``NAME:CONFIG`` or ``NAME:CONFIG:SPLIT``
   (split "train" unless given); needs datasets.
 """
@@ -20,7 +22,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-_FOLDER_SUFFIXES = (".jsonl", ".parquet", ".txt")
+_FOLDER_SUFFIXES = (".jsonl", ".ndjson", ".parquet", ".txt")
+_JSON_LINES = (".jsonl", ".ndjson", ".json")
 # Documents handed to the tokenizer at once: enough for its threads, few enough for memory.
 _TOKENIZE_TOGETHER = 256
 
@@ -36,9 +39,11 @@ def read_documents(source: str | Path, *, text_field: str = "text") -> list[str]
         ValueError: if the source does not exist, is not UTF-8, lacks the text field or holds no text.
         ImportError: if reading it needs a package that is not installed; the message names it.
     """
+    if not str(source):
+        raise ValueError("the text source is ''; expected a file, a folder or the name of a data set")
     path = Path(source)
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in _FOLDER_SUFFIXES and file.is_file())
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in _FOLDER_SUFFIXES and file.is_file())
         if not files:
             raise ValueError(f"{path}: the folder has no text; expected {', '.join(_FOLDER_SUFFIXES)} files in it")
         documents = [document for file in files for document in _read_file(file, text_field)]
@@ -77,7 +82,8 @@ def load_tokens(source: str | Path, tokenizer: Any, *, text_field: str = "text")
 
 
 def _read_file(path: Path, text_field: str) -> list[str]:
-    if path.suffix == ".parquet":
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
         return _read_parquet(path, text_field)
     data = path.read_bytes()
     try:
@@ -86,7 +92,7 @@ def _read_file(path: Path, text_field: str) -> list[str]:
         raise ValueError(
             f"{path}: not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; expected UTF-8 text"
         ) from error
-    return _read_jsonl(path, text, text_field) if path.suffix == ".jsonl" else [text]
+    return _read_jsonl(path, text, text_field) if suffix in _JSON_LINES else [text]
 
 
 def _read_jsonl(path: Path, text: str, text_field: str) -> list[str]:
@@ -134,7 +140,7 @@ def _read_parquet(path: Path, text_field: str) -> list[str]:
 
 
 def _read_dataset(name: str, text_field: str) -> list[str]:
-    if Path(name).suffix in _FOLDER_SUFFIXES or Path(name).is_absolute():
+    if Path(name).suffix.lower() in (*_FOLDER_SUFFIXES, *_JSON_LINES) or Path(name).is_absolute():
         raise ValueError(f"{name}: no such file; expected a text file, a folder of them or the name of a data set")
     datasets: Any = _import_optional(
         "datasets", f"{name}: no such file or folder; reading it as the name of a data set", "datasets"

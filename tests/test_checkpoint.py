@@ -214,6 +214,13 @@ def test_a_part_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
         np.testing.assert_array_equal(found["norm.weight"], written["norm.weight"])
 
 
+def test_a_folder_that_orbax_cannot_write_to_is_refused(saved, tmp_path):
+    model = LlamaForCausalLM.from_pretrained(saved)
+    with pytest.raises(ValueError, match=r"v\[1\] has a '\[' in it"):
+        model.save(tmp_path / "v[1]")
+    assert not (tmp_path / "v[1]").exists()
+
+
 def test_json_is_written_as_a_whole(tmp_path):
     path = tmp_path / "report.json"
     write_json(path, {"a": 1})

@@ -22,6 +22,14 @@ def test_what_users_can_put_right_is_one_line(capsys, kind):
     assert capsys.readouterr() == ("", "fireq-test: x is 3; expected 4\n")
 
 
+def test_an_interrupted_command_says_so(capsys):
+    def run():
+        raise KeyboardInterrupt
+
+    assert exit_code("fireq-test", run) == 130
+    assert capsys.readouterr() == ("", "fireq-test: interrupted\n")
+
+
 def test_other_errors_have_a_traceback():
     with pytest.raises(ZeroDivisionError):
         exit_code("fireq-test", lambda: print(1 // 0))

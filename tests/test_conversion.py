@@ -280,6 +280,19 @@ def test_command_line_errors_quote_the_value_and_write_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_orbax_cannot_write_to_is_refused(source: Path, tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "out[4bit]"
+    assert main(["--model", str(source), "--output", str(folder), "--recipe", "rtn"]) == 2
+    assert "out[4bit] has a '[' in it" in capsys.readouterr().err
+    assert not folder.exists()
+
+
+def test_text_that_a_recipe_does_not_read_is_said(source: Path, tmp_path: Path, caplog) -> None:
+    arguments = ["--model", str(source), "--output", str(tmp_path / "out"), "--recipe", "rtn"]
+    assert main([*arguments, "--calibration", "gone.txt"]) == 0
+    assert "'rtn' reads no text" in caplog.text
+
+
 def test_unknown_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--model", "./nowhere", "--output", str(tmp_path / "out"), "--recipe", "rtn"]) == 2
     assert "'./nowhere'" in capsys.readouterr().err

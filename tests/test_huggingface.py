@@ -169,6 +169,15 @@ def test_non_finite_numbers_are_found_and_placed(tmp_path, dtype, value):
         checkpoint.check_finite(progress=False)
 
 
+@pytest.mark.parametrize(("dtype", "value"), [(np.float64, 1e300), (np.float32, 3.4e38)])
+def test_numbers_that_would_become_infinite_are_found(tmp_path, dtype, value):
+    tensors = {name: array.astype(dtype) for name, array in TENSORS.items()}
+    tensors["model.norm.weight"][5] = value
+    checkpoint = HuggingFaceCheckpoint(write_folder(tmp_path, FIELDS, tensors))
+    with pytest.raises(ValueError, match=r"model\.norm\.weight .* at \(5,\)"):
+        checkpoint.check_finite(progress=False)
+
+
 class Malicious:
     """Unpickling this creates the file."""
 

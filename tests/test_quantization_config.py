@@ -75,11 +75,36 @@ def test_unknown_recipe_lists_all_of_them():
         ({"smoothing": {"column_statistic": "median"}}, "'median'"),
         ({"wieght_format": "int4"}, "'wieght_format'"),
         ({"smoothing": {"aplha": 1.0}}, "'aplha'"),
+        ({"smoothing": 5}, "smoothing is 5; expected an object"),
+        ({"group_size": 64.0}, r"group_size is 64\.0; expected a whole number"),
+        ({"key_clip": "0.9"}, "key_clip is '0.9'; expected a number"),
+        ({"keep_float": None}, "keep_float is None; expected a list"),
+        ({"keep_float": [3]}, r"keep_float is \[3\]; expected a tuple of patterns"),
     ],
 )
 def test_errors_quote_the_offending_key_or_value(fields, quoted):
+    complete = {**QuantizationConfig().to_dict(), **fields}
+    if isinstance(smoothing := complete["smoothing"], dict):
+        complete["smoothing"] = {**dataclasses.asdict(SmoothingConfig()), **smoothing}
     with pytest.raises(ValueError, match=quoted):
+        QuantizationConfig.from_dict(complete)
+
+
+def test_a_key_that_is_missing_is_no_default():
+    fields = recipes.fireq_plus().to_dict()
+    del fields["key_clip"], fields["unbiased_keys"]
+    with pytest.raises(ValueError, match=r"keys \['key_clip', 'unbiased_keys'\] are missing"):
         QuantizationConfig.from_dict(fields)
+    fields = recipes.fireq_plus().to_dict()
+    del fields["smoothing"]["alpha"]
+    with pytest.raises(ValueError, match=r"SmoothingConfig keys \['alpha'\] are missing"):
+        QuantizationConfig.from_dict(fields)
+
+
+def test_patterns_may_be_a_list_but_not_a_string():
+    assert QuantizationConfig(keep_float=["layers.0.*"]) == QuantizationConfig(keep_float=("layers.0.*",))
+    with pytest.raises(ValueError, match=r"keep_float is 'layers\.0\.\*'; expected a tuple"):
+        QuantizationConfig(keep_float="layers.0.*")
 
 
 @pytest.mark.parametrize(("kv_format", "query"), [("none", "none"), ("fp8", "fp8"), ("int4", "fp8")])

@@ -65,6 +65,7 @@ def test_several_forms_in_one_config_count_as_in_transformers():
     assert read(rope_parameters={"rope_type": "default"}, rope_scaling=scaling).rope.rope_type == "linear"
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
     assert read(rope_scaling=yarn, original_max_position_embeddings=32).rope.original_max_position_embeddings == 32
+    assert read(rope_scaling={**yarn, "finetuned": True}) == read(rope_scaling=yarn)
     with pytest.raises(ValueError, match="rope_scaling is 'linear'; expected an object"):
         read(rope_scaling="linear")
     with pytest.raises(ValueError, match=r"beta_fast is 0 .*expected positive"):
@@ -99,6 +100,9 @@ def test_defaults_without_any_rope_key():
         ({"rope_scaling": {"rope_type": "yarn", "factor": None}}, "'yarn'.*factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0.0}}, r"factor.* 0\.0"),
         ({"rope_theta": -1.0}, r"-1\.0"),
+        ({"rope_theta": [1]}, r"theta is \[1\]; expected a number"),
+        ({"rope_theta": 1.0, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, r"theta is 1\.0; YaRN"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps is 0"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 4.0}}, r"low_freq_factor is 4\.0"),
         ({"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}}, r"partial_rotary_factor is 0\.5"),
         ({"partial_rotary_factor": 0.25}, r"partial_rotary_factor is 0\.25"),

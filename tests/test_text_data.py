@@ -44,6 +44,12 @@ def test_jsonl_parquet_and_folder_hold_the_same_documents(tmp_path):
         assert read_documents(source) == DOCUMENTS
 
 
+@pytest.mark.parametrize("name", ["rows.ndjson", "c4-train.00000.json", "ROWS.JSONL"])
+def test_json_lines_have_several_names(tmp_path, name):
+    write_jsonl(tmp_path / name, [{"text": text} for text in DOCUMENTS])
+    assert read_documents(tmp_path / name) == DOCUMENTS
+
+
 def test_any_other_file_is_one_document(tmp_path):
     for name in ("plain.txt", "README.md", "no_suffix"):
         (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + DOCUMENTS[1].encode())
@@ -133,8 +139,10 @@ def test_bad_parquet_columns(tmp_path):
 def test_missing_sources(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"gone.txt: no such file; expected a text file, a folder"):
         read_documents(tmp_path / "gone.txt")
-    with pytest.raises(ValueError, match=r"the folder has no text; expected .jsonl, .parquet, .txt files in it"):
+    with pytest.raises(ValueError, match=r"the folder has no text; expected .jsonl, .ndjson, .parquet, .txt files"):
         read_documents(tmp_path)
+    with pytest.raises(ValueError, match="the text source is ''"):
+        read_documents("")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"some/name: no such file or folder; .* pip install datasets"):
         read_documents("some/name")

@@ -5,33 +5,12 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Literal, Self, get_args
 
+from fireq_jax.config_fields import check_names, check_types, is_a, mapping
+
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 logger = logging.getLogger(__name__)
 
 _ORIGINAL = "original_max_position_embeddings"
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false"}
-
-
-def _is_a(value: Any, kind: type) -> bool:
-    """Whether a JSON value is of a kind; a whole number is a number too, and a bool is none."""
-    return isinstance(value, bool) if kind is bool else isinstance(value, int | kind) and not isinstance(value, bool)
-
-
-def _check_types(config: Any) -> None:
-    """Raise ValueError unless numbers and flags are of their fields' types."""
-    for field in dataclasses.fields(config):
-        value, options = getattr(config, field.name), get_args(field.type) or (field.type,)
-        kind = next((kind for kind in _KINDS if kind in options), None)
-        if kind is None or (value is None and type(None) in options):
-            continue
-        if not all(_is_a(each, kind) for each in (value if isinstance(value, tuple) else (value,))):
-            raise ValueError(f"{field.name} is {value!r}; expected {_KINDS[kind]}")
-
-
-def _mapping(value: Any, name: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{name} is {value!r}; expected an object")
-    return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +42,13 @@ class RopeConfig:
     mscale_all_dim: float | None = None
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         if self.rope_type not in get_args(RopeType):
             raise ValueError(f"rope_type is {self.rope_type!r}; expected one of {get_args(RopeType)}")
         if not self.factor > 0 or not self.theta > 0:
             raise ValueError(f"rope theta is {self.theta} and factor {self.factor}; expected positive numbers")
+        if self.rope_type == "yarn" and not self.theta > 1:
+            raise ValueError(f"rope theta is {self.theta}; YaRN expects more than 1")
         if self.rope_type == "yarn" and not (self.beta_fast > 0 and self.beta_slow > 0):
             raise ValueError(f"beta_fast is {self.beta_fast} and beta_slow {self.beta_slow}; expected positive numbers")
         if self.rope_type == "llama3" and not self.low_freq_factor < self.high_freq_factor:
@@ -81,16 +62,17 @@ class RopeConfig:
         """Read ``rope_parameters`` (v5) or ``rope_theta`` and ``rope_scaling`` (v4) of a config."""
         # transformers' order where a config has several forms of it.
         name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
-        values = dict(_mapping(fields.get(name) or {}, name))
+        values = dict(mapping(fields.get(name) or {}, name))
         for name in ("rope_theta", "partial_rotary_factor"):
             if name in fields:
                 values.setdefault(name, fields[name])
         values["rope_type"] = values.pop("rope_type", None) or values.pop("type", None) or "default"
-        values.pop("type", None)
+        for name in ("type", "finetuned"):  # the second says how a model came about
+            values.pop(name, None)
         if values["rope_type"] in ("llama3", "yarn") and (positions := fields.get(_ORIGINAL)) is not None:
             values[_ORIGINAL] = positions
         if (theta := values.pop("rope_theta", None)) is not None:
-            values["theta"] = float(theta)
+            values["theta"] = float(theta) if is_a(theta, float) else theta
         if (partial := values.pop("partial_rotary_factor", None)) not in (None, 1.0):
             raise ValueError(f"partial_rotary_factor is {partial}; only 1.0 is supported")
         if values["rope_type"] != "default" and values.get("factor") is None:
@@ -100,9 +82,7 @@ class RopeConfig:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
         """Read the fields by name; unknown keys are errors."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(_mapping(fields, "rope")) - known):
-            raise ValueError(f"unknown RoPE keys {unknown}; expected some of {sorted(known)}")
+        check_names(cls, mapping(fields, "rope"), may_lack=True)
         return cls(**fields)
 
 
@@ -132,7 +112,7 @@ class ModelConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         sizes = (
             "vocab_size",
             "hidden_size",
@@ -146,6 +126,8 @@ class ModelConfig:
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
+        if not self.rms_norm_eps > 0:
+            raise ValueError(f"rms_norm_eps is {self.rms_norm_eps}; expected a positive number")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads is {self.num_heads}; expected a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
@@ -167,7 +149,7 @@ class ModelConfig:
         if missing := [name for name in _REQUIRED if fields.get(name) is None]:
             raise ValueError(f"config.json lacks {missing[0]}")
         for name in ("hidden_size", "num_attention_heads"):
-            if not _is_a(fields[name], int) or fields[name] < 1:
+            if not is_a(fields[name], int) or fields[name] < 1:
                 raise ValueError(f"{name} is {fields[name]!r}; expected a positive whole number")
         heads = values["num_heads"]
         values.setdefault("num_kv_heads", heads)
@@ -186,12 +168,8 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
         """Read :meth:`to_dict`'s output; unknown keys are errors."""
-        values = dict(_mapping(fields, "the model's config"))
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"unknown ModelConfig keys {unknown}; expected some of {sorted(known)}")
-        if missing := sorted(known - set(values)):
-            raise ValueError(f"ModelConfig keys {missing} are missing; expected all of {sorted(known)}")
+        values = dict(mapping(fields, "the model's config"))
+        check_names(cls, values)
         if not isinstance(values["eos_token_ids"], list | tuple):
             raise ValueError(f"eos_token_ids is {values['eos_token_ids']!r}; expected a list of whole numbers")
         values["rope"] = RopeConfig.from_dict(values["rope"])

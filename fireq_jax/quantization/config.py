@@ -5,6 +5,7 @@ import fnmatch
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Self, get_args
 
+from fireq_jax.config_fields import check_names, check_types, mapping
 from pallas_kernels import formats
 
 WeightFormat = Literal["int4", "fp4", "nf4", "fp8", "none"]
@@ -18,12 +19,6 @@ ValueBasis = Literal["channels", "hadamard", "balanced"]
 def _check_choice(name: str, value: object, choices: tuple[Any, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; expected one of {choices}")
-
-
-def _reject_unknown(cls: type, fields: Mapping[str, Any]) -> None:
-    known = {field.name for field in dataclasses.fields(cls)}
-    if unknown := sorted(set(fields) - known):
-        raise ValueError(f"unknown {cls.__name__} keys {unknown}; expected some of {sorted(known)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +75,7 @@ class SmoothingConfig:
     search_keys: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         _check_choice("column_statistic", self.column_statistic, get_args(ColumnStatistic))
         _check_choice("pair_statistic", self.pair_statistic, get_args(PairStatistic))
         _check_choice("value_basis", self.value_basis, get_args(ValueBasis))
@@ -171,6 +167,10 @@ class QuantizationConfig:
     keep_float: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_types(self)
+        if isinstance(self.keep_float, str) or not all(isinstance(pattern, str) for pattern in self.keep_float):
+            raise ValueError(f"keep_float is {self.keep_float!r}; expected a tuple of patterns")
+        object.__setattr__(self, "keep_float", tuple(self.keep_float))
         _check_choice("weight_format", self.weight_format, get_args(WeightFormat))
         _check_choice("activation_format", self.activation_format, get_args(ActivationFormat))
         _check_choice("group_size", self.group_size, (64, 128))
@@ -249,12 +249,13 @@ class QuantizationConfig:
         """Read :meth:`to_dict`'s output.
 
         Raises:
-            ValueError: for unknown keys and invalid values.
+            ValueError: for unknown or missing keys and invalid values.
         """
-        _reject_unknown(cls, fields)
-        values = dict(fields)
-        if values.get("smoothing") is not None:
-            _reject_unknown(SmoothingConfig, values["smoothing"])
+        values = dict(mapping(fields, "quantization"))
+        check_names(cls, values)
+        if values["smoothing"] is not None:
+            check_names(SmoothingConfig, mapping(values["smoothing"], "smoothing"))
             values["smoothing"] = SmoothingConfig(**values["smoothing"])
-        values["keep_float"] = tuple(values.get("keep_float", ()))
+        if not isinstance(values["keep_float"], list | tuple):
+            raise ValueError(f"keep_float is {values['keep_float']!r}; expected a list of patterns")
         return cls(**values)
