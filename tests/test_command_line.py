@@ -3,6 +3,7 @@
 import os
 import sys
 
+import jax
 import pytest
 
 from fireq_jax.command_line import exit_code
@@ -28,6 +29,14 @@ def test_an_interrupted_command_says_so(capsys):
 
     assert exit_code("fireq-test", run) == 130
     assert capsys.readouterr() == ("", "fireq-test: interrupted\n")
+
+
+def test_too_little_memory_is_one_line(capsys):
+    def run():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nMore.")
+
+    assert exit_code("fireq-test", run) == 2
+    assert capsys.readouterr() == ("", "fireq-test: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n")
 
 
 def test_other_errors_have_a_traceback():

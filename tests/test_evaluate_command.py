@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from fireq_jax import LlamaForCausalLM
-from fireq_jax.evaluation import Evaluation, format_table, perplexity
+from fireq_jax.evaluation import Evaluation, evaluate, format_table, perplexity
 from fireq_jax.evaluation.command import main
 from fireq_jax.text_data import load_tokens
 from fireq_jax.tokenizer import load_tokenizer
@@ -63,6 +63,11 @@ def test_options_reach_the_model(tmp_path, text):
     assert result("--dtype", "float32")["bytes"] == model.nbytes > 1.9 * plain["bytes"]
 
 
+def test_models_may_be_paths(text):
+    (result,) = evaluate([MODEL], text, window=16, max_windows=1, progress=False)
+    assert format_table([result]).splitlines()[1].startswith(str(MODEL))
+
+
 def test_table_is_aligned():
     results = [Evaluation("a", 20.0, 1023, 8_000_000), Evaluation("longer/name", 220.5, 1_234_567, 12_345_678_901)]
     assert format_table(results).splitlines() == [
@@ -90,6 +95,7 @@ def test_errors_before_anything_is_loaded(tmp_path, text, capsys):
     check_error(["--model", MODEL, "--text", text, "--json", gone / "a.json"], capsys, "a folder that exists")
     check_error(["--model", MODEL, "--text", text, "--json", tmp_path], capsys, "a folder; expected a file")
     check_error(["--model", MODEL, "--text", text, "--plots", text], capsys, "expected a folder")
+    check_error(["--model", MODEL, "--text", text, "--plots", gone], capsys, "nothing to draw: none of", str(MODEL))
     same = ["--model", MODEL, "--model", tmp_path / MODEL.name, "--text", text, "--plots", tmp_path]
     check_error(same, capsys, "expected different ones")
     check_error(["--model", MODEL, "--text", text, "--window", "1"], capsys, "window is 1; expected at least 2")

@@ -13,7 +13,7 @@ from tiny_llama import config_of
 
 from fireq_jax import LlamaForCausalLM, ModelConfig, generate, recipes
 from fireq_jax.checkpoint import StoredModel
-from fireq_jax.generation import compile_ahead, stream
+from fireq_jax.generation import check_call, compile_ahead, stream
 from fireq_jax.generation.generate import BUCKET, GLANCE, _decode, _next_count, _prefill, _prepare, _round_up
 
 VOCAB = 97
@@ -316,6 +316,15 @@ BAD_CALLS = {
     "empty row": ([[1, 2], [3, 4]], [[1, 1], [0, 0]], {}, r"0 throughout rows \[1\]"),
     "no new tokens": ([[1]], None, {"max_new_tokens": 0}, "max_new_tokens is 0; expected a whole number"),
     "half a token": ([[1]], None, {"max_new_tokens": 2.5}, "max_new_tokens is 2.5; expected a whole number"),
+    "ragged": ([[1, 2], [3]], None, {}, "input_ids has rows of different lengths; pad them"),
+    "ragged mask": ([[1, 2], [3, 4]], [[1], [1, 1]], {}, "attention_mask has rows of different lengths"),
+    "too many tokens": (
+        [[1]],
+        None,
+        {"max_new_tokens": 3_000_000_000},
+        "max_new_tokens is 3000000000; expected at most",
+    ),
+    "temperatures": ([[1]], None, {"temperature": jnp.array([0.5, 0.7])}, "temperature is .* expected a finite number"),
     "eos": ([[1]], None, {"eos_token_ids": [3, 200]}, r"eos_token_ids is \[3, 200\]; expected ids from 0 to 96"),
     "half an eos": ([[1]], None, {"eos_token_ids": 50.9}, "eos_token_ids is 50.9; expected ids"),
     "an eos in words": ([[1]], None, {"eos_token_ids": "26"}, "eos_token_ids is '26'; expected ids"),
@@ -336,7 +345,7 @@ BAD_CALLS = {
 @pytest.mark.parametrize("case", BAD_CALLS)
 def test_bad_calls_quote_what_was_given(model, case):
     ids, mask, options, message = BAD_CALLS[case]
-    for function in (generate, stream):
+    for function in (generate, stream, check_call):
         with pytest.raises(ValueError, match=message):
             function(model, ids, attention_mask=mask, **{"max_new_tokens": 4, **options})
 

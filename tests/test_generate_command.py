@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fireq_jax import LlamaForCausalLM, ModelConfig, generate
@@ -146,10 +146,14 @@ def test_generation_config_gives_defaults(capsys, variant, model):
         ({}, {}, {}),
         ({"temperature": 0.6, "top_p": 0.9}, {}, {}),
         ({"do_sample": False, "top_k": 5, "repetition_penalty": 1.2}, {}, {"repetition_penalty": 1.2}),
-        ({"do_sample": True, "top_p": 0.9}, {}, {"temperature": 1.0, "top_p": 0.9}),
+        ({"do_sample": True, "top_p": 0.9}, {}, {"temperature": 1.0, "top_k": 50, "top_p": 0.9}),
         ({"do_sample": True, "temperature": 0.6, "top_k": 0}, {}, {"temperature": 0.6}),
-        ({"do_sample": True, "temperature": 0.6}, {"temperature": 0.0}, {"temperature": 0.0}),
-        ({"do_sample": True, "temperature": None, "top_p": 0.9}, {}, {"temperature": 1.0, "top_p": 0.9}),
+        ({"do_sample": True, "temperature": 0.6}, {"temperature": 0.0}, {"temperature": 0.0, "top_k": 50}),
+        (
+            {"do_sample": True, "temperature": None, "top_p": 0.9, "top_k": None},
+            {},
+            {"temperature": 1.0, "top_k": 50, "top_p": 0.9},
+        ),
         ({"do_sample": True, "top_k": 50}, {"top_k": 0, "top_p": 0.5}, {"temperature": 1.0, "top_p": 0.5}),
     ],
 )
@@ -208,6 +212,30 @@ def test_wrong_values_of_a_generation_config_are_quoted(capsys, variant, default
     assert message in err
 
 
+def test_options_without_effect_are_said(capsys, variant, caplog):
+    options = {"num_beams": 4, "no_repeat_ngram_size": 3, "typical_p": 1.0, "min_length": None}
+    (variant / "generation_config.json").write_text(json.dumps(options))
+    assert run(capsys, variant, "--prompt", "a")[0] == 0
+    assert "generation_config.json: no_repeat_ngram_size, num_beams: without effect here" in caplog.messages
+
+
+def test_a_prompt_that_is_no_text_is_quoted(capsys, folder):
+    code, _, err = run(capsys, folder, "--prompt", "bad \udcff byte")
+    assert code == 2
+    assert r"prompt 'bad \udcff byte' is no Unicode text" in err
+
+
+def test_a_bad_call_is_refused_before_the_model_is_read(capsys, folder, monkeypatch):
+    monkeypatch.setattr(LlamaForCausalLM, "filled", None)
+    assert main(["--model", str(folder), "--prompt", "a", "--max-new-tokens", "0"]) == 2
+    assert "max_new_tokens is 0" in capsys.readouterr().err
+
+
+def test_a_prompt_beyond_the_positions_is_said_once(capsys, folder, caplog):
+    assert main(["--model", str(folder), "--prompt", PROMPT, "--max-new-tokens", "2040", "--dtype", "float32"]) == 0
+    assert sum("positions; text beyond them may be poor" in message for message in caplog.messages) == 1
+
+
 def test_folder_without_tokenizer_is_named(tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path} has no tokenizer; expected tokenizer.json"):
         load_tokenizer(tmp_path)
@@ -220,11 +248,28 @@ def test_tokenizer_round_trip(folder):
     assert tokenizer.decode(tokenizer("naïve 猫").input_ids) == "naïve 猫"
 
 
+def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
+    """As Llama 2's: bytes for what the vocabulary lacks, put together again by the decoder."""
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {token: i for i, token in enumerate([*special, *"▁abcdefghijklmnopqrstuvwxyz"])}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    core.normalizer = normalizers.Replace(" ", "▁")
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+BYTE_FALLBACK = byte_fallback_tokenizer()
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, BYTE_FALLBACK], ids=["bytes", "byte fallback"])
 @settings(max_examples=50, deadline=None)
-@given(st.text(max_size=12), st.text(max_size=12))
-def test_pieces_join_to_the_text_and_split_no_character(prompt, text):
-    tokens = BYTES(text).input_ids
-    parts = list(pieces(BYTES, BYTES(prompt).input_ids, iter(tokens)))
+@given(prompt=st.text(max_size=12), text=st.text(max_size=12))
+@example(prompt="the price is €€€", text="€ a")
+@example(prompt="தமிழ்", text="நாடு a")
+@example(prompt="한국어", text="는 a")
+def test_pieces_join_to_the_text_and_split_no_character(tokenizer, prompt, text):
+    tokens = tokenizer(text).input_ids
+    parts = list(pieces(tokenizer, tokenizer(prompt).input_ids, iter(tokens)))
     assert "".join(parts) == text
     assert len(parts) == len(tokens) + 1
     if "\N{REPLACEMENT CHARACTER}" not in text:

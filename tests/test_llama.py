@@ -93,6 +93,19 @@ def test_padding_anywhere_changes_nothing():
         assert_float32_equal(row[mask], np.asarray(forward(model, packed))[0, : mask.sum()]) if mask.any() else None
 
 
+def test_lists_are_taken_and_other_shapes_are_refused():
+    model = float_model()
+    np.testing.assert_array_equal(model([[1, 2]], [[1, 1]]), model(np.array([[1, 2]]), np.ones((1, 2))))
+    for ids, message in (
+        ([1, 2], r"int32 \(2,\); expected integers \[batch, tokens\]"),
+        ([[0.5]], r"float32 \(1, 1\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(ids)
+    with pytest.raises(ValueError, match=r"mask has shape \(1, 1\); expected \(1, 2\)"):
+        model([[1, 2]], [[1]])
+
+
 @pytest.mark.skipif(not HAS_TORCH, reason="compares with transformers live")
 def test_padded_logits_equal_transformers():
     tokens = np.tile(tokens_of(config_of("gqa"))[:1], (4, 1))

@@ -71,6 +71,9 @@ def run(args: argparse.Namespace) -> None:
     names = [Path(model).resolve().name for model in args.models]
     if args.plots is not None and len(set(names)) < len(names):
         raise ValueError(f"--plots names a folder after each model's, and these are {names}; expected different ones")
+    smoothed = [(Path(model) / "smoothing.npz").is_file() for model in args.models]
+    if args.plots is not None and not any(smoothed):
+        raise ValueError(f"--plots has nothing to draw: none of {args.models} was smoothed when it was converted")
     keep_programs()
     results = evaluate(
         args.models,
@@ -86,8 +89,8 @@ def run(args: argparse.Namespace) -> None:
     )
     print(format_table(results))
     if args.plots is not None:
-        for model, name in zip(args.models, names, strict=True):
-            if (Path(model) / "smoothing.npz").is_file():
+        for model, name, was_smoothed in zip(args.models, names, smoothed, strict=True):
+            if was_smoothed:
                 figures = plot_smoothing(model, args.plots / name)
                 print(f"{len(figures)} figures in {figures[0].parent}")
     if args.json is not None:

@@ -34,7 +34,7 @@ class Evaluation:
 
 
 def evaluate(
-    models: Sequence[str],
+    models: Sequence[str | Path],
     text: str | Path,
     *,
     text_field: str = "text",
@@ -69,7 +69,7 @@ def evaluate(
             raise ValueError(f"model {model!r} is named more than once")
     tokens = _common_tokens(models, read_documents(text, text_field=text_field))
 
-    def evaluate_one(model: str) -> Evaluation:
+    def evaluate_one(model: str | Path) -> Evaluation:
         loaded = LlamaForCausalLM.from_pretrained(
             model, dtype=dtype, kv_format=kv_format, implementation=implementation
         )
@@ -81,9 +81,9 @@ def evaluate(
             batch_size=batch_size,
             max_windows=max_windows,
             progress=progress,
-            description=model,
+            description=str(model),
         )
-        return Evaluation(model, result.perplexity, result.tokens, loaded.nbytes)
+        return Evaluation(str(model), result.perplexity, result.tokens, loaded.nbytes)
 
     return [evaluate_one(model) for model in models]
 
@@ -101,7 +101,7 @@ def format_table(results: Sequence[Evaluation]) -> str:
     )
 
 
-def _common_tokens(models: Sequence[str], documents: Sequence[str]) -> Int32[np.ndarray, " tokens"]:
+def _common_tokens(models: Sequence[str | Path], documents: Sequence[str]) -> Int32[np.ndarray, " tokens"]:
     first = tokenize(documents, load_tokenizer(models[0]))
     for model in models[1:]:
         other = tokenize(documents, load_tokenizer(model))

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 from fireq_jax.checkpoint import StoredModel
 from fireq_jax.command_line import exit_code
 from fireq_jax.compilation import keep_programs
-from fireq_jax.generation.generate import compile_ahead, generate, stream
+from fireq_jax.generation.generate import check_call, compile_ahead, generate, stream
 from fireq_jax.generation.sampling import SamplingConfig, SamplingOptions
 from fireq_jax.huggingface import read_generation_config
 from fireq_jax.models.llama import LlamaForCausalLM
@@ -30,6 +31,14 @@ DEFAULT_NEW_TOKENS = 128
 # Tokens of the prompt that the first new token is decoded after; many tokenizers drop a text's first space.
 _CONTEXT = 8
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+# What transformers' generation configs may also say, and what says nothing there.
+_WITHOUT_EFFECT: dict[str, Any] = {
+    "num_beams": 1, "min_length": 0, "min_new_tokens": 0, "no_repeat_ngram_size": 0, "typical_p": 1.0,
+    "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "penalty_alpha": 0.0, "guidance_scale": 1.0, "bad_words_ids": [],
+    "suppress_tokens": [], "begin_suppress_tokens": [], "forced_bos_token_id": None, "forced_eos_token_id": None,
+    "sequence_bias": {}, "stop_strings": [],
+}  # fmt: skip
+logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,6 +117,7 @@ def _load(arguments: argparse.Namespace, options: dict[str, Any], *, only_prefil
     stored = StoredModel.open(arguments.model)
     kinds = {name: getattr(arguments, name) for name in ("dtype", "kv_format", "implementation")}
     abstract = LlamaForCausalLM.abstract(stored, **kinds)
+    check_call(abstract, **options)
     with ThreadPoolExecutor() as pool:
         model = pool.submit(abstract.filled, stored)
         compile_ahead(abstract, **options, only_prefill=only_prefill)
@@ -119,13 +129,15 @@ def _load(arguments: argparse.Namespace, options: dict[str, Any], *, only_prefil
 def sampling_options(defaults: dict[str, Any], given: dict[str, Any]) -> SamplingOptions:
     """Options ``given`` (None: not given), then those of a generation config.
 
-    As in transformers, ``do_sample`` decides whether the config's filters and temperature hold, and
-    ``top_k`` 0 means none.
+    As in transformers, ``do_sample`` decides whether the config's filters and temperature hold, ``top_k``
+    is 50 where it does not say, and 0 means none.
     """
+    if ignored := sorted(name for name, plain in _WITHOUT_EFFECT.items() if defaults.get(name) not in (None, plain)):
+        logger.warning("generation_config.json: %s: without effect here", ", ".join(ignored))
     options = {"repetition_penalty": defaults.get("repetition_penalty")}
     if defaults.get("do_sample"):
         stated = {name: value for name in _SAMPLING if (value := defaults.get(name)) is not None}
-        options |= {"temperature": 1.0, **stated}
+        options |= {"temperature": 1.0, "top_k": 50, **stated}
     options |= {name: value for name, value in given.items() if value is not None}
     if options.get("top_k") == 0:
         options["top_k"] = None
@@ -140,6 +152,10 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", text: str, arguments: argparse
         if arguments.system is not None:
             messages.insert(0, {"role": "system", "content": arguments.system})
         text = _apply_chat_template(tokenizer, messages)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"prompt {text!r} is no Unicode text: {error}") from error
     ids = tokenizer(text, add_special_tokens=not arguments.chat).input_ids
     if not ids:
         raise ValueError(f"prompt {text!r} has no tokens; expected at least one")
@@ -151,7 +167,7 @@ def _apply_chat_template(tokenizer: "PreTrainedTokenizerBase", messages: list[di
 
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(f"the chat template rejects the messages: {error}") from error
     assert isinstance(text, str)
     return text
@@ -163,23 +179,27 @@ def pieces(tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[int], tokens: 
     Only the tokens since the last complete piece, and that piece for context, are decoded again.
     """
 
-    def decode(start: int, stop: int) -> str:
-        text = tokenizer.decode(ids[start:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def decode(ids: list[int]) -> str:
+        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
 
-    ids = list(prompt)[-_CONTEXT:]
+    ids, width = list(prompt), _CONTEXT
+    # Of a character that the cut splits, byte-fallback decoders spoil the whole run of bytes that follows.
+    while width < len(ids) and decode(ids[-width:]).startswith("\N{REPLACEMENT CHARACTER}"):
+        width *= 2
+    ids = ids[-width:]
     context, done = 0, len(ids)
     for token in tokens:
         ids.append(token)
-        before, text = decode(context, done), decode(context, len(ids))
+        before, text = decode(ids[context:done]), decode(ids[context:])
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
             yield ""
             continue
         yield text[len(before) :]
         # What leaves no text, a special token, is no context: after nothing a first space would be dropped.
         context, done = (done if len(text) > len(before) else context), len(ids)
-    yield decode(context, len(ids))[len(decode(context, done)) :]
+    yield decode(ids[context:])[len(decode(ids[context:done])) :]
 
 
 def _stream(

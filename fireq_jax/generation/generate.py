@@ -24,6 +24,7 @@ from fireq_jax.models.llama import LlamaForCausalLM
 from pallas_kernels.formats import ScaledArray
 
 BUCKET = 64
+_MOST_SLOTS = 1 << 30  # positions are int32
 # A call costs the host as much as several steps of a fast GPU, and what arrives within so many seconds a reader sees at
 # once: streaming makes as many tokens a call as that holds.
 GLANCE = 0.1
@@ -108,6 +109,7 @@ def generate(
             other values than 0 and 1, options out of range, or more tokens than ``cache_capacity``.
     """
     request = _prepare(model, input_ids, attention_mask, max_new_tokens, **options)
+    _warn_beyond_positions(model, request)
     arrays, structure = jax.tree.flatten(model)
     cache, progress = _prefill(structure, arrays, request.tokens, request.lengths, request.choice, request.capacity)
     first, further = progress.tokens, request.new_tokens - 1
@@ -132,7 +134,20 @@ def stream(
     not by the iteration. On a fast device tokens come a few at a time, within ``GLANCE`` seconds.
     """
     request = _prepare(model, input_ids, attention_mask, max_new_tokens, **options)
+    _warn_beyond_positions(model, request)
     return _steps(model, request)
+
+
+def check_call(
+    model: LlamaForCausalLM,
+    input_ids: jax.typing.ArrayLike | Sequence[Sequence[int]],
+    attention_mask: jax.typing.ArrayLike | Sequence[Sequence[int]] | None = None,
+    *,
+    max_new_tokens: int,
+    **options: Unpack[GenerationOptions],
+) -> None:
+    """Raise what :func:`generate` would for such a call, computing nothing; the model may be abstract."""
+    _prepare(model, input_ids, attention_mask, max_new_tokens, **options)
 
 
 def compile_ahead(
@@ -320,7 +335,8 @@ def _prepare(
     **sampling: Unpack[SamplingOptions],
 ) -> _Request:
     config = model.config
-    prompt, mask = np.asarray(input_ids), None if attention_mask is None else np.asarray(attention_mask)
+    prompt = _rectangular("input_ids", input_ids)
+    mask = None if attention_mask is None else _rectangular("attention_mask", attention_mask)
     tokens, lengths = _right_padded(prompt, mask, config.vocab_size)
     if not _is_whole(max_new_tokens) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens!r}; expected a whole number of at least 1")
@@ -333,17 +349,14 @@ def _prepare(
             f"the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, together {total}; "
             f"cache_capacity is {cache_capacity}"
         )
-    if total > config.max_position_embeddings and config.rope.rope_type != "dynamic":
-        logger.warning(
-            "a prompt of %d tokens and %d new ones exceed the model's %d positions; text beyond them may be poor",
-            longest,
-            max_new_tokens,
-            config.max_position_embeddings,
-        )
+    if total > _MOST_SLOTS:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at most {_MOST_SLOTS} tokens with the prompt's")
     capacity = _round_up(total) if cache_capacity is None else int(cache_capacity)
     width = min(_round_up(longest), capacity)
     tokens = np.pad(tokens[:, :longest], ((0, 0), (0, width - longest)))
-    eos = config.eos_token_ids if eos_token_ids is None else tuple(np.atleast_1d(eos_token_ids).tolist())
+    eos = config.eos_token_ids
+    if eos_token_ids is not None:
+        eos = tuple(np.atleast_1d(_rectangular("eos_token_ids", eos_token_ids)).tolist())
     for name, given, ids in (("eos_token_ids", eos_token_ids, eos), ("pad_token_id", pad_token_id, (pad_token_id,))):
         if given is not None and not all(_is_whole(token) and 0 <= token < config.vocab_size for token in ids):
             raise ValueError(f"{name} is {given!r}; expected ids from 0 to {config.vocab_size - 1}")
@@ -358,6 +371,24 @@ def _prepare(
         pad=np.int32(next(token for token in defaults if token is not None)),
     )
     return _Request(prompt.astype(np.int32), tokens, lengths, choice, int(max_new_tokens), capacity)
+
+
+def _rectangular(name: str, numbers: Any) -> np.ndarray:
+    try:
+        return np.asarray(numbers)
+    except ValueError as error:  # numpy's does not say whose
+        raise ValueError(
+            f"{name} has rows of different lengths; pad them to one, with an attention_mask that is 0 there"
+        ) from error
+
+
+def _warn_beyond_positions(model: LlamaForCausalLM, request: _Request) -> None:
+    longest, positions = int(request.lengths.max()), model.config.max_position_embeddings
+    if longest + request.new_tokens > positions and model.config.rope.rope_type != "dynamic":
+        logger.warning(
+            "a prompt of %d tokens and %d new ones exceed the model's %d positions; text beyond them may be poor",
+            longest, request.new_tokens, positions,
+        )  # fmt: skip
 
 
 def _right_padded(

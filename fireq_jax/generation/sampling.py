@@ -54,6 +54,7 @@ class SamplingConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             number = isinstance(value, int | float | np.number | jax.Array) and not isinstance(value, bool)
+            number = number and np.ndim(value) == 0
             if value is not None and not (number and math.isfinite(value)):
                 raise ValueError(f"{field.name} is {value!r}; expected a finite number, or None")
         if self.temperature is not None and not 0 <= self.temperature <= _LARGEST:

@@ -225,8 +225,13 @@ class LlamaForCausalLM(nnx.Module):
                 Logits of padding are 0.
 
         Raises:
-            ValueError: if the mask has another shape than the ids. Values cannot be checked under jit.
+            ValueError: if the ids are no matrix of integers, or the mask has another shape. Values cannot
+                be checked under jit.
         """
+        input_ids = jnp.asarray(input_ids)
+        if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
+            raise ValueError(f"input_ids is {input_ids.dtype} {input_ids.shape}; expected integers [batch, tokens]")
+        attention_mask = None if attention_mask is None else jnp.asarray(attention_mask)
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             raise ValueError(f"attention_mask has shape {attention_mask.shape}; expected {input_ids.shape}")
         if attention_mask is None:
