@@ -6,7 +6,7 @@ once for each op. A named implementation never falls back: it raises NotImplemen
 
 import functools
 import logging
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 
@@ -39,13 +39,29 @@ def resolve(op: str, implementation: Implementation, unsupported: str | None) ->
     return "xla"
 
 
-@functools.cache
+def default_device() -> Any:
+    """Where JAX computes what is placed nowhere: ``jax.default_device``'s, else the first."""
+    config: Any = jax.config
+    chosen = config.jax_default_device
+    if chosen is None:
+        return jax.devices()[0]
+    return jax.devices(chosen)[0] if isinstance(chosen, str) else chosen
+
+
+def compute_capability() -> tuple[int, ...]:
+    """Of the default device, such as (9, 0); () if it is no NVIDIA GPU."""
+    numbers = str(getattr(default_device(), "compute_capability", "")).split(".")
+    return tuple(map(int, numbers)) if all(number.isdecimal() for number in numbers) else ()
+
+
 def _not_hopper() -> str | None:
-    device = jax.devices()[0]
+    if (capability := compute_capability()) == (9, 0):
+        return None
+    device = default_device()
     if device.platform != "gpu":
         return f"the default device is {device.platform!r}, not a GPU"
-    capability = getattr(device, "compute_capability", "unknown")
-    return None if capability == "9.0" else f"compute capability is {capability}, not 9.0 (Hopper)"
+    named = ".".join(map(str, capability)) or getattr(device, "compute_capability", "unknown")
+    return f"compute capability is {named}, not 9.0 (Hopper)"
 
 
 @functools.cache

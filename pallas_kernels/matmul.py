@@ -77,14 +77,18 @@ def deferred_matmul(
 ) -> Float[Array, "*rows N_out"] | SplitSum:
     """``matmul``, or where its kernel cuts K the parts of the result, if kernels that read it can add them up."""
     _validate(x, weight, bias, activation, residual)
-    if dispatch.resolve("matmul", implementation, _unsupported(x, weight, residual, out_dtype)) == "mosaic_gpu":
+    if dispatch.resolve("matmul", implementation, _unsupported(x, weight, bias, residual, out_dtype)) == "mosaic_gpu":
         y = _matmul_sm90(x, weight, bias, activation, residual)
         return finished(y) if isinstance(y, SplitSum) and split_sum.unsupported(y) else y
     return matmul_reference(x, weight, bias=bias, activation=activation, residual=residual, out_dtype=out_dtype)
 
 
 def _unsupported(
-    x: ScaledArray | Array, weight: QuantizedTensor, residual: Array | None, out_dtype: jax.typing.DTypeLike
+    x: ScaledArray | Array,
+    weight: QuantizedTensor,
+    bias: Array | None,
+    residual: Array | None,
+    out_dtype: jax.typing.DTypeLike,
 ) -> str | None:
     """Why the Hopper kernel cannot run this, or None."""
     values = x.values if isinstance(x, ScaledArray) else x
@@ -99,8 +103,12 @@ def _unsupported(
         return f"out_dtype is {jnp.dtype(out_dtype)}, not bfloat16"
     if residual is not None and residual.dtype != jnp.bfloat16:
         return f"the residual has dtype {residual.dtype}, not bfloat16"
-    if values.size == 0:
-        return "x is empty"
+    if isinstance(x, ScaledArray) and x.scale is not None and x.scale.dtype != jnp.float32:
+        return f"the scales of x are {x.scale.dtype}, not float32"
+    if bias is not None and bias.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"the bias has dtype {bias.dtype}, not float32 or bfloat16"
+    if values.size == 0 or weight.shape[0] == 0:
+        return "x or the weight is empty"
     return None
 
 

@@ -126,7 +126,7 @@ def attention_reference(
         grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
         scores = _multiply("btkgh,bksh->bkgts", grouped, k) * scale
         scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
-        peak = jnp.max(scores, axis=-1, keepdims=True)
+        peak = jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf)
         weights = jnp.exp(scores - jnp.where(jnp.isneginf(peak), 0.0, peak))
         total = jnp.moveaxis(jnp.sum(weights, axis=-1), -1, 1)[..., None]
         if query.scale is not None:
@@ -164,10 +164,10 @@ def _multiply(equation: str, a: Array, b: Array) -> Float[Array, "..."]:
 
 
 def _cudnn_runs(query: ScaledArray, key: ScaledArray, value: ScaledArray) -> bool:
-    """Whether the operands are plain halves on a GPU, for which cuDNN has a flash attention."""
+    """Whether the operands are plain halves on a GPU (Ampere or later), for which cuDNN has a flash attention."""
     head_dim = query.values.shape[-1]
     plain = all(rows.scale is None and rows.values.dtype in (jnp.bfloat16, jnp.float16) for rows in (query, key, value))
-    return plain and head_dim % 8 == 0 and head_dim <= 128 and jax.default_backend() == "gpu"
+    return plain and head_dim % 8 == 0 and head_dim <= 128 and dispatch.compute_capability() >= (8, 0)
 
 
 def _attention_cudnn(

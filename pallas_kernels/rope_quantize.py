@@ -58,7 +58,7 @@ def rope_quantize(
         NotImplementedError: if ``implementation`` names a kernel that cannot run this.
     """
     _validate(packed, cos, sin, key, value, start, lengths, post_rope_scale, key_offset, (key_clip, value_clip))
-    unsupported = sm90.unsupported(packed, cos, key, value, quantize_query)
+    unsupported = sm90.unsupported(packed, cos, sin, key, value, quantize_query)
     if dispatch.resolve("rope_quantize", implementation, unsupported) == "mosaic_gpu":
         return sm90.rope_quantize(
             packed, cos, sin, key, value, start=start, lengths=lengths, post_rope_scale=post_rope_scale,
@@ -103,7 +103,8 @@ def rope_quantize_reference(
 
 def split_heads(packed: Float[Array, "B T packed"], kv_heads: int, cos: Float[Array, "B T half"]) -> list[Array]:
     """[B, T, heads, H] queries, [B, T, kv_heads, H] keys and values."""
-    rows = packed.reshape(*packed.shape[:2], -1, 2 * cos.shape[-1])
+    head_dim = 2 * cos.shape[-1]
+    rows = packed.reshape(*packed.shape[:2], packed.shape[2] // head_dim, head_dim)
     heads = rows.shape[2] - 2 * kv_heads
     return jnp.split(rows, [heads, heads + kv_heads], axis=2)
 
@@ -132,7 +133,9 @@ def _append(entry: ScaledArray, rows: ScaledArray, start: Int[Array, " B"], leng
     batch, kv_heads, length = rows.values.shape[:3]
     capacity = entry.values.shape[2]
     offset = jnp.arange(length)
-    slots = jnp.where(offset < lengths[:, None], start[:, None] + offset, capacity)
+    slots = start[:, None] + offset
+    # Negative slots would count from the end.
+    slots = jnp.where((offset < lengths[:, None]) & (slots >= 0), slots, capacity)
     index = (jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[:, None], slots[:, None, :])
     return jax.tree.map(lambda old, new: old.at[index].set(new, mode="drop"), entry, rows)
 
@@ -150,7 +153,7 @@ def _validate(
     clips: tuple[float, float],
 ) -> None:
     """Raise ValueError unless the operands fit together."""
-    shape = packed.shape if isinstance(packed, jax.Array) else (*packed.rows, packed.n)
+    shape = (*packed.rows, packed.n) if isinstance(packed, SplitSum) else packed.shape
     if len(shape) != 3:
         raise ValueError(f"packed has shape {shape}; expected [B, T, (heads + 2 kv_heads) * H]")
     batch, length, columns = shape

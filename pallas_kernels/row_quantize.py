@@ -100,7 +100,7 @@ def sum_norm_quantize(
     if dispatch.resolve("sum_norm_quantize", implementation, sm90.unsupported(total)) == "mosaic_gpu":
         return sm90.sum_norm_quantize(total, weight, eps=eps)
     x = total.finish()
-    return rms_norm_quantize(x, weight, eps), x
+    return rms_norm_quantize(x, weight, eps, implementation=implementation), x
 
 
 def rms_norm_quantize_reference(x: Float[Array, "*rows D"], weight: Float[Array, " D"], eps: float) -> ScaledArray:

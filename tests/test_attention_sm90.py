@@ -486,6 +486,10 @@ def test_unsupported_operands_have_a_reason():
     assert prefill.unsupported(query, short, value, 0.1, jnp.bfloat16) is None
     assert "page" in str(decode.unsupported(query, ScaledArray(key.values[:, :, :128], key.scale), value, table))
     assert "E4M3" in str(decode.unsupported(ScaledArray(formats.dequantize(query), None), key, value))
+    for scale in (query.scale.astype(jnp.bfloat16), jnp.tile(query.scale, (1, 1, 1, 2)), query.scale[:, :, :1]):
+        assert "not one float32 a token" in str(decode.unsupported(ScaledArray(query.values, scale), key, value))
+    empty = jax.tree.map(lambda x: x[:, :0], query)
+    assert "nothing to attend to" in str(decode.unsupported(empty, key, value))
     fp8 = formats.quantize_kv(formats.dequantize(key), "fp8")
     assert "INT4" in str(decode.unsupported(query, fp8, fp8))
     grouped = formats.quantize_kv(formats.dequantize(key), "int4", group_size=64)

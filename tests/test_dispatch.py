@@ -11,12 +11,10 @@ from pallas_kernels import dispatch
 
 @pytest.fixture(autouse=True)
 def _fresh_caches():
-    """The device is asked once and each reason logged once a process; here once a test."""
-    for function in (dispatch._not_hopper, dispatch._log_fallback):
-        function.cache_clear()
+    """Each reason is logged once a process; here once a test."""
+    dispatch._log_fallback.cache_clear()
     yield
-    for function in (dispatch._not_hopper, dispatch._log_fallback):
-        function.cache_clear()
+    dispatch._log_fallback.cache_clear()
 
 
 @pytest.fixture
@@ -53,6 +51,25 @@ def test_elsewhere_auto_falls_back_and_a_named_kernel_refuses(device, attributes
     assert dispatch.resolve("op", "auto", None) == "xla"
     with pytest.raises(NotImplementedError, match=f"op.*{reason}"):
         dispatch.resolve("op", "mosaic_gpu", None)
+
+
+@pytest.mark.parametrize("chosen", ["cpu", jax.devices("cpu")[-1]], ids=["name", "device"])
+def test_a_default_device_of_the_caller_counts(monkeypatch, chosen):
+    hopper, cpu = SimpleNamespace(**HOPPER), jax.devices("cpu")[-1]
+    monkeypatch.setattr(jax, "devices", lambda *backend: [cpu] if backend == ("cpu",) else [hopper])
+    assert dispatch.default_device() is hopper
+    with jax.default_device(chosen):
+        assert dispatch.default_device() is cpu
+        assert dispatch.resolve("op", "auto", None) == "xla"
+    assert dispatch.resolve("op", "auto", None) == "mosaic_gpu"
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"), [("9.0", (9, 0)), ("12.1", (12, 1)), ("gfx90a", ()), ("unknown", ()), (None, ())]
+)
+def test_capability(device, text, numbers):
+    device(platform="gpu", **({} if text is None else {"compute_capability": text}))
+    assert dispatch.compute_capability() == numbers
 
 
 def test_a_named_kernel_says_what_it_cannot_run(device):

@@ -102,6 +102,8 @@ def test_lists_are_taken_and_other_shapes_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             model(ids)
+    with pytest.raises(ValueError, match=r"shape \(2, 0\); expected at least one token"):
+        model(np.zeros((2, 0), np.int32))
     with pytest.raises(ValueError, match=r"mask has shape \(1, 1\); expected \(1, 2\)"):
         model([[1, 2]], [[1]])
 
@@ -167,6 +169,25 @@ def test_prefill_and_extend_equal_the_full_forward(recipe):
     for i, (lengths, logits) in enumerate(steps):
         rows = [0] if i == len(steps) - 1 else [0, 1]  # the last step gives row 1 nothing
         np.testing.assert_allclose(np.asarray(logits)[rows], full[rows, lengths[rows] - 1], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("recipe", ["none", "fireq"])
+def test_attention_reads_no_slot_behind_the_cache(recipe, monkeypatch):
+    """Of a sequence that has outgrown its cache it is told the slots that there are."""
+    seen = []
+    original = attention.decode_attention
+
+    def spy(*args, kv_lengths, **kwargs):
+        seen.append(np.asarray(kv_lengths))
+        return original(*args, kv_lengths=kv_lengths, **kwargs)
+
+    monkeypatch.setattr(attention, "decode_attention", spy)
+    model = one_layer(recipe)
+    with jax.disable_jit():
+        _, cache = model.prefill(jnp.ones((2, 6), int), jnp.int32([6, 3]), 8)
+        for _ in range(3):
+            _, cache = model.extend(jnp.ones((2, 1), int), jnp.int32([1, 1]), cache)
+    np.testing.assert_array_equal(seen, [[7, 4], [8, 5], [8, 6]])
 
 
 def test_a_prompt_longer_than_the_cache_is_an_error():

@@ -108,7 +108,7 @@ def test_llama_layers_fit():
 @pytest.mark.parametrize(
     ("rows", "changes", "reason"),
     [
-        (5, {}, "5 rows, not 4"),
+        (5, {}, "5 rows, not 1 to 4"),
         (1, {"hidden": 640}, "a norm has 640 columns"),
         (1, {"intermediate": 200}, "not whole tiles"),
         (1, {"hidden": 8192, "intermediate": 28672}, "bytes of shared memory"),
@@ -137,7 +137,7 @@ def test_errors_quote_what_is_wrong():
         matmul_chain.norm_matmul(residual, first[:7], qkv, EPS)
     with pytest.raises(ValueError, match=r"\(768, 512\), .* expected \[\(512, 512\), \(2048, 512\)"):
         matmul_chain.output_mlp(attention, residual, o_proj, second, qkv, down, EPS, jnp.zeros((1,), jnp.int32))
-    with pytest.raises(NotImplementedError, match="5 rows, not 4"):
+    with pytest.raises(NotImplementedError, match="5 rows, not 1 to 4"):
         matmul_chain.norm_matmul(jnp.tile(residual, (5, 1, 1)), first, qkv, EPS)
 
 

@@ -280,7 +280,12 @@ def test_an_unknown_device_has_no_tuned_configs():
         ({"out_dtype": jnp.float32}, "out_dtype is float32"),
         ({"residual": jnp.zeros((2, 64), jnp.float32)}, "residual has dtype float32"),
         ({"x": jnp.zeros((2, 128), jnp.float16)}, "x has dtype float16"),
-        ({"x": jnp.zeros((0, 128), jnp.bfloat16)}, "x is empty"),
+        ({"x": jnp.zeros((0, 128), jnp.bfloat16)}, "x or the weight is empty"),
+        ({"bias": jnp.zeros((64,), jnp.float16)}, "the bias has dtype float16"),
+        (
+            {"x": ScaledArray(jnp.zeros((2, 128), formats.E4M3), jnp.ones((2, 1), jnp.bfloat16))},
+            "the scales of x are bfloat16",
+        ),
         ({"weight": QuantizedTensor.random(jax.random.key(0), (64, 128), format="fp8")}, "the weight is FP8"),
         (
             {"weight": QuantizedTensor.random(jax.random.key(0), (64, 128), format="nf4", scale_dtype="bf16")},

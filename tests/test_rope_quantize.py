@@ -161,6 +161,17 @@ def test_reference_is_the_composition_of_formats(kv_format, group, quantize_quer
                 np.testing.assert_array_equal(after[b][:, untouched[b]], before[b][:, untouched[b]])
 
 
+def test_rows_in_front_of_the_cache_are_not_stored():
+    case = Case(4, starts=(-2, 0), lengths=(4, 0))
+    packed, cos, sin, key, value, start, lengths = operands(case)
+    _, *cache = run(rope_quantize, packed, cos, sin, key, value, start, lengths, implementation="xla")
+    for after, before in zip(arrays(cache), arrays((key, value)), strict=True):
+        changed = (after != before).reshape(*after.shape[:3], -1).any(axis=(1, 3))
+        assert changed[0, :2].all()
+        assert not changed[0, 2:].any()
+        assert not changed[1].any()
+
+
 def test_nothing_is_rounded_between_the_steps():
     """bf16 input, plain float32 cache: rotated, scaled and shifted in float32."""
     case = Case(scaled=True, centered=True)
@@ -224,14 +235,15 @@ def test_kernel_lowers_for_cuda_and_writes_into_the_caches_it_is_given(case):
 
 
 def test_unsupported_operands_have_a_reason():
-    packed, cos, _, key, value, *_ = operands(Case())
-    assert sm90.unsupported(packed, cos, key, value, True) is None
-    assert "float32" in str(sm90.unsupported(packed.astype(jnp.float32), cos, key, value, True))
-    assert "head_dim is 96" in str(sm90.unsupported(packed, cos[..., :48], key, value, True))
-    assert "query" in str(sm90.unsupported(packed, cos, key, value, False))
+    packed, cos, sin, key, value, *_ = operands(Case())
+    assert sm90.unsupported(packed, cos, sin, key, value, True) is None
+    assert "float32" in str(sm90.unsupported(packed.astype(jnp.float32), cos, sin, key, value, True))
+    assert "head_dim is 96" in str(sm90.unsupported(packed, cos[..., :48], sin[..., :48], key, value, True))
+    assert "query" in str(sm90.unsupported(packed, cos, sin, key, value, False))
+    assert "sin bfloat16" in str(sm90.unsupported(packed, cos, sin.astype(jnp.bfloat16), key, value, True))
     for kv_format, group, reason in (("fp8", None, "INT4"), ("none", None, "INT4"), ("int4", 64, "scales")):
         _, _, _, key, value, *_ = operands(Case(), kv_format, group)
-        assert reason in str(sm90.unsupported(packed, cos, key, value, True))
+        assert reason in str(sm90.unsupported(packed, cos, sin, key, value, True))
 
 
 def test_a_sum_is_read_as_what_it_adds_up_to():
@@ -242,10 +254,10 @@ def test_a_sum_is_read_as_what_it_adds_up_to():
 
 
 def test_sums_that_the_kernel_cannot_add_up_have_a_reason():
-    packed, cos, _, key, value, *_ = operands(CASES["a sum"])
-    assert sm90.unsupported(packed, cos, key, value, True) is None
+    packed, cos, sin, key, value, *_ = operands(CASES["a sum"])
+    assert sm90.unsupported(packed, cos, sin, key, value, True) is None
     for changes, reason in (({"x_scale": None}, "FP8"), ({"bias": cos}, "bias"), ({"residual": cos}, "residual")):
-        assert reason in str(sm90.unsupported(dataclasses.replace(packed, **changes), cos, key, value, True))
+        assert reason in str(sm90.unsupported(dataclasses.replace(packed, **changes), cos, sin, key, value, True))
 
 
 def test_a_named_kernel_never_falls_back():

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 from poisoned_memory import poison
 from random_sum import random_sum
 
-from pallas_kernels import formats
+from pallas_kernels import dispatch, formats
 from pallas_kernels.matmul_epilogue import epilogue
 from pallas_kernels.row_quantize import (
     quantize_rows,
@@ -152,6 +152,14 @@ def test_norm_of_a_sum_is_the_norm_of_what_it_finishes_as():
     assert_same_numbers(x, total.finish())
     for actual, expected in zip(rows, rms_norm_quantize(x, weight, EPS), strict=True):
         assert_same_numbers(actual, expected)
+
+
+def test_a_norm_of_a_sum_by_xla_is_by_xla_on_hopper_too(monkeypatch):
+    monkeypatch.setattr(dispatch, "_not_hopper", lambda: None)
+    total, weight = residual_sum((2, 3), 64, 64, 4), weight_of(64)
+    for implementation, runs_kernel in (("xla", False), ("auto", True)):
+        norm = functools.partial(sum_norm_quantize, eps=EPS, implementation=implementation)
+        assert ("kernel_name" in str(jax.make_jaxpr(norm)(total, weight))) == runs_kernel
 
 
 @pytest.mark.parametrize(

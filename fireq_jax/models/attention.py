@@ -143,9 +143,13 @@ class Attention(nnx.Module):
         new_cache = None if cache is None and capacity is None else LayerCache(*rows)
         # What o_proj would do to bf16 anyway; a tap wants to see the floats.
         quantized = self.o_proj.takes_fp8 and dtype == jnp.bfloat16 and tap is no_tap
+        lengths = start + lengths
+        if cache is not None:
+            # Of more tokens than it has slots the last are not there.
+            lengths = jnp.minimum(lengths, rows[0].values.shape[2])
         attend = functools.partial(
             decode_attention if cache is not None and length <= DECODE_QUERIES else prefill_attention,
-            kv_lengths=start + lengths,
+            kv_lengths=lengths,
             scale=self.head_dim**-0.5,
             out_dtype=E4M3 if quantized else dtype,
             implementation=self.implementation,

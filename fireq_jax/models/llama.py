@@ -231,6 +231,8 @@ class LlamaForCausalLM(nnx.Module):
         input_ids = jnp.asarray(input_ids)
         if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
             raise ValueError(f"input_ids is {input_ids.dtype} {input_ids.shape}; expected integers [batch, tokens]")
+        if input_ids.size == 0:
+            raise ValueError(f"input_ids has shape {input_ids.shape}; expected at least one token")
         attention_mask = None if attention_mask is None else jnp.asarray(attention_mask)
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             raise ValueError(f"attention_mask has shape {attention_mask.shape}; expected {input_ids.shape}")

@@ -121,6 +121,8 @@ def unsupported_formats(query: ScaledArray, key: ScaledArray, value: ScaledArray
     head_dim = query.values.shape[-1]
     if query.values.dtype != formats.E4M3 or query.scale is None:
         return f"the query is {query.values.dtype}, not E4M3 with scales"
+    if query.scale.dtype != jnp.float32 or query.scale.shape != (*query.values.shape[:-1], 1):
+        return f"the query scales are {query.scale.dtype} {query.scale.shape}, not one float32 a token and head"
     if key.values.dtype != jnp.uint8 or value.values.dtype != jnp.uint8:
         return f"the cache is {key.values.dtype} and {value.values.dtype}, not INT4 (uint8)"
     for name, rows in (("key", key), ("value", value)):
@@ -128,6 +130,8 @@ def unsupported_formats(query: ScaledArray, key: ScaledArray, value: ScaledArray
             return f"the {name} scales are not one bf16 number a token and head"
     if head_dim not in HEAD_DIMS:
         return f"head_dim is {head_dim}, not one of {HEAD_DIMS}"
+    if query.values.size == 0 or key.values.size == 0:
+        return "there is nothing to attend to"
     return None
 
 

@@ -1,15 +1,13 @@
 """From a decoder layer's arrays to the chain kernel's operands, and from its results to a ``SplitSum``."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels import formats, layouts
+from pallas_kernels import dispatch, formats, layouts
 from pallas_kernels.quantized_tensor import QuantizedTensor
 from pallas_kernels.sm90 import split_sum
 from pallas_kernels.sm90.chain import kernel, schedule
@@ -37,8 +35,8 @@ def links_of(weights: Sequence[QuantizedTensor], sources: Sequence[Source]) -> t
 
 def unsupported(rows: int, weights: Sequence[QuantizedTensor], sources: Sequence[Source]) -> str | None:
     """Why the kernel cannot run a chain for so many rows on this device, or None."""
-    if rows > MAX_ROWS:
-        return f"there are {rows} rows, not {MAX_ROWS} or fewer"
+    if not 1 <= rows <= MAX_ROWS:
+        return f"there are {rows} rows, not 1 to {MAX_ROWS}"
     for weight in weights:
         if weight.format == "fp8":
             return "a weight is FP8"
@@ -50,10 +48,9 @@ def unsupported(rows: int, weights: Sequence[QuantizedTensor], sources: Sequence
     return schedule.unsupported(links_of(weights, sources)) or _unsupported_device()
 
 
-@functools.cache
 def _unsupported_device() -> str | None:
     """Whether all blocks can run at once."""
-    device = jax.devices()[0]
+    device = dispatch.default_device()
     count = device.core_count if device.platform == "gpu" else NUM_SMS
     return None if count >= NUM_SMS else f"the device has {count} multiprocessors, not {NUM_SMS}"
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import formats, layouts
+from pallas_kernels import dispatch, formats, layouts
 from pallas_kernels.sm90.hardware import NUM_SMS, SMEM_BYTES
 from pallas_kernels.split_sum import MAX_PARTS
 
@@ -299,7 +299,7 @@ def _largest(config: Any, field: str, most: int, k: int, values: Values, bound: 
 
 
 def _device_kind() -> str:
-    device = jax.devices()[0]
+    device = dispatch.default_device()
     return device.device_kind if device.platform == "gpu" else ""
 
 

@@ -72,7 +72,7 @@ def default_config(tokens: int, groups: int, *, unbiased_keys: bool = False) -> 
 
 
 def unsupported(
-    packed: Array | SplitSum, cos: Array, key: ScaledArray, value: ScaledArray, quantize_query: bool
+    packed: Array | SplitSum, cos: Array, sin: Array, key: ScaledArray, value: ScaledArray, quantize_query: bool
 ) -> str | None:
     """Why the kernel cannot run these operands, or None."""
     if isinstance(packed, SplitSum):
@@ -82,8 +82,8 @@ def unsupported(
             return reason
     elif packed.dtype != jnp.bfloat16:
         return f"packed is {packed.dtype}, not bfloat16"
-    if cos.dtype != jnp.float32:
-        return f"cos is {cos.dtype}, not float32"
+    if cos.dtype != jnp.float32 or sin.dtype != jnp.float32:
+        return f"cos is {cos.dtype} and sin {sin.dtype}, not float32"
     if 2 * cos.shape[-1] not in HEAD_DIMS:
         return f"head_dim is {2 * cos.shape[-1]}, not one of {HEAD_DIMS}"
     if not quantize_query:
