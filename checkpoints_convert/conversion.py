@@ -20,6 +20,7 @@ from typing import IO, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, Int
 from tqdm.auto import tqdm
 
@@ -28,7 +29,7 @@ from checkpoints_convert.compensation import Compensator, compensation_operation
 from checkpoints_convert.reconstruction import check_sequences
 from fireq_jax import checkpoint, json_files
 from fireq_jax.huggingface import HuggingFaceCheckpoint, block_shapes
-from fireq_jax.models.llama import linear_names
+from fireq_jax.models.llama import LlamaForCausalLM, linear_names
 from fireq_jax.models.parameters import Parameter, fuse_block, global_parameters, layer_parameters
 from fireq_jax.quantization.config import QuantizationConfig
 from fireq_jax.quantization.key_smoothing import KeyStatistics, KeyTransform
@@ -36,7 +37,6 @@ from fireq_jax.quantization.smoothing import smooth_with_keys
 from pallas_kernels import formats
 from pallas_kernels.quantized_tensor import QuantizedTensor
 
-WORK_FOLDER = ".conversion"
 # Everything a tokenizer or a chat template may consist of, and generation defaults.
 COMPANION_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
@@ -114,7 +114,7 @@ def convert(
     logger.info("%s", _cost(source, quantization, tokens))
     source.check_finite(progress=progress)
 
-    work = options.output / WORK_FOLDER
+    work = options.output / checkpoint.WORK_FOLDER
     work.mkdir(parents=True, exist_ok=True)
     json_files.write_json(work / "options.json", fingerprint)
     _convert_globals(source, options, tokens, work)
@@ -281,7 +281,9 @@ def _finish(
         "quantization": options.quantization.to_dict(),
         "calibration_tokens": 0 if tokens is None else int(tokens.size),
         "bytes_before": source.nbytes,
-        "bytes_after": sum(path.stat().st_size for path in (options.output / "params").rglob("*") if path.is_file()),
+        "bytes_after": nnx.eval_shape(
+            lambda: LlamaForCausalLM(config, options.quantization, dtype=options.dtype)
+        ).nbytes,
         "seconds": round(seconds, 3),
         "peak_host_bytes": _peak_memory(),
         "jax": jax.__version__,
@@ -320,7 +322,7 @@ def _check_output(output: Path, fingerprint: Mapping[str, Any], *, resume: bool)
         raise ValueError(f"{output} already holds a complete model; give another output folder or remove it")
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is not a folder; give another output folder")
-    work = output / WORK_FOLDER
+    work = output / checkpoint.WORK_FOLDER
     options = work / "options.json"
     # Not even begun, or killed before the options were there.
     if not output.exists() or (set(output.iterdir()) <= {work} and (not work.exists() or _only_aside(work, options))):

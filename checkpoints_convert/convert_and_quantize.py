@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
         "--recipe", default="fireq_plus", help=f"one of {', '.join(recipes.RECIPES)} (default: fireq_plus)"
     )
     parse.add_argument("--calibration", help="text file, .jsonl, .parquet, a folder of them, or a dataset name")
+    parse.add_argument("--text-field", default="text", help="where .jsonl and .parquet hold their text (default: text)")
     parse.add_argument("--calibration-samples", type=int, default=128, help="token windows (default: 128)")
     parse.add_argument("--sequence-length", type=int, default=1024, help="tokens of a window (default: 1024)")
     parse.add_argument("--seed", type=int, default=0, help="chooses the windows (default: 0)")
@@ -77,6 +78,7 @@ def run(args: argparse.Namespace) -> None:
             samples=args.calibration_samples,
             sequence_length=args.sequence_length,
             seed=args.seed,
+            text_field=args.text_field,
         )
     elif args.calibration is not None:
         logging.getLogger(__name__).warning("recipe %r reads no text; --calibration is not looked at", args.recipe)

@@ -28,6 +28,7 @@ from fireq_jax.quantization import recipes
 from fireq_jax.quantization.config import QuantizationConfig
 
 MANIFEST = "fireq.json"
+WORK_FOLDER = ".conversion"  # what an interrupted conversion needs to go on
 FORMAT_VERSION = 1
 _RESTORE_THREADS = 4
 _FLOATS = {jnp.dtype(name) for name in ("bfloat16", "float16", "float32")}
@@ -65,7 +66,7 @@ class StoredModel:
             raise ValueError(f"{folder} is not a folder; expected a Hugging Face checkpoint or a converted model")
         if (folder / MANIFEST).is_file():
             return cls(folder, *read_manifest(folder), None)
-        if (folder / "params").exists():
+        if is_unfinished(folder):
             raise ValueError(f"{folder} is an unfinished conversion (no {MANIFEST}); run fireq-convert --resume on it")
         source = HuggingFaceCheckpoint(folder)
         return cls(folder, source.config, recipes.none(), source)
@@ -88,6 +89,12 @@ class StoredModel:
             parameters |= layer_parameters(block, index, self.quantization, dtype)
         arrays = {name: self.source.global_tensor(name) for name in self.source.global_names()}
         return parameters | global_parameters(arrays, self.quantization, dtype)
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a conversion has been begun there, and not ended."""
+    begun = any((folder / name).exists() for name in ("params", WORK_FOLDER))
+    return begun and not (folder / MANIFEST).is_file()
 
 
 def read_manifest(folder: Path) -> tuple[ModelConfig, QuantizationConfig]:

@@ -1,5 +1,6 @@
 """How the commands end: with an exit code and one line of what was wrong, not with a traceback."""
 
+import logging
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ _EXPECTED = ValueError, NotImplementedError, OSError, ImportError
 
 def exit_code(command: str, run: Callable[[], None]) -> int:
     """``run``'s exit code: 0, 2 for invalid input or too little memory, 130 if interrupted, 141 if stdout is closed."""
+    logging.basicConfig(format="%(message)s")
     try:
         run()
         sys.stdout.flush()  # here, where a closed pipe is caught, and not at exit

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from small_checkpoint import block_of, parameter_bytes, write_checkpoint
 
-from checkpoints_convert import compensation, conversion
+from checkpoints_convert import compensation
 from checkpoints_convert.calibrate import Calibrator
 from checkpoints_convert.compensation import Compensator
 from checkpoints_convert.conversion import ConversionOptions, convert, needs_calibration
 from fireq_jax import LlamaForCausalLM, ModelConfig, QuantizationConfig, recipes
+from fireq_jax.checkpoint import WORK_FOLDER
 from fireq_jax.quantization import gptq
 from pallas_kernels.quantized_tensor import QuantizedTensor
 
@@ -113,7 +114,7 @@ def test_converted_model_runs_and_is_close(source: Path, tokens: np.ndarray, con
     exact = LlamaForCausalLM.from_pretrained(source, dtype=jnp.float32)(jnp.asarray(tokens))
     quantized = LlamaForCausalLM.from_pretrained(converted, dtype=jnp.float32)(jnp.asarray(tokens))
     assert 0 < jnp.linalg.norm(quantized - exact) / jnp.linalg.norm(exact) < 0.2
-    assert not (converted / conversion.WORK_FOLDER).exists()
+    assert not (converted / WORK_FOLDER).exists()
 
 
 def test_interrupted_conversion_resumes_to_the_same_result(

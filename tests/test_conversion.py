@@ -19,7 +19,9 @@ from checkpoints_convert import conversion
 from checkpoints_convert.conversion import ConversionOptions, convert
 from checkpoints_convert.convert_and_quantize import main
 from fireq_jax import LlamaForCausalLM, QuantizationConfig, recipes
+from fireq_jax.checkpoint import WORK_FOLDER
 from fireq_jax.models.parameters import parameters_of
+from fireq_jax.tokenizer import load_tokenizer
 from pallas_kernels.quantized_tensor import QuantizedTensor
 
 CONFIG = {
@@ -115,7 +117,7 @@ def test_interrupted_conversion_is_visibly_incomplete_and_resumes_to_the_same_re
         convert(options(source, output), tokens, progress=False)
     report = convert(options(source, output), tokens, resume=True, progress=False)
     assert parameter_bytes(output) == parameter_bytes(converted)
-    assert not (output / conversion.WORK_FOLDER).exists()
+    assert not (output / WORK_FOLDER).exists()
     # Blocks of the interrupted run are counted, to a rounding each.
     assert report["seconds"] >= sum(block["seconds"] - 1e-3 for block in report["layers"].values())
 
@@ -181,7 +183,7 @@ def test_resume_from_another_source_is_refused(tokens: np.ndarray, tmp_path: Pat
 def test_a_run_that_was_killed_before_it_began_leaves_no_trace(
     source: Path, tokens: np.ndarray, tmp_path: Path
 ) -> None:
-    work = tmp_path / "out" / conversion.WORK_FOLDER
+    work = tmp_path / "out" / WORK_FOLDER
     work.mkdir(parents=True)
     (work / "options.json.tmp").write_text("{")
     convert(options(source, tmp_path / "out"), tokens, progress=False)
@@ -278,6 +280,22 @@ def test_command_line_errors_quote_the_value_and_write_nothing(
     assert message in error
     assert "Traceback" not in error
     assert not (tmp_path / "out").exists()
+
+
+def test_bytes_are_those_of_the_parameters(source: Path, tmp_path: Path) -> None:
+    """Nothing is smaller where nothing is quantized, however the files are packed."""
+    report = convert(
+        ConversionOptions(source, tmp_path / "out", "none", recipes.none(), "float32"), None, progress=False
+    )
+    assert report["bytes_after"] == LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype="float32").nbytes
+    assert report["bytes_after"] == pytest.approx(report["bytes_before"], rel=0.01)  # norms are float32
+
+
+def test_an_unfinished_conversion_is_no_model_without_a_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / WORK_FOLDER).mkdir()
+    for read in (load_tokenizer, LlamaForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match="unfinished conversion"):
+            read(tmp_path)
 
 
 def test_a_folder_that_orbax_cannot_write_to_is_refused(source: Path, tmp_path: Path, capsys) -> None:

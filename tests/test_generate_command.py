@@ -87,7 +87,7 @@ def test_a_reader_that_has_seen_enough_ends_the_command(folder, monkeypatch, opt
 def test_streamed_text_is_the_complete_text(capsys, folder, model):
     code, streamed, speed = run(capsys, folder, "--prompt", PROMPT)
     assert (code, streamed) == (0, text_of(model, PROMPT) + "\n")
-    assert f"{folder}: read, and compiled for, in" in speed
+    assert f"{folder}: read, and compiled for the prompt, in" in speed
     assert f"{len(PROMPT)} prompt tokens, {NEW} new ones" in speed
     assert "tokens/s" in speed
     assert run(capsys, folder, "--prompt", PROMPT, "--no-stream")[1] == streamed

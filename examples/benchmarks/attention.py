@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from timing import alone, compile_all, median_seconds
+from timing import alone, compile_all, median_seconds, require_hopper
 
 from pallas_kernels import formats
 from pallas_kernels.formats import ScaledArray
@@ -272,6 +272,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer decode shapes, cuDNN alone as baseline")
     parser.add_argument("--head-dim", type=int, default=HEAD_DIM, help="of prefill")
     arguments = parser.parse_args()
+    require_hopper(parser)
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}")
     for what in arguments.what:
         if what not in MEASUREMENTS:

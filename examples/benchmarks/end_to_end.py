@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from timing import alone, compile_all, kernel_times, median_seconds
+from timing import alone, compile_all, kernel_times, median_seconds, require_hopper
 
 from fireq_jax import LlamaForCausalLM, ModelConfig, recipes
 from fireq_jax.json_files import write_json
@@ -244,6 +244,8 @@ def main() -> None:
     parser.add_argument("--peak", type=float, default=1.6e15, help="FP8 operations/s that a matmul can reach")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.model != "tiny":
+        require_hopper(parser)
 
     device = jax.devices()[0].device_kind
     print(f"{args.model} on {device}, JAX {jax.__version__}", flush=True)

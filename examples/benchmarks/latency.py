@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 from end_to_end import MODELS, random_model
-from timing import alone, kernel_times, median_seconds
+from timing import alone, kernel_times, median_seconds, require_hopper
 
 from fireq_jax import generate, recipes
 from fireq_jax.generation import stream
@@ -69,6 +69,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.model != "tiny":
+        require_hopper(parser)
     if args.tokens <= 65:
         parser.error(f"--tokens is {args.tokens}; expected more than 65")
     quantization = dataclasses.replace(recipes.by_name(args.recipe), lm_head_format="fp8")

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from timing import compile_all, device_time
+from timing import compile_all, device_time, require_hopper
 from tune_matmul import LLAMA
 
 from pallas_kernels import formats
@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 32, 64, 1024, 4096, 16384])
     parser.add_argument("--variants", action="store_true", help="time the epilogues and scale modes too")
     args = parser.parse_args()
+    require_hopper(parser)
     device = jax.devices()[0]
     bandwidth = read_bandwidth()
     print(f"{device.device_kind}, JAX {jax.__version__}, read bandwidth {bandwidth / 1e12:.2f} TB/s\n")

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from timing import device_time
+from timing import device_time, require_hopper
 
 from pallas_kernels import matmul_chain
 from pallas_kernels.matmul import deferred_matmul, matmul
@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--layer", default="4096,14336,6144", help="hidden size, intermediate size, channels of QKV")
     parser.add_argument("--bandwidth", type=float, default=4.68e12, help="bytes/s that a read can reach")
     arguments = parser.parse_args()
+    require_hopper(parser)
     hidden, intermediate, packed = (int(size) for size in arguments.layer.split(","))
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}; {arguments.layer}")
     print("| rows | chains us | separate us | separate / chains | floor / chains |\n|---|---|---|---|---|")

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from timing import device_time, kernel_times
+from timing import device_time, kernel_times, require_hopper
 
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.rope_quantize import rope_quantize_reference
@@ -74,6 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", type=int, nargs="*", default=[])
     options = parser.parse_args()
+    require_hopper(parser)
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}")
     print("batch x tokens | us | GB/s | floor / ours | XLA us | XLA / ours")
     for shape in SHAPES:

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from timing import compile_all, device_time, kernel_times
+from timing import compile_all, device_time, kernel_times, require_hopper
 
 from pallas_kernels import formats
 from pallas_kernels.row_quantize import quantize_rows, rms_norm_quantize, sum_norm_quantize
@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("--sums", nargs="*", default=["1x4096", "16x4096", "64x4096"], help="rows x D of sums")
     parser.add_argument("--parts", nargs="+", type=int, default=[2, 4, 8])
     args = parser.parse_args()
+    require_hopper(parser)
     bandwidth = copy_bandwidth()
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}, copy {bandwidth / 1e12:.2f} TB/s\n")
     print("| op | rows x D | us | GB/s | of a copy | copy us | XLA us | kernels | XLA / ours |")

@@ -4,6 +4,7 @@ Compiling takes most of a benchmark's time. So programs are compiled on threads 
 benchmarks (or shapes of one) may be started at once: their measurements wait until no other compiles or measures.
 """
 
+import argparse
 import contextlib
 import fcntl
 import os
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+
+from pallas_kernels import dispatch
 
 _Key = TypeVar("_Key", bound=Hashable)
 _LOCK = Path(tempfile.gettempdir()) / "fireq-jax-benchmark.lock"
@@ -42,6 +45,12 @@ def _locked(operation: int) -> Iterator[None]:
     with _LOCK.open("w") as file:
         fcntl.flock(file, operation)
         yield
+
+
+def require_hopper(parser: argparse.ArgumentParser) -> None:
+    """End with a usage error where the kernels cannot run."""
+    if dispatch.compute_capability() != (9, 0):
+        parser.error(f"needs an NVIDIA Hopper GPU; the default device is {dispatch.default_device().device_kind!r}")
 
 
 def median_seconds(call: Callable[[], Any], repeats: int) -> float:

@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from timing import compile_all, device_time
+from timing import compile_all, device_time, require_hopper
 
 from pallas_kernels import formats, layouts
 from pallas_kernels.matmul import matmul_reference
@@ -132,6 +132,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[8, 16, 32, 64, 1024, 4096])
     parser.add_argument("--output", type=Path, default=TUNED)
     args = parser.parse_args()
+    require_hopper(parser)
     file = args.output / (jax.devices()[0].device_kind.lower().replace(" ", "_") + ".json")
     table: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"matmul": {}}
     for shape in args.shapes:

@@ -122,7 +122,8 @@ def _load(arguments: argparse.Namespace, options: dict[str, Any], *, only_prefil
         model = pool.submit(abstract.filled, stored)
         compile_ahead(abstract, **options, only_prefill=only_prefill)
         loaded = model.result()
-    print(f"{arguments.model}: read, and compiled for, in {time.perf_counter() - begin:.1f} s", file=sys.stderr)
+    part = " the prompt" if only_prefill else ""
+    print(f"{arguments.model}: read, and compiled for{part}, in {time.perf_counter() - begin:.1f} s", file=sys.stderr)
     return loaded
 
 
@@ -219,7 +220,7 @@ def _stream(
     speed = f"first after {times[1] - times[0]:.2f} s"
     if count > 2:
         # The second waits for the decoding step's compilation.
-        speed += f", then {(count - 2) / (times[-1] - times[2]):.1f} tokens/s"
+        speed += f", second after {times[2] - times[1]:.2f} s, then {(count - 2) / (times[-1] - times[2]):.1f} tokens/s"
     _report(len(prompt), count, times[-1] - times[0], speed)
 
 
