@@ -335,7 +335,17 @@ def _check_output(output: Path, fingerprint: Mapping[str, Any], *, resume: bool)
     for key in sorted({*before, *fingerprint}):
         was, now = before.get(key), fingerprint.get(key)
         if was != now:
-            raise ValueError(f"cannot resume {output}: {key} was {was!r} and is now {now!r}")
+            raise ValueError(f"cannot resume {output}: {_difference(key, was, now)}")
+
+
+def _difference(name: str, was: Any, now: Any) -> str:
+    """Of two unequal values, or of the first unequal ones in two objects."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        key = next(key for key in sorted({*was, *now}) if was.get(key) != now.get(key))
+        return _difference(f"{name}.{key}", was.get(key), now.get(key))
+    if name == "calibration":
+        return "the calibration text, the number or length of its samples, or the seed is another"
+    return f"{name} was {was!r} and is now {now!r}"
 
 
 def _only_aside(work: Path, options: Path) -> bool:
