@@ -59,7 +59,7 @@ class Compensator:
 
         Returns:
             Parameters by full name; the block's output in the quantized model, None if
-            calibration does not follow it.
+            calibration does not follow it or no block comes after.
         """
         own = self._own_parameters(index, block)
         exact = self._layer(own, {}, self._float)
@@ -85,7 +85,7 @@ class Compensator:
             )
         parameters = layer_parameters(block, index, self._float, dtype)
         parameters |= {f"layers.{index}.{name}": value for name, value in done.items()}
-        if not self.follows_quantized:
+        if not self.follows_quantized or index + 1 == self.config.num_layers:
             return parameters, None
         return parameters, self._run(self._layer(own, done, self.quantization), quantized_hidden)
 

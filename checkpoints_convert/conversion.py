@@ -207,7 +207,7 @@ def _compensate_block(
     if compensator.follows_quantized and index > 0:
         quantized_hidden = np.load(_quantized_hidden_path(work, index), mmap_mode="r")
     parameters, output = compensator.quantize(block, index, hidden, quantized_hidden, dtype)
-    if output is not None and index + 1 < compensator.config.num_layers:
+    if output is not None:
         _save_array(_quantized_hidden_path(work, index + 1), output)
     return parameters
 
@@ -332,17 +332,15 @@ def _check_output(output: Path, fingerprint: Mapping[str, Any], *, resume: bool)
     if not resume:
         raise ValueError(f"{output} holds an interrupted conversion; use --resume to go on, or remove it")
     before = json_files.read_json(options)
-    for key in sorted({*before, *fingerprint}):
-        was, now = before.get(key), fingerprint.get(key)
-        if was != now:
-            raise ValueError(f"cannot resume {output}: {_difference(key, was, now)}")
+    if before != fingerprint:
+        raise ValueError(f"cannot resume {output}: {_difference('', before, fingerprint)}")
 
 
 def _difference(name: str, was: Any, now: Any) -> str:
     """Of two unequal values, or of the first unequal ones in two objects."""
     if isinstance(was, dict) and isinstance(now, dict):
         key = next(key for key in sorted({*was, *now}) if was.get(key) != now.get(key))
-        return _difference(f"{name}.{key}", was.get(key), now.get(key))
+        return _difference(f"{name}.{key}" if name else key, was.get(key), now.get(key))
     if name == "calibration":
         return "the calibration text, the number or length of its samples, or the seed is another"
     return f"{name} was {was!r} and is now {now!r}"

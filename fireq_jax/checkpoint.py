@@ -66,8 +66,7 @@ class StoredModel:
             raise ValueError(f"{folder} is not a folder; expected a Hugging Face checkpoint or a converted model")
         if (folder / MANIFEST).is_file():
             return cls(folder, *read_manifest(folder), None)
-        if is_unfinished(folder):
-            raise ValueError(f"{folder} is an unfinished conversion (no {MANIFEST}); run fireq-convert --resume on it")
+        check_finished(folder)
         source = HuggingFaceCheckpoint(folder)
         return cls(folder, source.config, recipes.none(), source)
 
@@ -91,10 +90,11 @@ class StoredModel:
         return parameters | global_parameters(arrays, self.quantization, dtype)
 
 
-def is_unfinished(folder: Path) -> bool:
-    """Whether a conversion has been begun there, and not ended."""
+def check_finished(folder: Path) -> None:
+    """Raise ValueError if a conversion has been begun there, and not ended."""
     begun = any((folder / name).exists() for name in ("params", WORK_FOLDER))
-    return begun and not (folder / MANIFEST).is_file()
+    if begun and not (folder / MANIFEST).is_file():
+        raise ValueError(f"{folder} is an unfinished conversion (no {MANIFEST}); run fireq-convert --resume on it")
 
 
 def read_manifest(folder: Path) -> tuple[ModelConfig, QuantizationConfig]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fireq_jax.checkpoint import is_unfinished
+from fireq_jax.checkpoint import check_finished
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,8 +20,7 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; expected a model with its tokenizer")
-    if is_unfinished(folder):
-        raise ValueError(f"{folder} is an unfinished conversion; run fireq-convert --resume on it")
+    check_finished(folder)
     if not any((folder / name).is_file() for name in _FILES):
         raise ValueError(f"{folder} has no tokenizer; expected {', '.join(_FILES[:-1])} or {_FILES[-1]}")
     # Importing transformers takes seconds, which a caller without text should not pay.

@@ -55,13 +55,12 @@ def compute_capability() -> tuple[int, ...]:
 
 
 def _not_hopper() -> str | None:
-    if (capability := compute_capability()) == (9, 0):
+    if compute_capability() == (9, 0):
         return None
     device = default_device()
     if device.platform != "gpu":
         return f"the default device is {device.platform!r}, not a GPU"
-    named = ".".join(map(str, capability)) or getattr(device, "compute_capability", "unknown")
-    return f"compute capability is {named}, not 9.0 (Hopper)"
+    return f"compute capability is {getattr(device, 'compute_capability', 'unknown')}, not 9.0 (Hopper)"
 
 
 @functools.cache

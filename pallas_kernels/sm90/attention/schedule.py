@@ -39,10 +39,10 @@ class Schedule:
 def causal_schedule(row_blocks: int, copies: int, ctas: int) -> Schedule:
     """That which leaves the least to the slowest thread block.
 
-    Of ``row_blocks`` rows of ``copies`` blocks the last sees as many tiles, and each one before it a tile less.
+    Of ``row_blocks`` rows of ``copies`` blocks, together at least ``ctas``, the last sees as many tiles, and each one
+    before it a tile less.
     """
     costs = np.repeat(np.arange(row_blocks, 0, -1) + _VISIT_COST, copies)
-    ctas = min(ctas, costs.size)
     rows = -(-costs.size // ctas)
     costs = np.pad(costs, (0, rows * ctas - costs.size)).reshape(rows, ctas)
     costs[1::2] = costs[1::2, ::-1]
