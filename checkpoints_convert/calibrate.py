@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from checkpoints_convert.algorithms.keys import KeyMoments, KeySample, KeyStatistics
 from fireq_jax.compilation import COMPILE_QUICKLY
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.layers import Tap, no_tap
@@ -22,7 +23,6 @@ from fireq_jax.models.parameters import Block, fuse_block, with_parameters
 from fireq_jax.models.rope import rope_tables
 from fireq_jax.quantization import recipes
 from fireq_jax.quantization.config import QuantizationConfig
-from fireq_jax.quantization.key_smoothing import KeyMoments, KeySample, KeyStatistics
 from pallas_kernels.split_sum import finished
 
 # One token in so many goes into KeyStatistics.sample, from each sequence with another offset.

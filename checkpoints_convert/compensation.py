@@ -16,14 +16,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from checkpoints_convert.algorithms.gptq import InputMoments, quantize_measured, rounding_operations
+from checkpoints_convert.algorithms.reconstruction import reconstruct, reconstruction_operations
 from checkpoints_convert.calibrate import LINEAR_INPUTS, Hidden, abstract_layer, batches_of, run_layer
-from checkpoints_convert.reconstruction import reconstruct, reconstruction_operations
 from fireq_jax.compilation import COMPILE_QUICKLY
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.llama import DecoderLayer
 from fireq_jax.models.parameters import Block, Parameter, layer_parameters, quantize_linear, with_parameters
 from fireq_jax.quantization.config import QuantizationConfig
-from fireq_jax.quantization.gptq import InputMoments, rounding_operations
 from pallas_kernels import formats
 
 # Which linear layer reads which of calibrate.LINEAR_INPUTS, in order.
@@ -67,11 +67,13 @@ class Compensator:
         for linear, tap in zip(LINEARS, LINEAR_INPUTS, strict=True):
             if self.quantization.keeps_float(f"layers.{index}.{linear}"):
                 continue
-            moments = None
+            weight = own[f"{linear}.weight"]
             if self.quantization.measures_inputs:
                 seen = self._layer(own, done, self.quantization) if self.follows_quantized else exact
                 moments = self._moments(exact, seen, tap, hidden, quantized_hidden)
-            done[f"{linear}.weight"] = quantize_linear(own[f"{linear}.weight"], self.quantization, moments)
+                done[f"{linear}.weight"] = quantize_measured(weight, moments, self.quantization)
+            else:
+                done[f"{linear}.weight"] = quantize_linear(weight, self.quantization)
         if self.quantization.learned_steps:
             done |= reconstruct(
                 self.config,

@@ -24,16 +24,17 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from tqdm.auto import tqdm
 
+from checkpoints_convert.algorithms.keys import KeyStatistics, KeyTransform
+from checkpoints_convert.algorithms.reconstruction import check_sequences
+from checkpoints_convert.algorithms.smoothing import smooth_with_keys
 from checkpoints_convert.calibrate import BlockStatistics, Calibrator
 from checkpoints_convert.compensation import Compensator, compensation_operations
-from checkpoints_convert.reconstruction import check_sequences
-from fireq_jax import checkpoint, json_files
-from fireq_jax.huggingface import HuggingFaceCheckpoint, block_shapes
+from fireq_jax import json_files
+from fireq_jax.checkpoints import folder
+from fireq_jax.checkpoints.huggingface import HuggingFaceCheckpoint, block_shapes
 from fireq_jax.models.llama import LlamaForCausalLM, linear_names
 from fireq_jax.models.parameters import Parameter, fuse_block, global_parameters, layer_parameters
 from fireq_jax.quantization.config import QuantizationConfig
-from fireq_jax.quantization.key_smoothing import KeyStatistics, KeyTransform
-from fireq_jax.quantization.smoothing import smooth_with_keys
 from pallas_kernels import formats
 from pallas_kernels.quantized_tensor import QuantizedTensor
 
@@ -114,7 +115,7 @@ def convert(
     logger.info("%s", _cost(source, quantization, tokens))
     source.check_finite(progress=progress)
 
-    work = options.output / checkpoint.WORK_FOLDER
+    work = options.output / folder.WORK_FOLDER
     work.mkdir(parents=True, exist_ok=True)
     json_files.write_json(work / "options.json", fingerprint)
     _convert_globals(source, options, tokens, work)
@@ -142,14 +143,14 @@ def _convert_globals(
     for name in names:
         hidden = _hidden_path(work, 0)
         starts = name == "embed_tokens" and tokens is not None and _blocks_done(options.output, 1) == 0
-        if not starts and checkpoint.part_path(options.output, checkpoint.part_of(name)).is_dir():
+        if not starts and folder.part_path(options.output, folder.part_of(name)).is_dir():
             continue
         tied = name == "lm_head" and source.config.tie_word_embeddings
         array = source.global_tensor("embed_tokens" if tied else name)
         if starts:
             _save_array(hidden, array[tokens].astype(np.float32))
         parameters = global_parameters({name: array}, options.quantization, options.dtype)
-        checkpoint.save_part(options.output, checkpoint.part_of(name), parameters)
+        folder.save_part(options.output, folder.part_of(name), parameters)
 
 
 def _convert_block(
@@ -194,7 +195,7 @@ def _convert_block(
         "seconds": round(time.perf_counter() - started, 3),
     }
     json_files.write_json(work / f"block.{index}.json", report)
-    checkpoint.save_part(options.output, f"layers.{index}", parameters)
+    folder.save_part(options.output, f"layers.{index}", parameters)
     for path in (_hidden_path(work, index), _quantized_hidden_path(work, index)):
         path.unlink(missing_ok=True)
 
@@ -302,7 +303,7 @@ def _finish(
         if (options.model / name).is_file():
             shutil.copyfile(options.model / name, options.output / name)
     json_files.write_json(options.output / "report.json", report)
-    checkpoint.write_manifest(options.output, config, options.quantization)
+    folder.write_manifest(options.output, config, options.quantization)
     shutil.rmtree(work)
     return report
 
@@ -317,12 +318,12 @@ def _check_tokens(tokens: Int[np.ndarray, "samples T"], vocab_size: int, longest
 
 
 def _check_output(output: Path, fingerprint: Mapping[str, Any], *, resume: bool) -> None:
-    checkpoint.check_writable(output)
-    if (output / checkpoint.MANIFEST).exists():
+    folder.check_writable(output)
+    if (output / folder.MANIFEST).exists():
         raise ValueError(f"{output} already holds a complete model; give another output folder or remove it")
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is not a folder; give another output folder")
-    work = output / checkpoint.WORK_FOLDER
+    work = output / folder.WORK_FOLDER
     options = work / "options.json"
     # Not even begun, or killed before the options were there.
     if not output.exists() or (set(output.iterdir()) <= {work} and (not work.exists() or _only_aside(work, options))):
@@ -386,7 +387,7 @@ def _cost(
 
 def _blocks_done(output: Path, blocks: int) -> int:
     """How many of the first blocks are committed."""
-    return next((i for i in range(blocks) if not checkpoint.part_path(output, f"layers.{i}").is_dir()), blocks)
+    return next((i for i in range(blocks) if not folder.part_path(output, f"layers.{i}").is_dir()), blocks)
 
 
 def _hidden_path(work: Path, index: int) -> Path:

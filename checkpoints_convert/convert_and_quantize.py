@@ -9,10 +9,10 @@ from pathlib import Path
 
 from checkpoints_convert.calibration_data import calibration_batches
 from checkpoints_convert.conversion import ConversionOptions, convert, needs_calibration
+from fireq_jax.checkpoints.tokenizer import load_tokenizer
 from fireq_jax.command_line import exit_code
 from fireq_jax.compilation import keep_programs
 from fireq_jax.quantization import recipes
-from fireq_jax.tokenizer import load_tokenizer
 from pallas_kernels import formats
 
 

@@ -30,10 +30,10 @@ from matplotlib.figure import Figure
 from checkpoints_convert.calibration_data import sample_windows
 from checkpoints_convert.conversion import ConversionOptions, convert, needs_calibration
 from fireq_jax import LlamaForCausalLM, QuantizationConfig, recipes
+from fireq_jax.checkpoints.tokenizer import load_tokenizer
 from fireq_jax.command_line import exit_code
 from fireq_jax.json_files import read_json, write_json
 from fireq_jax.text_data import load_tokens
-from fireq_jax.tokenizer import load_tokenizer
 
 TINY = Path(__file__).parent / "tiny_llama"
 # Of the rows that learn.

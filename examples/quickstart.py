@@ -14,9 +14,9 @@ import numpy as np
 from checkpoints_convert.calibration_data import calibration_batches
 from checkpoints_convert.conversion import ConversionOptions, convert
 from fireq_jax import LlamaForCausalLM, generate, recipes
+from fireq_jax.checkpoints.tokenizer import load_tokenizer
 from fireq_jax.evaluation.perplexity import perplexity
 from fireq_jax.text_data import load_tokens
-from fireq_jax.tokenizer import load_tokenizer
 
 SOURCE = Path(__file__).parent / "tiny_llama"
 RECIPES = ("rtn", "fireq", "fireq_plus")

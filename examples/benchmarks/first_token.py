@@ -50,7 +50,7 @@ def run_child(args: argparse.Namespace) -> None:
     import numpy as np
 
     from fireq_jax import LlamaForCausalLM
-    from fireq_jax.checkpoint import StoredModel
+    from fireq_jax.checkpoints.folder import StoredModel
     from fireq_jax.generation import compile_ahead, stream
 
     mark()

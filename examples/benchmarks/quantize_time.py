@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from end_to_end import MODELS
 
+from checkpoints_convert.algorithms.gptq import InputMoments, quantize_measured
+from checkpoints_convert.algorithms.smoothing import smooth_block
 from checkpoints_convert.calibrate import Calibrator
 from checkpoints_convert.compensation import Compensator
 from fireq_jax import ModelConfig, recipes
-from fireq_jax.huggingface import block_shapes
-from fireq_jax.models.parameters import fuse_block, quantize_linear
-from fireq_jax.quantization.gptq import InputMoments
-from fireq_jax.quantization.smoothing import smooth_block
+from fireq_jax.checkpoints.huggingface import block_shapes
+from fireq_jax.models.parameters import fuse_block
 
 
 def parser() -> argparse.ArgumentParser:
@@ -108,7 +108,7 @@ def random_hidden(config: ModelConfig, samples: int, length: int) -> np.ndarray:
 
 
 def time_rounding(config: ModelConfig, recipe: str) -> None:
-    """``quantize_linear`` of each linear layer, compiled before, with second moments of random inputs."""
+    """``quantize_measured`` of each linear layer, compiled before, with second moments of random inputs."""
     quantization = recipes.by_name(recipe)
     if not quantization.measures_inputs:
         return
@@ -117,7 +117,7 @@ def time_rounding(config: ModelConfig, recipe: str) -> None:
             inputs = jax.random.normal(jax.random.key(3), (4096, weight.shape[1]))
             hessian = inputs.T @ inputs / len(inputs)
             moments = InputMoments(hessian, hessian)
-            timed(f"{name} {list(weight.shape)}", lambda: quantize_linear(weight, quantization, moments))  # noqa: B023
+            timed(f"{name} {list(weight.shape)}", lambda: quantize_measured(weight, moments, quantization))  # noqa: B023
 
 
 if __name__ == "__main__":

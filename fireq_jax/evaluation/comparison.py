@@ -8,10 +8,10 @@ import jax
 import numpy as np
 from jaxtyping import Int32
 
+from fireq_jax.checkpoints.tokenizer import load_tokenizer
 from fireq_jax.evaluation.perplexity import perplexity
 from fireq_jax.models import LlamaForCausalLM
 from fireq_jax.text_data import read_documents, tokenize
-from fireq_jax.tokenizer import load_tokenizer
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.formats import KVFormat
 

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, get_args
 import jax
 import numpy as np
 
-from fireq_jax.checkpoint import StoredModel
+from fireq_jax.checkpoints.folder import StoredModel
+from fireq_jax.checkpoints.huggingface import read_generation_config
+from fireq_jax.checkpoints.tokenizer import load_tokenizer
 from fireq_jax.command_line import exit_code
 from fireq_jax.compilation import keep_programs
 from fireq_jax.generation.generate import check_call, compile_ahead, generate, stream
 from fireq_jax.generation.sampling import SamplingConfig, SamplingOptions
-from fireq_jax.huggingface import read_generation_config
 from fireq_jax.models.llama import LlamaForCausalLM
-from fireq_jax.tokenizer import load_tokenizer
 from pallas_kernels import formats
 from pallas_kernels.dispatch import Implementation
 

@@ -30,7 +30,7 @@ from pallas_kernels.quantized_tensor import QuantizedTensor
 from pallas_kernels.split_sum import SplitSum, finished
 
 if TYPE_CHECKING:
-    from fireq_jax.checkpoint import StoredModel
+    from fireq_jax.checkpoints.folder import StoredModel
 
 Positions = Literal["all", "last"]
 
@@ -174,7 +174,7 @@ class LlamaForCausalLM(nnx.Module):
             ValueError: if the folder is neither, is incomplete, or its tensors do not fit.
         """
         # Orbax takes a second to import, which a model made from scratch need not pay.
-        from fireq_jax.checkpoint import StoredModel
+        from fireq_jax.checkpoints.folder import StoredModel
 
         stored = StoredModel.open(Path(folder))
         return cls.abstract(stored, dtype=dtype, kv_format=kv_format, implementation=implementation).filled(stored)
@@ -205,7 +205,7 @@ class LlamaForCausalLM(nnx.Module):
 
     def save(self, folder: str | Path) -> None:
         """Write the model, without a tokenizer, to a folder that :meth:`from_pretrained` reads."""
-        from fireq_jax.checkpoint import save_model
+        from fireq_jax.checkpoints.folder import save_model
 
         save_model(Path(folder), self.config, self.quantization, parameters_of(self))
 

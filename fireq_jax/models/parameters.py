@@ -17,7 +17,6 @@ from jaxtyping import Array
 
 from fireq_jax.compilation import COMPILE_QUICKLY
 from fireq_jax.quantization.config import QuantizationConfig
-from fireq_jax.quantization.gptq import InputMoments, quantize_measured
 from pallas_kernels import layouts
 from pallas_kernels.quantized_tensor import QuantizedTensor, quantize
 
@@ -76,19 +75,16 @@ def global_parameters(
 
 
 @functools.partial(jax.jit, static_argnums=1, compiler_options=COMPILE_QUICKLY)
-def quantize_linear(
-    weight: Array, quantization: QuantizationConfig, inputs: InputMoments | None = None
-) -> QuantizedTensor:
-    """Quantize one [N, K] matrix as the config says (jitted: a weight's temporaries fuse away).
+def quantize_linear(weight: Array, quantization: QuantizationConfig) -> QuantizedTensor:
+    """Round one [N, K] matrix to the nearest codes as the config says (jitted: a weight's temporaries fuse away).
 
-    ``inputs`` are second moments of the layer's inputs, for a config that ``measures_inputs``.
+    Raises:
+        ValueError: if the config has no quantized weights, or measures their inputs first.
     """
     if quantization.weight_format == "none":
         raise ValueError("weight_format is 'none'; expected a format of 4 or 8 bits")
     if quantization.measures_inputs:
-        if inputs is None:
-            raise ValueError("scale_search and error_compensation need the moments of the layer's inputs; calibrate")
-        return quantize_measured(weight, inputs, quantization)
+        raise ValueError("scale_search and error_compensation need the moments of the layer's inputs; calibrate")
     return quantize(
         weight,
         format=quantization.weight_format,

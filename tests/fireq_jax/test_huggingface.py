@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from tiny_llama import config_of, weights_of, write_folder
 
 from fireq_jax import LlamaForCausalLM
-from fireq_jax.huggingface import HuggingFaceCheckpoint, expected_shapes
+from fireq_jax.checkpoints.huggingface import HuggingFaceCheckpoint, expected_shapes
 from fireq_jax.models.parameters import parameters_of
 
 FIELDS = config_of("gqa")

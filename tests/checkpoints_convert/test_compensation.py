@@ -9,12 +9,14 @@ import pytest
 from small_checkpoint import block_of, parameter_bytes, write_checkpoint
 
 from checkpoints_convert import compensation
+from checkpoints_convert.algorithms import gptq
+from checkpoints_convert.algorithms.gptq import quantize_measured
 from checkpoints_convert.calibrate import Calibrator
 from checkpoints_convert.compensation import Compensator
 from checkpoints_convert.conversion import ConversionOptions, convert, needs_calibration
 from fireq_jax import LlamaForCausalLM, ModelConfig, QuantizationConfig, recipes
-from fireq_jax.checkpoint import WORK_FOLDER
-from fireq_jax.quantization import gptq
+from fireq_jax.checkpoints.folder import WORK_FOLDER
+from fireq_jax.models.parameters import quantize_linear
 from pallas_kernels.quantized_tensor import QuantizedTensor
 
 FIELDS = {
@@ -78,8 +80,8 @@ def test_moments_are_those_of_the_layers_inputs(monkeypatch: pytest.MonkeyPatch)
     seen = []
     monkeypatch.setattr(
         compensation,
-        "quantize_linear",
-        lambda weight, config, inputs: seen.append(inputs) or compensation_quantize(weight, config, inputs),
+        "quantize_measured",
+        lambda weight, inputs, config: seen.append(inputs) or quantize_measured(weight, inputs, config),
     )
     block, hidden = block_of(CONFIG), hidden_of()
     config = without_smoothing(activation_format="none", kv_format="none", query_format="none")
@@ -92,9 +94,6 @@ def test_moments_are_those_of_the_layers_inputs(monkeypatch: pytest.MonkeyPatch)
     np.testing.assert_allclose(seen[0].hessian, disturbed.T @ disturbed / len(exact), atol=1e-4)
     np.testing.assert_allclose(seen[0].cross, exact.T @ disturbed / len(exact), atol=1e-4)
     assert [inputs.hessian.shape[0] for inputs in seen] == [64, 64, 64, 96]
-
-
-compensation_quantize = compensation.quantize_linear
 
 
 def test_kept_layers_stay_float_and_the_others_do_not() -> None:
@@ -157,4 +156,4 @@ def test_it_says_when_text_is_missing(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="give calibration text"):
         convert(options(source, tmp_path / "plus"), None, progress=False)
     with pytest.raises(ValueError, match="moments"):
-        compensation_quantize(jnp.ones((64, 128)), PLUS)
+        quantize_linear(jnp.ones((64, 128)), PLUS)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fireq_jax.quantization.weight_search import search_channel_scale, search_group_scale, search_weight
+from checkpoints_convert.algorithms.weight_search import search_channel_scale, search_group_scale, search_weight
 from pallas_kernels import formats
 
 ROWS, INPUTS = 48, 256

@@ -12,7 +12,8 @@ import pytest
 from flax import nnx
 from tiny_llama import config_of
 
-from fireq_jax import LlamaForCausalLM, ModelConfig, QuantizationConfig, checkpoint, recipes
+from fireq_jax import LlamaForCausalLM, ModelConfig, QuantizationConfig, recipes
+from fireq_jax.checkpoints import folder as checkpoint
 from fireq_jax.json_files import write_json
 from fireq_jax.models.parameters import parameters_of
 

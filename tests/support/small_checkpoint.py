@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from fireq_jax import LlamaForCausalLM, ModelConfig
-from fireq_jax.huggingface import block_shapes, expected_shapes, read_config
+from fireq_jax.checkpoints.huggingface import block_shapes, expected_shapes, read_config
 from fireq_jax.models.parameters import parameters_of
 
 

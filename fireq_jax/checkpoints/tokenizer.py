@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fireq_jax.checkpoint import check_finished
+from fireq_jax.checkpoints.folder import check_finished
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,7 +12,7 @@ from small_checkpoint import write_checkpoint
 from tiny_llama import config_of
 
 from fireq_jax import LlamaForCausalLM, ModelConfig, generate, recipes
-from fireq_jax.checkpoint import StoredModel
+from fireq_jax.checkpoints.folder import StoredModel
 from fireq_jax.generation import check_call, compile_ahead, stream
 from fireq_jax.generation.generate import BUCKET, GLANCE, _decode, _next_count, _prefill, _prepare, _round_up
 

@@ -19,9 +19,9 @@ from checkpoints_convert import conversion
 from checkpoints_convert.conversion import ConversionOptions, convert
 from checkpoints_convert.convert_and_quantize import main
 from fireq_jax import LlamaForCausalLM, QuantizationConfig, recipes
-from fireq_jax.checkpoint import WORK_FOLDER
+from fireq_jax.checkpoints.folder import WORK_FOLDER
+from fireq_jax.checkpoints.tokenizer import load_tokenizer
 from fireq_jax.models.parameters import parameters_of
-from fireq_jax.tokenizer import load_tokenizer
 from pallas_kernels.quantized_tensor import QuantizedTensor
 
 CONFIG = {

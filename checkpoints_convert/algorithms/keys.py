@@ -85,7 +85,7 @@ class KeyTransform(NamedTuple):
 def smooth_keys(
     block: Mapping[str, Array], transform: KeyTransform, config: ModelConfig, smoothing: SmoothingConfig
 ) -> dict[str, Array]:
-    """N, S and the key offset; see :func:`~fireq_jax.quantization.smoothing.smooth_block`."""
+    """N, S and the key offset; see :func:`~checkpoints_convert.algorithms.smoothing.smooth_block`."""
     result = dict(block)
     if smoothing.pre_rope:
         result = fold_pairs(result, transform.pairs, config)

@@ -3,8 +3,8 @@
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import pytest
+from attention_cases import Case, assert_near, cases, operands, pages
 from interpreted import interpreted, needs_interpreter, prepared
-from test_attention_sm90 import Case, assert_near, cases, operands, pages
 
 from pallas_kernels.sm90.attention import decode, prefill, prefill_device
 

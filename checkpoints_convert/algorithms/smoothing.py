@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from checkpoints_convert.algorithms.keys import KeyStatistics, KeyTransform, key_transform, smooth_keys
+from checkpoints_convert.algorithms.values import balance_values, rotate_values
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.quantization.config import ColumnStatistic, SmoothingConfig
-from fireq_jax.quantization.key_smoothing import KeyStatistics, KeyTransform, key_transform, smooth_keys
-from fireq_jax.quantization.value_smoothing import balance_values, rotate_values
 from pallas_kernels import formats, layouts
 
 Block = Mapping[str, Array]

@@ -1,6 +1,6 @@
 """Make ``logits.npz``: what transformers computes for the tiny random Llamas (needs torch).
 
-    python tests/golden/make_golden.py
+    python tests/support/golden/make_golden.py
 
 The tests compare with these, and live as well where torch is installed.
 """

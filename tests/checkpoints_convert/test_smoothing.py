@@ -8,10 +8,7 @@ import pytest
 from flax import nnx
 from tiny_llama import config_of, tokens_of, weights_of
 
-from fireq_jax import LlamaForCausalLM, ModelConfig, QuantizationConfig
-from fireq_jax.models import parameters
-from fireq_jax.quantization import SmoothingConfig
-from fireq_jax.quantization.key_smoothing import (
+from checkpoints_convert.algorithms.keys import (
     KeyStatistics,
     PairTransform,
     fold_pairs,
@@ -19,13 +16,16 @@ from fireq_jax.quantization.key_smoothing import (
     post_rope_scale,
     pre_rope_scale,
 )
-from fireq_jax.quantization.smoothing import (
+from checkpoints_convert.algorithms.smoothing import (
     EXPONENTS,
     balance_norm,
     column_scale,
     searched_column_scale,
     smooth_block,
 )
+from fireq_jax import LlamaForCausalLM, ModelConfig, QuantizationConfig
+from fireq_jax.models import parameters
+from fireq_jax.quantization import SmoothingConfig
 from pallas_kernels import formats
 
 FIELDS = config_of("gqa", num_hidden_layers=1, attention_bias=True, mlp_bias=True)

@@ -8,12 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from checkpoints_convert.calibrate import BlockStatistics, Calibrator, run_layer
-from fireq_jax import ModelConfig, QuantizationConfig
-from fireq_jax.models.llama import DecoderLayer
-from fireq_jax.models.parameters import layer_parameters, with_parameters
-from fireq_jax.quantization import SmoothingConfig
-from fireq_jax.quantization.key_smoothing import (
+from checkpoints_convert.algorithms.keys import (
     QUERY_EXPONENTS,
     KeyMoments,
     KeySample,
@@ -23,8 +18,13 @@ from fireq_jax.quantization.key_smoothing import (
     key_cost,
     key_transform,
 )
-from fireq_jax.quantization.smoothing import column_scale, smooth_block
-from fireq_jax.quantization.value_smoothing import balance_values, hadamard, rotate_values
+from checkpoints_convert.algorithms.smoothing import column_scale, smooth_block
+from checkpoints_convert.algorithms.values import balance_values, hadamard, rotate_values
+from checkpoints_convert.calibrate import BlockStatistics, Calibrator, run_layer
+from fireq_jax import ModelConfig, QuantizationConfig
+from fireq_jax.models.llama import DecoderLayer
+from fireq_jax.models.parameters import layer_parameters, with_parameters
+from fireq_jax.quantization import SmoothingConfig
 from pallas_kernels import formats
 
 CONFIG = ModelConfig(

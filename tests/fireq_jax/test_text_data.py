@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fireq_jax.checkpoints.tokenizer import load_tokenizer
 from fireq_jax.text_data import load_tokens, read_documents, tokenize
-from fireq_jax.tokenizer import load_tokenizer
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny_llama"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny_llama"
 DOCUMENTS = ["first document\r\nwith two lines", "zweites Dokument: äöü €", "third \u2028 and \f last"]
 
 

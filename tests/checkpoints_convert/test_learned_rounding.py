@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from small_checkpoint import block_of, parameter_bytes, write_checkpoint
 
-from checkpoints_convert import reconstruction
+from checkpoints_convert.algorithms import learned_rounding, reconstruction
+from checkpoints_convert.algorithms.gptq import InputMoments, quantize_measured
+from checkpoints_convert.algorithms.reconstruction import reconstruct, relative_error
 from checkpoints_convert.calibrate import Calibrator, abstract_layer, run_layer
 from checkpoints_convert.compensation import Compensator, compensation_operations
 from checkpoints_convert.conversion import ConversionOptions, convert
-from checkpoints_convert.reconstruction import reconstruct, relative_error
 from fireq_jax import ModelConfig, QuantizationConfig
 from fireq_jax.models.parameters import fuse_block, quantize_linear, with_parameters
-from fireq_jax.quantization import SmoothingConfig, learned_rounding
-from fireq_jax.quantization.gptq import InputMoments
+from fireq_jax.quantization import SmoothingConfig
 from pallas_kernels.quantized_tensor import QuantizedTensor
 
 # 160 inputs of down_proj: two groups, the second one padded.
@@ -66,7 +66,8 @@ def test_no_change_is_exactly_the_start(config: QuantizationConfig) -> None:
     """Also for codes that compensation moved away from the nearest, and padded groups."""
     weight = jax.random.normal(jax.random.key(0), (64, 160))
     inputs = jax.random.normal(jax.random.key(1), (512, 160)) @ jax.random.normal(jax.random.key(2), (160, 160))
-    tensor = quantize_linear(weight, config, InputMoments(inputs.T @ inputs) if config.measures_inputs else None)
+    moments = InputMoments(inputs.T @ inputs)
+    tensor = quantize_measured(weight, moments, config) if config.measures_inputs else quantize_linear(weight, config)
     start = {"a.weight": tensor, "norm.weight": jnp.linspace(0.5, 2, 160)}
     origins = {"a.weight": learned_rounding.origin(tensor, weight)}
     change = learned_rounding.no_change(start, origins)

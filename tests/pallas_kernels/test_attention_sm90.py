@@ -1,6 +1,5 @@
 """The Hopper attention kernels: their numbers on a GPU, their lowering for CUDA and their host code anywhere."""
 
-import dataclasses
 import functools
 
 import jax
@@ -8,45 +7,17 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_cases import Case, assert_near, cases, operands, pages, rows
 from poisoned_memory import poison
 
 from pallas_kernels import formats
 from pallas_kernels.decode_attention import decode_attention, gather_pages
 from pallas_kernels.formats import ScaledArray
-from pallas_kernels.prefill_attention import attention_reference, prefill_attention
+from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.sm90 import row_quantize
 from pallas_kernels.sm90.attention import decode, prefill
 from pallas_kernels.sm90.attention.schedule import Schedule, causal_schedule
 from pallas_kernels.sm90.hardware import NUM_SMS
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """Shapes and options of one attention; ``starts`` None is decoding: the queries are the last tokens."""
-
-    length: int = 1
-    heads: int = 8
-    kv_heads: int = 2
-    head_dim: int = 128
-    slots: int = 512
-    lengths: tuple[int, ...] = (512, 100)
-    starts: tuple[int, ...] | None = None
-    causal: bool = True
-    window: int | None = None
-    page: int | None = None
-    outliers: bool = False
-    falling: float = 0.0  # nats by which scores fall from one key to the next
-    config: decode.Config | prefill.Config | None = None
-
-    @property
-    def batch(self) -> int:
-        return len(self.lengths)
-
-    @property
-    def scale(self) -> float:
-        # Outliers would leave one key all the weight.
-        return self.head_dim**-0.5 * (0.02 if self.outliers else 1.0)
-
 
 DECODE = {
     "one token": Case(heads=4, kv_heads=1, slots=128, lengths=(1,)),
@@ -125,13 +96,6 @@ COMBINE_CONFIGS = [
     row_quantize.Config(8),
     *(row_quantize.Config(n, c) for n, c in ((1, 8), (1, 4), (3, 2), (4, 8))),
 ]
-
-
-def cases(table: dict[str, Case]):
-    return pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in table.items()])
-
-
-# --- on a GPU -------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
@@ -238,62 +202,6 @@ def test_auto_runs_the_kernels():
     for op in (decode_attention, prefill_attention):
         automatic, named = (op(query, key, value, **options, implementation=name) for name in ("auto", "mosaic_gpu"))
         np.testing.assert_array_equal(np.asarray(automatic, np.float32), np.asarray(named, np.float32))
-
-
-def assert_near(out, query, key, value, start, lengths, case: Case):
-    """Each sequence's error against float32 attention over the same cache is about the reference's or less."""
-    options = {
-        "query_start": start, "kv_lengths": lengths, "scale": case.scale, "causal": case.causal, "window": case.window,
-        "out_dtype": jnp.float32,
-    }  # fmt: skip
-    with jax.default_matmul_precision("highest"):
-        exact = attention_reference(ScaledArray(formats.dequantize(query), None), key, value, **options)
-        reference = attention_reference(query, key, value, **options)
-    norm = functools.partial(np.linalg.norm, axis=-1)
-    exact, reference, out = (np.asarray(x, np.float32).reshape(case.batch, -1) for x in (exact, reference, out))
-    allowed = 1.25 * norm(reference - exact) + 3e-3 * norm(exact)
-    assert (norm(out - exact) <= allowed).all(), (norm(out - exact), norm(reference - exact), norm(exact))
-
-
-def operands(case: Case):
-    """Fresh random operands; the slots that hold no token have NaN scales."""
-    keys = jax.random.split(jax.random.key(hash(case) % 2**31), 4)
-    kv_shape = (case.batch, case.kv_heads, case.slots, case.head_dim)
-    q = rows(keys[0], (case.batch, case.length, case.heads, case.head_dim), case.outliers)
-    k, v = (rows(key, kv_shape, case.outliers) for key in keys[1:3])
-    if case.falling:
-        q += 4
-        k -= case.falling / (4 * case.head_dim * case.scale) * jnp.arange(case.slots)[:, None]
-    lengths = jnp.asarray(case.lengths, jnp.int32)
-    start = jnp.maximum(lengths - case.length, 0) if case.starts is None else jnp.asarray(case.starts, jnp.int32)
-    empty = (jnp.arange(case.slots) >= lengths[:, None])[:, None, :, None]
-    cache = [formats.quantize_kv(x, "int4") for x in (k, v)]
-    cache = [ScaledArray(x.values, jnp.where(empty, jnp.nan, x.scale)) for x in cache]
-    return formats.quantize_fp8(q), *cache, start, lengths
-
-
-def rows(key: jax.Array, shape: tuple[int, ...], outliers: bool) -> jax.Array:
-    """Gaussian; with outliers a few channels are 20 times as large and tokens differ by powers of e."""
-    x = jax.random.normal(key, shape)
-    if outliers:
-        channels, tokens = jax.random.split(jax.random.fold_in(key, 1))
-        x *= 1 + 19 * jax.random.bernoulli(channels, 0.03, shape[-1:])
-        x *= jnp.exp(jax.random.normal(tokens, (*shape[:-1], 1)))
-    return x
-
-
-def pages(key: ScaledArray, value: ScaledArray, size: int):
-    """The cache in shuffled pages, and the page table."""
-    batch, kv_heads, slots = key.values.shape[:3]
-    count = batch * slots // size
-    order = np.random.default_rng(0).permutation(count)
-
-    def split(x: jax.Array) -> jax.Array:
-        x = x.reshape(batch, kv_heads, slots // size, size, x.shape[-1]).swapaxes(1, 2)
-        return x.reshape(count, kv_heads, size, x.shape[-1])[order]
-
-    table = jnp.asarray(np.argsort(order).reshape(batch, slots // size), jnp.int32)
-    return jax.tree.map(split, key), jax.tree.map(split, value), table
 
 
 # --- lowering for CUDA, on any machine ------------------------------------------------------------

@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from checkpoints_convert.algorithms.weight_search import search_channel_scale, search_group_scale, search_weight
+from fireq_jax.compilation import COMPILE_QUICKLY
 from fireq_jax.quantization.config import QuantizationConfig
-from fireq_jax.quantization.weight_search import search_channel_scale, search_group_scale, search_weight
 from pallas_kernels import formats, layouts
 from pallas_kernels.formats import WeightCodes
 from pallas_kernels.quantized_tensor import QuantizedTensor
@@ -47,6 +48,7 @@ class InputMoments(NamedTuple):
     cross: Float[Array, "K K"] | None = None
 
 
+@functools.partial(jax.jit, static_argnums=2, compiler_options=COMPILE_QUICKLY)
 def quantize_measured(weight: Float[Array, "N K"], inputs: InputMoments, config: QuantizationConfig) -> QuantizedTensor:
     """Quantize and pack a 4-bit weight by ``scale_search`` and ``error_compensation``."""
     codebook = config.weight_format

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import pytest
 
 from fireq_jax import LlamaForCausalLM
+from fireq_jax.checkpoints.tokenizer import load_tokenizer
 from fireq_jax.evaluation import Evaluation, evaluate, format_table, perplexity
 from fireq_jax.evaluation.command import main
 from fireq_jax.text_data import load_tokens
-from fireq_jax.tokenizer import load_tokenizer
 
-MODEL = Path(__file__).parent.parent / "examples" / "tiny_llama"
+MODEL = Path(__file__).parents[2] / "examples" / "tiny_llama"
 SHORT = ["--window", "16", "--max-windows", "2", "--batch-size", "2"]
 
 

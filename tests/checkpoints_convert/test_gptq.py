@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from checkpoints_convert.algorithms.gptq import InputMoments, compensate, compensated_target, quantize_measured
+from checkpoints_convert.algorithms.weight_search import search_weight
 from fireq_jax.quantization import QuantizationConfig
-from fireq_jax.quantization.gptq import InputMoments, compensate, compensated_target, quantize_measured
-from fireq_jax.quantization.weight_search import search_weight
 from pallas_kernels import formats
 
 ROWS, INPUTS, TOKENS = 32, 256, 2048

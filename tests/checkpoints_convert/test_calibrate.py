@@ -7,7 +7,7 @@ import pytest
 
 from checkpoints_convert.calibrate import Calibrator
 from fireq_jax import ModelConfig
-from fireq_jax.huggingface import block_shapes
+from fireq_jax.checkpoints.huggingface import block_shapes
 from fireq_jax.models.rope import rope_tables
 from pallas_kernels.rope_quantize import apply_rope
 

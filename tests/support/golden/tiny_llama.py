@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from fireq_jax import ModelConfig
-from fireq_jax.huggingface import expected_shapes
+from fireq_jax.checkpoints.huggingface import expected_shapes
 
 SMALL = {
     "vocab_size": 67,

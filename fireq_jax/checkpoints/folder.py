@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import Array
 
-from fireq_jax.huggingface import HuggingFaceCheckpoint
+from fireq_jax.checkpoints.huggingface import HuggingFaceCheckpoint
 from fireq_jax.json_files import read_json, write_json
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.parameters import Parameter, global_parameters, layer_parameters

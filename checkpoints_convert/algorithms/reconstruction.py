@@ -17,11 +17,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from checkpoints_convert.calibrate import Hidden, abstract_layer, batches_of, run_layer
-from fireq_jax.models.config import ModelConfig
-from fireq_jax.models.parameters import Parameter, with_parameters
-from fireq_jax.quantization.config import QuantizationConfig
-from fireq_jax.quantization.learned_rounding import (
+from checkpoints_convert.algorithms.learned_rounding import (
     Change,
     changed_parameters,
     float_parameters,
@@ -29,6 +25,10 @@ from fireq_jax.quantization.learned_rounding import (
     optimizer,
     origin,
 )
+from checkpoints_convert.calibrate import Hidden, abstract_layer, batches_of, run_layer
+from fireq_jax.models.config import ModelConfig
+from fireq_jax.models.parameters import Parameter, with_parameters
+from fireq_jax.quantization.config import QuantizationConfig
 from pallas_kernels.quantized_tensor import QuantizedTensor
 
 # One sequence in so many judges; a step learns from one of the others.

@@ -1,0 +1,1 @@
+"""What only converting needs: smoothing, searches and rounding for a layer's output."""

@@ -1,0 +1,1 @@
+"""Model folders and where their tensors come from."""
