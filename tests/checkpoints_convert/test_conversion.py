@@ -96,7 +96,7 @@ def test_interrupted_conversion_is_visibly_incomplete_and_resumes_to_the_same_re
     source: Path, tokens: np.ndarray, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail_at: str
 ) -> None:
     name, _, count = fail_at.partition(":")
-    owner = conversion.json_files if name == "write_json" else conversion.checkpoint
+    owner = conversion.json_files if name == "write_json" else conversion.folder
     original, calls = getattr(owner, name), 0
 
     def interrupt(*args: object, **kwargs: object) -> None:
