@@ -31,9 +31,10 @@ from checkpoints_convert.calibrate import BlockStatistics, Calibrator
 from checkpoints_convert.compensation import Compensator, compensation_operations
 from fireq_jax import json_files
 from fireq_jax.checkpoints import folder
-from fireq_jax.checkpoints.huggingface import HuggingFaceCheckpoint, block_shapes
-from fireq_jax.models.llama import LlamaForCausalLM, linear_names
-from fireq_jax.models.parameters import Parameter, fuse_block, global_parameters, layer_parameters
+from fireq_jax.checkpoints.huggingface import HuggingFaceCheckpoint
+from fireq_jax.models.block import block_shapes, fuse_block, linear_names
+from fireq_jax.models.llama import CausalLM
+from fireq_jax.models.parameters import Parameter, global_parameters, layer_parameters
 from fireq_jax.quantization.config import QuantizationConfig
 from pallas_kernels import formats
 from pallas_kernels.quantized_tensor import QuantizedTensor
@@ -148,7 +149,7 @@ def _convert_globals(
         tied = name == "lm_head" and source.config.tie_word_embeddings
         array = source.global_tensor("embed_tokens" if tied else name)
         if starts:
-            _save_array(hidden, array[tokens].astype(np.float32))
+            _save_array(hidden, array[tokens].astype(np.float32) * np.float32(source.config.embedding_scale))
         parameters = global_parameters({name: array}, options.quantization, options.dtype)
         folder.save_part(options.output, folder.part_of(name), parameters)
 
@@ -167,7 +168,7 @@ def _convert_block(
     statistics: BlockStatistics | None = None
     if calibrator is not None:
         hidden = np.load(_hidden_path(work, index), mmap_mode="r")
-        output, statistics = calibrator.run(block, hidden)
+        output, statistics = calibrator.run(block, index, hidden)
         if not np.isfinite(output).all():
             raise ValueError(f"block {index} turns calibration text into NaN or infinity; the checkpoint is broken")
         if index + 1 < config.num_layers:
@@ -282,9 +283,7 @@ def _finish(
         "quantization": options.quantization.to_dict(),
         "calibration_tokens": 0 if tokens is None else int(tokens.size),
         "bytes_before": source.nbytes,
-        "bytes_after": nnx.eval_shape(
-            lambda: LlamaForCausalLM(config, options.quantization, dtype=options.dtype)
-        ).nbytes,
+        "bytes_after": nnx.eval_shape(lambda: CausalLM(config, options.quantization, dtype=options.dtype)).nbytes,
         "seconds": round(seconds, 3),
         "peak_host_bytes": _peak_memory(),
         "jax": jax.__version__,

@@ -1,9 +1,10 @@
-"""Read a PyTorch Llama checkpoint in Hugging Face form: config.json, safetensors or .bin files.
+"""Read a PyTorch checkpoint in Hugging Face form: config.json, safetensors or .bin files.
 
 Tensors are read one by one, so that a caller never holds more than it asked for. Nothing is ever
 unpickled: .bin files go through torch's weights-only loader, and need torch installed.
 """
 
+import functools
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,25 +16,9 @@ from safetensors import safe_open
 from tqdm.auto import tqdm
 
 from fireq_jax.json_files import read_json
+from fireq_jax.models.architectures import config_from_huggingface, tensor_table
 from fireq_jax.models.config import ModelConfig
 
-# The one table of checkpoint names: Hugging Face -> the name it has here.
-GLOBAL_TENSORS = {
-    "model.embed_tokens.weight": "embed_tokens",
-    "model.norm.weight": "norm.weight",
-    "lm_head.weight": "lm_head",
-}
-BLOCK_PREFIX = "model.layers.{index}."
-BLOCK_NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
-BLOCK_LINEARS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
 _LARGEST = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
 # Buffers that old exports carry; RoPE is computed from the config.
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
@@ -46,15 +31,20 @@ def read_config(folder: Path) -> ModelConfig:
     list there the ids that end a turn.
 
     Raises:
-        ValueError: if there is no such file or it does not describe a Llama.
+        ValueError: if there is no such file or it does not describe a model of a family that is there.
     """
+    return config_from_huggingface(_read_fields(folder))
+
+
+def _read_fields(folder: Path) -> dict[str, Any]:
+    """``config.json``, with the ids that end a sequence from generation_config.json."""
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json; expected a Hugging Face checkpoint folder")
     fields = read_json(path)
     if (eos := read_generation_config(folder).get("eos_token_id")) is not None:
         fields["eos_token_id"] = eos
-    return ModelConfig.from_huggingface(fields)
+    return fields
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:
@@ -67,36 +57,6 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name (without ``BLOCK_PREFIX``) -> shape of every tensor of a block."""
-    queries = config.num_heads * config.head_dim
-    keys = config.num_kv_heads * config.head_dim
-    hidden, inner = config.hidden_size, config.intermediate_size
-    sizes = [(queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)]
-    sizes += [(inner, hidden), (inner, hidden), (hidden, inner)]
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(BLOCK_NORMS, (hidden,))
-    for name, size in zip(BLOCK_LINEARS, sizes, strict=True):
-        shapes[f"{name}.weight"] = size
-        if config.attention_bias if name.startswith("self_attn") else config.mlp_bias:
-            shapes[f"{name}.bias"] = size[:1]
-    return shapes
-
-
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Hugging Face name -> shape of every tensor of the model."""
-    embedding = (config.vocab_size, config.hidden_size)
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": embedding,
-        "model.norm.weight": (config.hidden_size,),
-    }
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = embedding
-    for index in range(config.num_layers):
-        prefix = BLOCK_PREFIX.format(index=index)
-        shapes |= {prefix + name: shape for name, shape in block_shapes(config).items()}
-    return shapes
-
-
 class HuggingFaceCheckpoint:
     """The tensors of a checkpoint folder, checked against its config when opened.
 
@@ -107,10 +67,16 @@ class HuggingFaceCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = read_config(folder)
+        fields = _read_fields(folder)
+        self.config = config_from_huggingface(fields)
+        self._table = tensor_table(fields, self.config)
         self._file_of = _locate_tensors(folder)
         self._torch_file: tuple[Path, Mapping[str, Any]] | None = None
         self._check_names()
+
+    @functools.cached_property
+    def _expected(self) -> dict[str, tuple[int, ...]]:
+        return self._table.shapes(self.config.num_layers)
 
     @property
     def nbytes(self) -> int:
@@ -123,21 +89,21 @@ class HuggingFaceCheckpoint:
         return sorted(set(self._file_of.values()))
 
     def block(self, index: int) -> dict[str, np.ndarray]:
-        """All tensors of block ``index``, by their names without ``BLOCK_PREFIX``."""
-        prefix = BLOCK_PREFIX.format(index=index)
-        return {name: self.tensor(prefix + name) for name in block_shapes(self.config)}
+        """All tensors of block ``index``, in the form that ``models.block`` describes."""
+        prefix = self._table.prefix.format(index=index)
+        return {name: source.read(self.tensor(prefix + source.name)) for name, source in self._table.block.items()}
 
     def global_names(self) -> list[str]:
         """Names, as used here, of the tensors outside the blocks."""
-        names = expected_shapes(self.config)
-        return [ours for theirs, ours in GLOBAL_TENSORS.items() if theirs in names]
+        return list(self._table.outside)
 
     def global_tensor(self, name: str) -> np.ndarray:
         """One of ``global_names``: embeddings, final norm or (untied) head."""
-        return self.tensor(next(theirs for theirs, ours in GLOBAL_TENSORS.items() if ours == name))
+        source = self._table.outside[name]
+        return source.read(self.tensor(source.name))
 
     def tensor(self, name: str) -> np.ndarray:
-        """One tensor, in the dtype of the file."""
+        """One of the checkpoint's tensors, by its name there and in the dtype of the file."""
         path = self._file_of[name]
         if path.suffix == ".safetensors":
             with safe_open(path, framework="numpy") as file:
@@ -148,7 +114,7 @@ class HuggingFaceCheckpoint:
 
     def check_finite(self, *, progress: bool = True) -> None:
         """Read every tensor once; ValueError names the first with a NaN or an infinity, also of bfloat16."""
-        names = list(expected_shapes(self.config))
+        names = list(self._expected)
         for name in tqdm(names, desc="checking tensors", unit="tensor", disable=not progress, leave=False):
             values = self.tensor(name)
             finite = np.isfinite(values)
@@ -162,7 +128,7 @@ class HuggingFaceCheckpoint:
                 )
 
     def _check_names(self) -> None:
-        expected = expected_shapes(self.config)
+        expected = self._expected
         found = {name for name in self._file_of if not name.endswith(_IGNORED_SUFFIXES)}
         if self.config.tie_word_embeddings:
             found.discard("lm_head.weight")
@@ -172,7 +138,8 @@ class HuggingFaceCheckpoint:
             )
         if extra := sorted(found - set(expected)):
             raise ValueError(
-                f"{self.folder} has unexpected tensor {extra[0]}{_and_more(extra)}; no Llama layer takes it"
+                f"{self.folder} has unexpected tensor {extra[0]}{_and_more(extra)}; "
+                f"no layer of a {self.config.model_type} takes it"
             )
         for path in sorted({self._file_of[name] for name in expected}):
             names = [name for name in expected if self._file_of[name] == path]

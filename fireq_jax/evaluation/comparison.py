@@ -10,7 +10,7 @@ from jaxtyping import Int32
 
 from fireq_jax.checkpoints.tokenizer import load_tokenizer
 from fireq_jax.evaluation.perplexity import perplexity
-from fireq_jax.models import LlamaForCausalLM
+from fireq_jax.models import CausalLM
 from fireq_jax.text_data import read_documents, tokenize
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.formats import KVFormat
@@ -70,9 +70,7 @@ def evaluate(
     tokens = _common_tokens(models, read_documents(text, text_field=text_field))
 
     def evaluate_one(model: str | Path) -> Evaluation:
-        loaded = LlamaForCausalLM.from_pretrained(
-            model, dtype=dtype, kv_format=kv_format, implementation=implementation
-        )
+        loaded = CausalLM.from_pretrained(model, dtype=dtype, kv_format=kv_format, implementation=implementation)
         result = perplexity(
             loaded,
             tokens,

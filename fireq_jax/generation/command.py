@@ -20,7 +20,7 @@ from fireq_jax.command_line import exit_code
 from fireq_jax.compilation import keep_programs
 from fireq_jax.generation.generate import check_call, compile_ahead, generate, stream
 from fireq_jax.generation.sampling import SamplingConfig, SamplingOptions
-from fireq_jax.models.llama import LlamaForCausalLM
+from fireq_jax.models.llama import CausalLM
 from pallas_kernels import formats
 from pallas_kernels.dispatch import Implementation
 
@@ -110,13 +110,13 @@ def _run(arguments: argparse.Namespace) -> None:
         _print_complete(model, tokenizer, prompts, options, arguments)
 
 
-def _load(arguments: argparse.Namespace, options: dict[str, Any], *, only_prefill: bool) -> LlamaForCausalLM:
+def _load(arguments: argparse.Namespace, options: dict[str, Any], *, only_prefill: bool) -> CausalLM:
     """The model; what generation will run is compiled while it is read."""
     begin = time.perf_counter()
     keep_programs()
     stored = StoredModel.open(arguments.model)
     kinds = {name: getattr(arguments, name) for name in ("dtype", "kv_format", "implementation")}
-    abstract = LlamaForCausalLM.abstract(stored, **kinds)
+    abstract = CausalLM.abstract(stored, **kinds)
     check_call(abstract, **options)
     with ThreadPoolExecutor() as pool:
         model = pool.submit(abstract.filled, stored)
@@ -203,9 +203,7 @@ def pieces(tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[int], tokens: 
     yield decode(ids[context:])[len(decode(ids[context:done])) :]
 
 
-def _stream(
-    model: LlamaForCausalLM, tokenizer: "PreTrainedTokenizerBase", prompt: list[int], options: dict[str, Any]
-) -> None:
+def _stream(model: CausalLM, tokenizer: "PreTrainedTokenizerBase", prompt: list[int], options: dict[str, Any]) -> None:
     times = [time.perf_counter()]
 
     def tokens() -> Iterator[int]:
@@ -225,7 +223,7 @@ def _stream(
 
 
 def _print_complete(
-    model: LlamaForCausalLM,
+    model: CausalLM,
     tokenizer: "PreTrainedTokenizerBase",
     prompts: list[list[int]],
     options: dict[str, Any],

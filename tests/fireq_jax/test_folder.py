@@ -12,12 +12,13 @@ import pytest
 from flax import nnx
 from tiny_llama import config_of
 
-from fireq_jax import LlamaForCausalLM, ModelConfig, QuantizationConfig, recipes
+from fireq_jax import LlamaForCausalLM, QuantizationConfig, recipes
 from fireq_jax.checkpoints import folder as checkpoint
 from fireq_jax.json_files import write_json
+from fireq_jax.models.architectures import config_from_huggingface
 from fireq_jax.models.parameters import parameters_of
 
-CONFIG = ModelConfig.from_huggingface(config_of("mha_tied", num_hidden_layers=2, attention_bias=True))
+CONFIG = config_from_huggingface(config_of("mha_tied", num_hidden_layers=2, attention_bias=True))
 CONFIGS = {name: recipe() for name, recipe in recipes.RECIPES.items()} | {
     "groups of 64, first layer float": QuantizationConfig(group_size=64, keep_float=("layers.0.*",)),
 }

@@ -13,9 +13,10 @@ from make_golden import GOLDEN, KEPT, reference_logits
 from tiny_llama import CASES, config_of, tokens_of, weights_of
 
 from checkpoints_convert.calibrate import run_layer
-from fireq_jax import LlamaForCausalLM, ModelConfig, QuantizationConfig, recipes
+from fireq_jax import LlamaForCausalLM, QuantizationConfig, recipes
 from fireq_jax.models import attention, llama, parameters
-from fireq_jax.models.llama import linear_names
+from fireq_jax.models.architectures import config_from_huggingface
+from fireq_jax.models.block import linear_names
 from pallas_kernels import formats
 from pallas_kernels.matmul import matmul
 from pallas_kernels.prefill_attention import prefill_attention
@@ -30,7 +31,7 @@ extend = nnx.jit(lambda model, tokens, lengths, cache: model.extend(tokens, leng
 
 def build(fields, quantization=None, dtype=jnp.float32):
     """The model of a config.json with ``weights_of`` it."""
-    config, quantization = ModelConfig.from_huggingface(fields), quantization or recipes.none()
+    config, quantization = config_from_huggingface(fields), quantization or recipes.none()
     tensors = {name.removeprefix("model."): jnp.asarray(array) for name, array in weights_of(fields).items()}
     filled = {}
     for index in range(config.num_layers):
@@ -233,7 +234,7 @@ def test_quantized_activations_stay_near(recipe):
 @pytest.mark.parametrize("tied", [False, True])
 def test_an_fp8_head_stays_near(tied):
     """Rows and weights of E4M3 each lose 2.6% (rms) of what they are, and nothing else changes."""
-    config = dataclasses.replace(ModelConfig.from_huggingface(ONE_LAYER), tie_word_embeddings=tied)
+    config = dataclasses.replace(config_from_huggingface(ONE_LAYER), tie_word_embeddings=tied)
     model = LlamaForCausalLM(config, dtype=jnp.float32)
     quantization = dataclasses.replace(recipes.none(), lm_head_format="fp8")
     head = (model.embed_tokens if tied else model.lm_head).get_value()
@@ -280,7 +281,7 @@ def test_attention_quantizes_what_o_proj_would(recipe, dtype, expected, monkeypa
         return prefill_attention(*arguments, out_dtype=out_dtype, **options)
 
     monkeypatch.setattr(attention, "prefill_attention", spy)
-    config = ModelConfig.from_huggingface(config_of("gqa"))
+    config = config_from_huggingface(config_of("gqa"))
     layer = build(config_of("gqa"), recipe, dtype=dtype).layers[0]
     hidden = jax.random.normal(jax.random.key(0), (2, 7, config.hidden_size), dtype)
     plain = nnx.jit(lambda layer, x: run_layer(layer, config, x))(layer, hidden)
@@ -342,7 +343,7 @@ def test_keep_float_pattern_without_a_match_is_an_error():
 
 def test_random_models_have_the_form_of_loaded_ones():
     """Made directly in storage format, with 4-bit weights: bytes are those of the loaded model."""
-    config = ModelConfig.from_huggingface(config_of("biases_head_dim_24"))
+    config = config_from_huggingface(config_of("biases_head_dim_24"))
     for quantization in RECIPES.values():
         random = nnx.eval_shape(lambda q=quantization: LlamaForCausalLM(config, q))
         filled = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), parameters.parameters_of(random))

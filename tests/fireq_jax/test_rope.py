@@ -11,13 +11,14 @@ import transformers
 from tiny_llama import CASES, config_of
 
 from fireq_jax import ModelConfig
+from fireq_jax.models.architectures import config_from_huggingface
 from fireq_jax.models.config import RopeConfig
 from fireq_jax.models.rope import rope_tables
 from pallas_kernels.rope_quantize import apply_rope
 
 
 def read(case="gqa", **changes):
-    return ModelConfig.from_huggingface(config_of(case, **changes))
+    return config_from_huggingface(config_of(case, **changes))
 
 
 def v5_form(fields):
@@ -35,7 +36,7 @@ def test_tables_equal_transformers(case):
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     positions = np.arange(40)[None]
-    cos, sin = rope_tables(read(case), jnp.asarray(positions), jnp.asarray([40]))
+    cos, sin = rope_tables(read(case), read(case).rope, jnp.asarray(positions), jnp.asarray([40]))
     embedding = LlamaRotaryEmbedding(transformers.LlamaConfig(**config_of(case)))
     expected = embedding(torch.zeros(1), torch.from_numpy(positions))
     for ours, theirs in zip((cos, sin), expected, strict=True):
@@ -47,14 +48,14 @@ def test_tables_equal_transformers(case):
 @pytest.mark.parametrize("case", CASES)
 def test_v4_and_v5_forms_give_the_same_config(case):
     fields = config_of(case)
-    assert ModelConfig.from_huggingface(v5_form(fields)) == ModelConfig.from_huggingface(fields)
+    assert config_from_huggingface(v5_form(fields)) == config_from_huggingface(fields)
 
 
 def test_transformers_own_config_reads_back(tmp_path):
     """In whatever form the installed version saves it."""
     for case in CASES:
         transformers.LlamaConfig(**config_of(case)).save_pretrained(tmp_path)
-        saved = ModelConfig.from_huggingface(json.loads((tmp_path / "config.json").read_text()))
+        saved = config_from_huggingface(json.loads((tmp_path / "config.json").read_text()))
         ours = dataclasses.replace(read(case), bos_token_id=saved.bos_token_id, eos_token_ids=saved.eos_token_ids)
         assert saved == ours
 
@@ -81,14 +82,14 @@ def test_top_level_theta_counts_where_rope_parameters_lack_it():
 def test_theta_may_be_a_large_integer():
     config = read(rope_theta=10**10)
     assert isinstance(config.rope.theta, float)
-    rope_tables(config, jnp.zeros((1, 1), int), jnp.asarray([1]))
+    rope_tables(config, config.rope, jnp.zeros((1, 1), int), jnp.asarray([1]))
 
 
 def test_defaults_without_any_rope_key():
     fields = config_of("gqa")
     del fields["rope_theta"]
-    assert ModelConfig.from_huggingface(fields).rope == RopeConfig()
-    assert ModelConfig.from_huggingface({**fields, "rope_scaling": None, "rope_parameters": None}).rope == RopeConfig()
+    assert config_from_huggingface(fields).rope == RopeConfig()
+    assert config_from_huggingface({**fields, "rope_scaling": None, "rope_parameters": None}).rope == RopeConfig()
 
 
 @pytest.mark.parametrize(
@@ -148,11 +149,11 @@ def test_scores_depend_on_distance_only():
     q, k = (jax.random.normal(jax.random.key(i), (1, 5, 1, 12)) for i in (0, 1))
 
     def scores(offset):
-        tables = rope_tables(config, jnp.arange(5)[None] + offset, jnp.asarray([64]))
+        tables = rope_tables(config, config.rope, jnp.arange(5)[None] + offset, jnp.asarray([64]))
         return jnp.einsum("bthd,bshd->ts", apply_rope(q, *tables), apply_rope(k, *tables))
 
     np.testing.assert_allclose(scores(0), scores(7), atol=1e-5)
-    rotated = apply_rope(q, *rope_tables(config, jnp.arange(5)[None], jnp.asarray([5])))
+    rotated = apply_rope(q, *rope_tables(config, config.rope, jnp.arange(5)[None], jnp.asarray([5])))
     lengths = [np.hypot(x[..., :6], x[..., 6:]) for x in (q, rotated)]
     np.testing.assert_allclose(*lengths, rtol=1e-5)
 
@@ -161,7 +162,7 @@ def test_dynamic_base_is_each_sequences_own():
     """The short sequence of a batch keeps the trained base, whatever the longer one does."""
     config = read("dynamic_beyond")
     positions = jnp.broadcast_to(jnp.arange(40), (2, 40))
-    cos, _ = rope_tables(config, positions, jnp.asarray([10, 40]))
-    alone, _ = rope_tables(config, positions[:1], jnp.asarray([10]))
+    cos, _ = rope_tables(config, config.rope, positions, jnp.asarray([10, 40]))
+    alone, _ = rope_tables(config, config.rope, positions[:1], jnp.asarray([10]))
     np.testing.assert_array_equal(cos[0], alone[0])
     assert np.abs(cos[0] - cos[1]).max() > 0.1
