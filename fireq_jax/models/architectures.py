@@ -245,6 +245,7 @@ FAMILIES: Mapping[str, Family] = {
         },
         options=lambda fields: window_layers(fields, lambda i: True),
         fused_qkv=True,
+        partial_rope=True,
         fused_gate_up=True,
     ),
     "granite": Family(
@@ -272,13 +273,14 @@ FAMILIES: Mapping[str, Family] = {
         names=_GEMMA_NAMES,
         gain_offset=1.0,
     ),
-    "glm": Family(_GLM, options=lambda fields: {"output_bias": False}, fused_gate_up=True, interleaved_rope=True),
+    "glm": Family(_GLM, options=lambda fields: {"output_bias": False}, fused_gate_up=True, interleaved_rope=True, partial_rope=True),
     "glm4": Family(
         _GLM,
         options=lambda fields: {"output_bias": False, "norm_order": "sandwich"},
         names={"attention_output_norm": "post_self_attn_layernorm", "mlp_output_norm": "post_mlp_layernorm"},
         fused_gate_up=True,
         interleaved_rope=True,
+        partial_rope=True,
     ),
     "exaone4": Family(
         {"rms_norm_eps": 1e-5, "sliding_window": 4096, "sliding_window_pattern": 4, "layer_types": None},

@@ -9,7 +9,7 @@ from pallas_kernels.head_norm import HeadNorm
 
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.kv_cache import LayerCache
-from fireq_jax.models.layers import LayerOptions, Linear, Tap, no_tap
+from fireq_jax.models.layers import LayerOptions, Linear, Tap, no_tap, show
 from fireq_jax.models.rope import Tables
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.dispatch import Implementation
@@ -166,7 +166,7 @@ class Attention(nnx.Module):
         attention = attend(query, *rows, query_start=None if cache is None else start)
         if not isinstance(attention, ScaledArray):
             attention = attention.reshape(batch, length, config.num_heads * config.head_dim)
-            tap("o_input", attention)
+        show(tap, "o_input", attention)
         return attention, new_cache
 
     def _show(self, packed: Float[Array, "B T packed"] | SplitSum, rope: Tables, tap: Tap) -> None:

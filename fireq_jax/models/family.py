@@ -71,6 +71,7 @@ class Family:
         fused_qkv, fused_gate_up: whether the checkpoint holds these as one tensor.
         interleaved_rope: whether its rotary pairs are (2i, 2i + 1).
         gain_offset: what is added to its norms' weights.
+        partial_rope: whether only some channels of a head may turn.
         plain_local_rope: whether a context extension is of layers without a window only.
     """
 
@@ -90,6 +91,7 @@ class Family:
     fused_gate_up: bool = False
     interleaved_rope: bool = False
     gain_offset: float = 0.0
+    partial_rope: bool = False
     plain_local_rope: bool = False
 
 
@@ -179,27 +181,31 @@ def _ropes(family: Family, fields: Fields) -> dict[str, Any]:
     by_layer = isinstance(parameters, Mapping) and ("full_attention" in parameters or _SLIDING in parameters)
     local_theta = fields.get("rope_local_base_freq")
     if not by_layer:
-        rope = _rope(fields, fields)
+        rope = _rope(family, fields, fields)
         if local_theta is None and not family.plain_local_rope:
             return {"rope": rope}
-        return {"rope": rope, "local_rope": _rope(fields, {"rope_theta": local_theta or fields.get("rope_theta")})}
+        return {
+            "rope": rope,
+            "local_rope": _rope(family, fields, {"rope_theta": local_theta or fields.get("rope_theta")}),
+        }
     assert isinstance(parameters, Mapping)
 
     def of_kind(kind: str, theta: float | None) -> RopeConfig:
         own = parameters.get(kind) or {}
-        return _rope(fields, {"rope_parameters": {"rope_theta": theta, **own}})
+        return _rope(family, fields, {"rope_parameters": {"rope_theta": theta, **own}})
 
     full = of_kind("full_attention", fields.get("rope_theta"))
     return {"rope": full, "local_rope": of_kind(_SLIDING, local_theta or fields.get("rope_theta"))}
 
 
-def _rope(fields: Fields, own: Fields) -> RopeConfig:
+def _rope(family: Family, fields: Fields, own: Fields) -> RopeConfig:
     """The rotary embedding that ``own`` describes in a model of ``fields``."""
     parameters = own.get("rope_scaling") or own.get("rope_parameters") or {}
     partial = parameters.get("partial_rotary_factor") if isinstance(parameters, Mapping) else None
     partial = fields.get("partial_rotary_factor", 1.0) if partial is None else partial
-    if not is_a(partial, float) or not 0 < partial <= 1:
-        raise ValueError(f"partial_rotary_factor is {partial!r}; expected more than 0 and at most 1")
+    if not is_a(partial, float) or not 0 < partial <= 1 or (partial < 1 and not family.partial_rope):
+        expected = "more than 0 and at most 1" if family.partial_rope else "1.0 for this model_type"
+        raise ValueError(f"partial_rotary_factor is {partial!r}; expected {expected}")
     real = head_dim_of(fields)
     dim = int(real * partial)
     rope = RopeConfig.from_huggingface({**own, ORIGINAL_POSITIONS: fields.get(ORIGINAL_POSITIONS)})

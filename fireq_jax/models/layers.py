@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.quantization.config import QuantizationConfig
-from pallas_kernels import layouts
+from pallas_kernels import formats, layouts
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.matmul import Activation, deferred_matmul, epilogue
@@ -23,6 +23,12 @@ Tap = Callable[[str, Array], None]
 
 def no_tap(name: str, x: Array) -> None:
     """The tap of a forward pass that nobody watches."""
+
+
+def show(tap: Tap, name: str, rows: ScaledArray | Array) -> None:
+    """Show a tap the numbers that a layer gets; nothing is computed for one that nobody reads."""
+    if tap is not no_tap:
+        tap(name, formats.dequantize(rows) if isinstance(rows, ScaledArray) else rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,15 +168,14 @@ class Norm(nnx.Module):
     def input_of(
         self, linear: Linear, x: Float[Array, "*rows D"] | SplitSum, tap: Tap, name: str
     ) -> tuple[ScaledArray | Float[Array, "*rows D"], Float[Array, "*rows D"]]:
-        """Normalized rows as ``linear`` takes them, and x; ``tap`` sees them unless they exist only in FP8."""
+        """Normalized rows as ``linear`` takes them, and x; ``tap`` sees the rows."""
         if linear.takes_fp8 and self.kind == "rms" and isinstance(x, SplitSum):
-            return sum_norm_quantize(x, self.weight.get_value(), self.eps, implementation=self.implementation)
-        x = finished(x)
-        if linear.takes_fp8:
-            return self.quantized(x), x
-        normalized = self(x)
-        tap(name, normalized)
-        return normalized, x
+            rows, x = sum_norm_quantize(x, self.weight.get_value(), self.eps, implementation=self.implementation)
+        else:
+            x = finished(x)
+            rows = self.quantized(x) if linear.takes_fp8 else self(x)
+        show(tap, name, rows)
+        return rows, x
 
 
 class MLP(nnx.Module):

@@ -18,7 +18,7 @@ from fireq_jax.models.attention import Attention
 from fireq_jax.models.block import linear_names, norm_names
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.kv_cache import KVCache, LayerCache
-from fireq_jax.models.layers import MLP, LayerOptions, Linear, Norm, Tap, matmul_float, no_tap
+from fireq_jax.models.layers import MLP, LayerOptions, Linear, Norm, Tap, matmul_float, no_tap, show
 from fireq_jax.models.parameters import parameters_of, with_parameters
 from fireq_jax.models.rope import Tables, query_growth, rope_tables
 from fireq_jax.quantization import recipes
@@ -83,7 +83,7 @@ class DecoderLayer(nnx.Module):
         qkv, gate_up = self.self_attn.qkv_proj, self.mlp.gate_up_proj
         rows, x = _input_of(self.input_layernorm, qkv, x, tap, "qkv_input")
         if self.post_attention_layernorm is None and self.input_layernorm is not None:
-            tap("gate_up_input", rows) if not isinstance(rows, ScaledArray) else None
+            show(tap, "gate_up_input", rows)
             x, new_cache = attend(rows, x)
             return self.mlp(rows, finished(x), tap), new_cache
         if self.attention_output_norm is None:
@@ -312,9 +312,9 @@ class CausalLM(nnx.Module):
         capacity: int | None = None,
     ) -> tuple[Array, KVCache | None]:
         start = jnp.zeros_like(lengths) if cache is None else cache.lengths
-        config, positions = self.config, start[:, None] + jnp.arange(tokens.shape[1])
-        ropes = {rope: rope_tables(config, rope, positions, start + lengths) for rope in config.ropes}
-        growth = query_growth(config, positions)
+        config, places = self.config, start[:, None] + jnp.arange(tokens.shape[1])
+        ropes = {rope: rope_tables(config, rope, places, start + lengths) for rope in config.ropes}
+        growth = query_growth(config, places)
         x: Array | SplitSum = self.embed_tokens.get_value()[tokens]
         if config.embedding_scale != 1:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)

@@ -36,13 +36,13 @@ def test_tables_equal_transformers(case):
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     positions = np.arange(40)[None]
-    cos, sin = rope_tables(read(case), read(case).rope, jnp.asarray(positions), jnp.asarray([40]))
+    tables = rope_tables(read(case), read(case).rope, jnp.asarray(positions), jnp.asarray([40]))
+    pairs = read(case).width // 2
     embedding = LlamaRotaryEmbedding(transformers.LlamaConfig(**config_of(case)))
     expected = embedding(torch.zeros(1), torch.from_numpy(positions))
-    for ours, theirs in zip((cos, sin), expected, strict=True):
-        half = theirs.shape[-1] // 2
-        assert ours.shape == (1, 40, half)
-        np.testing.assert_allclose(ours, theirs[..., :half].numpy(), atol=2e-5)
+    for ours, theirs in zip(tables, expected, strict=True):
+        assert ours.shape == (1, 40, read(case).head_dim // 2)
+        np.testing.assert_allclose(ours[..., :pairs], theirs[..., :pairs].numpy(), atol=2e-5)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -95,7 +95,8 @@ def test_defaults_without_any_rope_key():
 @pytest.mark.parametrize(
     ("changes", "quoted"),
     [
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "'longrope'"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope expects one for each"),
+        ({"rope_scaling": {"rope_type": "ntk", "factor": 2.0}}, "'ntk'"),
         ({"rope_scaling": {"rope_type": "linear", "factr": 2.0, "factor": 2.0}}, "'factr'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "'linear'.*factor"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": None}}, "'yarn'.*factor"),
@@ -107,7 +108,7 @@ def test_defaults_without_any_rope_key():
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 4.0}}, r"low_freq_factor is 4\.0"),
         ({"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}}, r"partial_rotary_factor is 0\.5"),
         ({"partial_rotary_factor": 0.25}, r"partial_rotary_factor is 0\.25"),
-        ({"model_type": "mistral"}, "'mistral'"),
+        ({"model_type": "mamba"}, "'mamba'; expected one of .*llama"),
         ({"hidden_act": "gelu"}, "'gelu'"),
         ({"quantization_config": {"quant_method": "awq"}}, "awq"),
         ({"num_key_value_heads": 3}, "num_heads is 4.*3"),
