@@ -1,7 +1,7 @@
 """What a decoder layer does before and after attention, for a token or two: a kernel each, on Hopper.
 
     norm_matmul:  y = RMSNorm(x) W^T
-    output_mlp:   x = residual + attention O^T,   then x + (SiLU(g) * u) D^T with (g, u) = RMSNorm(x) GU^T
+    output_mlp:   x = residual + attention O^T,   then x + (activation(g) * u) D^T with (g, u) = RMSNorm(x) GU^T
 
 They compute what ``sum_norm_quantize``, ``matmul`` and ``quantize_rows`` do one after the other, with
 the same roundings, and are worth it where a matmul has so few tokens that it waits for nothing but
@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.formats import ScaledArray
+from pallas_kernels.matmul_epilogue import Activation
 from pallas_kernels.quantized_tensor import QuantizedTensor
 from pallas_kernels.sm90.chain import launch
 from pallas_kernels.split_sum import SplitSum
@@ -82,7 +83,7 @@ def norm_matmul(
     return y, results["x0"].reshape(shape) if isinstance(x, SplitSum) else x, results["state"]
 
 
-@functools.partial(jax.jit, static_argnames="eps")
+@functools.partial(jax.jit, static_argnames=("eps", "activation"))
 def output_mlp(
     attention: ScaledArray,
     residual: Float[Array, "*rows D"],
@@ -92,6 +93,7 @@ def output_mlp(
     down: QuantizedTensor,
     eps: float,
     barrier: Int[Array, "1"],
+    activation: Activation = "silu_mul",
 ) -> SplitSum:
     """From a layer's attention to its output.
 
@@ -104,6 +106,7 @@ def output_mlp(
         down: [D, I].
         eps: of the norm.
         barrier: from ``norm_matmul``. The kernel uses it up: a barrier serves one call.
+        activation: of the gate.
 
     Returns:
         The layer's output in parts, the stream after attention being its residual.
@@ -127,7 +130,7 @@ def output_mlp(
         "residual": residual.reshape(m, width),
         "state": barrier,
     }
-    results = launch.run(weights, launch.OUTPUT_MLP, {1: norm}, eps, source, m)
+    results = launch.run(weights, launch.OUTPUT_MLP, {1: norm}, eps, source, m, activation)
     return launch.left_in_parts(results, 2, down, results["x1"], residual.shape[:-1])
 
 

@@ -12,6 +12,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, scf
 
 from pallas_kernels import layouts
+from pallas_kernels.matmul_epilogue import Activation
 from pallas_kernels.sm90 import sync
 from pallas_kernels.sm90.chain.schedule import AHEAD, CHUNK, THREADS, TILE_BYTES, TILE_M, WARPGROUPS, Link
 from pallas_kernels.sm90.inline import (
@@ -199,9 +200,15 @@ def emit_barrier() -> None:
 
 
 def store_hidden(
-    total: jax.Array, channel_scale: jax.Array, tokens_ref: Any, absmax_ref: Any, hidden_ref: Any, tile: jax.Array
+    total: jax.Array,
+    channel_scale: jax.Array,
+    tokens_ref: Any,
+    absmax_ref: Any,
+    hidden_ref: Any,
+    tile: jax.Array,
+    activation: Activation,
 ) -> None:
-    """SiLU(gate) * up of a whole tile to bf16 rows, and what it adds to their absmax.
+    """activation(gate) * up of a whole tile to bf16 rows, and what it adds to their absmax.
 
     Args:
         total: raw float32 sums [64 * TILE_M].
@@ -210,6 +217,7 @@ def store_hidden(
         absmax_ref: bits of float32 (as int32) [TILE_M] in SMEM; only finite numbers count.
         hidden_ref: bf16 [M, N / 2] in GMEM.
         tile: which.
+        activation: of the gate.
     """
     refs = tokens_ref, absmax_ref, hidden_ref
     arg_types = (_SUM, plgpu.Layout.WGMMA.reduce(1), *([plgpu.RefType()] * 3), SCALAR)
@@ -230,7 +238,7 @@ def store_hidden(
         column = arith.addi(arith.muli(tile.registers.item(), const(layouts.TILE_N // 2)), column)
         for i in range(2):
             gate, up = (arith.mulf(arith.mulf(sums[2 * r + i], scales[r]), by_token[i]) for r in range(2))
-            value = arith.mulf(epilogue.silu(gate), up)
+            value = arith.mulf(epilogue.activated(gate, activation), up)
             (bits,) = asm(
                 [i32()],
                 [value],

@@ -56,7 +56,7 @@ def outputs(links: tuple[Link, ...], m: int, *, has_parts: bool) -> dict[str, ja
     """
     result = {}
     for i, link in enumerate(links):
-        if link.silu_mul:
+        if link.gated:
             result[f"hidden{i}"] = jax.ShapeDtypeStruct((m, link.n // 2), jnp.bfloat16)
             result[f"absmax{i}"] = jax.ShapeDtypeStruct((NUM_SMS, TILE_M), jnp.int32)
         else:
@@ -146,11 +146,11 @@ class _Worker:
         q = jnp.int32(0)
         for i, link in enumerate(self.links):
             if i > 0:
-                if self.links[i - 1].silu_mul:
+                if self.links[i - 1].gated:
                     device.publish(self.shared["absmax"], self.memory[f"absmax{i - 1}"], self.block)
                 device.grid_barrier(self.memory["state"], self.block, NUM_SMS, i - 1)
             self._make_input(i, link)
-            if link.silu_mul:
+            if link.gated:
                 device.clear(self.shared["absmax"])
             device.fence_operand()
             q = self._multiply(i, link, q)
@@ -238,7 +238,7 @@ class _Worker:
 
         def one_tile(tile: jax.Array, q: jax.Array) -> jax.Array:
             channel_scale = None
-            if link.silu_mul:
+            if link.gated:
                 channel_scale = epilogue.load_rows(self.memory[f"channel_scale{i}"], tile * layouts.TILE_N)
             stop = jnp.minimum(end, (tile + 1) * link.chunks)
             own = stop - (first + self.wg + WARPGROUPS * (q - base))
@@ -288,11 +288,10 @@ class _Worker:
             whole = epilogue.zero_sum(TILE_M)
             for wg in range(WARPGROUPS):
                 whole = epilogue.add_left_sum(whole, sums.at[wg])
-            if link.silu_mul:
+            if link.gated:
                 assert channel_scale is not None
-                device.store_hidden(
-                    whole, channel_scale, self.shared["tokens"], self.shared["absmax"], self.memory[f"hidden{i}"], tile
-                )
+                refs = self.shared["tokens"], self.shared["absmax"], self.memory[f"hidden{i}"]
+                device.store_hidden(whole, channel_scale, *refs, tile, link.activation)
                 return
             parts = self.memory[f"parts{i}"]
             part = self.block - lax.div(tile * link.chunks, jnp.int32(link.per_block))

@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch, formats, layouts
+from pallas_kernels.matmul_epilogue import Activation
 from pallas_kernels.quantized_tensor import QuantizedTensor
 from pallas_kernels.sm90 import split_sum
 from pallas_kernels.sm90.chain import kernel, schedule
@@ -23,13 +24,16 @@ NORM_MATMUL: tuple[Source, ...] = ("norm",)
 OUTPUT_MLP: tuple[Source, ...] = ("rows", "norm", "hidden")
 
 
-def links_of(weights: Sequence[QuantizedTensor], sources: Sequence[Source]) -> tuple[Link, ...]:
+def links_of(
+    weights: Sequence[QuantizedTensor], sources: Sequence[Source], activation: Activation = "silu_mul"
+) -> tuple[Link, ...]:
     """The links that multiply by some 4-bit weights; gate and up are in the one before "hidden"."""
     links = []
     for weight, source, following in zip(weights, sources, (*sources[1:], None), strict=True):
         assert weight.format != "fp8"
         groups = layouts.TILE_K // weight.group_size
-        links.append(Link(*weight.shape, groups, source, following == "hidden", weight.format))
+        gate = activation if following == "hidden" else "none"
+        links.append(Link(*weight.shape, groups, source, gate, weight.format))
     return tuple(links)
 
 
@@ -62,6 +66,7 @@ def run(
     eps: float,
     source: dict[str, Array],
     m: int,
+    activation: Activation = "silu_mul",
 ) -> dict[str, Array]:
     """Launch the kernel; results by the names of ``kernel.outputs``.
 
@@ -72,8 +77,9 @@ def run(
         eps: of the norms.
         source: what the first link and the first norm read, by the names of ``kernel.kernel``.
         m: tokens.
+        activation: of the gate.
     """
-    links = links_of(weights, sources)
+    links = links_of(weights, sources, activation)
     operands: dict[str, Any] = dict(source)
     for i, weight in enumerate(weights):
         assert weight.group_scale is not None
