@@ -13,6 +13,7 @@ from tiny_llama import config_of, weights_of, write_folder
 
 from fireq_jax import LlamaForCausalLM
 from fireq_jax.checkpoints.huggingface import HuggingFaceCheckpoint
+from fireq_jax.models.architectures import checkpoint_shapes
 from fireq_jax.models.parameters import parameters_of
 
 FIELDS = config_of("gqa")
