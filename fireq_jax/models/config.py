@@ -5,12 +5,39 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Literal, Self, get_args
 
-from fireq_jax.config_fields import check_names, check_types, is_a, mapping
+from fireq_jax.config_fields import Ranges, check_names, check_types, check_values, is_a, mapping, quote
 
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 logger = logging.getLogger(__name__)
 
 _ORIGINAL = "original_max_position_embeddings"
+# Beyond any real model, and small enough that indices and positions stay within int32 and rotary frequencies
+# and epsilons within float32.
+_LARGEST_VOCABULARY = 2**24
+_LARGEST_POSITION = 2**31 - 1
+_ROPE_RANGES: Ranges = {
+    "theta": (1, 10**15),
+    "factor": (1, 2**20),
+    _ORIGINAL: (1, _LARGEST_POSITION),
+    "low_freq_factor": (1e-6, 10**6),
+    "high_freq_factor": (1e-6, 10**6),
+    "beta_fast": (1e-6, 10**6),
+    "beta_slow": (1e-6, 10**6),
+    "attention_factor": (1e-3, 10**3),
+    "mscale": (0, 10**3),
+    "mscale_all_dim": (0, 10**3),
+}
+_RANGES: Ranges = {
+    "vocab_size": (1, _LARGEST_VOCABULARY),
+    "hidden_size": (1, 2**20),
+    "intermediate_size": (1, 2**22),
+    "num_layers": (1, 10_000),
+    "num_heads": (1, 2**14),
+    "num_kv_heads": (1, 2**14),
+    "head_dim": (2, 2**12),
+    "max_position_embeddings": (1, _LARGEST_POSITION),
+    "rms_norm_eps": (1e-30, 1),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +53,9 @@ class RopeConfig:
         low_freq_factor, high_freq_factor: "llama3"'s band.
         beta_fast, beta_slow, truncate: "yarn"'s band.
         attention_factor, mscale, mscale_all_dim: "yarn"'s factor of cos and sin.
+
+    Raises:
+        ValueError: for a value of another type, or beyond what any model has.
     """
 
     rope_type: RopeType = "default"
@@ -42,15 +72,14 @@ class RopeConfig:
     mscale_all_dim: float | None = None
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check_types(self, _ROPE_RANGES)
+        object.__setattr__(self, "theta", float(self.theta))  # JAX takes no integers beyond 32 bits
         if self.rope_type not in get_args(RopeType):
-            raise ValueError(f"rope_type is {self.rope_type!r}; expected one of {get_args(RopeType)}")
-        if not self.factor > 0 or not self.theta > 0:
-            raise ValueError(f"rope theta is {self.theta} and factor {self.factor}; expected positive numbers")
+            raise ValueError(f"rope_type is {quote(self.rope_type)}; expected one of {get_args(RopeType)}")
         if self.rope_type == "yarn" and not self.theta > 1:
             raise ValueError(f"rope theta is {self.theta}; YaRN expects more than 1")
-        if self.rope_type == "yarn" and not (self.beta_fast > 0 and self.beta_slow > 0):
-            raise ValueError(f"beta_fast is {self.beta_fast} and beta_slow {self.beta_slow}; expected positive numbers")
+        if self.rope_type == "yarn" and self.beta_fast < self.beta_slow:
+            raise ValueError(f"beta_fast is {self.beta_fast} and beta_slow {self.beta_slow}; expected fast >= slow")
         if self.rope_type == "llama3" and not self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
                 f"low_freq_factor is {self.low_freq_factor} and high_freq_factor {self.high_freq_factor}; "
@@ -60,24 +89,28 @@ class RopeConfig:
     @classmethod
     def from_huggingface(cls, fields: Mapping[str, Any]) -> Self:
         """Read ``rope_parameters`` (v5) or ``rope_theta`` and ``rope_scaling`` (v4) of a config."""
+        given = {name: fields[name] for name in ("rope_scaling", "rope_parameters") if fields.get(name) is not None}
+        forms = {name: dict(mapping(value, name)) for name, value in given.items()}
         # transformers' order where a config has several forms of it.
-        name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
-        values = dict(mapping(fields.get(name) or {}, name))
+        values = forms.get("rope_scaling") or forms.get("rope_parameters") or {}
         for name in ("rope_theta", "partial_rotary_factor"):
             if name in fields:
                 values.setdefault(name, fields[name])
-        values["rope_type"] = values.pop("rope_type", None) or values.pop("type", None) or "default"
-        for name in ("type", "finetuned"):  # the second says how a model came about
-            values.pop(name, None)
+        values = {name: value for name, value in values.items() if value is not None}
+        former = values.pop("type", "default")
+        values.setdefault("rope_type", former)
+        values.pop("finetuned", None)  # says how a model came about
         if values["rope_type"] in ("llama3", "yarn") and (positions := fields.get(_ORIGINAL)) is not None:
             values[_ORIGINAL] = positions
-        if (theta := values.pop("rope_theta", None)) is not None:
-            values["theta"] = float(theta) if is_a(theta, float) else theta
-        if (partial := values.pop("partial_rotary_factor", None)) not in (None, 1.0):
-            raise ValueError(f"partial_rotary_factor is {partial}; only 1.0 is supported")
-        if values["rope_type"] != "default" and values.get("factor") is None:
-            raise ValueError(f"rope_type {values['rope_type']!r} needs a factor; the config gives none")
-        return cls.from_dict({name: value for name, value in values.items() if value is not None})
+        if "rope_theta" in values:
+            values["theta"] = values.pop("rope_theta")
+        partial = values.pop("partial_rotary_factor", 1.0)
+        if not is_a(partial, float) or partial != 1:
+            raise ValueError(f"partial_rotary_factor is {quote(partial)}; only 1.0 is supported")
+        if values["rope_type"] != "default" and "factor" not in values:
+            raise ValueError(f"rope_type {quote(values['rope_type'])} needs a factor; the config gives none")
+        check_values(cls, values, _ROPE_RANGES, {"theta": "rope_theta"})
+        return cls.from_dict(values)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
@@ -90,8 +123,11 @@ class RopeConfig:
 class ModelConfig:
     """Sizes and options of a Llama model.
 
-    ``eos_token_ids`` holds every id that ends a sequence. ``head_dim`` need not be
-    ``hidden_size // num_heads``.
+    ``eos_token_ids`` holds every id that ends a sequence. A ``bos_token_id`` or ``pad_token_id`` of -1
+    means none, as None does. ``head_dim`` need not be ``hidden_size // num_heads``.
+
+    Raises:
+        ValueError: for a value of another type, beyond what any model has, or that does not go with the others.
     """
 
     vocab_size: int
@@ -112,26 +148,19 @@ class ModelConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        check_types(self)
-        sizes = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "max_position_embeddings",
-        )
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
-        if not self.rms_norm_eps > 0:
-            raise ValueError(f"rms_norm_eps is {self.rms_norm_eps}; expected a positive number")
+        check_types(self, _RANGES)
+        check_types(self, dict.fromkeys(("bos_token_id", "pad_token_id"), (-1, self.vocab_size - 1)))
+        if not all(0 <= token < self.vocab_size for token in self.eos_token_ids):
+            ids = f"ids from 0 to {self.vocab_size - 1}"
+            raise ValueError(f"eos_token_ids is {quote(self.eos_token_ids)}; expected {ids}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads is {self.num_heads}; expected a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; RoPE expects an even number")
+        if self.rope.rope_type == "dynamic" and self.head_dim == 2:
+            raise ValueError(
+                "head_dim is 2; dynamic RoPE, whose base grows by a power of dim / (dim - 2), expects more"
+            )
 
     @classmethod
     def from_huggingface(cls, fields: Mapping[str, Any]) -> Self:
@@ -141,24 +170,24 @@ class ModelConfig:
             ValueError: for another architecture, or an option this model does not have.
         """
         if fields.get("model_type") != "llama":
-            raise ValueError(f"model_type is {fields.get('model_type')!r}; expected 'llama'")
-        for name, value in _MUST_BE.items():
-            if fields.get(name, value) != value:
-                raise ValueError(f"{name} is {fields[name]!r}; only {value!r} is supported")
+            raise ValueError(f"model_type is {quote(fields.get('model_type'))}; expected 'llama'")
         values = {ours: fields[theirs] for theirs, ours in _NAMES.items() if fields.get(theirs) is not None}
         if missing := [name for name in _REQUIRED if fields.get(name) is None]:
-            raise ValueError(f"config.json lacks {missing[0]}")
-        for name in ("hidden_size", "num_attention_heads"):
-            if not is_a(fields[name], int) or fields[name] < 1:
-                raise ValueError(f"{name} is {fields[name]!r}; expected a positive whole number")
-        heads = values["num_heads"]
+            raise ValueError(f"{missing[0]} is missing; expected a whole number")
+        values["eos_token_ids"] = eos_ids(fields.get("eos_token_id"))
+        check_values(cls, values, _RANGES, {ours: theirs for theirs, ours in _NAMES.items()})
+        _check_options(fields, values.get("max_position_embeddings", cls.max_position_embeddings))
+        heads, hidden = values["num_heads"], values["hidden_size"]
         values.setdefault("num_kv_heads", heads)
-        values.setdefault("head_dim", values["hidden_size"] // heads)
-        eos = fields.get("eos_token_id")
-        values["eos_token_ids"] = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+        if "head_dim" not in values:
+            if hidden % heads:
+                raise ValueError(f"hidden_size is {hidden}; expected a multiple of num_attention_heads {heads}")
+            values["head_dim"] = hidden // heads
+        for name in ("bos_token_id", "pad_token_id"):
+            # Of a token that was added to the tokenizer alone; nothing is ever computed from it.
+            if values["vocab_size"] <= values.get(name, -1) < _LARGEST_VOCABULARY:
+                logger.warning("config.json: %s is %d, beyond the vocabulary: taken as none", name, values.pop(name))
         values["rope"] = RopeConfig.from_huggingface(fields)
-        if ignored := sorted(set(fields) - set(_NAMES) - set(_MUST_BE) - _NO_EFFECT):
-            logger.warning("config.json: keys without a meaning here are ignored: %s", ", ".join(ignored))
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -171,10 +200,32 @@ class ModelConfig:
         values = dict(mapping(fields, "the model's config"))
         check_names(cls, values)
         if not isinstance(values["eos_token_ids"], list | tuple):
-            raise ValueError(f"eos_token_ids is {values['eos_token_ids']!r}; expected a list of whole numbers")
+            raise ValueError(f"eos_token_ids is {quote(values['eos_token_ids'])}; expected a list of whole numbers")
         values["rope"] = RopeConfig.from_dict(values["rope"])
         values["eos_token_ids"] = tuple(values["eos_token_ids"])
         return cls(**values)
+
+
+def eos_ids(value: Any) -> tuple[Any, ...]:
+    """``eos_token_id`` of a Hugging Face config (an id, several, or null) as ``eos_token_ids``, not checked yet."""
+    return () if value is None else tuple(value) if isinstance(value, list) else (value,)
+
+
+def _check_options(fields: Mapping[str, Any], positions: int) -> None:
+    """Raise ValueError for what changes transformers' results and is not here; name in the log what is unknown."""
+    for name, accepted in _ACCEPTED.items():
+        if fields.get(name, accepted[0]) not in accepted:
+            raise ValueError(f"{name} is {quote(fields[name])}; only {quote(accepted[0])} is supported")
+    layers = fields.get("layer_types")
+    if layers is not None and not (isinstance(layers, list) and all(kind == "full_attention" for kind in layers)):
+        raise ValueError(f"layer_types is {quote(layers)}; expected 'full_attention' for every layer")
+    # Where layer_types do not say otherwise, transformers' cache forgets what is further away than that.
+    for name in _WINDOWS if layers is None else ():
+        window = fields.get(name)
+        if window is not None and not (is_a(window, int) and window >= positions):
+            raise ValueError(f"{name} is {quote(window)}; only attention to all {positions} positions is supported")
+    if ignored := sorted(set(fields) - set(_NAMES) - set(_ACCEPTED) - set(_WINDOWS) - _NO_EFFECT):
+        logger.warning("config.json: keys without a meaning here are ignored: %s", ", ".join(ignored))
 
 
 # transformers' name -> ours.
@@ -192,13 +243,28 @@ _NAMES = {
     "attention_bias": "attention_bias",
     "mlp_bias": "mlp_bias",
     "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_ids",
     "pad_token_id": "pad_token_id",
 }
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_MUST_BE = {"hidden_act": "silu", "quantization_config": None, "is_decoder": False, "add_cross_attention": False}
-# Read elsewhere (RoPE, EOS), or without effect on inference.
+# Options of transformers' Llama, or of its caches, masks and loading: the values that mean what this model does.
+_ACCEPTED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "is_causal": (True,),
+    "quantization_config": (None,),
+    "is_encoder_decoder": (False, None),
+    "add_cross_attention": (False, None),
+    "use_bidirectional_attention": (None, False),
+    "kv_sharing_modes": (None,),
+    "per_layer_config": (None, {}),
+    "pruned_heads": (None, {}),
+    "transformers_weights": (None,),
+}
+_WINDOWS = ("sliding_window", "attention_chunk_size")
+# Read elsewhere (RoPE), or without effect on inference.
 _NO_EFFECT = {
     "model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache",
     "initializer_range", "attention_dropout", "pretraining_tp", "rope_parameters", "rope_scaling", "rope_theta",
-    "partial_rotary_factor", _ORIGINAL, "eos_token_id", "return_dict", "output_hidden_states", "output_attentions",
+    "partial_rotary_factor", _ORIGINAL, "return_dict", "output_hidden_states", "output_attentions", "layer_types",
+    "is_decoder",
 }  # fmt: skip
