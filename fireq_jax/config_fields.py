@@ -35,7 +35,7 @@ def check_values(cls: type, values: Mapping[str, Any], ranges: Ranges, names: Ma
     Args:
         cls: the dataclass.
         values: field -> value; other fields are not checked.
-        ranges: field -> the least and the largest number it may be. NaN is in no range.
+        ranges: field -> the least and the largest number it (or each of a tuple) may be. NaN is in no range.
         names: field -> what a message calls it, where that is another name.
     """
     for field in dataclasses.fields(cls):
@@ -45,11 +45,14 @@ def check_values(cls: type, values: Mapping[str, Any], ranges: Ranges, names: Ma
             continue
         value, name = values[field.name], (names or {}).get(field.name, field.name)
         several = get_origin(field.type) is tuple
-        if several != isinstance(value, tuple) or not all(is_a(each, kind) for each in (value if several else [value])):
-            raise ValueError(f"{name} is {quote(value)}; expected {'a tuple of ' if several else ''}{_KINDS[kind]}")
+        if several and not isinstance(value, tuple):
+            raise ValueError(f"{name} is {quote(value)}; expected a tuple")
+        numbers = value if several else (value,)
+        if not all(is_a(number, kind) for number in numbers):
+            raise ValueError(f"{name} is {quote(value)}; expected {_KINDS[kind]}")
         if field.name in ranges:
             low, high = ranges[field.name]
-            if not low <= value <= high:
+            if not all(low <= number <= high for number in numbers):
                 raise ValueError(f"{name} is {quote(value)}; expected {low} to {high}")
 
 

@@ -220,7 +220,7 @@ def _equal(one: StoredTensor, two: StoredTensor) -> bool:
         return True  # and neither can be used
     readers = TensorReader(), TensorReader()  # each keeps its own file open
     step = max(1, _COMPARED_BYTES // (8 * max(1, one.shape[1])))
-    slices = (slice(start, start + step) for start in range(0, one.shape[0], step))
+    slices = (slice(start, min(start + step, one.shape[0])) for start in range(0, one.shape[0], step))
     return all(readers[0].read(one, rows).tobytes() == readers[1].read(two, rows).tobytes() for rows in slices)
 
 
@@ -257,7 +257,7 @@ def _indexed_tensors(index: Path) -> tuple[dict[str, StoredTensor], dict[str, st
         raise ValueError(f"{index} has no weight_map; expected tensor names and their files")
     names_in: dict[str, list[str]] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or _leads_outside(file):
+        if not isinstance(file, str) or not _stays_inside(file):
             raise ValueError(f"{index} maps {name} to {quote(file)}; expected the name of a file in {index.parent}")
         names_in.setdefault(file, []).append(name)
     found: dict[str, StoredTensor] = {}
@@ -275,6 +275,7 @@ def _indexed_tensors(index: Path) -> tuple[dict[str, StoredTensor], dict[str, st
     return found, absent
 
 
-def _leads_outside(file: str) -> bool:
-    """Whether a name is, by its text, none in the folder; the file may be a link to elsewhere, as in the hub's cache."""
-    return "\\" in file or bool(PureWindowsPath(file).anchor) or ".." in PureWindowsPath(file).parts
+def _stays_inside(file: str) -> bool:
+    """Whether a name is, by its text, one in the folder; the file may be a link to elsewhere, as in the hub's cache."""
+    path = PureWindowsPath(file)  # whose parts / ends as well, and which has drives
+    return "\\" not in file and bool(path.parts) and not path.anchor and ".." not in path.parts

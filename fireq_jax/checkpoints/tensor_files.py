@@ -88,7 +88,8 @@ def _load_torch_file(path: Path) -> Mapping[str, Any]:
         # Files in the format of before torch 1.6 are not zip archives, and cannot be mapped.
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as plain PyTorch weights: {error}") from error
+        reason = str(error).partition("\n")[0]  # advice follows, to load it and run its code
+        raise ValueError(f"{path} cannot be read as plain PyTorch weights: {reason}") from error
     if not isinstance(tensors, dict):
         raise ValueError(f"{path} holds a {type(tensors).__name__}; expected tensors by name")
     for name, tensor in tensors.items():

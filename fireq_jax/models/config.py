@@ -36,7 +36,7 @@ _RANGES: Ranges = {
     "num_kv_heads": (1, 2**14),
     "head_dim": (2, 2**12),
     "max_position_embeddings": (1, _LARGEST_POSITION),
-    "rms_norm_eps": (1e-30, 1),
+    "rms_norm_eps": (1e-30, 0.1),
 }
 
 
@@ -76,6 +76,8 @@ class RopeConfig:
         object.__setattr__(self, "theta", float(self.theta))  # JAX takes no integers beyond 32 bits
         if self.rope_type not in get_args(RopeType):
             raise ValueError(f"rope_type is {quote(self.rope_type)}; expected one of {get_args(RopeType)}")
+        if self.rope_type == "default" and self.factor != 1:
+            raise ValueError(f"rope factor is {self.factor}, but rope_type is 'default', which extends no context")
         if self.rope_type == "yarn" and not self.theta > 1:
             raise ValueError(f"rope theta is {self.theta}; YaRN expects more than 1")
         if self.rope_type == "yarn" and self.beta_fast < self.beta_slow:
@@ -100,8 +102,8 @@ class RopeConfig:
         former = values.pop("type", "default")
         values.setdefault("rope_type", former)
         values.pop("finetuned", None)  # says how a model came about
-        if values["rope_type"] in ("llama3", "yarn") and (positions := fields.get(_ORIGINAL)) is not None:
-            values[_ORIGINAL] = positions
+        if fields.get(_ORIGINAL) is not None:
+            values[_ORIGINAL] = fields[_ORIGINAL]
         if "rope_theta" in values:
             values["theta"] = values.pop("rope_theta")
         partial = values.pop("partial_rotary_factor", 1.0)
@@ -149,10 +151,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_types(self, _RANGES)
-        check_types(self, dict.fromkeys(("bos_token_id", "pad_token_id"), (-1, self.vocab_size - 1)))
-        if not all(0 <= token < self.vocab_size for token in self.eos_token_ids):
-            ids = f"ids from 0 to {self.vocab_size - 1}"
-            raise ValueError(f"eos_token_ids is {quote(self.eos_token_ids)}; expected {ids}")
+        last = self.vocab_size - 1
+        check_types(self, {"bos_token_id": (-1, last), "eos_token_ids": (0, last), "pad_token_id": (-1, last)})
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads is {self.num_heads}; expected a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
@@ -176,7 +176,7 @@ class ModelConfig:
             raise ValueError(f"{missing[0]} is missing; expected a whole number")
         values["eos_token_ids"] = eos_ids(fields.get("eos_token_id"))
         check_values(cls, values, _RANGES, {ours: theirs for theirs, ours in _NAMES.items()})
-        _check_options(fields, values.get("max_position_embeddings", cls.max_position_embeddings))
+        _check_options(fields, values["num_layers"], values.get("max_position_embeddings", cls.max_position_embeddings))
         heads, hidden = values["num_heads"], values["hidden_size"]
         values.setdefault("num_kv_heads", heads)
         if "head_dim" not in values:
@@ -211,18 +211,18 @@ def eos_ids(value: Any) -> tuple[Any, ...]:
     return () if value is None else tuple(value) if isinstance(value, list) else (value,)
 
 
-def _check_options(fields: Mapping[str, Any], positions: int) -> None:
+def _check_options(fields: Mapping[str, Any], num_layers: int, positions: int) -> None:
     """Raise ValueError for what changes transformers' results and is not here; name in the log what is unknown."""
     for name, accepted in _ACCEPTED.items():
         if fields.get(name, accepted[0]) not in accepted:
             raise ValueError(f"{name} is {quote(fields[name])}; only {quote(accepted[0])} is supported")
     layers = fields.get("layer_types")
-    if layers is not None and not (isinstance(layers, list) and all(kind == "full_attention" for kind in layers)):
-        raise ValueError(f"layer_types is {quote(layers)}; expected 'full_attention' for every layer")
+    if layers is not None and layers != ["full_attention"] * num_layers:
+        raise ValueError(f"layer_types is {quote(layers)}; expected 'full_attention' for each of {num_layers} layers")
     # Where layer_types do not say otherwise, transformers' cache forgets what is further away than that.
     for name in _WINDOWS if layers is None else ():
         window = fields.get(name)
-        if window is not None and not (is_a(window, int) and window >= positions):
+        if window is not None and not (is_a(window, int) and positions <= window <= _LARGEST_POSITION):
             raise ValueError(f"{name} is {quote(window)}; only attention to all {positions} positions is supported")
     if ignored := sorted(set(fields) - set(_NAMES) - set(_ACCEPTED) - set(_WINDOWS) - _NO_EFFECT):
         logger.warning("config.json: keys without a meaning here are ignored: %s", ", ".join(ignored))
