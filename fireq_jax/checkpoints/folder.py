@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import Array
 
 from fireq_jax.checkpoints.huggingface import HuggingFaceCheckpoint
-from fireq_jax.json_files import read_json, write_json
+from fireq_jax.json_files import errors_name, read_json, write_json
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.parameters import Parameter, global_parameters, layer_parameters
 from fireq_jax.quantization import recipes
@@ -65,7 +65,10 @@ class StoredModel:
         if not folder.is_dir():
             raise ValueError(f"{folder} is not a folder; expected a Hugging Face checkpoint or a converted model")
         if (folder / MANIFEST).is_file():
-            return cls(folder, *read_manifest(folder), None)
+            config, quantization = read_manifest(folder)
+            for index in range(config.num_layers):  # before any layer is made: the manifest may ask for thousands
+                _check_there(folder, f"layers.{index}")
+            return cls(folder, config, quantization, None)
         check_finished(folder)
         source = HuggingFaceCheckpoint(folder)
         return cls(folder, source.config, recipes.none(), source)
@@ -109,7 +112,8 @@ def read_manifest(folder: Path) -> tuple[ModelConfig, QuantizationConfig]:
         raise ValueError(f"{path} has format {fields.get('format_version')}; expected {FORMAT_VERSION}")
     if set(fields) != (expected := {"format_version", "model", "quantization"}):
         raise ValueError(f"{path} has keys {sorted(fields)}; expected {sorted(expected)}")
-    return ModelConfig.from_dict(fields["model"]), QuantizationConfig.from_dict(fields["quantization"])
+    with errors_name(path):
+        return ModelConfig.from_dict(fields["model"]), QuantizationConfig.from_dict(fields["quantization"])
 
 
 def write_manifest(folder: Path, config: ModelConfig, quantization: QuantizationConfig) -> None:
@@ -171,9 +175,7 @@ def restore_part(folder: Path, part: str, expected: Mapping[str, Parameter]) -> 
     Raises:
         ValueError: if the part is missing or its arrays are others than ``expected``'s.
     """
-    path = part_path(folder, part)
-    if not path.is_dir():
-        raise ValueError(f"{path} is missing; the model in {folder} is incomplete")
+    path = _check_there(folder, part)
     wanted = _flatten(expected)
     device = _device_sharding()
     # As they are stored: asked for a dtype, Orbax casts silently.
@@ -201,6 +203,13 @@ def restore_part(folder: Path, part: str, expected: Mapping[str, Parameter]) -> 
         else loaded[name]
         for name, value in expected.items()
     }
+
+
+def _check_there(folder: Path, part: str) -> Path:
+    path = part_path(folder, part)
+    if not path.is_dir():
+        raise ValueError(f"{path} is missing; the model in {folder} is incomplete")
+    return path
 
 
 def _device_sharding() -> jax.sharding.Sharding:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from fireq_jax.config_fields import is_a, quote
 from fireq_jax.models.config import ModelConfig, RopeConfig
 from fireq_jax.models.family import (
     ORIGINAL_POSITIONS,
@@ -16,6 +17,8 @@ from fireq_jax.models.family import (
     all_but_every,
     config_of,
     head_dim_of,
+    positive,
+    rope_parameters,
     tensors_of,
     window_layers,
 )
@@ -50,14 +53,17 @@ def family_of(fields: Fields) -> Family:
     """
     model_type = fields.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ValueError(f"model_type is {model_type!r}; expected one of {', '.join(sorted(FAMILIES))}")
+        raise ValueError(f"model_type is {quote(model_type)}; expected one of {', '.join(sorted(FAMILIES))}")
     return FAMILIES[model_type]
 
 
 def _qwen_windows(fields: Fields) -> dict[str, Any]:
     if not fields["use_sliding_window"]:
         return {}
-    return window_layers(fields, lambda i: i >= fields["max_window_layers"])
+    first = fields["max_window_layers"]
+    if not is_a(first, int) or first < 0:
+        raise ValueError(f"max_window_layers is {quote(first)}; expected 0 or a positive whole number")
+    return window_layers(fields, lambda i: i >= first)
 
 
 def _smollm3(fields: Fields) -> dict[str, Any]:
@@ -65,23 +71,23 @@ def _smollm3(fields: Fields) -> dict[str, Any]:
     if rotated is None:
         rotated = [int(all_but_every(fields["no_rope_layer_interval"])(i)) for i in range(count)]
     if not isinstance(rotated, list) or len(rotated) != count or not set(rotated) <= {0, 1}:
-        raise ValueError(f"no_rope_layers is {rotated!r:.80}; expected {count} numbers, 1 for RoPE and 0 for none")
+        raise ValueError(f"no_rope_layers is {quote(rotated)}; expected {count} numbers, 1 for RoPE and 0 for none")
     windows = window_layers(fields, lambda i: not rotated[i]) if fields["use_sliding_window"] else {}
     return {"rotated": tuple(map(bool, rotated)), **windows}
 
 
 def _granite(fields: Fields) -> dict[str, Any]:
     return {
-        "embedding_scale": float(fields["embedding_multiplier"]),
-        "attention_scale": float(fields["attention_multiplier"]),
-        "logit_scale": 1 / float(fields["logits_scaling"]),
+        "embedding_scale": positive(fields, "embedding_multiplier"),
+        "attention_scale": positive(fields, "attention_multiplier"),
+        "logit_scale": 1 / positive(fields, "logits_scaling"),
     }
 
 
 def _gemma(fields: Fields) -> dict[str, Any]:
     # Checkpoints from before transformers told them apart say "gelu" and mean the other.
     if fields["hidden_act"] not in ("gelu_pytorch_tanh", "gelu"):
-        raise ValueError(f"hidden_activation is {fields['hidden_act']!r}; expected 'gelu_pytorch_tanh'")
+        raise ValueError(f"hidden_activation is {quote(fields['hidden_act'])}; expected 'gelu_pytorch_tanh'")
     return {"activation": "gelu_tanh", "embedding_scale": math.sqrt(fields["hidden_size"])}
 
 
@@ -90,7 +96,7 @@ def _gemma2(fields: Fields) -> dict[str, Any]:
         **_gemma(fields),
         **window_layers(fields, all_but_every(fields["sliding_window_pattern"])),
         "norm_order": "sandwich",
-        "attention_scale": float(fields["query_pre_attn_scalar"]) ** -0.5,
+        "attention_scale": positive(fields, "query_pre_attn_scalar") ** -0.5,
         "attention_softcap": fields["attn_logit_softcapping"],
         "logit_softcap": fields["final_logit_softcapping"],
     }
@@ -113,7 +119,7 @@ def _cohere(fields: Fields) -> dict[str, Any]:
     return {
         "norm_order": "parallel",
         "norm_kind": "layer",
-        "logit_scale": float(fields["logit_scale"]),
+        "logit_scale": positive(fields, "logit_scale"),
     }
 
 
@@ -128,20 +134,20 @@ def _only_in_windows(fields: Fields, windows: Fields) -> tuple[bool, ...]:
 
 
 def _query_growth(fields: Fields) -> float:
-    parameters = fields.get("rope_scaling") or fields["rope_parameters"]
-    beta = parameters.get("llama_4_scaling_beta") or 0.0
-    if beta and not parameters.get(ORIGINAL_POSITIONS):
-        raise ValueError(f"llama_4_scaling_beta is {beta} without {ORIGINAL_POSITIONS}; expected both")
-    return float(beta)
+    parameters = rope_parameters(fields)
+    if parameters.get("llama_4_scaling_beta") is None:
+        return 0.0
+    positive(parameters, ORIGINAL_POSITIONS)
+    return positive(parameters, "llama_4_scaling_beta")
 
 
 def _hunyuan(fields: Fields) -> dict[str, Any]:
     options: dict[str, Any] = {"head_norm": "after_rope"}
-    parameters = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
-    if parameters.get("rope_type", parameters.get("type")) == "dynamic" and (alpha := parameters.get("alpha")):
+    parameters = rope_parameters(fields)
+    if parameters.get("rope_type", parameters.get("type")) == "dynamic" and parameters.get("alpha"):
         # A fixed NTK factor under the name of the dynamic one.
-        head_dim, theta = head_dim_of(fields), parameters.get("rope_theta", fields.get("rope_theta", 10000.0))
-        options["rope"] = RopeConfig(theta=theta * alpha ** (head_dim / (head_dim - 2)))
+        head_dim, theta = head_dim_of(fields), positive({"rope_theta": 10000.0, **fields, **parameters}, "rope_theta")
+        options["rope"] = RopeConfig(theta=theta * positive(parameters, "alpha") ** (head_dim / (head_dim - 2)))
     return options
 
 
@@ -273,7 +279,13 @@ FAMILIES: Mapping[str, Family] = {
         names=_GEMMA_NAMES,
         gain_offset=1.0,
     ),
-    "glm": Family(_GLM, options=lambda fields: {"output_bias": False}, fused_gate_up=True, interleaved_rope=True, partial_rope=True),
+    "glm": Family(
+        _GLM,
+        options=lambda fields: {"output_bias": False},
+        fused_gate_up=True,
+        interleaved_rope=True,
+        partial_rope=True,
+    ),
     "glm4": Family(
         _GLM,
         options=lambda fields: {"output_bias": False, "norm_order": "sandwich"},

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, Self, get_args
 
-from fireq_jax.config_fields import check_names, check_types, is_a, mapping
+from fireq_jax.config_fields import Ranges, check_names, check_types, check_values, mapping, quote
 
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 NormOrder = Literal["pre", "post", "sandwich", "parallel"]
@@ -12,6 +12,44 @@ NormKind = Literal["rms", "layer"]
 HeadNorms = Literal["none", "before_rope", "after_rope", "across_heads"]
 GateActivation = Literal["silu", "gelu_tanh"]
 _ORIGINAL = "original_max_position_embeddings"
+# Beyond any real model, and small enough that indices and positions stay within int32 and rotary frequencies
+# and epsilons within float32.
+LARGEST_VOCABULARY = 2**24
+LARGEST_POSITION = 2**31 - 1
+_ROPE_RANGES: Ranges = {
+    "theta": (1, 10**15),
+    "factor": (1, 2**20),
+    _ORIGINAL: (1, LARGEST_POSITION),
+    "low_freq_factor": (1e-6, 10**6),
+    "high_freq_factor": (1e-6, 10**6),
+    "beta_fast": (1e-6, 10**6),
+    "beta_slow": (1e-6, 10**6),
+    "attention_factor": (1e-3, 10**3),
+    "mscale": (0, 10**3),
+    "mscale_all_dim": (0, 10**3),
+    "short_factor": (1e-6, 10**6),
+    "long_factor": (1e-6, 10**6),
+    "rotary_dim": (2, 2**12),
+}
+RANGES: Ranges = {
+    "vocab_size": (1, LARGEST_VOCABULARY),
+    "hidden_size": (1, 2**20),
+    "intermediate_size": (1, 2**22),
+    "num_layers": (1, 10_000),
+    "num_heads": (1, 2**14),
+    "num_kv_heads": (1, 2**14),
+    "head_dim": (2, 2**12),
+    "head_width": (2, 2**12),
+    "max_position_embeddings": (1, LARGEST_POSITION),
+    "rms_norm_eps": (1e-30, 0.1),
+    "window": (1, LARGEST_POSITION),
+    "attention_scale": (1e-6, 10**6),
+    "attention_softcap": (1e-3, 10**6),
+    "logit_softcap": (1e-3, 10**6),
+    "query_growth": (0, 10**3),
+    "embedding_scale": (1e-6, 10**6),
+    "logit_scale": (1e-6, 10**6),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +69,9 @@ class RopeConfig:
         short_factor, long_factor: "longrope"'s divisors of each frequency, for sequences within and beyond
             ``original_max_position_embeddings``.
         rotary_dim: channels of a head that turn, in pairs (i, i + H/2) from i = 0; None means all.
+
+    Raises:
+        ValueError: for a value of another type, or beyond what any model has.
     """
 
     rope_type: RopeType = "default"
@@ -50,62 +91,63 @@ class RopeConfig:
     rotary_dim: int | None = None
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check_types(self, _ROPE_RANGES)
+        object.__setattr__(self, "theta", float(self.theta))  # JAX takes no integers beyond 32 bits
         if self.rope_type not in get_args(RopeType):
-            raise ValueError(f"rope_type is {self.rope_type!r}; expected one of {get_args(RopeType)}")
-        if not self.factor > 0 or not self.theta > 0:
-            raise ValueError(f"rope theta is {self.theta} and factor {self.factor}; expected positive numbers")
+            raise ValueError(f"rope_type is {quote(self.rope_type)}; expected one of {get_args(RopeType)}")
+        if self.rope_type == "default" and self.factor != 1:
+            raise ValueError(f"rope factor is {self.factor}, but rope_type is 'default', which extends no context")
         if self.rope_type == "yarn" and not self.theta > 1:
             raise ValueError(f"rope theta is {self.theta}; YaRN expects more than 1")
-        if self.rope_type == "yarn" and not (self.beta_fast > 0 and self.beta_slow > 0):
-            raise ValueError(f"beta_fast is {self.beta_fast} and beta_slow {self.beta_slow}; expected positive numbers")
+        if self.rope_type == "yarn" and self.beta_fast < self.beta_slow:
+            raise ValueError(f"beta_fast is {self.beta_fast} and beta_slow {self.beta_slow}; expected fast >= slow")
         if self.rope_type == "llama3" and not self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
                 f"low_freq_factor is {self.low_freq_factor} and high_freq_factor {self.high_freq_factor}; "
                 "expected low < high"
             )
-        if self.rotary_dim is not None and (self.rotary_dim < 2 or self.rotary_dim % 2):
+        if self.rotary_dim is not None and self.rotary_dim % 2:
             raise ValueError(f"rotary_dim is {self.rotary_dim}; expected an even number of channels, or None")
         if self.rope_type == "longrope" and not (self.short_factor and len(self.short_factor) == len(self.long_factor)):
             raise ValueError(
                 f"short_factor has {len(self.short_factor)} numbers and long_factor {len(self.long_factor)}; "
                 "longrope expects one for each frequency"
             )
-        if not all(factor > 0 for factor in (*self.short_factor, *self.long_factor)):
-            raise ValueError("short_factor or long_factor has a number that is not positive")
 
     @classmethod
     def from_huggingface(cls, fields: Mapping[str, Any]) -> Self:
         """Read ``rope_parameters`` (v5) or ``rope_theta`` and ``rope_scaling`` (v4) of a config."""
+        given = {name: fields[name] for name in ("rope_scaling", "rope_parameters") if fields.get(name) is not None}
+        forms = {name: dict(mapping(value, name)) for name, value in given.items()}
         # transformers' order where a config has several forms of it.
-        name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
-        values = dict(mapping(fields.get(name) or {}, name))
+        values = forms.get("rope_scaling") or forms.get("rope_parameters") or {}
         if "rope_theta" in fields:
             values.setdefault("rope_theta", fields["rope_theta"])
-        values["rope_type"] = values.pop("rope_type", None) or values.pop("type", None) or "default"
-        # What says how a model came about, and what ``architectures`` reads itself.
-        for name in ("type", "finetuned", "partial_rotary_factor", "llama_4_scaling_beta", "max_position_embeddings"):
+        values = {name: value for name, value in values.items() if value is not None}
+        former = values.pop("type", "default")
+        values.setdefault("rope_type", former)
+        # What says how a model came about, and what a family reads itself.
+        for name in ("finetuned", "partial_rotary_factor", "llama_4_scaling_beta", "max_position_embeddings"):
             values.pop(name, None)
-        if (
-            values["rope_type"] in ("llama3", "yarn", "longrope", "su")
-            and (positions := fields.get(_ORIGINAL)) is not None
-        ):
-            values[_ORIGINAL] = positions
-        if (theta := values.pop("rope_theta", None)) is not None:
-            values["theta"] = float(theta) if is_a(theta, float) else theta
+        if fields.get(_ORIGINAL) is not None:
+            values[_ORIGINAL] = fields[_ORIGINAL]
+        if "rope_theta" in values:
+            values["theta"] = values.pop("rope_theta")
+        check_values(cls, values, _ROPE_RANGES, {"theta": "rope_theta"})
         if values["rope_type"] in ("su", "longrope"):
             values["rope_type"] = "longrope"
             if (original := values.get(_ORIGINAL)) and (longest := fields.get("max_position_embeddings")):
                 values["factor"] = longest / original
-        if values["rope_type"] not in ("default", "longrope") and values.get("factor") is None:
-            raise ValueError(f"rope_type {values['rope_type']!r} needs a factor; the config gives none")
-        return cls.from_dict({name: value for name, value in values.items() if value is not None})
+        if values["rope_type"] not in ("default", "longrope") and "factor" not in values:
+            raise ValueError(f"rope_type {quote(values['rope_type'])} needs a factor; the config gives none")
+        return cls.from_dict(values)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
         """Read the fields by name; unknown keys are errors."""
         check_names(cls, mapping(fields, "rope"), may_lack=True)
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+        factors = {name: tuple(fields[name]) for name in ("short_factor", "long_factor") if name in fields}
+        return cls(**{**fields, **factors})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +177,11 @@ class ModelConfig:
         query_growth: beta; queries at position p are multiplied by 1 + beta * ln(1 + floor(p / original)).
         embedding_scale: factor of the embeddings, but not of a tied head.
         logit_scale: factor of the logits.
+        bos_token_id, pad_token_id: -1 means none, as None does.
         eos_token_ids: every id that ends a sequence.
+
+    Raises:
+        ValueError: for a value of another type, beyond what any model has, or that does not go with the others.
     """
 
     vocab_size: int
@@ -173,20 +219,13 @@ class ModelConfig:
     logit_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        check_types(self)
-        for name in _SIZES:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
-        for name in ("rms_norm_eps", "attention_scale", "attention_softcap", "logit_softcap",
-                     "embedding_scale", "logit_scale"):  # fmt: skip
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window is {self.window}; expected a positive number of tokens, or None")
+        check_types(self, RANGES)
+        last = self.vocab_size - 1
+        check_types(self, {"bos_token_id": (-1, last), "eos_token_ids": (0, last), "pad_token_id": (-1, last)})
         for name, kind in (("norm_order", NormOrder), ("norm_kind", NormKind), ("head_norm", HeadNorms),
                            ("activation", GateActivation)):  # fmt: skip
             if getattr(self, name) not in get_args(kind):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {get_args(kind)}")
+                raise ValueError(f"{name} is {quote(getattr(self, name))}; expected one of {get_args(kind)}")
         for name in ("rotated", "windowed"):
             if getattr(self, name) and len(getattr(self, name)) != self.num_layers:
                 raise ValueError(
@@ -196,7 +235,11 @@ class ModelConfig:
             raise ValueError(f"num_heads is {self.num_heads}; expected a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; RoPE expects an even number")
-        if not 0 < self.width <= self.head_dim or self.width % 2:
+        if self.rope.rope_type == "dynamic" and self.width == 2:
+            raise ValueError(
+                "head_dim is 2; dynamic RoPE, whose base grows by a power of dim / (dim - 2), expects more"
+            )
+        if self.width > self.head_dim or self.width % 2:
             raise ValueError(f"head_width is {self.head_width}; expected an even number up to head_dim {self.head_dim}")
         for rope in (self.rope, self.local_rope):
             if rope is not None and (rope.rotary_dim or 0) > self.width:
@@ -251,7 +294,7 @@ class ModelConfig:
             raise ValueError(f"the model's config lacks {missing[0]}")
         for name, kind in (("eos_token_ids", "whole numbers"), ("rotated", "flags"), ("windowed", "flags")):
             if not isinstance(values.get(name, ()), list | tuple):
-                raise ValueError(f"{name} is {values[name]!r}; expected a list of {kind}")
+                raise ValueError(f"{name} is {quote(values[name])}; expected a list of {kind}")
             values[name] = tuple(values.get(name, ()))
         values["rope"] = RopeConfig.from_dict(values["rope"])
         if values.get("local_rope") is not None:
@@ -259,8 +302,9 @@ class ModelConfig:
         return cls(**values)
 
 
-_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
-          "max_position_embeddings")  # fmt: skip
+def eos_ids(value: Any) -> tuple[Any, ...]:
+    """``eos_token_id`` of a Hugging Face config (an id, several, or null) as ``eos_token_ids``, not checked yet."""
+    return () if value is None else tuple(value) if isinstance(value, list) else (value,)
 
 
 def _plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

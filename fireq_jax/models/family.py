@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from fireq_jax.config_fields import is_a
+from fireq_jax.config_fields import check_values, is_a, mapping, quote
 from fireq_jax.models.block import block_shapes, global_shapes, norm_names
-from fireq_jax.models.config import ModelConfig, RopeConfig
+from fireq_jax.models.config import LARGEST_POSITION, LARGEST_VOCABULARY, RANGES, ModelConfig, RopeConfig, eos_ids
 from fireq_jax.models.tensor_source import TensorSource, TensorTable
 
 Fields = Mapping[str, Any]
@@ -34,26 +34,32 @@ _NAMES = {
     "attention_bias": "attention_bias",
     "mlp_bias": "mlp_bias",
     "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_ids",
     "pad_token_id": "pad_token_id",
 }
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _COMMON: Fields = {"hidden_act": "silu"}
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-# What only these values, or a key's absence, can be right for.
-_MUST_BE: Mapping[str, tuple[Any, ...]] = {
+# Options of transformers' models, or of its caches, masks and loading: the values that mean what this project does.
+_ACCEPTED: Mapping[str, tuple[Any, ...]] = {
+    "is_causal": (True,),
     "quantization_config": (None,),
-    "is_decoder": (False, None),
+    "is_encoder_decoder": (False, None),
     "add_cross_attention": (False, None),
-    "is_causal": (True, None),
-    "use_bidirectional_attention": (False, None),
+    "use_bidirectional_attention": (None, False),
     "use_qk_norm": (False, None),
+    "attention_chunk_size": (None,),
+    "kv_sharing_modes": (None,),
+    "per_layer_config": (None, {}),
+    "pruned_heads": (None, {}),
+    "transformers_weights": (None,),
 }
 # Read elsewhere (activation, RoPE, EOS), or without effect on inference.
 _NO_EFFECT = {
     "hidden_act", "architectures", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache",
     "initializer_range", "attention_dropout", "pretraining_tp", "rope_parameters", "rope_scaling", "rope_theta",
     "partial_rotary_factor", "original_max_position_embeddings", "eos_token_id", "return_dict",
-    "output_hidden_states", "output_attentions",
+    "output_hidden_states", "output_attentions", "is_decoder",
 }  # fmt: skip
 
 
@@ -102,18 +108,20 @@ def config_of(family: Family, fields: Fields) -> ModelConfig:
         ValueError: for an option that this project does not have, or a field out of range.
     """
     fields = _completed(family, fields)
-    for name, allowed in _MUST_BE.items():
-        if fields.get(name) not in allowed:
-            raise ValueError(f"{name} is {fields[name]!r}; only {allowed[0]!r} is supported")
-    if missing := [name for name in _REQUIRED if fields.get(name) is None]:
-        raise ValueError(f"config.json lacks {missing[0]}")
-    for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"):
-        if not is_a(fields[name], int) or fields[name] < 1:
-            raise ValueError(f"{name} is {fields[name]!r}; expected a positive whole number")
     values = {ours: fields[theirs] for theirs, ours in _NAMES.items() if fields.get(theirs) is not None}
-    values.setdefault("num_kv_heads", values["num_heads"])
-    eos = fields.get("eos_token_id")
-    values["eos_token_ids"] = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+    if missing := [name for name in _REQUIRED if fields.get(name) is None]:
+        raise ValueError(f"{missing[0]} is missing; expected a whole number")
+    values["eos_token_ids"] = eos_ids(fields.get("eos_token_id"))
+    check_values(ModelConfig, values, RANGES, {ours: theirs for theirs, ours in _NAMES.items()})
+    _check_options(family, fields, values)
+    heads, hidden = values["num_heads"], values["hidden_size"]
+    values.setdefault("num_kv_heads", heads)
+    if "head_dim" not in values and hidden % heads:
+        raise ValueError(f"hidden_size is {hidden}; expected a multiple of num_attention_heads {heads}")
+    for name in ("bos_token_id", "pad_token_id"):
+        # Of a token that was added to the tokenizer alone; nothing is ever computed from it.
+        if values["vocab_size"] <= values.get(name, -1) < LARGEST_VOCABULARY:
+            logger.warning("config.json: %s is %d, beyond the vocabulary: taken as none", name, values.pop(name))
     values["output_bias"] = values.get("attention_bias", False)
     values |= family.options(fields)
     if "activation" not in values:
@@ -121,10 +129,30 @@ def config_of(family: Family, fields: Fields) -> ModelConfig:
     if "rope" not in values:
         values |= _ropes(family, fields)
     values |= _heads(fields)
-    known = {*_NAMES, *_MUST_BE, *_NO_EFFECT, *family.defaults, *family.aliases}
+    return ModelConfig(**values)
+
+
+def _check_options(family: Family, fields: Fields, values: Fields) -> None:
+    """Raise ValueError for what changes transformers' results and is not here; name in the log what is unknown."""
+    for name, accepted in _ACCEPTED.items():
+        if fields.get(name, accepted[0]) not in accepted:
+            raise ValueError(f"{name} is {quote(fields[name])}; only {quote(accepted[0])} is supported")
+    known = {*_NAMES, *_ACCEPTED, *_NO_EFFECT, *family.defaults, *family.aliases}
+    if "sliding_window" not in family.defaults:
+        _check_sees_everything(fields, values)
+        known |= {"sliding_window", "layer_types"}
     if ignored := sorted(set(fields) - known):
         logger.warning("config.json: keys without a meaning here are ignored: %s", ", ".join(ignored))
-    return ModelConfig(**values)
+
+
+def _check_sees_everything(fields: Fields, values: Fields) -> None:
+    """Of a family without windows: transformers' cache would forget what is further away than one."""
+    layers, count = fields.get("layer_types"), values["num_layers"]
+    if layers is not None and layers != ["full_attention"] * count:
+        raise ValueError(f"layer_types is {quote(layers)}; expected 'full_attention' for each of {count} layers")
+    window, positions = fields.get("sliding_window"), values.get("max_position_embeddings", 2048)
+    if layers is None and window is not None and not (is_a(window, int) and positions <= window <= LARGEST_POSITION):
+        raise ValueError(f"sliding_window is {quote(window)}; only attention to all {positions} positions is supported")
 
 
 def tensors_of(family: Family, fields: Fields, config: ModelConfig) -> TensorTable:
@@ -151,7 +179,7 @@ def _completed(family: Family, fields: Fields) -> dict[str, Any]:
 
 def _activation(name: Any) -> str:
     if not isinstance(name, str) or name not in _ACTIVATIONS:
-        raise ValueError(f"hidden_act is {name!r}; expected one of {', '.join(_ACTIVATIONS)}")
+        raise ValueError(f"hidden_act is {quote(name)}; expected one of {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]
 
 
@@ -163,8 +191,6 @@ def head_dim_of(fields: Fields) -> int:
     given = fields.get("head_dim")
     if given is None:
         return fields["hidden_size"] // fields["num_attention_heads"]
-    if not is_a(given, int) or given < 1:
-        raise ValueError(f"head_dim is {given!r}; expected a positive whole number")
     return given
 
 
@@ -191,7 +217,7 @@ def _ropes(family: Family, fields: Fields) -> dict[str, Any]:
     assert isinstance(parameters, Mapping)
 
     def of_kind(kind: str, theta: float | None) -> RopeConfig:
-        own = parameters.get(kind) or {}
+        own = mapping(parameters.get(kind) or {}, f"rope_parameters.{kind}")
         return _rope(family, fields, {"rope_parameters": {"rope_theta": theta, **own}})
 
     full = of_kind("full_attention", fields.get("rope_theta"))
@@ -200,16 +226,32 @@ def _ropes(family: Family, fields: Fields) -> dict[str, Any]:
 
 def _rope(family: Family, fields: Fields, own: Fields) -> RopeConfig:
     """The rotary embedding that ``own`` describes in a model of ``fields``."""
-    parameters = own.get("rope_scaling") or own.get("rope_parameters") or {}
-    partial = parameters.get("partial_rotary_factor") if isinstance(parameters, Mapping) else None
+    partial = rope_parameters(own).get("partial_rotary_factor")
     partial = fields.get("partial_rotary_factor", 1.0) if partial is None else partial
     if not is_a(partial, float) or not 0 < partial <= 1 or (partial < 1 and not family.partial_rope):
         expected = "more than 0 and at most 1" if family.partial_rope else "1.0 for this model_type"
-        raise ValueError(f"partial_rotary_factor is {partial!r}; expected {expected}")
+        raise ValueError(f"partial_rotary_factor is {quote(partial)}; expected {expected}")
     real = head_dim_of(fields)
     dim = int(real * partial)
     rope = RopeConfig.from_huggingface({**own, ORIGINAL_POSITIONS: fields.get(ORIGINAL_POSITIONS)})
     return dataclasses.replace(rope, rotary_dim=dim) if dim != real else rope
+
+
+def rope_parameters(fields: Fields) -> Fields:
+    """What a config says of RoPE, in either of its forms."""
+    name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
+    return mapping(fields.get(name) or {}, name)
+
+
+def positive(fields: Fields, name: str) -> float:
+    """A positive number of a config.
+
+    Raises:
+        ValueError: if it is something else.
+    """
+    if not is_a(fields.get(name), float) or not 0 < fields[name] < LARGEST_POSITION:
+        raise ValueError(f"{name} is {quote(fields.get(name))}; expected a positive number")
+    return float(fields[name])
 
 
 def window_layers(fields: Fields, otherwise: Callable[[int], bool]) -> dict[str, Any]:
@@ -217,10 +259,12 @@ def window_layers(fields: Fields, otherwise: Callable[[int], bool]) -> dict[str,
     window, count, kinds = fields.get("sliding_window"), fields["num_hidden_layers"], fields.get("layer_types")
     if window is None:
         return {}
+    if not is_a(window, int) or not 1 <= window <= LARGEST_POSITION:
+        raise ValueError(f"sliding_window is {quote(window)}; expected a positive number of tokens, or null")
     if kinds is not None and (not isinstance(kinds, list) or len(kinds) != count):
-        raise ValueError(f"layer_types is {kinds!r:.80}; expected a list of {count} names")
+        raise ValueError(f"layer_types is {quote(kinds)}; expected a list of {count} names")
     if kinds is not None and (odd := [kind for kind in kinds if kind not in (_SLIDING, "full_attention")]):
-        raise ValueError(f"layer_types has {odd[0]!r}; expected {_SLIDING!r} or 'full_attention'")
+        raise ValueError(f"layer_types has {odd[0]!r}; expected {quote(_SLIDING)} or 'full_attention'")
     windowed = tuple(otherwise(i) if kinds is None else kinds[i] == _SLIDING for i in range(count))
     return {} if not any(windowed) else {"window": window, "windowed": () if all(windowed) else windowed}
 
@@ -228,7 +272,7 @@ def window_layers(fields: Fields, otherwise: Callable[[int], bool]) -> dict[str,
 def all_but_every(period: Any) -> Callable[[int], bool]:
     """All layers but each ``period``-th."""
     if not is_a(period, int) or period < 1:
-        raise ValueError(f"the pattern of layers with a window is {period!r}; expected a positive whole number")
+        raise ValueError(f"the pattern of layers with a window is {quote(period)}; expected a positive whole number")
     return lambda i: (i + 1) % period != 0
 
 
@@ -278,7 +322,8 @@ def _source(
     if part in ("gate", "up") and family.fused_gate_up:
         rows = np.arange(inner) + (inner if part == "up" else 0)
         return TensorSource(f"mlp.gate_up_proj.{kind}", (2 * inner, *shape[1:]), rows=rows)
-    scale = float(fields.get("residual_multiplier", 1.0)) if part in ("o", "down") else 1.0
+    multiplied = part in ("o", "down") and "residual_multiplier" in family.defaults
+    scale = positive(fields, "residual_multiplier") if multiplied else 1.0
     if part == "o" and kind == "weight":
         return TensorSource(theirs, (hidden, heads * real), columns=_of_heads(plain, heads, real), scale=scale)
     return TensorSource(theirs, shape, scale=scale)

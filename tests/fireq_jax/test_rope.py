@@ -69,7 +69,7 @@ def test_several_forms_in_one_config_count_as_in_transformers():
     assert read(rope_scaling={**yarn, "finetuned": True}) == read(rope_scaling=yarn)
     with pytest.raises(ValueError, match="rope_scaling is 'linear'; expected an object"):
         read(rope_scaling="linear")
-    with pytest.raises(ValueError, match=r"beta_fast is 0 .*expected positive"):
+    with pytest.raises(ValueError, match="beta_fast is 0; expected"):
         read(rope_scaling={**yarn, "beta_fast": 0})
 
 
@@ -124,8 +124,8 @@ def test_unsupported_configs_are_errors_that_quote_the_value(changes, quoted):
 
 
 def test_unknown_keys_are_ignored_aloud(caplog):
-    read(sliding_window=4096)
-    assert "sliding_window" in caplog.text
+    read(residual_multiplier=0.5)
+    assert "residual_multiplier" in caplog.text
 
 
 @pytest.mark.parametrize(("eos", "ids"), [(None, ()), (2, (2,)), ([2, 5], (2, 5))])
