@@ -36,6 +36,7 @@ SUMS = [
     ((3,), 136, 192, 3),
     ((2, 2), 1000, 1024, 4),
 ]
+BIASES = [None, jnp.bfloat16, jnp.float32]
 # A row in one block, in clusters that it fills and, most of these, in clusters that have more threads than it needs.
 SUM_CONFIGS = [
     None,
@@ -70,6 +71,10 @@ def special_rows(width: int) -> jax.Array:
 
 def weight_of(width: int) -> jax.Array:
     return jax.random.uniform(jax.random.key(1), (width,), minval=0.1, maxval=2)
+
+
+def bias_of(n: int, dtype: jax.typing.DTypeLike | None) -> jax.Array | None:
+    return None if dtype is None else (3 * jax.random.normal(jax.random.key(n), (n,))).astype(dtype)
 
 
 def residual_sum(rows: tuple[int, ...], n: int, padded: int, parts: int, **changes) -> SplitSum:
@@ -211,10 +216,13 @@ def test_kernel_normalizes_as_the_reference_does(shape):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("rows", "n", "padded", "parts"), SUMS)
-@pytest.mark.parametrize("config", SUM_CONFIGS)
-def test_kernel_adds_parts_up_as_the_reference_does(rows, n, padded, parts, config):
+@pytest.mark.parametrize(
+    ("config", "bias"),
+    [*((config, None) for config in SUM_CONFIGS), *((SUM_CONFIGS[i], bias) for i in (0, 2, 8) for bias in BIASES[1:])],
+)
+def test_kernel_adds_parts_up_as_the_reference_does(rows, n, padded, parts, config, bias):
     """The sum's steps are the reference's but for fused multiply-adds: x is at most a bf16 step away."""
-    total, weight = residual_sum(rows, n, padded, parts), weight_of(n)
+    total, weight = residual_sum(rows, n, padded, parts, bias=bias_of(n, bias)), weight_of(n)
     poison((*rows, n))
     quantized, x = sm90.sum_norm_quantize(total, weight, eps=EPS, config=config)
     expected = on_cpu(lambda total: total.finish(), total).astype(np.float32)
@@ -271,7 +279,8 @@ def test_kernels_lower_for_cuda(shape):
 @pytest.mark.parametrize(("rows", "n", "padded", "parts"), SUMS)
 @pytest.mark.parametrize("config", [None, sm90.Config(1, 8), sm90.Config(4, 2)])
 def test_kernel_of_a_sum_lowers_for_cuda(rows, n, padded, parts, config):
-    total, weight = jax.eval_shape(lambda: (residual_sum(rows, n, padded, parts), weight_of(n)))
+    bias = BIASES[parts % 3]
+    total, weight = jax.eval_shape(lambda: (residual_sum(rows, n, padded, parts, bias=bias_of(n, bias)), weight_of(n)))
     normalize = jax.jit(functools.partial(sm90.sum_norm_quantize, eps=EPS, config=config))
     exported = jax.export.export(normalize, platforms=["cuda"])(total, weight)
     assert [aval.shape for aval in exported.out_avals] == [(*rows, n), (*rows, 1), (*rows, n)]
@@ -339,7 +348,7 @@ def test_a_named_kernel_never_falls_back(x, reason):
     ("changes", "reason"),
     [
         ({"x_scale": None}, "not of FP8 rows"),
-        ({"bias": jnp.ones(64)}, "has a bias"),
+        ({"bias": jnp.ones(64, jnp.float16)}, "the bias has dtype float16"),
         ({"residual": None}, "no bfloat16 residual"),
     ],
 )
