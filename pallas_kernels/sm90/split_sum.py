@@ -76,8 +76,10 @@ def _start_sums(
         sums = loaded[0]
         for more in loaded[1:]:
             sums = [arith.addf(*pair) for pair in zip(sums, more, strict=True)]
-        scaled = [arith.mulf(arith.mulf(*pair), x_scale) for pair in zip(sums, channel_scale, strict=True)]
-        return scaled if bias is None else [arith.addf(*pair) for pair in zip(scaled, bias(), strict=True)]
+        sums = [arith.mulf(arith.mulf(*pair), x_scale) for pair in zip(sums, channel_scale, strict=True)]
+        if bias is not None:
+            sums = [arith.addf(*pair) for pair in zip(sums, bias(), strict=True)]
+        return sums
 
     return finish
 
@@ -87,7 +89,7 @@ def _start_bias(bias: ir.Value, index: ir.Value, count: int) -> Callable[[], lis
     size = utils.bitwidth(ir.MemRefType(bias.type).element_type) // 8
     start = offset(address(bias), index, size * count)
     if size == 4:
-        numbers = load_floats(start, count)
+        numbers: list[ir.Value] = load_floats(start, count)
         return lambda: numbers
     words = load(start, i32(), count // 2)
     return lambda: unpack(words)
