@@ -73,7 +73,7 @@ def _start_sums(
     bias = _start_bias(refs["bias"], index, count) if "bias" in refs else None
 
     def finish() -> list[ir.Value]:
-        sums = loaded[0]
+        sums: list[ir.Value] = loaded[0]
         for more in loaded[1:]:
             sums = [arith.addf(*pair) for pair in zip(sums, more, strict=True)]
         sums = [arith.mulf(arith.mulf(*pair), x_scale) for pair in zip(sums, channel_scale, strict=True)]
