@@ -136,7 +136,7 @@ def _matmul_sm90(
         "e4m3" if values.dtype == formats.E4M3 else "bf16",
         weight.group_scale.dtype == formats.E4M3,
         layouts.TILE_K // weight.group_size,
-        may_split=split_sum.adds_up(x_scale, bias, activation),
+        may_split=split_sum.adds_up(x_scale, activation),
     )
     y = launch.matmul(
         flat,

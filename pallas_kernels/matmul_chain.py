@@ -55,7 +55,11 @@ def runs(rows: int, *weights: QuantizedTensor, implementation: dispatch.Implemen
 
 @functools.partial(jax.jit, static_argnames="eps")
 def norm_matmul(
-    x: Float[Array, "*rows D"] | SplitSum, norm: Float[Array, " D"], weight: QuantizedTensor, eps: float
+    x: Float[Array, "*rows D"] | SplitSum,
+    norm: Float[Array, " D"],
+    weight: QuantizedTensor,
+    eps: float,
+    bias: Float[Array, " N"] | None = None,
 ) -> tuple[SplitSum, Float[Array, "*rows D"], Int[Array, "1"]]:
     """RMSNorm, FP8 and a matmul.
 
@@ -64,6 +68,7 @@ def norm_matmul(
         norm: the norm's weight, float32.
         weight: [N, D].
         eps: of the norm.
+        bias: added to the product, or None.
 
     Returns:
         The product, in parts; x, added up if it was in parts; and a barrier for one call of ``output_mlp``.
@@ -79,7 +84,7 @@ def norm_matmul(
         )
     m = _check(shape, (weight,), launch.NORM_MATMUL)
     results = launch.run((weight,), launch.NORM_MATMUL, {0: norm}, eps, launch.norm_source(x), m)
-    y = launch.left_in_parts(results, 0, weight, None, shape[:-1])
+    y = launch.left_in_parts(results, 0, weight, bias, None, shape[:-1])
     return y, results["x0"].reshape(shape) if isinstance(x, SplitSum) else x, results["state"]
 
 
@@ -94,6 +99,7 @@ def output_mlp(
     eps: float,
     barrier: Int[Array, "1"],
     activation: Activation = "silu_mul",
+    biases: tuple[Array | None, Array | None, Array | None] = (None, None, None),
 ) -> SplitSum:
     """From a layer's attention to its output.
 
@@ -107,6 +113,7 @@ def output_mlp(
         eps: of the norm.
         barrier: from ``norm_matmul``. The kernel uses it up: a barrier serves one call.
         activation: of the gate.
+        biases: of o_proj, gate_up and down.
 
     Returns:
         The layer's output in parts, the stream after attention being its residual.
@@ -130,8 +137,9 @@ def output_mlp(
         "residual": residual.reshape(m, width),
         "state": barrier,
     }
-    results = launch.run(weights, launch.OUTPUT_MLP, {1: norm}, eps, source, m, activation)
-    return launch.left_in_parts(results, 2, down, results["x1"], residual.shape[:-1])
+    *inner, last = biases
+    results = launch.run(weights, launch.OUTPUT_MLP, {1: norm}, eps, source, m, activation, dict(enumerate(inner)))
+    return launch.left_in_parts(results, 2, down, last, results["x1"], residual.shape[:-1])
 
 
 def _check(shape: tuple[int, ...], weights: tuple[QuantizedTensor, ...], sources: tuple[launch.Source, ...]) -> int:
