@@ -18,7 +18,7 @@ from fireq_jax.models.attention import Attention
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.kv_cache import KVCache, LayerCache
 from fireq_jax.models.layers import MLP, RMSNorm, Tap, matmul_float, no_tap
-from fireq_jax.models.parameters import parameters_of, with_parameters
+from fireq_jax.models.parameters import Parameter, parameters_of, with_parameters
 from fireq_jax.models.rope import rope_tables
 from fireq_jax.quantization import recipes
 from fireq_jax.quantization.config import QuantizationConfig
@@ -307,11 +307,15 @@ class LlamaForCausalLM(nnx.Module):
 
     def logits(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """float32 logits of hidden states that left the last layer."""
-        head = (self.embed_tokens if self.lm_head is None else self.lm_head).get_value()
-        if isinstance(head, QuantizedTensor):
-            # XLA multiplies FP8 by FP8 at full speed.
-            return matmul(self.norm.quantized(x), head, out_dtype=jnp.float32, implementation="xla")
-        return matmul_float(self.norm(x), head)
+        return apply_head(self.norm, (self.embed_tokens if self.lm_head is None else self.lm_head).get_value(), x)
+
+
+def apply_head(norm: RMSNorm, head: Parameter, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
+    """float32 logits: the last norm, and ``head`` [V, D], plain or FP8."""
+    if isinstance(head, QuantizedTensor):
+        # XLA multiplies FP8 by FP8 at full speed.
+        return matmul(norm.quantized(x), head, out_dtype=jnp.float32, implementation="xla")
+    return matmul_float(norm(x), head)
 
 
 # Layers of one structure are traced and lowered once: inside a jitted model they call one function.

@@ -239,6 +239,22 @@ class QuantizationConfig:
             learned_steps=0,
         )
 
+    def round_to_nearest(self) -> Self:
+        """The same formats, as ``recipes.rtn`` rounds to them: nothing measured, smoothed, searched or learned."""
+        return dataclasses.replace(
+            self,
+            channel_scale="per_channel",
+            rounding="nearest",
+            scale_search=False,
+            error_compensation=False,
+            learned_steps=0,
+            calibration_stream="float",
+            key_clip=1.0,
+            value_clip=1.0,
+            unbiased_keys=False,
+            smoothing=None,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; :meth:`from_dict` reads them back."""
         fields = dataclasses.asdict(self)
