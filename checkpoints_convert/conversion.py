@@ -33,6 +33,7 @@ from checkpoints_convert.held_out import HeldOut, Streams, check_amount, log_rep
 from fireq_jax import json_files
 from fireq_jax.checkpoints import folder
 from fireq_jax.checkpoints.huggingface import HuggingFaceCheckpoint, block_shapes
+from fireq_jax.config_fields import check_kinds, check_types
 from fireq_jax.models.llama import LlamaForCausalLM, linear_names
 from fireq_jax.models.parameters import Parameter, fuse_block, global_parameters, layer_parameters
 from fireq_jax.quantization.config import QuantizationConfig
@@ -69,6 +70,8 @@ class ConversionOptions:
     batch_size: int = 8
 
     def __post_init__(self) -> None:
+        check_types(self)
+        check_kinds(self)
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"dtype is {self.dtype!r}; expected 'bfloat16' or 'float32'")
         if self.batch_size < 1:
