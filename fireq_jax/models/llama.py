@@ -23,7 +23,7 @@ from fireq_jax.models.rope import rope_tables
 from fireq_jax.quantization import recipes
 from fireq_jax.quantization.config import QuantizationConfig
 from pallas_kernels import formats, matmul_chain
-from pallas_kernels.dispatch import Implementation
+from pallas_kernels.dispatch import Implementation, check_implementation
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.matmul import matmul
 from pallas_kernels.quantized_tensor import QuantizedTensor
@@ -133,6 +133,7 @@ class LlamaForCausalLM(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ) -> None:
         """A model with random weights, made directly in their storage format."""
+        check_implementation(implementation)
         rngs = nnx.Rngs(0) if rngs is None else rngs
         quantization = recipes.none() if quantization is None else quantization
         quantization.check_fits(linear_names(config), config.head_dim)
