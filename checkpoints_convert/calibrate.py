@@ -108,6 +108,22 @@ def run_layer(layer: DecoderLayer, config: ModelConfig, hidden: Float[Array, "B 
     return finished(output)
 
 
+def run_samples(layer: DecoderLayer, config: ModelConfig, hidden: Hidden, batch_size: int) -> Hidden:
+    """:func:`run_layer` of all samples, in :func:`batches_of` them."""
+    graph, state = nnx.split(layer)
+    output = np.empty_like(hidden)
+    for part in batches_of(len(hidden), batch_size):
+        output[part] = np.asarray(_output(graph, config, state, jnp.asarray(hidden[part])))
+    return output
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=COMPILE_QUICKLY)
+def _output(
+    graph: nnx.GraphDef[DecoderLayer], config: ModelConfig, state: nnx.State, hidden: Float[Array, "B T D"]
+) -> Float[Array, "B T D"]:
+    return run_layer(nnx.merge(graph, state), config, hidden)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=COMPILE_QUICKLY)
 def block_step(
     graph: nnx.GraphDef[DecoderLayer],

@@ -12,13 +12,12 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 from checkpoints_convert.algorithms.gptq import InputMoments, quantize_measured, rounding_operations
 from checkpoints_convert.algorithms.reconstruction import reconstruct, reconstruction_operations
-from checkpoints_convert.calibrate import Hidden, abstract_layer, batches_of, run_layer
+from checkpoints_convert.calibrate import Hidden, abstract_layer, batches_of, run_layer, run_samples
 from fireq_jax.compilation import COMPILE_QUICKLY
 from fireq_jax.models.block import LINEARS, Block
 from fireq_jax.models.config import ModelConfig
@@ -91,11 +90,7 @@ class Compensator:
 
     def _run(self, layer: DecoderLayer, hidden: Hidden) -> Hidden:
         """The layer's output."""
-        graph, state = nnx.split(layer)
-        output = np.empty_like(hidden)
-        for part in batches_of(len(output), self.batch_size):
-            output[part] = np.asarray(_output(graph, self.config, state, jnp.asarray(hidden[part])))
-        return output
+        return run_samples(layer, self.config, hidden, self.batch_size)
 
     def _layer(
         self, index: int, own: Mapping[str, Array], done: Mapping[str, Parameter], quantization: QuantizationConfig
@@ -193,10 +188,3 @@ def _moments_step(
 
 def _second_moment(x: Float[Array, "tokens K"], y: Float[Array, "tokens K"]) -> Float[Array, "K K"]:
     return jnp.matmul(x.T, y, precision="highest") / len(x)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=COMPILE_QUICKLY)
-def _output(
-    graph: nnx.GraphDef[DecoderLayer], config: ModelConfig, state: nnx.State, hidden: Float[Array, "B T D"]
-) -> Float[Array, "B T D"]:
-    return run_layer(nnx.merge(graph, state), config, hidden)

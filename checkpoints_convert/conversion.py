@@ -29,9 +29,11 @@ from checkpoints_convert.algorithms.reconstruction import check_sequences
 from checkpoints_convert.algorithms.smoothing import smooth_with_keys
 from checkpoints_convert.calibrate import BlockStatistics, Calibrator
 from checkpoints_convert.compensation import Compensator, compensation_operations
+from checkpoints_convert.held_out import HeldOut, Streams, check_amount, log_report, scored
 from fireq_jax import json_files
 from fireq_jax.checkpoints import folder
 from fireq_jax.checkpoints.huggingface import HuggingFaceCheckpoint
+from fireq_jax.config_fields import check_kinds, check_types
 from fireq_jax.models.block import block_shapes, fuse_block, linear_names
 from fireq_jax.models.llama import CausalLM
 from fireq_jax.models.parameters import Parameter, global_parameters, layer_parameters
@@ -69,6 +71,8 @@ class ConversionOptions:
     batch_size: int = 8
 
     def __post_init__(self) -> None:
+        check_types(self)
+        check_kinds(self)
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"dtype is {self.dtype!r}; expected 'bfloat16' or 'float32'")
         if self.batch_size < 1:
@@ -85,6 +89,7 @@ def convert(
     options: ConversionOptions,
     tokens: Int[np.ndarray, "samples T"] | None,
     *,
+    held_out: Int[np.ndarray, "windows T"] | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -93,6 +98,9 @@ def convert(
     Args:
         options: what and how.
         tokens: calibration tokens; None if the config needs none.
+        held_out: other tokens of the same text. On them the log and the report's ``held_out`` say the perplexity of
+            the float model, of the quantized one, and of rounding to nearest; there is a warning if the recipe is
+            worse than that, or if there are no tokens ([0, T]). None measures nothing.
         resume: go on where an interrupted run of the same options stopped.
         progress: show progress bars.
 
@@ -106,20 +114,26 @@ def convert(
     quantization.check_fits(linear_names(config), config.head_dim)
     if tokens is None and needs_calibration(quantization):
         raise ValueError(f"recipe {options.recipe!r} measures keys on text; give calibration text")
-    if tokens is not None:
-        _check_tokens(tokens, config.vocab_size, config.max_position_embeddings)
-        if quantization.learned_steps:
-            check_sequences(len(tokens))
-    tokens = tokens if needs_calibration(quantization) else None
-    fingerprint = _fingerprint(options, source, tokens)
+    unseen = scored(held_out)
+    for text in (text for text in (tokens, unseen) if text is not None):
+        _check_tokens(text, config.vocab_size, config.max_position_embeddings)
+    if tokens is not None and quantization.learned_steps:
+        check_sequences(len(tokens))
+    tokens, unseen = (tokens, unseen) if needs_calibration(quantization) else (None, None)
+    fingerprint = _fingerprint(options, source, tokens, unseen)
     _check_output(options.output, fingerprint, resume=resume)
-    logger.info("%s", _cost(source, quantization, tokens))
+    logger.info("%s", _cost(source, quantization, tokens, unseen))
+    if tokens is not None:
+        check_amount(config, quantization, tokens)
+        if held_out is not None and unseen is None:
+            logger.warning("the calibration text has no window left to hold out: nothing says what other text loses")
     source.check_finite(progress=progress)
 
     work = options.output / folder.WORK_FOLDER
     work.mkdir(parents=True, exist_ok=True)
     json_files.write_json(work / "options.json", fingerprint)
-    _convert_globals(source, options, tokens, work)
+    unseen = None if unseen is None else HeldOut(config, quantization, options.dtype, options.batch_size, unseen)
+    _convert_globals(source, options, tokens, unseen, work)
     calibrator = Calibrator(config, options.batch_size)
     compensator = Compensator(config, quantization, options.batch_size) if quantization.reads_text else None
     first = _blocks_done(options.output, config.num_layers)
@@ -131,12 +145,16 @@ def convert(
         unit="block",
         disable=not progress,
     ):
-        _convert_block(source, options, index, calibrator if tokens is not None else None, compensator, work)
-    return _finish(source, options, tokens, work, time.perf_counter() - started, first)
+        _convert_block(source, options, index, calibrator if tokens is not None else None, compensator, unseen, work)
+    return _finish(source, options, tokens, unseen, work, time.perf_counter() - started, first)
 
 
 def _convert_globals(
-    source: HuggingFaceCheckpoint, options: ConversionOptions, tokens: Int[np.ndarray, "samples T"] | None, work: Path
+    source: HuggingFaceCheckpoint,
+    options: ConversionOptions,
+    tokens: Int[np.ndarray, "samples T"] | None,
+    held_out: HeldOut | None,
+    work: Path,
 ) -> None:
     names = source.global_names()
     if options.quantization.lm_head_format != "none" and "lm_head" not in names:
@@ -150,6 +168,8 @@ def _convert_globals(
         array = source.global_tensor("embed_tokens" if tied else name)
         if starts:
             _save_array(hidden, array[tokens].astype(np.float32) * np.float32(source.config.embedding_scale))
+            if held_out is not None:
+                _save_array(_held_out_path(work, 0), np.stack(held_out.start(array)))
         parameters = global_parameters({name: array}, options.quantization, options.dtype)
         folder.save_part(options.output, folder.part_of(name), parameters)
 
@@ -160,6 +180,7 @@ def _convert_block(
     index: int,
     calibrator: Calibrator | None,
     compensator: Compensator | None,
+    held_out: HeldOut | None,
     work: Path,
 ) -> None:
     started = time.perf_counter()
@@ -174,6 +195,9 @@ def _convert_block(
         if index + 1 < config.num_layers:
             _save_array(_hidden_path(work, index + 1), output)
         del output, hidden
+    unseen = None
+    if held_out is not None:
+        unseen = held_out.run_float(index, block, Streams(*np.load(_held_out_path(work, index))))
     if quantization.smoothing is not None:
         keys = inputs = values = None
         if statistics is not None:
@@ -187,6 +211,9 @@ def _convert_block(
         parameters = layer_parameters(block, index, quantization, options.dtype)
     else:
         parameters = _compensate_block(compensator, block, index, options.dtype, work)
+    if held_out is not None and unseen is not None:
+        unseen = held_out.run_quantized(index, parameters, unseen)
+        _save_array(_held_out_path(work, index + 1), np.stack(unseen))
     errors = _weight_errors(block, index, parameters)
     if broken := [name for name, error in errors.items() if not math.isfinite(error)]:
         raise ValueError(f"block {index}: {broken[0]} became NaN or infinite when it was smoothed or quantized")
@@ -197,7 +224,7 @@ def _convert_block(
     }
     json_files.write_json(work / f"block.{index}.json", report)
     folder.save_part(options.output, f"layers.{index}", parameters)
-    for path in (_hidden_path(work, index), _quantized_hidden_path(work, index)):
+    for path in (_hidden_path(work, index), _quantized_hidden_path(work, index), _held_out_path(work, index)):
         path.unlink(missing_ok=True)
 
 
@@ -269,6 +296,7 @@ def _finish(
     source: HuggingFaceCheckpoint,
     options: ConversionOptions,
     tokens: Int[np.ndarray, "samples T"] | None,
+    held_out: HeldOut | None,
     work: Path,
     seconds: float,
     first: int,
@@ -282,6 +310,7 @@ def _finish(
         "recipe": options.recipe,
         "quantization": options.quantization.to_dict(),
         "calibration_tokens": 0 if tokens is None else int(tokens.size),
+        "held_out": None,
         "bytes_before": source.nbytes,
         "bytes_after": nnx.eval_shape(lambda: CausalLM(config, options.quantization, dtype=options.dtype)).nbytes,
         "seconds": round(seconds, 3),
@@ -290,6 +319,9 @@ def _finish(
         "device": jax.devices()[0].device_kind,
         "layers": blocks,
     }
+    if held_out is not None:
+        report["held_out"] = held_out.report(source, Streams(*np.load(_held_out_path(work, config.num_layers))))
+        log_report(report["held_out"], options.recipe)
     effects = {
         f"layers.{i}.{name}": array
         for i in range(config.num_layers)
@@ -341,7 +373,7 @@ def _difference(name: str, was: Any, now: Any) -> str:
     if isinstance(was, dict) and isinstance(now, dict):
         key = next(key for key in sorted({*was, *now}) if was.get(key) != now.get(key))
         return _difference(f"{name}.{key}" if name else key, was.get(key), now.get(key))
-    if name == "calibration":
+    if name in ("calibration", "held_out"):
         return "the calibration text, the number or length of its samples, or the seed is another"
     return f"{name} was {was!r} and is now {now!r}"
 
@@ -352,7 +384,10 @@ def _only_aside(work: Path, options: Path) -> bool:
 
 
 def _fingerprint(
-    options: ConversionOptions, source: HuggingFaceCheckpoint, tokens: Int[np.ndarray, "samples T"] | None
+    options: ConversionOptions,
+    source: HuggingFaceCheckpoint,
+    tokens: Int[np.ndarray, "samples T"] | None,
+    held_out: Int[np.ndarray, "windows T"] | None,
 ) -> dict[str, Any]:
     """What must not change between an interrupted run and its continuation."""
     return {
@@ -361,12 +396,18 @@ def _fingerprint(
         **{f"{path.name}, size and time": [path.stat().st_size, path.stat().st_mtime_ns] for path in source.files},
         "quantization": options.quantization.to_dict(),
         "dtype": options.dtype,
-        "calibration": None if tokens is None else [*tokens.shape, hashlib.sha256(tokens.tobytes()).hexdigest()],
+        **{
+            name: None if text is None else [*text.shape, hashlib.sha256(text.tobytes()).hexdigest()]
+            for name, text in (("calibration", tokens), ("held_out", held_out))
+        },
     }
 
 
 def _cost(
-    source: HuggingFaceCheckpoint, quantization: QuantizationConfig, tokens: Int[np.ndarray, "samples T"] | None
+    source: HuggingFaceCheckpoint,
+    quantization: QuantizationConfig,
+    tokens: Int[np.ndarray, "samples T"] | None,
+    held_out: Int[np.ndarray, "windows T"] | None,
 ) -> str:
     config = source.config
     text = f"reads {source.nbytes / 1e9:.2f} GB twice (check, convert) in {config.num_layers} blocks"
@@ -375,12 +416,15 @@ def _cost(
     parameters = sum(int(np.prod(shape)) for shape in block_shapes(config).values())
     operations = 2 * parameters * tokens.size
     states = 2 * tokens.size * config.hidden_size * 4
+    unseen = 0 if held_out is None else held_out.size
     if quantization.reads_text:
         operations += compensation_operations(config, quantization, *tokens.shape)
         states *= 2 if quantization.calibration_stream == "quantized" else 1
+    operations += 2 * parameters * unseen * len(Streams._fields)
+    states += 2 * unseen * config.hidden_size * 4 * len(Streams._fields)
     return (
-        f"{text}; calibration on {tokens.size} tokens: {operations * config.num_layers / 1e12:.2f} TFLOP and "
-        f"{states / 1e9:.2f} GB of hidden states on disk"
+        f"{text}; calibration on {tokens.size} tokens, {unseen} held out: "
+        f"{operations * config.num_layers / 1e12:.2f} TFLOP and {states / 1e9:.2f} GB of hidden states on disk"
     )
 
 
@@ -397,6 +441,11 @@ def _hidden_path(work: Path, index: int) -> Path:
 def _quantized_hidden_path(work: Path, index: int) -> Path:
     """Hidden states that enter block ``index`` of the quantized model."""
     return work / f"quantized_hidden.{index}.npy"
+
+
+def _held_out_path(work: Path, index: int) -> Path:
+    """Hidden states of the held-out windows that enter block ``index``, ``Streams`` stacked."""
+    return work / f"held_out.{index}.npy"
 
 
 def _save_array(path: Path, array: np.ndarray) -> None:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import dispatch, formats, layouts
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.matmul_epilogue import Activation, epilogue, width_out
+from pallas_kernels.operands import check_operands
 from pallas_kernels.quantized_tensor import QuantizedTensor
 from pallas_kernels.sm90 import split_sum
 from pallas_kernels.sm90.matmul import launch
@@ -181,6 +182,9 @@ def matmul_reference(
 def _validate(
     x: ScaledArray | Array, weight: QuantizedTensor, bias: Array | None, activation: Activation, residual: Array | None
 ) -> None:
+    check_operands(ScaledArray | Array, x=x)
+    check_operands(QuantizedTensor, weight=weight)
+    check_operands(Array | None, bias=bias, residual=residual)
     n, k = weight.shape
     values = x.values if isinstance(x, ScaledArray) else x
     if values.shape[-1] != k:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import dispatch
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.matmul_epilogue import Activation
+from pallas_kernels.operands import check_operands
 from pallas_kernels.quantized_tensor import QuantizedTensor
 from pallas_kernels.sm90.chain import launch
 from pallas_kernels.split_sum import SplitSum
@@ -77,6 +78,9 @@ def norm_matmul(
         ValueError: if the widths do not fit together.
         NotImplementedError: if the kernel cannot run this.
     """
+    check_operands(Array | SplitSum, x=x)
+    check_operands(Array, norm=norm)
+    check_operands(QuantizedTensor, weight=weight)
     shape = (*x.rows, x.n) if isinstance(x, SplitSum) else x.shape
     if not shape[-1:] == norm.shape == weight.shape[1:]:
         raise ValueError(
@@ -122,6 +126,9 @@ def output_mlp(
         ValueError: if the widths do not fit together.
         NotImplementedError: if the kernel cannot run this.
     """
+    check_operands(ScaledArray, attention=attention)
+    check_operands(Array, residual=residual, norm=norm, barrier=barrier)
+    check_operands(QuantizedTensor, o_proj=o_proj, gate_up=gate_up, down=down)
     weights, width = (o_proj, gate_up, down), residual.shape[-1]
     expected = (width, attention.values.shape[-1]), (2 * down.shape[1], width), (width, down.shape[1])
     if tuple(weight.shape for weight in weights) != expected or norm.shape != (width,):

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import dispatch, formats
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.matmul_epilogue import width_out
+from pallas_kernels.operands import check_operands
 from pallas_kernels.sm90 import row_quantize as sm90
 from pallas_kernels.split_sum import SplitSum, finished
 
@@ -96,6 +97,7 @@ def sum_norm_quantize(
         ValueError: if shapes or dtypes do not fit together or ``eps`` is not positive.
         NotImplementedError: if ``implementation`` names a kernel that cannot run this.
     """
+    check_operands(SplitSum, total=total)
     if total.activation != "none":
         raise ValueError(f"the sum's activation is {total.activation!r}; expected 'none'")
     _validate_norm((*total.rows, total.n), weight, eps)
@@ -179,6 +181,7 @@ def _inverse_rms(x: Float[Array, "*rows D"], eps: float) -> Float[Array, "*rows 
 
 
 def _validate_rows(x: Array) -> None:
+    check_operands(Array, x=x)
     if x.ndim < 1 or x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise ValueError(f"x has shape {x.shape} and dtype {x.dtype}; expected [*rows, D] bfloat16, float16 or float32")
 
@@ -198,6 +201,7 @@ def _validate_branch(branch: Array | SplitSum, post_weight: Array, residual: Arr
 
 
 def _validate_norm(shape: tuple[int, ...], weight: Array, eps: float) -> None:
+    check_operands(Array, weight=weight)
     if weight.shape != shape[-1:] or weight.dtype != jnp.float32:
         raise ValueError(
             f"weight has shape {weight.shape} and dtype {weight.dtype}; expected float32 {shape[-1:]} "

@@ -19,12 +19,12 @@ from fireq_jax.models.block import linear_names, norm_names
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.kv_cache import KVCache, LayerCache
 from fireq_jax.models.layers import MLP, LayerOptions, Linear, Norm, Tap, matmul_float, no_tap, show
-from fireq_jax.models.parameters import parameters_of, with_parameters
+from fireq_jax.models.parameters import Parameter, parameters_of, with_parameters
 from fireq_jax.models.rope import Tables, query_growth, rope_tables
 from fireq_jax.quantization import recipes
 from fireq_jax.quantization.config import QuantizationConfig
 from pallas_kernels import formats, matmul_chain
-from pallas_kernels.dispatch import Implementation
+from pallas_kernels.dispatch import Implementation, check_implementation
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.matmul import matmul
 from pallas_kernels.quantized_tensor import QuantizedTensor
@@ -160,6 +160,7 @@ class CausalLM(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ) -> None:
         """A model with random weights, made directly in their storage format."""
+        check_implementation(implementation)
         rngs = nnx.Rngs(0) if rngs is None else rngs
         quantization = recipes.none() if quantization is None else quantization
         quantization.check_fits(linear_names(config), config.head_dim)
@@ -335,15 +336,20 @@ class CausalLM(nnx.Module):
     def logits(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """float32 logits of hidden states that left the last layer."""
         head = (self.embed_tokens if self.lm_head is None else self.lm_head).get_value()
-        if isinstance(head, QuantizedTensor):
-            # XLA multiplies FP8 by FP8 at full speed.
-            logits = matmul(self.norm.quantized(x), head, out_dtype=jnp.float32, implementation="xla")
-        else:
-            logits = matmul_float(self.norm(x), head)
-        if self.config.logit_scale != 1:
-            logits = logits * self.config.logit_scale
-        cap = self.config.logit_softcap
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
+        return apply_head(self.config, self.norm, head, x)
+
+
+def apply_head(config: ModelConfig, norm: Norm, head: Parameter, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
+    """float32 logits: the last norm, ``head`` [V, D], plain or FP8, and what the family does to them."""
+    if isinstance(head, QuantizedTensor):
+        # XLA multiplies FP8 by FP8 at full speed.
+        logits = matmul(norm.quantized(x), head, out_dtype=jnp.float32, implementation="xla")
+    else:
+        logits = matmul_float(norm(x), head)
+    if config.logit_scale != 1:
+        logits = logits * config.logit_scale
+    cap = config.logit_softcap
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 # The name under which those who come from transformers look for it.
