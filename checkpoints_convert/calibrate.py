@@ -19,7 +19,7 @@ from fireq_jax.compilation import COMPILE_QUICKLY
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.layers import Tap, no_tap
 from fireq_jax.models.llama import DecoderLayer
-from fireq_jax.models.parameters import Block, fuse_block, with_parameters
+from fireq_jax.models.parameters import Block, abstract, fuse_block, with_parameters
 from fireq_jax.models.rope import rope_tables
 from fireq_jax.quantization import recipes
 from fireq_jax.quantization.config import QuantizationConfig
@@ -85,7 +85,7 @@ class Calibrator:
 
 def abstract_layer(config: ModelConfig, quantization: QuantizationConfig) -> DecoderLayer:
     """The shapes of a float32 decoder layer called "layers.0", whichever layer's parameters it is to take."""
-    return nnx.eval_shape(
+    return abstract(
         lambda: DecoderLayer(
             "layers.0", config, quantization, dtype=jnp.float32, implementation="xla", rngs=nnx.Rngs(0)
         )
