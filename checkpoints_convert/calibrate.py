@@ -20,7 +20,7 @@ from fireq_jax.models.block import LINEARS, Block, fuse_block
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.layers import LayerOptions, Tap, no_tap
 from fireq_jax.models.llama import DecoderLayer
-from fireq_jax.models.parameters import with_parameters
+from fireq_jax.models.parameters import abstract, with_parameters
 from fireq_jax.models.rope import query_growth, rope_tables
 from fireq_jax.quantization import recipes
 from fireq_jax.quantization.config import QuantizationConfig
@@ -89,7 +89,7 @@ def abstract_layer(config: ModelConfig, quantization: QuantizationConfig, index:
     It is called "layers.0" whichever that is, so that layers which compute alike are compiled once.
     """
     options = LayerOptions(quantization, jnp.float32, "xla", nnx.Rngs(0))
-    return nnx.eval_shape(lambda: DecoderLayer("layers.0", index, config, options))
+    return abstract(lambda: DecoderLayer("layers.0", index, config, options))
 
 
 def batches_of(samples: int, batch_size: int) -> list[slice]:

@@ -19,7 +19,7 @@ from fireq_jax.models.block import linear_names, norm_names
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.kv_cache import KVCache, LayerCache
 from fireq_jax.models.layers import MLP, LayerOptions, Linear, Norm, Tap, matmul_float, no_tap, show
-from fireq_jax.models.parameters import Parameter, parameters_of, with_parameters
+from fireq_jax.models.parameters import Parameter, abstract, parameters_of, with_parameters
 from fireq_jax.models.rope import Tables, query_growth, rope_tables
 from fireq_jax.quantization import recipes
 from fireq_jax.quantization.config import QuantizationConfig
@@ -185,6 +185,7 @@ class CausalLM(nnx.Module):
         dtype: jax.typing.DTypeLike = jnp.bfloat16,
         kv_format: formats.KVFormat | None = None,
         implementation: Implementation = "auto",
+        verify: bool = True,
     ) -> Self:
         """Load a Hugging Face folder, or one that ``fireq-convert`` wrote.
 
@@ -193,14 +194,16 @@ class CausalLM(nnx.Module):
             dtype: of embeddings, norms, hidden states and unquantized weights.
             kv_format: overrides the cache format of the recipe.
             implementation: of the ops, see ``pallas_kernels.dispatch``.
+            verify: of a converted model, that its files are those that were written; costs hashing them
+                (:func:`~fireq_jax.whole_files.digest`).
 
         Raises:
-            ValueError: if the folder is neither, is incomplete, or its tensors do not fit.
+            ValueError: if the folder is neither, is incomplete, has changed, or its tensors do not fit.
         """
         # Orbax takes a second to import, which a model made from scratch need not pay.
         from fireq_jax.checkpoints.folder import StoredModel
 
-        stored = StoredModel.open(Path(folder))
+        stored = StoredModel.open(Path(folder), verify=verify)
         return cls.abstract(stored, dtype=dtype, kv_format=kv_format, implementation=implementation).filled(stored)
 
     @classmethod
@@ -217,7 +220,7 @@ class CausalLM(nnx.Module):
         Arguments are those of :meth:`from_pretrained`, which is this and then :meth:`filled`.
         """
         quantization = stored.quantization if kv_format is None else stored.quantization.with_kv_format(kv_format)
-        model = nnx.eval_shape(lambda: cls(stored.config, quantization, dtype=dtype, implementation=implementation))
+        model = abstract(lambda: cls(stored.config, quantization, dtype=dtype, implementation=implementation))
         graph, state = nnx.split(model)
         place = stored.sharding
         placed = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place), state)

@@ -1,7 +1,7 @@
 """From a block's tensors to the parameters of a layer, and into a model."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import jax
@@ -70,6 +70,15 @@ def quantize_linear(weight: Array, quantization: QuantizationConfig) -> Quantize
         channel_scale=quantization.channel_scale,
         rounding=quantization.rounding,
     )
+
+
+def abstract(make: Callable[[], ModuleT]) -> ModuleT:
+    """The module that ``make`` makes, with shapes for arrays, which say nothing of where they are.
+
+    Under a mesh, ``nnx.eval_shape`` looks for one dtype in every parameter, which a quantized tensor does not have.
+    """
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        return nnx.eval_shape(make)
 
 
 def parameters_of(module: nnx.Module) -> dict[str, Parameter]:
