@@ -19,7 +19,7 @@ def epilogue(
 ) -> Float[Array, "*rows N_out"]:
     """activation(y + bias) + residual in float32, as ``matmul.matmul`` describes them."""
     if bias is not None:
-        y = y + bias.astype(jnp.float32)
+        y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
     if activation == "silu_mul":
         gate, up = layouts.split_gate_up(y)
         y = jax.nn.silu(gate) * up

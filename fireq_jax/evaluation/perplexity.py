@@ -25,6 +25,7 @@ from jaxtyping import Array, Float32, Int, Int32
 from tqdm import tqdm
 
 from fireq_jax.compilation import lowered_once
+from fireq_jax.device_memory import check_fits
 from fireq_jax.models import LlamaForCausalLM
 
 _MOST_NLL = 700.0  # nats a token, whose exponential is still a float
@@ -71,7 +72,7 @@ def perplexity(
         progress: show a progress bar on stderr, labelled ``description``.
 
     Raises:
-        ValueError: for sizes out of range, fewer than two tokens, tokens outside the vocabulary,
+        ValueError: for sizes out of range or that memory cannot hold, fewer than two tokens, tokens outside the vocabulary,
             or a model whose log-likelihoods are not finite, or none that a perplexity can be made of.
     """
     stride = window if stride is None else stride
@@ -82,6 +83,8 @@ def perplexity(
     windows = windows if max_windows is None else min(windows, max_windows)
     batch_size = min(batch_size, windows)
     arrays, structure = jax.tree.flatten(model)
+    logits = batch_size * window * model.config.vocab_size * np.dtype(np.float32).itemsize
+    check_fits(f"the logits of batch_size {batch_size} x window {window} tokens", logits, arrays)
     # Where rotations depend on a sequence's length, padding must not count.
     masked = model.config.rope.rope_type == "dynamic"
 
@@ -98,7 +101,7 @@ def perplexity(
                 batch[row, : len(part)] = part
                 if mask is not None:
                     mask[row, : len(part)] = 1
-            token_nll = np.asarray(_token_nll(structure, arrays, batch, mask), np.float64)
+            token_nll = jax.device_get(_token_nll(structure, arrays, *jax.device_put((batch, mask)))).astype(np.float64)
             for row in range(count):
                 begin, end = scored_range(first + row, len(tokens), window, stride)
                 # Column i of token_nll belongs to the window's token i + 1.

@@ -24,7 +24,7 @@ def rope_tables(
     """
     rope = config.rope
     frequencies = _frequencies(config, sequence_lengths)  # [half] or [B, half]
-    angles = positions[..., None].astype(jnp.float32) * (frequencies if frequencies.ndim == 1 else frequencies[:, None])
+    angles = positions[..., None].astype(jnp.float32) * jnp.expand_dims(frequencies, range(frequencies.ndim - 1, 2))
     factor = _attention_factor(rope) if rope.rope_type == "yarn" else 1.0
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
