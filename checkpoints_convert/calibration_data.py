@@ -1,12 +1,13 @@
 """Calibration text -> batches of token ids, the same on every machine for the same seed."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
 
-from fireq_jax.text_data import load_tokens
+from fireq_jax.text_data import read_documents, tokenize
 
 
 def calibration_batches(
@@ -31,11 +32,33 @@ def calibration_batches(
     Raises:
         ValueError: if the source cannot be read or has too few tokens.
     """
-    tokens = load_tokens(source, tokenizer, text_field=text_field)
+    check_sizes(samples=samples, sequence_length=sequence_length, seed=seed)
+    documents = read_documents(source, text_field=text_field)
+    return calibration_windows(
+        documents, tokenizer, source=source, samples=samples, sequence_length=sequence_length, seed=seed
+    )
+
+
+def calibration_windows(
+    documents: Sequence[str], tokenizer: Any, *, source: str | Path, samples: int, sequence_length: int, seed: int = 0
+) -> Int32[np.ndarray, "samples sequence_length"]:
+    """:func:`calibration_batches` of texts that are read already; ``source`` is where they came from.
+
+    Raises:
+        ValueError: naming ``source``, if there are too few tokens.
+    """
+    tokens = tokenize(documents, tokenizer)
     try:
         return sample_windows(tokens, samples=samples, sequence_length=sequence_length, seed=seed)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+
+
+def check_sizes(*, samples: int, sequence_length: int, seed: int) -> None:
+    """Raise ValueError unless the sizes are positive and the seed is not negative."""
+    for name, value, least in (("samples", samples, 1), ("sequence_length", sequence_length, 1), ("seed", seed, 0)):
+        if value < least:
+            raise ValueError(f"{name} is {value}; expected {least} or more")
 
 
 def sample_windows(
@@ -46,9 +69,7 @@ def sample_windows(
     Raises:
         ValueError: if a size is not positive or there are fewer than ``samples`` windows.
     """
-    for name, value, least in (("samples", samples, 1), ("sequence_length", sequence_length, 1), ("seed", seed, 0)):
-        if value < least:
-            raise ValueError(f"{name} is {value}; expected {least} or more")
+    check_sizes(samples=samples, sequence_length=sequence_length, seed=seed)
     windows = len(tokens) // sequence_length
     if windows < samples:
         raise ValueError(

@@ -72,11 +72,13 @@ def perplexity(
         progress: show a progress bar on stderr, labelled ``description``.
 
     Raises:
-        ValueError: for sizes out of range or that memory cannot hold, fewer than two tokens, tokens outside the vocabulary,
-            or a model whose log-likelihoods are not finite, or none that a perplexity can be made of.
+        ValueError: for sizes out of range, logits that cannot fit into memory, fewer than two tokens,
+            tokens outside the vocabulary, or a model whose log-likelihoods are not finite, or none that a
+            perplexity can be made of.
     """
+    check_windows(window, stride, batch_size, max_windows)
+    _check_tokens(tokens, model.config.vocab_size)
     stride = window if stride is None else stride
-    _validate(tokens, window, stride, batch_size, max_windows, model.config.vocab_size)
     if window > model.config.max_position_embeddings:
         logger.warning("a window of %d exceeds the model's %d positions", window, model.config.max_position_embeddings)
     windows = count_windows(len(tokens), window, stride)
@@ -137,19 +139,21 @@ def _token_nll(
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
-def _validate(
-    tokens: np.ndarray, window: int, stride: int, batch_size: int, max_windows: int | None, vocab_size: int
-) -> None:
-    if tokens.ndim != 1 or len(tokens) < 2:
-        raise ValueError(f"tokens have shape {tokens.shape}; expected one stream of at least 2")
+def check_windows(window: int, stride: int | None, batch_size: int, max_windows: int | None) -> None:
+    """Raise ValueError for sizes that :func:`perplexity` does not take."""
     if window < 2:
         raise ValueError(f"window is {window}; expected at least 2 tokens: one to start from, one to predict")
-    if not 1 <= stride <= window:
+    if stride is not None and not 1 <= stride <= window:
         raise ValueError(f"stride is {stride}; expected 1 to {window}, the window")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
     if max_windows is not None and max_windows < 1:
         raise ValueError(f"max_windows is {max_windows}; expected 1 or more, or None for all")
+
+
+def _check_tokens(tokens: np.ndarray, vocab_size: int) -> None:
+    if tokens.ndim != 1 or len(tokens) < 2:
+        raise ValueError(f"tokens have shape {tokens.shape}; expected one stream of at least 2")
     if tokens.min() < 0 or tokens.max() >= vocab_size:
         raise ValueError(
             f"token ids reach from {tokens.min()} to {tokens.max()}; expected 0 to {vocab_size - 1}, the model's "
