@@ -28,14 +28,17 @@ from checkpoints_convert.algorithms.reconstruction import check_sequences
 from checkpoints_convert.algorithms.smoothing import smooth_with_keys
 from checkpoints_convert.calibrate import BlockStatistics, Calibrator
 from checkpoints_convert.compensation import Compensator, compensation_operations
+from checkpoints_convert.held_out import HeldOut, Streams, check_amount, log_report, scored
 from checkpoints_convert.work_folder import REPORT, WorkFolder, save_array, save_arrays
 from fireq_jax import json_files
 from fireq_jax.checkpoints import folder
-from fireq_jax.checkpoints.huggingface import HuggingFaceCheckpoint, block_shapes
+from fireq_jax.checkpoints.huggingface import HuggingFaceCheckpoint
 from fireq_jax.checkpoints.tokenizer import TOKENIZER_FILES
 from fireq_jax.command_line import check_interrupted
-from fireq_jax.models.llama import linear_names
-from fireq_jax.models.parameters import Parameter, fuse_block, global_parameters, layer_parameters
+from fireq_jax.config_fields import check_kinds, check_types
+from fireq_jax.models.block import block_shapes, fuse_block, linear_names
+from fireq_jax.models.config import ModelConfig
+from fireq_jax.models.parameters import Parameter, global_parameters, layer_parameters
 from fireq_jax.quantization.config import QuantizationConfig
 from fireq_jax.whole_files import check_digests, digest, write_whole
 from pallas_kernels import formats
@@ -66,6 +69,8 @@ class ConversionOptions:
     batch_size: int = 8
 
     def __post_init__(self) -> None:
+        check_types(self)
+        check_kinds(self)
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"dtype is {self.dtype!r}; expected 'bfloat16' or 'float32'")
         if self.batch_size < 1:
@@ -81,6 +86,7 @@ def needs_calibration(quantization: QuantizationConfig) -> bool:
 def convert(
     options: ConversionOptions,
     tokens: Int[np.ndarray, "samples T"] | None,
+    held_out: Int[np.ndarray, "windows T"] | None = None,
     *,
     resume: bool = False,
     progress: bool = True,
@@ -90,6 +96,9 @@ def convert(
     Args:
         options: what and how.
         tokens: calibration tokens; None if the config needs none.
+        held_out: other tokens of the same text. On them the log and the report's ``held_out`` say the perplexity of
+            the float model, of the quantized one, and of rounding to nearest; there is a warning if the recipe is
+            worse than that, or if there are no tokens ([0, T]). None measures nothing.
         resume: go on where an interrupted run of the same options stopped; a complete model of the same
             options is verified and left as it is.
         progress: show progress bars.
@@ -107,24 +116,32 @@ def convert(
     quantization.check_fits(linear_names(config), config.head_dim)
     if tokens is None and needs_calibration(quantization):
         raise ValueError(f"recipe {options.recipe!r} measures keys on text; give calibration text")
-    if tokens is not None:
-        _check_tokens(tokens, config.vocab_size, config.max_position_embeddings)
-        if quantization.learned_steps:
-            check_sequences(len(tokens))
-    tokens = tokens if needs_calibration(quantization) else None
-    work, fingerprint = WorkFolder(options.output), _fingerprint(options, source, tokens)
+    for name, text in (("calibration", tokens), ("held-out", held_out)):
+        if text is not None:
+            _check_tokens(name, text, config)
+    if tokens is not None and not tokens.size:
+        raise ValueError(f"calibration tokens have shape {tokens.shape}; expected one sample or more")
+    if tokens is not None and quantization.learned_steps:
+        check_sequences(len(tokens))
+    tokens, unseen = (tokens, scored(held_out)) if needs_calibration(quantization) else (None, None)
+    work, fingerprint = WorkFolder(options.output), _fingerprint(options, source, tokens, unseen)
     if work.check(fingerprint, resume=resume):
         check_digests(options.output, folder.read_manifest(options.output).digests or {}, folder.UNVERIFIED)
         work.remove()
         logger.info("%s is complete", options.output)
         return json_files.read_json(options.output / REPORT)
-    logger.info("%s", _cost(source, quantization, tokens))
+    logger.info("%s", _cost(source, quantization, tokens, unseen))
+    if tokens is not None:
+        check_amount(config, quantization, tokens)
+        if held_out is not None and unseen is None:
+            logger.warning("the calibration text has no window left to hold out: nothing says what other text loses")
     source.check_finite(progress=progress)
 
     with work.begun(fingerprint, resume=resume):
         first = work.finished_blocks(config.num_layers)
+        rest = None if unseen is None else HeldOut(config, quantization, options.dtype, options.batch_size, unseen)
         if first < 0:
-            _convert_globals(source, options, tokens, work)
+            _convert_globals(source, options, tokens, rest, work)
         calibrator = Calibrator(config, options.batch_size) if tokens is not None else None
         compensator = Compensator(config, quantization, options.batch_size) if quantization.reads_text else None
         first = max(first, 0)
@@ -137,8 +154,8 @@ def convert(
             disable=not progress,
         ):
             check_interrupted()
-            _convert_block(source, options, index, calibrator, compensator, work)
-        report = _finish(source, options, fingerprint, work, time.perf_counter() - started, first)
+            _convert_block(source, options, index, calibrator, compensator, rest, work)
+        report = _finish(source, options, fingerprint, rest, work, time.perf_counter() - started, first)
     work.remove()
     return report
 
@@ -147,6 +164,7 @@ def _convert_globals(
     source: HuggingFaceCheckpoint,
     options: ConversionOptions,
     tokens: Int[np.ndarray, "samples T"] | None,
+    held_out: HeldOut | None,
     work: WorkFolder,
 ) -> None:
     names = source.global_names()
@@ -157,7 +175,9 @@ def _convert_globals(
         tied = name == "lm_head" and source.config.tie_word_embeddings
         array = source.global_tensor("embed_tokens" if tied else name)
         if name == "embed_tokens" and tokens is not None:
-            save_array(work.hidden(0), array[tokens].astype(np.float32))
+            save_array(work.hidden(0), array[tokens].astype(np.float32) * np.float32(source.config.embedding_scale))
+            if held_out is not None:
+                save_array(work.held_out(0), np.stack(held_out.start(array)))
         parameters = global_parameters({name: array}, options.quantization, options.dtype)
         part = folder.part_of(name)
         digests[f"params/{part}"] = folder.save_part(options.output, part, parameters)
@@ -171,6 +191,7 @@ def _convert_block(
     index: int,
     calibrator: Calibrator | None,
     compensator: Compensator | None,
+    held_out: HeldOut | None,
     work: WorkFolder,
 ) -> None:
     started = time.perf_counter()
@@ -179,12 +200,15 @@ def _convert_block(
     statistics: BlockStatistics | None = None
     if calibrator is not None:
         hidden = np.load(work.hidden(index), mmap_mode="r")
-        output, statistics = calibrator.run(block, hidden)
+        output, statistics = calibrator.run(block, index, hidden)
         if not np.isfinite(output).all():
             raise ValueError(f"block {index} turns calibration text into NaN or infinity; the checkpoint is broken")
         if index + 1 < config.num_layers:
             save_array(work.hidden(index + 1), output)
         del output, hidden
+    unseen = None
+    if held_out is not None:
+        unseen = held_out.run_float(index, block, Streams(*np.load(work.held_out(index))))
     if quantization.smoothing is not None:
         keys = inputs = values = None
         if statistics is not None:
@@ -198,6 +222,9 @@ def _convert_block(
         parameters = layer_parameters(block, index, quantization, options.dtype)
     else:
         parameters = _compensate_block(compensator, block, index, options.dtype, work)
+    if held_out is not None and unseen is not None:
+        unseen = held_out.run_quantized(index, parameters, unseen)
+        save_array(work.held_out(index + 1), np.stack(unseen))
     errors = _weight_errors(block, index, parameters)
     if broken := [name for name, error in errors.items() if not math.isfinite(error)]:
         raise ValueError(f"block {index}: {broken[0]} became NaN or infinite when it was smoothed or quantized")
@@ -278,6 +305,7 @@ def _finish(
     source: HuggingFaceCheckpoint,
     options: ConversionOptions,
     fingerprint: Mapping[str, Any],
+    held_out: HeldOut | None,
     work: WorkFolder,
     seconds: float,
     first: int,
@@ -292,6 +320,7 @@ def _finish(
         "recipe": options.recipe,
         "quantization": options.quantization.to_dict(),
         "calibration_tokens": math.prod((fingerprint["calibration"] or [0])[:2]),
+        "held_out": None,
         "bytes_before": source.nbytes,
         "bytes_after": sum(record["report"]["bytes"] for record in records),
         "seconds": round(seconds, 3),
@@ -301,6 +330,9 @@ def _finish(
         "layers": blocks,
         "options": dict(fingerprint),
     }
+    if held_out is not None:
+        report["held_out"] = held_out.report(source, Streams(*np.load(work.held_out(config.num_layers))))
+        log_report(report["held_out"], options.recipe)
     effects = {
         f"layers.{i}.{name}": array
         for i in range(config.num_layers)
@@ -331,17 +363,27 @@ def _copy(source: Path, target: Path) -> str:
     return digest(target)
 
 
-def _check_tokens(tokens: Int[np.ndarray, "samples T"], vocab_size: int, longest: int) -> None:
-    if tokens.ndim != 2 or not tokens.size:
-        raise ValueError(f"calibration tokens have shape {tokens.shape}; expected [samples, length]")
-    if tokens.min() < 0 or tokens.max() >= vocab_size:
-        raise ValueError(f"calibration tokens reach {tokens.max()}; the model's vocabulary has {vocab_size} entries")
-    if tokens.shape[1] > longest:
-        raise ValueError(f"calibration sequences have {tokens.shape[1]} tokens; the model's positions end at {longest}")
+def _check_tokens(name: str, tokens: Int[np.ndarray, "samples T"], config: ModelConfig) -> None:
+    if not isinstance(tokens, np.ndarray) or tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+        kind = f"{tokens.dtype}{list(tokens.shape)}" if isinstance(tokens, np.ndarray) else type(tokens).__name__
+        raise ValueError(f"{name} tokens are {kind}; expected an array of integers [samples, length]")
+    if tokens.size and (tokens.min() < 0 or tokens.max() >= config.vocab_size):
+        raise ValueError(
+            f"{name} tokens reach from {tokens.min()} to {tokens.max()}; the model's vocabulary has "
+            f"{config.vocab_size} entries"
+        )
+    if tokens.shape[1] > config.max_position_embeddings:
+        raise ValueError(
+            f"{name} sequences have {tokens.shape[1]} tokens; the model's positions end at "
+            f"{config.max_position_embeddings}"
+        )
 
 
 def _fingerprint(
-    options: ConversionOptions, source: HuggingFaceCheckpoint, tokens: Int[np.ndarray, "samples T"] | None
+    options: ConversionOptions,
+    source: HuggingFaceCheckpoint,
+    tokens: Int[np.ndarray, "samples T"] | None,
+    held_out: Int[np.ndarray, "windows T"] | None,
 ) -> dict[str, Any]:
     """What must not change between an interrupted run and its continuation."""
     return {
@@ -354,12 +396,18 @@ def _fingerprint(
         **{f"{name}, SHA-256": digest(path) for name, path in _companions(options.model).items()},
         "quantization": options.quantization.to_dict(),
         "dtype": options.dtype,
-        "calibration": None if tokens is None else [*tokens.shape, hashlib.sha256(tokens.tobytes()).hexdigest()],
+        **{
+            name: None if text is None else [*text.shape, hashlib.sha256(text.tobytes()).hexdigest()]
+            for name, text in (("calibration", tokens), ("held_out", held_out))
+        },
     }
 
 
 def _cost(
-    source: HuggingFaceCheckpoint, quantization: QuantizationConfig, tokens: Int[np.ndarray, "samples T"] | None
+    source: HuggingFaceCheckpoint,
+    quantization: QuantizationConfig,
+    tokens: Int[np.ndarray, "samples T"] | None,
+    held_out: Int[np.ndarray, "windows T"] | None,
 ) -> str:
     config = source.config
     text = f"reads {source.nbytes / 1e9:.2f} GB twice (check, convert) in {config.num_layers} blocks"
@@ -368,12 +416,15 @@ def _cost(
     parameters = sum(int(np.prod(shape)) for shape in block_shapes(config).values())
     operations = 2 * parameters * tokens.size
     states = 2 * tokens.size * config.hidden_size * 4
+    unseen = 0 if held_out is None else held_out.size
     if quantization.reads_text:
         operations += compensation_operations(config, quantization, *tokens.shape)
         states *= 2 if quantization.calibration_stream == "quantized" else 1
+    operations += 2 * parameters * unseen * len(Streams._fields)
+    states += 2 * unseen * config.hidden_size * 4 * len(Streams._fields)
     return (
-        f"{text}; calibration on {tokens.size} tokens: {operations * config.num_layers / 1e12:.2f} TFLOP and "
-        f"{states / 1e9:.2f} GB of hidden states on disk"
+        f"{text}; calibration on {tokens.size} tokens, {unseen} held out: "
+        f"{operations * config.num_layers / 1e12:.2f} TFLOP and {states / 1e9:.2f} GB of hidden states on disk"
     )
 
 

@@ -129,6 +129,10 @@ class WorkFolder:
         """The same in the quantized model."""
         return self.path / f"quantized_hidden.{index}.npy"
 
+    def held_out(self, index: int) -> Path:
+        """float32 [3, windows, T, D]: the same of held-out windows, in each of ``held_out.Streams``."""
+        return self.path / f"held_out.{index}.npy"
+
     def smoothing(self, index: int) -> Path:
         """What ``smoothing_effect`` gave for block ``index``."""
         return self.path / f"smoothing.{index}.npz"
@@ -227,6 +231,6 @@ def _difference(name: str, was: Any, now: Any) -> str:
     if isinstance(was, dict) and isinstance(now, dict):
         key = next(key for key in {**now, **was} if was.get(key) != now.get(key))
         return _difference(f"{name}.{key}" if name else key, was.get(key), now.get(key))
-    if name == "calibration":
+    if name in ("calibration", "held_out"):
         return "the calibration text, the number or length of its samples, or the seed is another"
     return f"{name} was {was!r} and is now {now!r}"

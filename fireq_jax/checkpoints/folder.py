@@ -31,7 +31,7 @@ from jaxtyping import Array
 
 from fireq_jax.checkpoints.huggingface import HuggingFaceCheckpoint
 from fireq_jax.config_fields import mapping
-from fireq_jax.json_files import read_json, read_sealed, write_sealed
+from fireq_jax.json_files import errors_name, read_json, read_sealed, write_sealed
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.parameters import Parameter, global_parameters, layer_parameters
 from fireq_jax.quantization import recipes
@@ -105,6 +105,8 @@ class StoredModel:
             config, quantization, digests = read_manifest(folder, verify=verify)
             if digests is None:
                 logger.warning("%s: format %d has no digests; nothing is verified", folder, _WITHOUT_DIGESTS)
+            for index in range(config.num_layers):  # before any layer is made: the manifest may ask for thousands
+                _check_there(folder, f"layers.{index}")
             return cls(folder, config, quantization, None, digests if verify else None)
         check_finished(folder)
         source = HuggingFaceCheckpoint(folder)
@@ -153,8 +155,10 @@ def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
     expected = {"format_version", "model", "quantization", *(["sha256"] if digested else [])}
     if set(fields) != expected:
         raise ValueError(f"{path} has keys {sorted(fields)}; expected {sorted(expected)}")
-    model, quantization = ModelConfig.from_dict(fields["model"]), QuantizationConfig.from_dict(fields["quantization"])
-    return Manifest(model, quantization, mapping(fields["sha256"], "sha256") if digested else None)
+    with errors_name(path):
+        config = ModelConfig.from_dict(fields["model"])
+        quantization = QuantizationConfig.from_dict(fields["quantization"])
+        return Manifest(config, quantization, mapping(fields["sha256"], "sha256") if digested else None)
 
 
 def write_manifest(
@@ -264,9 +268,7 @@ def restore_part(
     Raises:
         ValueError: if the part is missing or its arrays are others than ``expected``'s.
     """
-    path = part_path(folder, part)
-    if not path.is_dir():
-        raise ValueError(f"{path} is missing; the model in {folder} is incomplete")
+    path = _check_there(folder, part)
     wanted = _flatten(expected)
     default = _default_sharding() if default is None else default
     # As they are stored: asked for a dtype, Orbax casts silently.
@@ -296,6 +298,13 @@ def restore_part(
         else loaded[name]
         for name, value in expected.items()
     }
+
+
+def _check_there(folder: Path, part: str) -> Path:
+    path = part_path(folder, part)
+    if not path.is_dir():
+        raise ValueError(f"{path} is missing; the model in {folder} is incomplete")
+    return path
 
 
 def _default_sharding() -> jax.sharding.Sharding:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from fireq_jax import ModelConfig, recipes
+from fireq_jax import recipes
 from fireq_jax.checkpoints.folder import write_manifest
 from fireq_jax.checkpoints.tokenizer import TOKENIZER_FILES, load_tokenizer
+from fireq_jax.models.architectures import config_from_huggingface
 from fireq_jax.whole_files import digest
 
 SOURCE = Path(__file__).parents[2] / "examples" / "tiny_llama"
@@ -24,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def converted(folder: Path) -> Path:
-    config = ModelConfig.from_huggingface(json.loads((SOURCE / "config.json").read_text()))
+    config = config_from_huggingface(json.loads((SOURCE / "config.json").read_text()))
     write_manifest(folder, config, recipes.fireq(), {name: digest(folder / name) for name in NAMES})
     return folder
 
@@ -53,7 +54,7 @@ def test_a_file_that_came_later_is_refused(converted: Path) -> None:
 
 
 def test_a_tokenizer_that_is_given_to_a_model_without_one_is_taken(folder: Path) -> None:
-    config = ModelConfig.from_huggingface(json.loads((SOURCE / "config.json").read_text()))
+    config = config_from_huggingface(json.loads((SOURCE / "config.json").read_text()))
     write_manifest(folder, config, recipes.fireq(), {"params/norm": "0" * 64})
     load_tokenizer(folder)
 
