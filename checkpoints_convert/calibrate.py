@@ -16,11 +16,12 @@ from jaxtyping import Array, Float, Int
 
 from checkpoints_convert.algorithms.keys import KeyMoments, KeySample, KeyStatistics
 from fireq_jax.compilation import COMPILE_QUICKLY
+from fireq_jax.models.block import LINEARS, Block, fuse_block
 from fireq_jax.models.config import ModelConfig
-from fireq_jax.models.layers import Tap, no_tap
+from fireq_jax.models.layers import LayerOptions, Tap, no_tap
 from fireq_jax.models.llama import DecoderLayer
-from fireq_jax.models.parameters import Block, fuse_block, with_parameters
-from fireq_jax.models.rope import rope_tables
+from fireq_jax.models.parameters import abstract, with_parameters
+from fireq_jax.models.rope import query_growth, rope_tables
 from fireq_jax.quantization import recipes
 from fireq_jax.quantization.config import QuantizationConfig
 from pallas_kernels.split_sum import finished
@@ -28,7 +29,6 @@ from pallas_kernels.split_sum import finished
 # One token in so many goes into KeyStatistics.sample, from each sequence with another offset.
 SAMPLE_STRIDE = 13
 Hidden = Float[np.ndarray, "samples T D"]  # of calibration text, between two blocks
-LINEAR_INPUTS = ("qkv_input", "o_input", "gate_up_input", "down_input")
 
 
 class ChannelStatistics(NamedTuple):
@@ -41,7 +41,7 @@ class ChannelStatistics(NamedTuple):
 class BlockStatistics(NamedTuple):
     """What calibration measures of one block.
 
-    ``inputs`` is keyed by ``LINEAR_INPUTS``; ``values`` are second moments of each head's values.
+    ``inputs`` is keyed by the names of ``LINEARS``' inputs; ``values`` are second moments of each head's values.
     """
 
     inputs: dict[str, ChannelStatistics]
@@ -63,16 +63,16 @@ class Calibrator:
             raise ValueError(f"batch_size is {batch_size}; expected a positive number of sequences")
         self.config = config
         self.batch_size = batch_size
-        self._layer = abstract_layer(config, recipes.none())
 
-    def run(self, block: Block, hidden: Hidden) -> tuple[Hidden, BlockStatistics]:
+    def run(self, block: Block, index: int, hidden: Hidden) -> tuple[Hidden, BlockStatistics]:
         """Output of a block for all samples, and its statistics.
 
         Args:
-            block: float32 weights by Hugging Face name without layer prefix.
+            block: float32 weights, in the form that ``models.block`` describes.
+            index: of the block.
             hidden: the block's input, float32.
         """
-        graph, state = nnx.split(with_parameters(self._layer, fuse_block(block)))
+        graph, state = nnx.split(with_parameters(abstract_layer(self.config, recipes.none(), index), fuse_block(block)))
         output = np.empty_like(hidden)
         batches: list[BlockStatistics] = []
         for part in batches_of(len(hidden), self.batch_size):
@@ -83,13 +83,13 @@ class Calibrator:
         return output, _combine(batches)
 
 
-def abstract_layer(config: ModelConfig, quantization: QuantizationConfig) -> DecoderLayer:
-    """The shapes of a float32 decoder layer called "layers.0", whichever layer's parameters it is to take."""
-    return nnx.eval_shape(
-        lambda: DecoderLayer(
-            "layers.0", config, quantization, dtype=jnp.float32, implementation="xla", rngs=nnx.Rngs(0)
-        )
-    )
+def abstract_layer(config: ModelConfig, quantization: QuantizationConfig, index: int) -> DecoderLayer:
+    """The shapes of a float32 decoder layer that computes as layer ``index`` does.
+
+    It is called "layers.0" whichever that is, so that layers which compute alike are compiled once.
+    """
+    options = LayerOptions(quantization, jnp.float32, "xla", nnx.Rngs(0))
+    return abstract(lambda: DecoderLayer("layers.0", index, config, options))
 
 
 def batches_of(samples: int, batch_size: int) -> list[slice]:
@@ -102,9 +102,26 @@ def run_layer(layer: DecoderLayer, config: ModelConfig, hidden: Float[Array, "B 
     """A decoder layer's output for whole sequences that start at position 0."""
     batch, length, _ = hidden.shape
     start, lengths = jnp.zeros((batch,), jnp.int32), jnp.full((batch,), length, jnp.int32)
-    rope = rope_tables(config, jnp.broadcast_to(jnp.arange(length), (batch, length)), lengths)
-    output, _ = layer(hidden, rope, start=start, lengths=lengths, tap=tap)
+    positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
+    rope = rope_tables(config, layer.rope, positions, lengths)
+    output, _ = layer(hidden, rope, start=start, lengths=lengths, growth=query_growth(config, positions), tap=tap)
     return finished(output)
+
+
+def run_samples(layer: DecoderLayer, config: ModelConfig, hidden: Hidden, batch_size: int) -> Hidden:
+    """:func:`run_layer` of all samples, in :func:`batches_of` them."""
+    graph, state = nnx.split(layer)
+    output = np.empty_like(hidden)
+    for part in batches_of(len(hidden), batch_size):
+        output[part] = np.asarray(_output(graph, config, state, jnp.asarray(hidden[part])))
+    return output
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=COMPILE_QUICKLY)
+def _output(
+    graph: nnx.GraphDef[DecoderLayer], config: ModelConfig, state: nnx.State, hidden: Float[Array, "B T D"]
+) -> Float[Array, "B T D"]:
+    return run_layer(nnx.merge(graph, state), config, hidden)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=COMPILE_QUICKLY)
@@ -119,7 +136,7 @@ def block_step(
     seen: dict[str, Array] = {}
     layer = nnx.merge(graph, state)
     output = run_layer(layer, config, hidden, seen.__setitem__)
-    inputs = {name: _channel_statistics(seen[name]) for name in LINEAR_INPUTS}
+    inputs = {name: _channel_statistics(seen[name]) for name in [linear.input for linear in LINEARS]}
     first, second = jnp.split(seen["key_before_rope"], 2, axis=-1)
     pair_max = jnp.max(jnp.hypot(first, second), axis=(0, 1))
     key, value = seen["key_after_rope"], seen["value"]
@@ -132,7 +149,8 @@ def block_step(
     assert isinstance(weight, Array)  # of a float layer
     columns = weight.reshape(-1, *query.shape[2:])
     readers = jnp.einsum("dkgi,dkgj->kgij", columns, columns, precision="highest")
-    sample = jax.lax.map(lambda sequence: _sample_keys(sequence, readers), (query, key, value, indices))
+    scale, window = config.scale, layer.self_attn.window
+    sample = jax.lax.map(lambda sequence: _sample_keys(sequence, readers, scale, window), (query, key, value, indices))
     sample = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), sample)
     values = jnp.einsum("btki,btkj->kij", value, value, precision="highest") / (value.shape[0] * value.shape[1])
     return output, BlockStatistics(inputs, KeyStatistics(pair_max, channel_max, moments, sample), values)
@@ -143,20 +161,24 @@ def _sample_keys(
         Float[Array, "T kv_heads group H"], Float[Array, "T kv_heads H"], Float[Array, "T kv_heads H"], Int[Array, ""]
     ],
     readers: Float[Array, "kv_heads group H H"],
+    scale: float,
+    window: int | None,
 ) -> KeySample:
     """Some keys of a sequence (its queries, keys, values and number), and how its output depends on them.
 
-    ``readers`` are Gram matrices of o_proj's columns for each query head; see :class:`KeySample`.
+    ``readers`` are Gram matrices of o_proj's columns for each query head; see :class:`KeySample`. ``scale`` and
+    ``window`` are attention's.
     """
     query, key, value, index = sequence
-    length, _, head_dim = key.shape
+    length = key.shape[0]
     positions = jnp.minimum(index % SAMPLE_STRIDE + SAMPLE_STRIDE * jnp.arange(-(-length // SAMPLE_STRIDE)), length - 1)
-    visible = jnp.arange(length)[:, None] >= jnp.arange(length)
+    behind = jnp.arange(length)[:, None] - jnp.arange(length)
+    visible = (behind >= 0) & (behind < (length if window is None else window))
     dot = functools.partial(jnp.einsum, precision="highest")
 
     def reads_of_head(head: tuple[Array, Array, Array, Array]) -> Float[Array, "tokens half"]:
         query, key, value, readers = head
-        scores = dot("tgh,sh->gts", query, key) * head_dim**-0.5
+        scores = dot("tgh,sh->gts", query, key) * scale
         weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
         output = dot("gts,sh->gth", weights, value)
         # |o_proj (v_s - output_t)|^2, multiplied out.
@@ -188,7 +210,7 @@ def _combine(batches: list[BlockStatistics]) -> BlockStatistics:
             jnp.max(jnp.stack([batch.inputs[name].absmax for batch in batches]), axis=0),
             jnp.mean(jnp.stack([batch.inputs[name].mean_abs for batch in batches]), axis=0),
         )
-        for name in LINEAR_INPUTS
+        for name in [linear.input for linear in LINEARS]
     }
 
     def reduce(function: Callable[..., Array], values: list[Any]) -> Any:

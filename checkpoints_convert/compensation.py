@@ -12,22 +12,19 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 from checkpoints_convert.algorithms.gptq import InputMoments, quantize_measured, rounding_operations
 from checkpoints_convert.algorithms.reconstruction import reconstruct, reconstruction_operations
-from checkpoints_convert.calibrate import LINEAR_INPUTS, Hidden, abstract_layer, batches_of, run_layer
+from checkpoints_convert.calibrate import Hidden, abstract_layer, batches_of, run_layer, run_samples
 from fireq_jax.compilation import COMPILE_QUICKLY
+from fireq_jax.models.block import LINEARS, Block
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.llama import DecoderLayer
-from fireq_jax.models.parameters import Block, Parameter, layer_parameters, quantize_linear, with_parameters
+from fireq_jax.models.parameters import Parameter, layer_parameters, quantize_linear, with_parameters
 from fireq_jax.quantization.config import QuantizationConfig
 from pallas_kernels import formats
-
-# Which linear layer reads which of calibrate.LINEAR_INPUTS, in order.
-LINEARS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 
 
 class Compensator:
@@ -62,18 +59,18 @@ class Compensator:
             calibration does not follow it or no block comes after.
         """
         own = self._own_parameters(index, block)
-        exact = self._layer(own, {}, self._float)
+        exact = self._layer(index, own, {}, self._float)
         done: dict[str, Parameter] = {}
-        for linear, tap in zip(LINEARS, LINEAR_INPUTS, strict=True):
-            if self.quantization.keeps_float(f"layers.{index}.{linear}"):
+        for linear in LINEARS:
+            if self.quantization.keeps_float(f"layers.{index}.{linear.name}"):
                 continue
-            weight = own[f"{linear}.weight"]
+            weight = own[f"{linear.name}.weight"]
             if self.quantization.measures_inputs:
-                seen = self._layer(own, done, self.quantization) if self.follows_quantized else exact
-                moments = self._moments(exact, seen, tap, hidden, quantized_hidden)
-                done[f"{linear}.weight"] = quantize_measured(weight, moments, self.quantization)
+                seen = self._layer(index, own, done, self.quantization) if self.follows_quantized else exact
+                moments = self._moments(exact, seen, linear.input, hidden, quantized_hidden)
+                done[f"{linear.name}.weight"] = quantize_measured(weight, moments, self.quantization)
             else:
-                done[f"{linear}.weight"] = quantize_linear(weight, self.quantization)
+                done[f"{linear.name}.weight"] = quantize_linear(weight, self.quantization)
         if self.quantization.learned_steps:
             done |= reconstruct(
                 self.config,
@@ -89,25 +86,21 @@ class Compensator:
         parameters |= {f"layers.{index}.{name}": value for name, value in done.items()}
         if not self.follows_quantized or index + 1 == self.config.num_layers:
             return parameters, None
-        return parameters, self._run(self._layer(own, done, self.quantization), quantized_hidden)
+        return parameters, self._run(self._layer(index, own, done, self.quantization), quantized_hidden)
 
     def _run(self, layer: DecoderLayer, hidden: Hidden) -> Hidden:
         """The layer's output."""
-        graph, state = nnx.split(layer)
-        output = np.empty_like(hidden)
-        for part in batches_of(len(output), self.batch_size):
-            output[part] = np.asarray(_output(graph, self.config, state, jnp.asarray(hidden[part])))
-        return output
+        return run_samples(layer, self.config, hidden, self.batch_size)
 
     def _layer(
-        self, own: Mapping[str, Array], done: Mapping[str, Parameter], quantization: QuantizationConfig
+        self, index: int, own: Mapping[str, Array], done: Mapping[str, Parameter], quantization: QuantizationConfig
     ) -> DecoderLayer:
         """The block with the linear layers of ``done`` quantized and its ``own`` parameters otherwise."""
-        return with_parameters(abstract_layer(self.config, self._staged(done, quantization)), {**own, **done})
+        return with_parameters(abstract_layer(self.config, self._staged(done, quantization), index), {**own, **done})
 
     def _staged(self, done: Mapping[str, Parameter], quantization: QuantizationConfig) -> QuantizationConfig:
         """The config of a layer called "layers.0" in which only the linear layers of ``done`` are quantized."""
-        left = tuple(f"layers.0.{linear}" for linear in LINEARS if f"{linear}.weight" not in done)
+        left = tuple(f"layers.0.{linear.name}" for linear in LINEARS if f"{linear.name}.weight" not in done)
         return dataclasses.replace(quantization, keep_float=left)
 
     def _own_parameters(self, index: int, block: Block) -> dict[str, Array]:
@@ -195,10 +188,3 @@ def _moments_step(
 
 def _second_moment(x: Float[Array, "tokens K"], y: Float[Array, "tokens K"]) -> Float[Array, "K K"]:
     return jnp.matmul(x.T, y, precision="highest") / len(x)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=COMPILE_QUICKLY)
-def _output(
-    graph: nnx.GraphDef[DecoderLayer], config: ModelConfig, state: nnx.State, hidden: Float[Array, "B T D"]
-) -> Float[Array, "B T D"]:
-    return run_layer(nnx.merge(graph, state), config, hidden)

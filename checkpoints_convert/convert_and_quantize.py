@@ -56,6 +56,9 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code (``command_line``)."""
     args = parser().parse_args(arguments)
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if type(handler) is logging.StreamHandler]:
+        root.removeHandler(handler)  # absl's, which Orbax calls when it is imported; basicConfig would keep it
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("absl").setLevel(logging.WARNING)
     return exit_code("fireq-convert", lambda: run(args))
@@ -78,9 +81,9 @@ def run(args: argparse.Namespace) -> None:
     documents = _documents(args, quantization)
     model = resolve_model(args.model, args.revision, check=lambda folder: _check(folder, quantization))
     options = dataclasses.replace(options, model=model)
-    tokens = None
+    tokens = held_out = None
     if documents is not None:
-        tokens = calibration_windows(
+        tokens, held_out = calibration_windows(
             documents,
             load_tokenizer(model),
             source=args.calibration,
@@ -89,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
             seed=args.seed,
         )
     keep_programs()
-    report = convert(options, tokens, resume=args.resume)
+    report = convert(options, tokens, held_out=held_out, resume=args.resume)
     before, after = report["bytes_before"] / 1e6, report["bytes_after"] / 1e6
     print(f"{args.output}: {before:.1f} MB -> {after:.1f} MB in {report['seconds']:.1f} s ({args.recipe})")
 

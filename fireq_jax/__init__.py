@@ -1,7 +1,15 @@
-"""Quantized Llama inference in JAX: INT4 weights, FP8 activations, INT4 keys and values."""
+"""Quantized inference of Llama and its relatives in JAX: INT4 weights, FP8 activations, INT4 keys and values."""
 
-from fireq_jax.generation import generate
-from fireq_jax.models import LlamaForCausalLM, ModelConfig
+from fireq_jax.generation import generate, stream
+from fireq_jax.models import AutoModelForCausalLM, LlamaForCausalLM, ModelConfig
 from fireq_jax.quantization import QuantizationConfig, recipes
 
-__all__ = ["LlamaForCausalLM", "ModelConfig", "QuantizationConfig", "generate", "recipes"]
+__all__ = [
+    "AutoModelForCausalLM",
+    "LlamaForCausalLM",
+    "ModelConfig",
+    "QuantizationConfig",
+    "generate",
+    "recipes",
+    "stream",
+]

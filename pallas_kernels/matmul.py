@@ -15,7 +15,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch, formats, layouts
 from pallas_kernels.formats import ScaledArray
-from pallas_kernels.matmul_epilogue import Activation, epilogue
+from pallas_kernels.matmul_epilogue import Activation, epilogue, width_out
+from pallas_kernels.operands import check_operands
 from pallas_kernels.quantized_tensor import QuantizedTensor
 from pallas_kernels.sm90 import split_sum
 from pallas_kernels.sm90.matmul import launch
@@ -40,14 +41,15 @@ def matmul(
             multiplied as they are (W4A16).
         weight: [N, K].
         bias: added before the activation; [N].
-        activation: "none", or "silu_mul": ``weight`` holds gate and up rows interleaved
-            (``layouts.interleave_gate_up``) and the result is SiLU(gate) * up, N_out = N / 2.
+        activation: "none", or of a gate: "silu_mul" (SiLU(gate) * up) or "gelu_tanh_mul" (GELU's tanh
+            approximation). For these ``weight`` holds gate and up rows interleaved
+            (``layouts.interleave_gate_up``), and N_out = N / 2.
         residual: added last, in float32.
         out_dtype: dtype of the result; sums are float32 throughout.
         implementation: see ``dispatch``.
 
     Returns:
-        [*rows, N_out]; N_out is N, or N / 2 for "silu_mul".
+        [*rows, N_out]; N_out is N, or N / 2 where a gate is activated.
 
     Raises:
         ValueError: if shapes or dtypes do not fit together.
@@ -135,7 +137,7 @@ def _matmul_sm90(
         "e4m3" if values.dtype == formats.E4M3 else "bf16",
         weight.group_scale.dtype == formats.E4M3,
         layouts.TILE_K // weight.group_size,
-        may_split=split_sum.adds_up(x_scale, bias, activation),
+        may_split=split_sum.adds_up(x_scale, activation),
     )
     y = launch.matmul(
         flat,
@@ -147,7 +149,7 @@ def _matmul_sm90(
         x_scale=None if x_scale is None else x_scale.reshape(-1),
         bias=bias,
         residual=None if residual is None else residual.reshape(-1, residual.shape[-1]),
-        silu_mul=activation == "silu_mul",
+        activation=activation,
         codebook=weight.format,
     )
     return dataclasses.replace(y, rows=rows) if isinstance(y, SplitSum) else y.reshape(*rows, y.shape[-1])
@@ -180,6 +182,9 @@ def matmul_reference(
 def _validate(
     x: ScaledArray | Array, weight: QuantizedTensor, bias: Array | None, activation: Activation, residual: Array | None
 ) -> None:
+    check_operands(ScaledArray | Array, x=x)
+    check_operands(QuantizedTensor, weight=weight)
+    check_operands(Array | None, bias=bias, residual=residual)
     n, k = weight.shape
     values = x.values if isinstance(x, ScaledArray) else x
     if values.shape[-1] != k:
@@ -193,11 +198,11 @@ def _validate(
         raise ValueError(f"x has dtype {values.dtype}; expected a ScaledArray, bfloat16, float16 or float32")
     if activation not in get_args(Activation):
         raise ValueError(f"activation is {activation!r}; expected one of {get_args(Activation)}")
-    if activation == "silu_mul" and n % (2 * layouts.INTERLEAVE):
+    if activation != "none" and n % (2 * layouts.INTERLEAVE):
         raise ValueError(
-            f"weight has shape {weight.shape}; silu_mul expects N to be a multiple of {2 * layouts.INTERLEAVE}"
+            f"weight has shape {weight.shape}; {activation} expects N to be a multiple of {2 * layouts.INTERLEAVE}"
         )
-    n_out = n // 2 if activation == "silu_mul" else n
+    n_out = width_out(n, activation)
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"bias has shape {bias.shape}; expected {(n,)}")
     if residual is not None and residual.shape != (*values.shape[:-1], n_out):

@@ -1,5 +1,6 @@
 """What follows the product in ``jax.numpy``: bias, activation, residual."""
 
+import math
 from typing import Literal
 
 import jax
@@ -8,7 +9,24 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import layouts
 
-Activation = Literal["none", "silu_mul"]
+Activation = Literal["none", "silu_mul", "gelu_tanh_mul"]
+
+# gelu_tanh(x) = x / (1 + exp(-GELU_SLOPE (x + GELU_CUBIC x^3)))
+GELU_SLOPE = 2 * math.sqrt(2 / math.pi)
+GELU_CUBIC = 0.044715
+
+
+def width_out(n: int, activation: Activation) -> int:
+    """Columns that N products become: a gate and an up make one."""
+    return n if activation == "none" else n // 2
+
+
+def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """GELU's tanh approximation, x (1 + tanh(u)) / 2 (arXiv 1606.08415).
+
+    Written x sigmoid(2 u), which of large negative x keeps the digits that 1 + tanh(u) loses.
+    """
+    return x * jax.nn.sigmoid(GELU_SLOPE * (x + GELU_CUBIC * x * x * x))
 
 
 def epilogue(
@@ -20,7 +38,7 @@ def epilogue(
     """activation(y + bias) + residual in float32, as ``matmul.matmul`` describes them."""
     if bias is not None:
         y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
-    if activation == "silu_mul":
+    if activation != "none":
         gate, up = layouts.split_gate_up(y)
-        y = jax.nn.silu(gate) * up
+        y = (jax.nn.silu if activation == "silu_mul" else gelu_tanh)(gate) * up
     return y if residual is None else y + residual.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""From the output of the qkv matmul to attention's operands: split, RoPE, key scaling, quantize, append.
+"""From the output of the qkv matmul to attention's operands: split, norm, RoPE, key scaling, quantize, append.
 
 Everything between the packed input and the stored codes is float32; nothing is rounded on the way.
 FireQ (arXiv 2505.20839), RoPE-aware quantization; RoPE: arXiv 2104.09864.
@@ -10,6 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch, formats
 from pallas_kernels.formats import ScaledArray
+from pallas_kernels.head_norm import HeadNorm
+from pallas_kernels.operands import check_operands
 from pallas_kernels.sm90.rope_quantize import launch as sm90
 from pallas_kernels.split_sum import SplitSum, finished
 
@@ -23,8 +25,10 @@ def rope_quantize(
     *,
     start: Int[Array, " B"],
     lengths: Int[Array, " B"],
+    norm: HeadNorm | None = None,
     post_rope_scale: Float[Array, "kv_heads H"] | None = None,
     key_offset: Float[Array, "kv_heads H"] | None = None,
+    query_factor: Float[Array, "B T"] | None = None,
     key_clip: float = 1.0,
     value_clip: float = 1.0,
     unbiased_keys: bool = False,
@@ -42,9 +46,12 @@ def rope_quantize(
         start: slot of each sequence's first token.
         lengths: tokens of each sequence; later ones in ``packed`` are not stored, nor are those
             whose slot is not in the cache. All other slots keep what they hold.
+        norm: of the queries and keys, before RoPE or behind it; None: there is none.
         post_rope_scale: float32, FireQ's S: rotated keys are multiplied by it and the queries that
             read them by 1 / S.
         key_offset: float32, subtracted from the scaled keys.
+        query_factor: float32, multiplies a token's queries behind everything else; into the scale where they
+            have one (Ministral 3, whose scores grow with the position).
         key_clip, value_clip, unbiased_keys: ``clip`` and ``unbiased`` of
             :func:`~pallas_kernels.formats.quantize_kv`.
         quantize_query: to E4M3 with a float32 scale per token and head; else the dtype of ``packed``.
@@ -57,17 +64,21 @@ def rope_quantize(
         ValueError: if shapes do not fit together or a clip is not positive.
         NotImplementedError: if ``implementation`` names a kernel that cannot run this.
     """
-    _validate(packed, cos, sin, key, value, start, lengths, post_rope_scale, key_offset, (key_clip, value_clip))
-    unsupported = sm90.unsupported(packed, cos, sin, key, value, quantize_query)
+    _validate(
+        packed, cos, sin, key, value, start, lengths, norm, post_rope_scale, key_offset, query_factor,
+        (key_clip, value_clip),
+    )  # fmt: skip
+    unsupported = sm90.unsupported(packed, cos, sin, key, value, quantize_query, norm)
     if dispatch.resolve("rope_quantize", implementation, unsupported) == "mosaic_gpu":
         return sm90.rope_quantize(
-            packed, cos, sin, key, value, start=start, lengths=lengths, post_rope_scale=post_rope_scale,
-            key_offset=key_offset, key_clip=key_clip, value_clip=value_clip, unbiased_keys=unbiased_keys,
+            packed, cos, sin, key, value, start=start, lengths=lengths, norm=norm, post_rope_scale=post_rope_scale,
+            key_offset=key_offset, query_factor=query_factor, key_clip=key_clip, value_clip=value_clip,
+            unbiased_keys=unbiased_keys,
         )  # fmt: skip
     return rope_quantize_reference(
-        finished(packed), cos, sin, key, value, start=start, lengths=lengths, post_rope_scale=post_rope_scale,
-        key_offset=key_offset, key_clip=key_clip, value_clip=value_clip, unbiased_keys=unbiased_keys,
-        quantize_query=quantize_query,
+        finished(packed), cos, sin, key, value, start=start, lengths=lengths, norm=norm,
+        post_rope_scale=post_rope_scale, key_offset=key_offset, query_factor=query_factor, key_clip=key_clip,
+        value_clip=value_clip, unbiased_keys=unbiased_keys, quantize_query=quantize_query,
     )  # fmt: skip
 
 
@@ -80,8 +91,10 @@ def rope_quantize_reference(
     *,
     start: Int[Array, " B"],
     lengths: Int[Array, " B"],
+    norm: HeadNorm | None = None,
     post_rope_scale: Float[Array, "kv_heads H"] | None = None,
     key_offset: Float[Array, "kv_heads H"] | None = None,
+    query_factor: Float[Array, "B T"] | None = None,
     key_clip: float = 1.0,
     value_clip: float = 1.0,
     unbiased_keys: bool = False,
@@ -89,13 +102,13 @@ def rope_quantize_reference(
 ) -> tuple[ScaledArray, ScaledArray, ScaledArray]:
     """The op in ``jax.numpy``: the kernel's oracle and the path of the other formats."""
     queries, keys, values = (x.astype(jnp.float32) for x in split_heads(packed, key.values.shape[1], cos))
-    queries, keys = apply_rope(queries, cos, sin), apply_rope(keys, cos, sin)
+    queries, keys = rotate_heads(queries, keys, cos, sin, norm)
     if post_rope_scale is not None:
         keys *= post_rope_scale[None, None]
         queries *= jnp.repeat(1 / post_rope_scale, queries.shape[2] // keys.shape[2], axis=0)[None, None]
     if key_offset is not None:
         keys -= key_offset[None, None]
-    query = formats.quantize_fp8(queries) if quantize_query else ScaledArray(queries.astype(packed.dtype), None)
+    query = _query(queries, query_factor, None if quantize_query else packed.dtype)
     new_keys = _quantize_as(key, jnp.swapaxes(keys, 1, 2), key_clip, unbiased=unbiased_keys)
     new_values = _quantize_as(value, jnp.swapaxes(values, 1, 2), value_clip)
     return query, _append(key, new_keys, start, lengths), _append(value, new_values, start, lengths)
@@ -109,6 +122,22 @@ def split_heads(packed: Float[Array, "B T packed"], kv_heads: int, cos: Float[Ar
     return jnp.split(rows, [heads, heads + kv_heads], axis=2)
 
 
+def rotate_heads(
+    queries: Float[Array, "B T heads H"],
+    keys: Float[Array, "B T kv_heads H"],
+    cos: Float[Array, "B T half"],
+    sin: Float[Array, "B T half"],
+    norm: HeadNorm | None = None,
+) -> tuple[Float[Array, "B T heads H"], Float[Array, "B T kv_heads H"]]:
+    """RoPE of both, with the norm before or behind it; that makes them float32."""
+    if norm is not None and norm.placement == "before_rope":
+        queries, keys = norm(queries, keys)
+    queries, keys = apply_rope(queries, cos, sin), apply_rope(keys, cos, sin)
+    if norm is not None and norm.placement == "after_rope":
+        queries, keys = norm(queries, keys)
+    return queries, keys
+
+
 def apply_rope(
     x: Float[Array, "B T heads H"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
 ) -> Float[Array, "B T heads H"]:
@@ -116,6 +145,18 @@ def apply_rope(
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def _query(
+    queries: Float[Array, "B T heads H"], factor: Float[Array, "B T"] | None, dtype: jax.typing.DTypeLike | None
+) -> ScaledArray:
+    """The query in ``dtype``, or E4M3 for None; the factor is in its scale there."""
+    factors = None if factor is None else factor.astype(jnp.float32)[..., None, None]
+    if dtype is not None:
+        return ScaledArray((queries if factors is None else queries * factors).astype(dtype), None)
+    values, scale = formats.quantize_fp8(queries)
+    assert scale is not None
+    return ScaledArray(values, scale if factors is None else scale * factors)
 
 
 def _quantize_as(
@@ -148,11 +189,17 @@ def _validate(
     value: ScaledArray,
     start: Array,
     lengths: Array,
+    norm: HeadNorm | None,
     post_rope_scale: Array | None,
     key_offset: Array | None,
+    query_factor: Array | None,
     clips: tuple[float, float],
 ) -> None:
     """Raise ValueError unless the operands fit together."""
+    check_operands(Array | SplitSum, packed=packed)
+    check_operands(ScaledArray, key=key, value=value)
+    check_operands(Array, cos=cos, sin=sin, start=start, lengths=lengths)
+    check_operands(Array | None, post_rope_scale=post_rope_scale, key_offset=key_offset)
     shape = (*packed.rows, packed.n) if isinstance(packed, SplitSum) else packed.shape
     if len(shape) != 3:
         raise ValueError(f"packed has shape {shape}; expected [B, T, (heads + 2 kv_heads) * H]")
@@ -178,9 +225,15 @@ def _validate(
     for name, array in (("start", start), ("lengths", lengths)):
         if array.shape != (batch,):
             raise ValueError(f"{name} has shape {array.shape}; expected {(batch,)}")
-    for name, array in (("post_rope_scale", post_rope_scale), ("key_offset", key_offset)):
-        if array is not None and array.shape != (kv_heads, head_dim):
-            raise ValueError(f"{name} has shape {array.shape}; expected {(kv_heads, head_dim)}")
+    if norm is not None:
+        norm.validate(heads, kv_heads, head_dim)
+    for name, array, expected in (
+        ("post_rope_scale", post_rope_scale, (kv_heads, head_dim)),
+        ("key_offset", key_offset, (kv_heads, head_dim)),
+        ("query_factor", query_factor, (batch, length)),
+    ):
+        if array is not None and array.shape != expected:
+            raise ValueError(f"{name} has shape {array.shape}; expected {expected}")
     for name, clip in zip(("key_clip", "value_clip"), clips, strict=True):
         if clip <= 0:
             raise ValueError(f"{name} is {clip}; expected a positive number")

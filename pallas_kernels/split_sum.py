@@ -35,7 +35,7 @@ class SplitSum:
         residual: [M, n_out], added last, or None.
         rows: leading axes of y.
         n: output channels before the activation; N is n rounded up to whole tiles.
-        activation: as in ``matmul``; n_out is n, or n / 2 for "silu_mul".
+        activation: as in ``matmul``; n_out is n, or n / 2 where a gate is activated.
     """
 
     parts: Float[Array, "P M N"]

@@ -5,6 +5,7 @@ outlier channels after RoPE, and an offset moves all keys of a head. N and S are
 2505.20839); balancing N against the queries, searching or fitting it and the offset are beyond it.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -96,8 +97,13 @@ def smooth_keys(
     return result
 
 
-def key_transform(keys: KeyStatistics | None, smoothing: SmoothingConfig) -> KeyTransform:
+def key_transform(keys: KeyStatistics | None, smoothing: SmoothingConfig, *, turn: bool = True) -> KeyTransform:
     """N (with the angles, if these are fitted), S and the offset.
+
+    Args:
+        keys: what was measured.
+        smoothing: which of them, with their constants.
+        turn: whether pairs may be turned, as those of a normed head may not: its gains come after the projection.
 
     Raises:
         ValueError: if statistics are missing.
@@ -115,7 +121,7 @@ def key_transform(keys: KeyStatistics | None, smoothing: SmoothingConfig) -> Key
     pre_rope, post_rope = _scales(keys, smoothing, strength)
     pairs = PairTransform(pre_rope)
     if smoothing.fit_pairs:
-        pairs = fit_pairs(pre_rope, _centered_sample(keys, smoothing))
+        pairs = fit_pairs(pre_rope, _centered_sample(keys, smoothing), turn=turn)
     offset = pairs.apply(_moments(keys).mean) * post_rope if smoothing.key_offset else None
     return KeyTransform(pairs, post_rope, offset)
 
@@ -180,8 +186,8 @@ def _centered_sample(keys: KeyStatistics, smoothing: SmoothingConfig) -> KeySamp
     return keys.sample._replace(keys=keys.sample.keys - _moments(keys).mean)
 
 
-@jax.jit
-def fit_pairs(start: Float[Array, "kv_heads half"], sample: KeySample) -> PairTransform:
+@functools.partial(jax.jit, static_argnames="turn")
+def fit_pairs(start: Float[Array, "kv_heads half"], sample: KeySample, *, turn: bool = True) -> PairTransform:
     """N and angles of the pairs for the least error of the block's output, by gradient descent.
 
     A token's key is rounded in steps of its largest magnitude, so that the cost of token s is
@@ -191,12 +197,13 @@ def fit_pairs(start: Float[Array, "kv_heads half"], sample: KeySample) -> PairTr
     Args:
         start: N to start from.
         sample: some of the rotated keys, less their offset.
+        turn: whether to fit angles too.
     """
     tiny = jnp.finfo(jnp.float32).tiny
 
     def cost(fitted: tuple[Array, Array]) -> Float[Array, ""]:
         scale = jnp.exp(fitted[0])
-        largest = jnp.max(jnp.abs(PairTransform(scale, fitted[1]).apply(sample.keys)), axis=-1)
+        largest = jnp.max(jnp.abs(PairTransform(scale, fitted[1] if turn else None).apply(sample.keys)), axis=-1)
         read = jnp.sum(sample.reads / jnp.square(scale), axis=-1)
         mean = jnp.mean(jnp.square(largest) * read, axis=0)
         # A head that nobody reads has no error, whose logarithm's gradient would overflow.
@@ -211,7 +218,7 @@ def fit_pairs(start: Float[Array, "kv_heads half"], sample: KeySample) -> PairTr
 
     fitted = jnp.log(start), jnp.zeros_like(start)
     (logs, angle), _ = jax.lax.fori_loop(0, FIT_STEPS, descend, (fitted, optimizer.init(fitted)))
-    return PairTransform(jnp.exp(logs), angle)
+    return PairTransform(jnp.exp(logs), angle if turn else None)
 
 
 def _moments(keys: KeyStatistics) -> KeyMoments:
@@ -274,9 +281,18 @@ def pre_rope_scale(
 
 
 def fold_pairs(block: Mapping[str, Array], pairs: PairTransform, config: ModelConfig) -> dict[str, Array]:
-    """Transform the pairs of k_proj's rows, and the rows of the queries that meet them the other way."""
+    """Transform the pairs of k_proj's rows, and the rows of the queries that meet them the other way.
+
+    A norm of each head undoes what its rows are multiplied by; there the factors go into its gains.
+    """
     result = dict(block)
     group = config.num_heads // config.num_kv_heads
+    if config.head_norm != "none":
+        assert pairs.angle is None
+        scale = jnp.tile(pairs.scale, (1, 2))
+        result["self_attn.k_norm"] = block["self_attn.k_norm"] * scale
+        result["self_attn.q_norm"] = block["self_attn.q_norm"] / jnp.repeat(scale, group, axis=0)
+        return result
     for linear, heads, transform in (("k_proj", 1, pairs), ("q_proj", group, pairs.for_queries())):
         for kind in ("weight", "bias"):
             if (rows := block.get(f"self_attn.{linear}.{kind}")) is not None:

@@ -63,6 +63,7 @@ def reconstruct(
         ValueError: if there are not two sequences, one to learn from and one to judge by.
     """
     samples, steps = len(hidden), quantization.learned_steps
+    kind = config.first_like(index)
     check_sequences(samples)
     origins = {
         name: origin(value, weights[name]) for name, value in start.items() if isinstance(value, QuantizedTensor)
@@ -76,7 +77,7 @@ def reconstruct(
     state = optimizer(steps).init(change)
     for i in order:
         change, state = _learning_step(
-            config, quantization, start, origins, change, state, jnp.asarray(hidden[i]), jnp.asarray(target[i])
+            config, quantization, kind, start, origins, change, state, jnp.asarray(hidden[i]), jnp.asarray(target[i])
         )
     learned = changed_parameters(change, start, origins)
 
@@ -84,7 +85,9 @@ def reconstruct(
 
     def error(parameters: Mapping[str, Parameter]) -> float:
         errors = [
-            _real_error(config, quantization, parameters, jnp.asarray(held_out[part]), jnp.asarray(expected[part]))
+            _real_error(
+                config, quantization, kind, parameters, jnp.asarray(held_out[part]), jnp.asarray(expected[part])
+            )
             for part in batches_of(samples - learning, batch_size)
         ]
         return float(np.mean(errors))
@@ -116,10 +119,11 @@ def relative_error(output: Float[Array, "*rows D"], target: Float[Array, "*rows 
     return jnp.mean(jnp.sum(jnp.square(output - target), axis=-1) / jnp.where(size > 0, size, 1.0))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4, 5))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(5, 6))
 def _learning_step(
     config: ModelConfig,
     quantization: QuantizationConfig,
+    kind: int,
     start: Mapping[str, Parameter],
     origins: Mapping[str, Float[Array, "N K"]],
     change: Change,
@@ -127,7 +131,7 @@ def _learning_step(
     hidden: Float[Array, "T D"],
     target: Float[Array, "T D"],
 ) -> tuple[Change, optax.OptState]:
-    smooth = abstract_layer(config, quantization.with_float_weights().with_kv_format("none"))
+    smooth = abstract_layer(config, quantization.with_float_weights().with_kv_format("none"), kind)
 
     def cost(change: Change) -> Float[Array, ""]:
         layer = with_parameters(smooth, float_parameters(change, start, origins))
@@ -139,13 +143,14 @@ def _learning_step(
     return updated, state
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _real_error(
     config: ModelConfig,
     quantization: QuantizationConfig,
+    kind: int,
     parameters: Mapping[str, Parameter],
     hidden: Float[Array, "B T D"],
     target: Float[Array, "B T D"],
 ) -> Float[Array, ""]:
-    layer = with_parameters(abstract_layer(config, quantization), parameters)
+    layer = with_parameters(abstract_layer(config, quantization, kind), parameters)
     return relative_error(run_layer(layer, config, hidden), target)

@@ -5,7 +5,7 @@ the layer prefix (``self_attn.q_proj.weight`` [out, in] ...). The float model co
 before and after; what changes is how well its weights and keys survive INT4.
 
 Here is FireQ's channel-wise scaling (arXiv 2505.20839, Lambda1-3), with exponents and their search
-beyond it; keys are in ``key_smoothing``, values in ``value_smoothing``.
+beyond it; keys are in ``keys``, values in ``values``.
 """
 
 import functools
@@ -17,11 +17,10 @@ from jaxtyping import Array, Float
 
 from checkpoints_convert.algorithms.keys import KeyStatistics, KeyTransform, key_transform, smooth_keys
 from checkpoints_convert.algorithms.values import balance_values, rotate_values
+from fireq_jax.models.block import Block, norm_names
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.quantization.config import ColumnStatistic, SmoothingConfig
 from pallas_kernels import formats, layouts
-
-Block = Mapping[str, Array]
 
 # Tried by ``search_columns``, besides no balance at all.
 EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -96,10 +95,12 @@ def _rescale(
         exponent = None if smoothing.search_columns else smoothing.activation_exponent
         return smoothing.column_statistic, None if inputs is None else inputs[name], exponent
 
-    result = dict(block)
-    if smoothing.qkv_input:
-        result = balance_norm(result, "input_layernorm.weight", QKV, *options("qkv_input"))
-    if smoothing.gate_up_input:
+    result, norms = dict(block), norm_names(config)
+    # Where one norm feeds both, their columns are balanced together.
+    readers = QKV + GATE_UP if config.norm_order == "parallel" else QKV
+    if smoothing.qkv_input and "input_layernorm" in norms:
+        result = balance_norm(result, "input_layernorm.weight", readers, *options("qkv_input"))
+    if smoothing.gate_up_input and "post_attention_layernorm" in norms:
         result = balance_norm(result, "post_attention_layernorm.weight", GATE_UP, *options("gate_up_input"))
     if smoothing.value_output and smoothing.value_basis != "balanced":
         result = balance_value_output(result, config, *options("o_input"))
@@ -107,7 +108,7 @@ def _rescale(
         result = balance_up_down(result, *options("down_input"))
     if keys is None and not smoothing.measures_keys:
         return result, None
-    transform = key_transform(keys, smoothing)
+    transform = key_transform(keys, smoothing, turn=config.head_norm == "none")
     return smooth_keys(result, transform, config, smoothing), transform
 
 

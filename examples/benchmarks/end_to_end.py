@@ -21,9 +21,11 @@ import jax.numpy as jnp
 from flax import nnx
 from timing import alone, compile_all, kernel_times, median_seconds, require_hopper
 
-from fireq_jax import LlamaForCausalLM, ModelConfig, recipes
+from fireq_jax import ModelConfig, recipes
 from fireq_jax.json_files import write_json
-from fireq_jax.models import KVCache, RopeConfig
+from fireq_jax.models import CausalLM, KVCache, RopeConfig
+from fireq_jax.models.architectures import config_from_huggingface
+from fireq_jax.models.layers import LayerOptions
 from fireq_jax.models.llama import DecoderLayer
 from fireq_jax.models.parameters import parameters_of, with_parameters
 from fireq_jax.quantization import QuantizationConfig
@@ -44,6 +46,20 @@ MODELS = {
         vocab_size=32000, hidden_size=5120, intermediate_size=13824, num_layers=40, num_heads=40, num_kv_heads=40,
         head_dim=128, max_position_embeddings=4096,
     ),
+    "qwen3-8b": config_from_huggingface({
+        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288,
+        "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 40960,
+        "rope_theta": 1e6,
+    }),
+    "mistral-7b": config_from_huggingface({
+        "model_type": "mistral", "vocab_size": 32768, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 32768, "rope_theta": 1e6,
+    }),
+    "gemma3-12b": config_from_huggingface({
+        "model_type": "gemma3_text", "vocab_size": 262208, "hidden_size": 3840, "intermediate_size": 15360,
+        "num_hidden_layers": 48, "num_attention_heads": 16, "num_key_value_heads": 8, "sliding_window": 1024,
+        "max_position_embeddings": 131072, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    }),
     "tiny": ModelConfig(
         vocab_size=512, hidden_size=256, intermediate_size=512, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=128,
     ),
@@ -89,17 +105,15 @@ def decode(graph: Any, state: Any, tokens: jax.Array, cache: KVCache) -> tuple[j
     return jax.lax.fori_loop(0, DECODE_STEPS, step, (tokens, cache))
 
 
-def random_model(
-    config: ModelConfig, quantization: QuantizationConfig, implementation: Implementation
-) -> LlamaForCausalLM:
+def random_model(config: ModelConfig, quantization: QuantizationConfig, implementation: Implementation) -> CausalLM:
     """Random weights in storage format; made layer by layer, so that one layer's program is compiled."""
 
     @jax.jit
     def layer(key: jax.Array) -> dict[str, Any]:
-        options: dict[str, Any] = {"dtype": jnp.bfloat16, "implementation": implementation, "rngs": nnx.Rngs(key)}
-        return parameters_of(DecoderLayer("layers.0", config, quantization, **options))
+        options = LayerOptions(quantization, jnp.bfloat16, implementation, nnx.Rngs(key))
+        return parameters_of(DecoderLayer("layers.0", 0, config, options))
 
-    model = nnx.eval_shape(lambda: LlamaForCausalLM(config, quantization, implementation=implementation))
+    model = nnx.eval_shape(lambda: CausalLM(config, quantization, implementation=implementation))
     parameters = {}
     for i, key in enumerate(jax.random.split(jax.random.key(0), config.num_layers)):
         parameters |= {f"layers.{i}.{name}": value for name, value in layer(key).items()}
@@ -220,7 +234,7 @@ def prefill_operations(config: ModelConfig, batch: int, length: int) -> float:
     return 2.0 * batch * (length * config.num_layers * (linear + attention) + head)
 
 
-def step_bytes(model: LlamaForCausalLM, batch: int) -> int:
+def step_bytes(model: CausalLM, batch: int) -> int:
     """Bytes of parameters that one decode step reads: all but the untouched rows of the embedding."""
     embedding = model.embed_tokens.get_value()
     if model.lm_head is None:

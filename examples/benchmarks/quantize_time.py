@@ -23,8 +23,7 @@ from checkpoints_convert.algorithms.smoothing import smooth_block
 from checkpoints_convert.calibrate import Calibrator
 from checkpoints_convert.compensation import Compensator
 from fireq_jax import ModelConfig, recipes
-from fireq_jax.checkpoints.huggingface import block_shapes
-from fireq_jax.models.parameters import fuse_block
+from fireq_jax.models.block import block_shapes, fuse_block
 
 
 def parser() -> argparse.ArgumentParser:
@@ -63,7 +62,7 @@ def quantize_block(config: ModelConfig, recipe: str, hidden: np.ndarray, batch_s
     """One block by the converter's steps, each printed with its time."""
     quantization = recipes.by_name(recipe)
     block = random_block(config)
-    _, statistics = timed("calibration", lambda: Calibrator(config, batch_size).run(block, hidden))
+    _, statistics = timed("calibration", lambda: Calibrator(config, batch_size).run(block, 0, hidden))
     if quantization.smoothing is not None:
         smoothing, inputs = quantization.smoothing, {n: x.mean_abs for n, x in statistics.inputs.items()}
         keys, values = statistics.keys, statistics.values

@@ -1,42 +1,37 @@
-"""Read a PyTorch Llama checkpoint in Hugging Face form: config.json, safetensors or .bin files.
+"""Read a PyTorch checkpoint in Hugging Face form: config.json, safetensors or .bin files.
 
-Tensors are read one by one, so that a caller never holds more than it asked for. Nothing is ever
-unpickled: .bin files go through torch's weights-only loader, and need torch installed.
+Tensors are read one by one, so that a caller never holds more than it asked for.
 """
 
-import zipfile
+import dataclasses
+import logging
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PureWindowsPath
+from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
-from safetensors import safe_open
 from tqdm.auto import tqdm
 
-from fireq_jax.json_files import read_json
-from fireq_jax.models.config import ModelConfig
+from fireq_jax.checkpoints.tensor_files import StoredTensor, TensorReader, tensors_in
+from fireq_jax.config_fields import quote
+from fireq_jax.json_files import errors_name, is_file, read_json
+from fireq_jax.models.architectures import config_from_huggingface, tensor_table
+from fireq_jax.models.config import ModelConfig, eos_ids
+from fireq_jax.models.tensor_source import TensorTable
 
-# The one table of checkpoint names: Hugging Face -> the name it has here.
-GLOBAL_TENSORS = {
-    "model.embed_tokens.weight": "embed_tokens",
-    "model.norm.weight": "norm.weight",
-    "lm_head.weight": "lm_head",
-}
-BLOCK_PREFIX = "model.layers.{index}."
-BLOCK_NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
-BLOCK_LINEARS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+# What a checkpoint of the model without its head leaves out of its names.
+_MODEL_PREFIX = "model."
+_HEAD = "lm_head.weight"
 _LARGEST = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
-# Buffers that old exports carry; RoPE is computed from the config.
-_IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
+_FLOATS = ("F64", "F32", "F16", "BF16")
+# Whose buffers old exports carry; RoPE is computed from the config.
+_ROTARY_MODULE = "rotary_emb"
+_GENERATION_CONFIG = "generation_config.json"
+_COMPARED_BYTES = 2**24  # of each of two tensors at a time
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -46,15 +41,23 @@ def read_config(folder: Path) -> ModelConfig:
     list there the ids that end a turn.
 
     Raises:
-        ValueError: if there is no such file or it does not describe a Llama.
+        ValueError: if there is no such file or it does not describe a model of a family that is here.
     """
+    return _read_fields_and_config(folder)[1]
+
+
+def _read_fields_and_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     path = folder / "config.json"
-    if not path.is_file():
+    if not is_file(path):
         raise ValueError(f"{folder} has no config.json; expected a Hugging Face checkpoint folder")
     fields = read_json(path)
-    if (eos := read_generation_config(folder).get("eos_token_id")) is not None:
-        fields["eos_token_id"] = eos
-    return ModelConfig.from_huggingface(fields)
+    eos = read_generation_config(folder).get("eos_token_id")
+    if eos is not None:
+        fields.pop("eos_token_id", None)
+    with errors_name(path):
+        config = config_from_huggingface(fields)
+    with errors_name(folder / _GENERATION_CONFIG):
+        return fields, config if eos is None else dataclasses.replace(config, eos_token_ids=eos_ids(eos))
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:
@@ -63,42 +66,16 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: naming the file, if it is not a JSON object.
     """
-    path = folder / "generation_config.json"
-    return read_json(path) if path.is_file() else {}
-
-
-def block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name (without ``BLOCK_PREFIX``) -> shape of every tensor of a block."""
-    queries = config.num_heads * config.head_dim
-    keys = config.num_kv_heads * config.head_dim
-    hidden, inner = config.hidden_size, config.intermediate_size
-    sizes = [(queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)]
-    sizes += [(inner, hidden), (inner, hidden), (hidden, inner)]
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(BLOCK_NORMS, (hidden,))
-    for name, size in zip(BLOCK_LINEARS, sizes, strict=True):
-        shapes[f"{name}.weight"] = size
-        if config.attention_bias if name.startswith("self_attn") else config.mlp_bias:
-            shapes[f"{name}.bias"] = size[:1]
-    return shapes
-
-
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Hugging Face name -> shape of every tensor of the model."""
-    embedding = (config.vocab_size, config.hidden_size)
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": embedding,
-        "model.norm.weight": (config.hidden_size,),
-    }
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = embedding
-    for index in range(config.num_layers):
-        prefix = BLOCK_PREFIX.format(index=index)
-        shapes |= {prefix + name: shape for name, shape in block_shapes(config).items()}
-    return shapes
+    path = folder / _GENERATION_CONFIG
+    return read_json(path) if is_file(path) else {}
 
 
 class HuggingFaceCheckpoint:
     """The tensors of a checkpoint folder, checked against its config when opened.
+
+    Tied embeddings and head may be stored under either name. Where both are stored and differ, as when an
+    adapter was merged into one of them, they are not tied: ``config.tie_word_embeddings`` is False then,
+    whatever config.json says (as in transformers 5).
 
     Raises:
         ValueError: naming the first tensor that is missing, unexpected, of the wrong shape or
@@ -107,10 +84,14 @@ class HuggingFaceCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = read_config(folder)
-        self._file_of = _locate_tensors(folder)
-        self._torch_file: tuple[Path, Mapping[str, Any]] | None = None
-        self._check_names()
+        fields, config = _read_fields_and_config(folder)
+        found, absent = _locate_tensors(folder)
+        prefixed = tensor_table(fields, config).prefix.startswith(_MODEL_PREFIX)
+        self._tensors = _with_prefix(found, [*found, *absent]) if prefixed else found
+        self._reader = TensorReader()
+        self.config = self._resolve_head(config, tensor_table(fields, config))
+        self._table = tensor_table(fields, self.config)
+        self._check_names(_with_prefix(absent, [*found, *absent]) if prefixed else absent)
 
     @property
     def nbytes(self) -> int:
@@ -120,35 +101,29 @@ class HuggingFaceCheckpoint:
     @property
     def files(self) -> list[Path]:
         """The weight files."""
-        return sorted(set(self._file_of.values()))
+        return sorted({tensor.path for tensor in self._tensors.values()})
 
     def block(self, index: int) -> dict[str, np.ndarray]:
-        """All tensors of block ``index``, by their names without ``BLOCK_PREFIX``."""
-        prefix = BLOCK_PREFIX.format(index=index)
-        return {name: self.tensor(prefix + name) for name in block_shapes(self.config)}
+        """All tensors of block ``index``, in the form that ``models.block`` describes."""
+        prefix = self._table.prefix.format(index=index)
+        return {name: source.read(self.tensor(prefix + source.name)) for name, source in self._table.block.items()}
 
     def global_names(self) -> list[str]:
         """Names, as used here, of the tensors outside the blocks."""
-        names = expected_shapes(self.config)
-        return [ours for theirs, ours in GLOBAL_TENSORS.items() if theirs in names]
+        return list(self._table.outside)
 
     def global_tensor(self, name: str) -> np.ndarray:
         """One of ``global_names``: embeddings, final norm or (untied) head."""
-        return self.tensor(next(theirs for theirs, ours in GLOBAL_TENSORS.items() if ours == name))
+        source = self._table.outside[name]
+        return source.read(self.tensor(source.name))
 
     def tensor(self, name: str) -> np.ndarray:
-        """One tensor, in the dtype of the file."""
-        path = self._file_of[name]
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="numpy") as file:
-                return file.get_tensor(name)
-        if self._torch_file is None or self._torch_file[0] != path:
-            self._torch_file = (path, _load_torch_file(path))
-        return _torch_to_numpy(self._torch_file[1][name])
+        """One of the checkpoint's tensors, by its name there and in the dtype of the file."""
+        return self._reader.read(self._tensors[name])
 
     def check_finite(self, *, progress: bool = True) -> None:
         """Read every tensor once; ValueError names the first with a NaN or an infinity, also of bfloat16."""
-        names = list(expected_shapes(self.config))
+        names = list(self._table.shapes(self.config.num_layers))
         for name in tqdm(names, desc="checking tensors", unit="tensor", disable=not progress, leave=False):
             values = self.tensor(name)
             finite = np.isfinite(values)
@@ -157,112 +132,117 @@ class HuggingFaceCheckpoint:
             if not finite.all():
                 where = np.unravel_index(int(np.argmin(finite)), values.shape)
                 raise ValueError(
-                    f"tensor {name} in {self._file_of[name]} holds {values[where]} at {tuple(map(int, where))}; "
-                    "expected finite numbers"
+                    f"tensor {name} in {self._tensors[name].path} holds {values[where]} at "
+                    f"{tuple(map(int, where))}; expected finite numbers"
                 )
 
-    def _check_names(self) -> None:
-        expected = expected_shapes(self.config)
-        found = {name for name in self._file_of if not name.endswith(_IGNORED_SUFFIXES)}
-        if self.config.tie_word_embeddings:
-            found.discard("lm_head.weight")
+    def _resolve_head(self, config: ModelConfig, table: TensorTable) -> ModelConfig:
+        """The config, tied only if the stored tensors are; a tied matrix goes by the embedding's name."""
+        embedding = table.outside["embed_tokens"].name
+        if not config.tie_word_embeddings or _HEAD not in self._tensors:
+            return config
+        if embedding not in self._tensors or _equal(self._tensors[embedding], self._tensors[_HEAD]):
+            self._tensors.setdefault(embedding, self._tensors.pop(_HEAD))
+            return config
+        logger.warning(
+            "%s: config.json ties head and embeddings, but the weights hold two that differ: not tied", self.folder
+        )
+        return dataclasses.replace(config, tie_word_embeddings=False)
+
+    def _check_names(self, absent: Mapping[str, str]) -> None:
+        expected = self._table.shapes(self.config.num_layers)
+        found = {name for name in self._tensors if _ROTARY_MODULE not in name.split(".")}
         if missing := sorted(set(expected) - found):
+            if missing[0] in absent:
+                raise ValueError(absent[missing[0]])
             raise ValueError(
                 f"{self.folder} lacks tensor {missing[0]}{_and_more(missing)}, which its config.json asks for"
+                + (" (tie_word_embeddings is false)" if missing[0] == _HEAD else "")
             )
         if extra := sorted(found - set(expected)):
             raise ValueError(
-                f"{self.folder} has unexpected tensor {extra[0]}{_and_more(extra)}; no Llama layer takes it"
+                f"{self.folder} has unexpected tensor {extra[0]}{_and_more(extra)}; "
+                f"no layer of a {self.config.model_type} takes it"
             )
-        for path in sorted({self._file_of[name] for name in expected}):
-            names = [name for name in expected if self._file_of[name] == path]
-            for name, (shape, dtype) in self._describe(path, names).items():
-                if shape != expected[name]:
-                    raise ValueError(f"tensor {name} in {path} has shape {shape}; expected {expected[name]}")
-                if dtype not in ("F64", "F32", "F16", "BF16"):
-                    raise ValueError(f"tensor {name} in {path} has dtype {dtype}; expected a float of 16 bits or more")
+        if unneeded := sorted(set(absent) - set(expected)):
+            logger.warning(
+                "%s: the index lists %s%s, which no file holds and no layer takes",
+                self.folder, unneeded[0], _and_more(unneeded),
+            )  # fmt: skip
+        for name, shape in expected.items():
+            tensor = self._tensors[name]
+            if tensor.shape != shape:
+                raise ValueError(f"tensor {name} in {tensor.path} has shape {tensor.shape}; expected {shape}")
+            if tensor.dtype not in _FLOATS:
+                raise ValueError(
+                    f"tensor {name} in {tensor.path} has dtype {tensor.dtype}; expected a float of 16 bits or more"
+                )
 
-    def _describe(self, path: Path, names: Iterable[str]) -> dict[str, tuple[tuple[int, ...], str]]:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="numpy") as file:
-                slices = {name: file.get_slice(name) for name in names}
-                return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
-        tensors = _load_torch_file(path)
-        for name in names:
-            if not hasattr(tensors[name], "dtype"):
-                raise ValueError(f"{name} in {path} is a {type(tensors[name]).__name__}; expected a tensor")
-        dtypes = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
-        found = {name: (tuple(tensors[name].shape), str(tensors[name].dtype)) for name in names}
-        return {name: (shape, dtypes.get(dtype, dtype)) for name, (shape, dtype) in found.items()}
+
+def _equal(one: StoredTensor, two: StoredTensor) -> bool:
+    """Whether two matrices are of one dtype and the same bytes."""
+    if (one.shape, one.dtype) != (two.shape, two.dtype):
+        return False
+    if len(one.shape) != 2 or one.dtype not in _FLOATS:
+        return True  # and neither can be used
+    readers = TensorReader(), TensorReader()  # each keeps its own file open
+    step = max(1, _COMPARED_BYTES // (8 * max(1, one.shape[1])))
+    slices = (slice(start, min(start + step, one.shape[0])) for start in range(0, one.shape[0], step))
+    return all(readers[0].read(one, rows).tobytes() == readers[1].read(two, rows).tobytes() for rows in slices)
 
 
 def _and_more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def _locate_tensors(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file, from a single file or an index; safetensors come first, all as in transformers."""
+def _with_prefix(tensors: Mapping[str, T], names: Iterable[str]) -> dict[str, T]:
+    """By the names of a model with a head: what is saved from one without leaves out their first part."""
+    if any(name.startswith(_MODEL_PREFIX) for name in names):
+        return dict(tensors)
+    return {name if name == _HEAD else _MODEL_PREFIX + name: value for name, value in tensors.items()}
+
+
+def _locate_tensors(folder: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Tensors by name, and the names that an index lists in vain, with what is wrong.
+
+    From a single file or an index; safetensors come first, all as in transformers.
+    """
     for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
-        index = folder / f"{stem}{suffix}.index.json"
-        single = folder / f"{stem}{suffix}"
-        if single.is_file():
-            return dict.fromkeys(_names_in(single), single)
-        if index.is_file():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise ValueError(f"{index} has no weight_map; expected tensor names and their files")
-            if odd := [file for file in weight_map.values() if not isinstance(file, str)]:
-                raise ValueError(f"{index} maps a tensor to {odd[0]!r}; expected the name of a file")
-            files = {name: folder / file for name, file in weight_map.items()}
-            for path in sorted(set(files.values())):
-                if not path.is_file():
-                    raise ValueError(f"{index} names {path.name}, which is not in {folder}")
-            _check_index(index, files)
-            return files
+        index, single = folder / f"{stem}{suffix}.index.json", folder / f"{stem}{suffix}"
+        if is_file(single):
+            return tensors_in(single), {}
+        if is_file(index):
+            return _indexed_tensors(index)
     raise ValueError(
         f"{folder} has no weights; expected model.safetensors, pytorch_model.bin, or one of them with an index"
     )
 
 
-def _check_index(index: Path, files: Mapping[str, Path]) -> None:
-    for path in sorted(set(files.values())):
-        listed = {name for name, file in files.items() if file == path}
-        if absent := sorted(listed - set(_names_in(path))):
-            raise ValueError(f"{index} says that tensor {absent[0]} is in {path.name}, but it is not")
+def _indexed_tensors(index: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index} has no weight_map; expected tensor names and their files")
+    names_in: dict[str, list[str]] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not _stays_inside(file):
+            raise ValueError(f"{index} maps {name} to {quote(file)}; expected the name of a file in {index.parent}")
+        names_in.setdefault(file, []).append(name)
+    found: dict[str, StoredTensor] = {}
+    absent: dict[str, str] = {}
+    for file, names in sorted(names_in.items()):
+        path = index.parent / file
+        stored = tensors_in(path) if is_file(path) else None
+        for name in names:
+            if stored is None:
+                absent[name] = f"{index} names {file}, which is not in {index.parent}, for tensor {name}"
+            elif name not in stored:
+                absent[name] = f"{index} says that tensor {name} is in {file}, but it is not"
+            else:
+                found[name] = stored[name]
+    return found, absent
 
 
-def _names_in(path: Path) -> list[str]:
-    if path.suffix != ".safetensors":
-        return list(_load_torch_file(path))
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return list(file.keys())
-    except Exception as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-
-
-def _load_torch_file(path: Path) -> Mapping[str, Any]:
-    try:
-        import torch
-    except ImportError as error:
-        raise ValueError(
-            f"{path} is a PyTorch file and torch is not installed; pip install 'fireq-jax[torch]', "
-            "or convert the checkpoint to safetensors"
-        ) from error
-    try:
-        # Files in the format of before torch 1.6 are not zip archives, and cannot be mapped.
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read as plain PyTorch weights: {error}") from error
-    if not isinstance(tensors, dict):
-        raise ValueError(f"{path} holds a {type(tensors).__name__}; expected tensors by name")
-    return tensors
-
-
-def _torch_to_numpy(tensor: Any) -> np.ndarray:
-    import torch
-
-    tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.contiguous().numpy()
+def _stays_inside(file: str) -> bool:
+    """Whether a name is, by its text, one in the folder; the file may be a link to elsewhere, as in the hub's cache."""
+    path = PureWindowsPath(file)  # whose parts / ends as well, and which has drives
+    return "\\" not in file and bool(path.parts) and not path.anchor and ".." not in path.parts

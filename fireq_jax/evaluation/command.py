@@ -53,6 +53,9 @@ def parser() -> argparse.ArgumentParser:
         help="also draw channel maxima before and after smoothing, a folder a model",
     )
     parse.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
+    parse.add_argument(
+        "--no-verify", dest="verify", action="store_false", help="take converted models' files as they are"
+    )
     return parse
 
 
@@ -88,6 +91,7 @@ def run(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         implementation=args.implementation,
         revision=args.revision,
+        verify=args.verify,
     )
     print(format_table(results))
     for model, effect in effects.items():

@@ -11,7 +11,7 @@ from jaxtyping import Int32
 from fireq_jax.checkpoints.hub import is_hub_id, resolve_model
 from fireq_jax.checkpoints.tokenizer import load_tokenizer
 from fireq_jax.evaluation.perplexity import check_windows, perplexity
-from fireq_jax.models import LlamaForCausalLM
+from fireq_jax.models import CausalLM
 from fireq_jax.text_data import read_documents, tokenize
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.formats import KVFormat
@@ -47,6 +47,7 @@ def evaluate(
     dtype: jax.typing.DTypeLike = "bfloat16",
     implementation: Implementation = "auto",
     revision: str | None = None,
+    verify: bool = True,
     progress: bool = True,
 ) -> list[Evaluation]:
     """Perplexity of each model on the same text; one model is in memory at a time.
@@ -60,6 +61,7 @@ def evaluate(
         dtype: of hidden states and unquantized weights.
         implementation: of the ops, see ``pallas_kernels.dispatch``.
         revision: branch, tag or commit of the models that are hub ids.
+        verify: as in :meth:`~fireq_jax.models.llama.CausalLM.from_pretrained`; also of tokenizers.
 
     Raises:
         ValueError: for options out of range, if a model or the text cannot be read, a model is named twice,
@@ -71,13 +73,13 @@ def evaluate(
             raise ValueError(f"model {model!r} is named more than once")
     documents = read_documents(text, text_field=text_field)
     folders = resolve_models(models, revision)
-    tokens = _common_tokens(folders, documents)
+    tokens = _common_tokens(folders, documents, verify=verify)
     if len(tokens) < 2:
         raise ValueError(f"{text} has {len(tokens)} tokens; expected at least 2: one to start from, one to predict")
 
     def evaluate_one(model: str, folder: Path) -> Evaluation:
-        loaded = LlamaForCausalLM.from_pretrained(
-            folder, dtype=dtype, kv_format=kv_format, implementation=implementation
+        loaded = CausalLM.from_pretrained(
+            folder, dtype=dtype, kv_format=kv_format, implementation=implementation, verify=verify
         )
         try:
             result = perplexity(
@@ -123,11 +125,13 @@ def format_table(results: Sequence[Evaluation]) -> str:
     )
 
 
-def _common_tokens(folders: Mapping[str, Path], documents: Sequence[str]) -> Int32[np.ndarray, " tokens"]:
+def _common_tokens(
+    folders: Mapping[str, Path], documents: Sequence[str], *, verify: bool
+) -> Int32[np.ndarray, " tokens"]:
     reference, *others = folders
-    first = tokenize(documents, load_tokenizer(folders[reference]))
+    first = tokenize(documents, load_tokenizer(folders[reference], verify=verify))
     for model in others:
-        other = tokenize(documents, load_tokenizer(folders[model]))
+        other = tokenize(documents, load_tokenizer(folders[model], verify=verify))
         if not np.array_equal(first, other):
             shorter = min(len(first), len(other))
             differing = np.flatnonzero(first[:shorter] != other[:shorter])

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from fireq_jax.compilation import lowered_once
 from fireq_jax.device_memory import check_fits
-from fireq_jax.models import LlamaForCausalLM
+from fireq_jax.models import CausalLM
 
 _MOST_NLL = 700.0  # nats a token, whose exponential is still a float
 
@@ -49,7 +49,7 @@ class PerplexityResult:
 
 
 def perplexity(
-    model: LlamaForCausalLM,
+    model: CausalLM,
     tokens: Int[np.ndarray, " tokens"],
     *,
     window: int = 1024,
@@ -62,7 +62,7 @@ def perplexity(
     """Perplexity of ``model`` on ``tokens``; probabilities in float32, their sum in float64.
 
     Args:
-        model: any LlamaForCausalLM, quantized or not.
+        model: any CausalLM, quantized or not.
         tokens: one stream, such as :func:`fireq_jax.text_data.load_tokens` makes.
         window: tokens the model sees at once.
         stride: tokens from one window's beginning to the next; None means ``window``.
@@ -133,7 +133,7 @@ def _token_nll(
     structure: Any, arrays: list[Array], tokens: Int32[Array, "B T"], mask: Int32[Array, "B T"] | None
 ) -> Float32[Array, "B T-1"]:
     """Negative log-likelihood of each row's tokens 1, 2, ..., T - 1 by the model that was flattened."""
-    model: LlamaForCausalLM = jax.tree.unflatten(structure, arrays)
+    model: CausalLM = jax.tree.unflatten(structure, arrays)
     logits = model(tokens, mask)[:, :-1]
     chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - chosen

@@ -22,7 +22,7 @@ from fireq_jax.generation import chat
 from fireq_jax.generation.defaults import SAMPLING, GenerationDefaults
 from fireq_jax.generation.generate import check_call, compile_ahead, generate, stream
 from fireq_jax.generation.sampling import SamplingConfig
-from fireq_jax.models.llama import LlamaForCausalLM
+from fireq_jax.models.llama import CausalLM
 from pallas_kernels import formats
 from pallas_kernels.dispatch import Implementation
 
@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of what is not quantized")
     add("--kv-format", choices=get_args(formats.KVFormat), help="of the cache, in place of the model's own")
     add("--implementation", choices=get_args(Implementation), default="auto", help="of the ops; default auto")
+    add("--no-verify", dest="verify", action="store_false", help="take a converted model's files as they are")
     return parser
 
 
@@ -84,7 +85,7 @@ def _run(arguments: argparse.Namespace) -> None:
     defaults = GenerationDefaults.read(folder)
     if defaults.ignored:
         logger.warning("%s: %s: without effect here", defaults.path, ", ".join(defaults.ignored))
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, verify=arguments.verify)
     prompts = [_encode(tokenizer, text, arguments) for text in arguments.prompt]
     width = max(map(len, prompts))
     max_new_tokens = arguments.max_new_tokens
@@ -119,14 +120,14 @@ def _load(
     options: dict[str, Any],
     *,
     only_prefill: bool,
-) -> LlamaForCausalLM:
+) -> CausalLM:
     """The model; what generation will run is compiled while it is read."""
     begin = time.perf_counter()
     keep_programs()
-    stored = StoredModel.open(folder)
+    stored = StoredModel.open(folder, verify=arguments.verify)
     defaults.check_vocabulary(stored.config.vocab_size)
     kinds = {name: getattr(arguments, name) for name in ("dtype", "kv_format", "implementation")}
-    abstract = LlamaForCausalLM.abstract(stored, **kinds)
+    abstract = CausalLM.abstract(stored, **kinds)
     cache, tokens = check_call(abstract, **options), options["max_new_tokens"]
     print(f"{arguments.model}: a cache of {cache / 1e6:.1f} MB for {tokens} new tokens a prompt", file=sys.stderr)
     with ThreadPoolExecutor() as pool:
@@ -185,9 +186,7 @@ def pieces(tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[int], tokens: 
     yield decode(ids[context:])[len(decode(ids[context:done])) :]
 
 
-def _stream(
-    model: LlamaForCausalLM, tokenizer: "PreTrainedTokenizerBase", prompt: list[int], options: dict[str, Any]
-) -> None:
+def _stream(model: CausalLM, tokenizer: "PreTrainedTokenizerBase", prompt: list[int], options: dict[str, Any]) -> None:
     times = [time.perf_counter()]
 
     def tokens() -> Iterator[int]:
@@ -207,7 +206,7 @@ def _stream(
 
 
 def _print_complete(
-    model: LlamaForCausalLM,
+    model: CausalLM,
     tokenizer: "PreTrainedTokenizerBase",
     prompts: list[list[int]],
     options: dict[str, Any],

@@ -22,7 +22,7 @@ from fireq_jax.device_memory import check_fits
 from fireq_jax.generation.sampling import SamplingArrays, SamplingConfig, SamplingOptions, sample
 from fireq_jax.models.inputs import as_array, check_shapes, check_values
 from fireq_jax.models.kv_cache import KVCache, LayerCache, slot_bytes
-from fireq_jax.models.llama import LlamaForCausalLM
+from fireq_jax.models.llama import CausalLM
 from pallas_kernels.formats import ScaledArray
 
 BUCKET = 64
@@ -70,7 +70,7 @@ class StreamStep(NamedTuple):
 
 
 def generate(
-    model: LlamaForCausalLM,
+    model: CausalLM,
     input_ids: jax.typing.ArrayLike | Sequence[Sequence[int]],
     attention_mask: jax.typing.ArrayLike | Sequence[Sequence[int]] | None = None,
     *,
@@ -125,7 +125,7 @@ def generate(
 
 
 def stream(
-    model: LlamaForCausalLM,
+    model: CausalLM,
     input_ids: jax.typing.ArrayLike | Sequence[Sequence[int]],
     attention_mask: jax.typing.ArrayLike | Sequence[Sequence[int]] | None = None,
     *,
@@ -143,7 +143,7 @@ def stream(
 
 
 def check_call(
-    model: LlamaForCausalLM,
+    model: CausalLM,
     input_ids: jax.typing.ArrayLike | Sequence[Sequence[int]],
     attention_mask: jax.typing.ArrayLike | Sequence[Sequence[int]] | None = None,
     *,
@@ -159,7 +159,7 @@ def check_call(
 
 
 def compile_ahead(
-    model: LlamaForCausalLM,
+    model: CausalLM,
     input_ids: jax.typing.ArrayLike | Sequence[Sequence[int]],
     attention_mask: jax.typing.ArrayLike | Sequence[Sequence[int]] | None = None,
     *,
@@ -170,7 +170,7 @@ def compile_ahead(
     """Compile what :func:`generate` and :func:`stream` run for such a call, and for calls that share its programs.
 
     Arguments and errors are theirs, and ``only_prefill``: the first token's program alone. The model may be
-    ``LlamaForCausalLM.abstract``, whose arrays are read meanwhile.
+    ``CausalLM.abstract``, whose arrays are read meanwhile.
     """
     request = _prepare(model, input_ids, attention_mask, max_new_tokens, **options)
     arrays, structure = jax.tree.flatten(model)
@@ -193,7 +193,7 @@ def _placed_with(array: Array | jax.ShapeDtypeStruct, results: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), results)
 
 
-def _steps(model: LlamaForCausalLM, request: "_Request") -> Iterator[StreamStep]:
+def _steps(model: CausalLM, request: "_Request") -> Iterator[StreamStep]:
     arrays, structure = jax.tree.flatten(model)
     tokens, lengths, choice = jax.device_put(request.inputs)
     cache, progress = _prefill(structure, arrays, tokens, lengths, choice, request.capacity)
@@ -281,7 +281,7 @@ def _prefill(
     capacity: int,
 ) -> tuple[KVCache, _Progress]:
     """The first token; ``structure`` and ``arrays`` are the model, flattened once for several calls."""
-    model: LlamaForCausalLM = jax.tree.unflatten(structure, arrays)
+    model: CausalLM = jax.tree.unflatten(structure, arrays)
     logits, cache = model.prefill(tokens, lengths, capacity)
     batch, vocabulary = logits.shape
     seen = None
@@ -309,7 +309,7 @@ def _decode(
         The cache, in the argument's memory; where the sequences are; the new tokens, as wide as
         the cache so that ``count`` is not compiled in; and how many of each sequence are new.
     """
-    model: LlamaForCausalLM = jax.tree.unflatten(structure, arrays)
+    model: CausalLM = jax.tree.unflatten(structure, arrays)
     batch = progress.tokens.shape[0]
 
     def unfinished(carry: tuple) -> Bool[Array, ""]:
@@ -345,7 +345,7 @@ def _choose(
 
 
 def _prepare(
-    model: LlamaForCausalLM,
+    model: CausalLM,
     input_ids: Any,
     attention_mask: Any,
     max_new_tokens: int,
@@ -397,7 +397,7 @@ def _prepare(
     return _Request(prompt.astype(np.int32), tokens, lengths, choice, int(max_new_tokens), capacity, cache_bytes)
 
 
-def _warn_beyond_positions(model: LlamaForCausalLM, request: _Request) -> None:
+def _warn_beyond_positions(model: CausalLM, request: _Request) -> None:
     longest, positions = int(request.lengths.max()), model.config.max_position_embeddings
     if longest + request.new_tokens > positions and model.config.rope.rope_type != "dynamic":
         logger.warning(

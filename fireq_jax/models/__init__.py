@@ -1,7 +1,7 @@
-"""Flax (nnx) Llama models."""
+"""Flax (nnx) models of Llama and its relatives."""
 
 from fireq_jax.models.config import ModelConfig, RopeConfig
 from fireq_jax.models.kv_cache import KVCache
-from fireq_jax.models.llama import LlamaForCausalLM
+from fireq_jax.models.llama import AutoModelForCausalLM, CausalLM, LlamaForCausalLM
 
-__all__ = ["KVCache", "LlamaForCausalLM", "ModelConfig", "RopeConfig"]
+__all__ = ["AutoModelForCausalLM", "CausalLM", "KVCache", "LlamaForCausalLM", "ModelConfig", "RopeConfig"]

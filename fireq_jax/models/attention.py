@@ -2,20 +2,20 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
+from pallas_kernels.head_norm import HeadNorm
 
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.kv_cache import LayerCache
-from fireq_jax.models.layers import Linear, Tap, no_tap
-from fireq_jax.quantization.config import QuantizationConfig
+from fireq_jax.models.layers import LayerOptions, Linear, Tap, no_tap, show
+from fireq_jax.models.rope import Tables
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.formats import E4M3, ScaledArray
 from pallas_kernels.prefill_attention import prefill_attention
-from pallas_kernels.rope_quantize import apply_rope, rope_quantize, split_heads
+from pallas_kernels.rope_quantize import rope_quantize, rotate_heads, split_heads
 from pallas_kernels.split_sum import SplitSum, finished
 
 # Chunks of at most this many queries go to the decode kernel.
@@ -26,49 +26,54 @@ class Attention(nnx.Module):
     """Self-attention of one layer; q, k and v are one matmul.
 
     Attributes:
+        q_norm, k_norm: float32 [heads, H] and [kv_heads, H], gains of each head's RMSNorm; None without.
         post_rope_scale: float32 [kv_heads, H], FireQ's S: rotated keys are multiplied and queries
             divided by it. None without post-RoPE scaling.
         key_offset: float32 [kv_heads, H], subtracted from the scaled keys before they are stored:
             it moves all scores of a query alike, which softmax ignores. None without it.
     """
 
-    def __init__(
-        self,
-        name: str,
-        config: ModelConfig,
-        quantization: QuantizationConfig,
-        *,
-        dtype: jax.typing.DTypeLike,
-        implementation: Implementation,
-        rngs: nnx.Rngs,
-    ) -> None:
-        linear = functools.partial(
-            Linear,
-            bias=config.attention_bias,
-            quantization=quantization,
-            dtype=dtype,
-            implementation=implementation,
-            rngs=rngs,
-        )
+    def __init__(self, name: str, config: ModelConfig, options: LayerOptions, window: int | None = None) -> None:
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self.qkv_proj = linear(f"{name}.qkv_proj", config.hidden_size, (heads + 2 * kv_heads) * head_dim)
-        self.o_proj = linear(f"{name}.o_proj", heads * head_dim, config.hidden_size)
-        scaled = quantization.smoothing is not None and quantization.smoothing.post_rope_channels > 0
+        columns = (heads + 2 * kv_heads) * head_dim
+        self.qkv_proj = Linear(f"{name}.qkv_proj", config.hidden_size, columns, options, bias=config.attention_bias)
+        self.o_proj = Linear(f"{name}.o_proj", heads * head_dim, config.hidden_size, options, bias=config.output_bias)
+        normed = config.head_norm != "none"
+        self.q_norm = nnx.Param(jnp.ones((heads, head_dim), jnp.float32)) if normed else None
+        self.k_norm = nnx.Param(jnp.ones((kv_heads, head_dim), jnp.float32)) if normed else None
+        smoothing = options.quantization.smoothing
+        scaled = smoothing is not None and smoothing.post_rope_channels > 0
         self.post_rope_scale = nnx.Param(jnp.ones((kv_heads, head_dim), jnp.float32)) if scaled else None
-        centered = quantization.smoothing is not None and quantization.smoothing.key_offset
+        centered = smoothing is not None and smoothing.key_offset
         self.key_offset = nnx.Param(jnp.zeros((kv_heads, head_dim), jnp.float32)) if centered else None
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        self.quantization = quantization
-        self.implementation: Implementation = implementation
+        self.config = config
+        self.window = window
+        self.quantization = options.quantization
+        self.implementation: Implementation = options.implementation
+
+    @property
+    def head_norm(self) -> HeadNorm | None:
+        """The norm of queries and keys."""
+        if self.q_norm is None or self.k_norm is None:
+            return None
+        return HeadNorm(
+            self.q_norm.get_value(),
+            self.k_norm.get_value(),
+            self.config.rms_norm_eps,
+            placement="after_rope" if self.config.head_norm == "after_rope" else "before_rope",
+            across_heads=self.config.head_norm == "across_heads",
+            width=self.config.head_width,
+        )
 
     def __call__(
         self,
         x: ScaledArray | Float[Array, "B T D"],
-        residual: Float[Array, "B T D"],
-        rope: tuple[Float[Array, "B T half"], Float[Array, "B T half"]],
+        residual: Float[Array, "B T D"] | None,
+        rope: Tables,
         *,
         start: Int[Array, " B"],
         lengths: Int[Array, " B"],
+        growth: Float[Array, "B T"] | None = None,
         cache: LayerCache | None = None,
         capacity: int | None = None,
         tap: Tap = no_tap,
@@ -76,10 +81,10 @@ class Attention(nnx.Module):
         """Attention of a chunk, plus ``residual``.
 
         Args:
-            x: normalized hidden states (``RMSNorm.input_of`` qkv_proj); sequence b has ``lengths[b]``
-                valid tokens, first in its row.
-            residual: added to the output, in the model's dtype.
+            x: rows as qkv_proj takes them; sequence b has ``lengths[b]`` valid tokens, first in its row.
+            residual: added to the output, in the model's dtype; None adds nothing.
             rope: cos and sin of the tokens' positions.
+            growth: what each token's queries are multiplied by; None means 1.
             start: position of each sequence's first token in ``x``.
             lengths: valid tokens of each sequence in ``x``.
             cache: earlier keys and values, to be extended; None for the first chunk.
@@ -91,18 +96,18 @@ class Attention(nnx.Module):
         """
         packed = self.qkv_proj.deferred(x)
         attention, new_cache = self.attend(
-            packed, residual.dtype, rope, start=start, lengths=lengths, cache=cache, capacity=capacity, tap=tap
+            packed, rope, start=start, lengths=lengths, growth=growth, cache=cache, capacity=capacity, tap=tap
         )
         return self.o_proj.deferred(attention, residual=residual), new_cache
 
     def attend(
         self,
         packed: Float[Array, "B T packed"] | SplitSum,
-        dtype: jax.typing.DTypeLike,
-        rope: tuple[Float[Array, "B T half"], Float[Array, "B T half"]],
+        rope: Tables,
         *,
         start: Int[Array, " B"],
         lengths: Int[Array, " B"],
+        growth: Float[Array, "B T"] | None = None,
         cache: LayerCache | None = None,
         capacity: int | None = None,
         tap: Tap = no_tap,
@@ -113,25 +118,27 @@ class Attention(nnx.Module):
 
         Args:
             packed: queries, keys and values of all heads, side by side.
-            dtype: of the hidden states.
 
         Returns:
             [B, T, heads * H], in FP8 where ``o_proj`` takes that, and the new cache.
         """
         self._show(packed, rope, tap)
+        config, dtype = self.config, self.qkv_proj.dtype
         batch, length = rope[0].shape[:2]
         entry = cache
         if entry is None:
             slots = length if capacity is None else capacity
             if length > slots:
                 raise ValueError(f"the prompt has {length} tokens; the cache holds {slots}")
-            entry = LayerCache.create(self.quantization, (batch, self.kv_heads, slots, self.head_dim), dtype)
+            entry = LayerCache.create(self.quantization, (batch, config.num_kv_heads, slots, config.head_dim), dtype)
         query, *rows = rope_quantize(
             packed,
             *rope,
             *entry,
             start=start,
             lengths=lengths,
+            norm=self.head_norm,
+            query_factor=growth,
             post_rope_scale=None if self.post_rope_scale is None else self.post_rope_scale.get_value(),
             key_offset=None if self.key_offset is None else self.key_offset.get_value(),
             key_clip=self.quantization.key_clip,
@@ -141,8 +148,8 @@ class Attention(nnx.Module):
             implementation=self.implementation,
         )
         new_cache = None if cache is None and capacity is None else LayerCache(*rows)
-        # What o_proj would do to bf16 anyway; a tap wants to see the floats.
-        quantized = self.o_proj.takes_fp8 and dtype == jnp.bfloat16 and tap is no_tap
+        # What o_proj would do to bf16 anyway.
+        quantized = self.o_proj.takes_fp8 and dtype == jnp.bfloat16
         lengths = start + lengths
         if cache is not None:
             # Of more tokens than it has slots the last are not there.
@@ -150,22 +157,26 @@ class Attention(nnx.Module):
         attend = functools.partial(
             decode_attention if cache is not None and length <= DECODE_QUERIES else prefill_attention,
             kv_lengths=lengths,
-            scale=self.head_dim**-0.5,
+            scale=config.scale,
+            window=self.window,
+            **({} if config.attention_softcap is None else {"softcap": config.attention_softcap}),
             out_dtype=E4M3 if quantized else dtype,
             implementation=self.implementation,
         )
         attention = attend(query, *rows, query_start=None if cache is None else start)
         if not isinstance(attention, ScaledArray):
-            attention = attention.reshape(batch, length, self.heads * self.head_dim)
-            tap("o_input", attention)
+            attention = attention.reshape(batch, length, config.num_heads * config.head_dim)
+        show(tap, "o_input", attention)
         return attention, new_cache
 
-    def _show(self, packed: Float[Array, "B T packed"] | SplitSum, rope: tuple[Array, Array], tap: Tap) -> None:
+    def _show(self, packed: Float[Array, "B T packed"] | SplitSum, rope: Tables, tap: Tap) -> None:
         """What calibration measures on the way; nothing is computed for a tap that nobody reads."""
         if tap is no_tap:
             return
-        query, key, value = split_heads(finished(packed), self.kv_heads, rope[0])
-        tap("key_before_rope", key)
+        query, key, value = split_heads(finished(packed), self.config.num_kv_heads, rope[0])
         tap("value", value)
-        tap("key_after_rope", apply_rope(key, *rope))
-        tap("query_after_rope", apply_rope(query, *rope))
+        rotated_query, rotated_key = rotate_heads(query, key, *rope, self.head_norm)
+        # Of normed keys only the pairs' sizes are wanted, which RoPE keeps.
+        tap("key_before_rope", key if self.head_norm is None else rotated_key)
+        tap("key_after_rope", rotated_key)
+        tap("query_after_rope", rotated_query)

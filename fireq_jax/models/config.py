@@ -1,16 +1,55 @@
-"""ModelConfig: a Llama's architecture, read from a Hugging Face ``config.json``."""
+"""ModelConfig: the architecture of a Llama or one of its relatives; ``architectures`` reads it from a config.json."""
 
 import dataclasses
-import logging
 from collections.abc import Mapping
 from typing import Any, Literal, Self, get_args
 
-from fireq_jax.config_fields import check_names, check_types, is_a, mapping
+from fireq_jax.config_fields import Ranges, check_names, check_types, check_values, mapping, quote
 
-RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
-logger = logging.getLogger(__name__)
-
+RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
+NormOrder = Literal["pre", "post", "sandwich", "parallel"]
+NormKind = Literal["rms", "layer"]
+HeadNorms = Literal["none", "before_rope", "after_rope", "across_heads"]
+GateActivation = Literal["silu", "gelu_tanh"]
 _ORIGINAL = "original_max_position_embeddings"
+# Beyond any real model, and small enough that indices and positions stay within int32 and rotary frequencies
+# and epsilons within float32.
+LARGEST_VOCABULARY = 2**24
+LARGEST_POSITION = 2**31 - 1
+_ROPE_RANGES: Ranges = {
+    "theta": (1, 10**15),
+    "factor": (1, 2**20),
+    _ORIGINAL: (1, LARGEST_POSITION),
+    "low_freq_factor": (1e-6, 10**6),
+    "high_freq_factor": (1e-6, 10**6),
+    "beta_fast": (1e-6, 10**6),
+    "beta_slow": (1e-6, 10**6),
+    "attention_factor": (1e-3, 10**3),
+    "mscale": (0, 10**3),
+    "mscale_all_dim": (0, 10**3),
+    "short_factor": (1e-6, 10**6),
+    "long_factor": (1e-6, 10**6),
+    "rotary_dim": (2, 2**12),
+}
+RANGES: Ranges = {
+    "vocab_size": (1, LARGEST_VOCABULARY),
+    "hidden_size": (1, 2**20),
+    "intermediate_size": (1, 2**22),
+    "num_layers": (1, 10_000),
+    "num_heads": (1, 2**14),
+    "num_kv_heads": (1, 2**14),
+    "head_dim": (2, 2**12),
+    "head_width": (2, 2**12),
+    "max_position_embeddings": (1, LARGEST_POSITION),
+    "rms_norm_eps": (1e-30, 0.1),
+    "window": (1, LARGEST_POSITION),
+    "attention_scale": (1e-6, 10**6),
+    "attention_softcap": (1e-3, 10**6),
+    "logit_softcap": (1e-3, 10**6),
+    "query_growth": (0, 10**3),
+    "embedding_scale": (1e-6, 10**6),
+    "logit_scale": (1e-6, 10**6),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,13 +58,20 @@ class RopeConfig:
 
     Attributes:
         rope_type: "default", "linear" (positions / factor), "dynamic" (NTK, base grows with the
-            sequence), "llama3" (long wavelengths / factor, with a smooth band) or "yarn".
+            sequence), "llama3" (long wavelengths / factor, with a smooth band), "yarn" or "longrope" (a
+            factor for each frequency).
         theta: base of the frequencies.
         factor: context extension.
         original_max_position_embeddings: context length of pre-training; None means the model's.
         low_freq_factor, high_freq_factor: "llama3"'s band.
         beta_fast, beta_slow, truncate: "yarn"'s band.
-        attention_factor, mscale, mscale_all_dim: "yarn"'s factor of cos and sin.
+        attention_factor, mscale, mscale_all_dim: "yarn"'s and "longrope"'s factor of cos and sin.
+        short_factor, long_factor: "longrope"'s divisors of each frequency, for sequences within and beyond
+            ``original_max_position_embeddings``.
+        rotary_dim: channels of a head that turn, in pairs (i, i + H/2) from i = 0; None means all.
+
+    Raises:
+        ValueError: for a value of another type, or beyond what any model has.
     """
 
     rope_type: RopeType = "default"
@@ -40,58 +86,102 @@ class RopeConfig:
     attention_factor: float | None = None
     mscale: float | None = None
     mscale_all_dim: float | None = None
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    rotary_dim: int | None = None
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check_types(self, _ROPE_RANGES)
+        object.__setattr__(self, "theta", float(self.theta))  # JAX takes no integers beyond 32 bits
         if self.rope_type not in get_args(RopeType):
-            raise ValueError(f"rope_type is {self.rope_type!r}; expected one of {get_args(RopeType)}")
-        if not self.factor > 0 or not self.theta > 0:
-            raise ValueError(f"rope theta is {self.theta} and factor {self.factor}; expected positive numbers")
+            raise ValueError(f"rope_type is {quote(self.rope_type)}; expected one of {get_args(RopeType)}")
+        if self.rope_type == "default" and self.factor != 1:
+            raise ValueError(f"rope factor is {self.factor}, but rope_type is 'default', which extends no context")
         if self.rope_type == "yarn" and not self.theta > 1:
             raise ValueError(f"rope theta is {self.theta}; YaRN expects more than 1")
-        if self.rope_type == "yarn" and not (self.beta_fast > 0 and self.beta_slow > 0):
-            raise ValueError(f"beta_fast is {self.beta_fast} and beta_slow {self.beta_slow}; expected positive numbers")
+        if self.rope_type == "yarn" and self.beta_fast < self.beta_slow:
+            raise ValueError(f"beta_fast is {self.beta_fast} and beta_slow {self.beta_slow}; expected fast >= slow")
         if self.rope_type == "llama3" and not self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
                 f"low_freq_factor is {self.low_freq_factor} and high_freq_factor {self.high_freq_factor}; "
                 "expected low < high"
             )
+        if self.rotary_dim is not None and self.rotary_dim % 2:
+            raise ValueError(f"rotary_dim is {self.rotary_dim}; expected an even number of channels, or None")
+        if self.rope_type == "longrope" and not (self.short_factor and len(self.short_factor) == len(self.long_factor)):
+            raise ValueError(
+                f"short_factor has {len(self.short_factor)} numbers and long_factor {len(self.long_factor)}; "
+                "longrope expects one for each frequency"
+            )
 
     @classmethod
     def from_huggingface(cls, fields: Mapping[str, Any]) -> Self:
         """Read ``rope_parameters`` (v5) or ``rope_theta`` and ``rope_scaling`` (v4) of a config."""
+        given = {name: fields[name] for name in ("rope_scaling", "rope_parameters") if fields.get(name) is not None}
+        forms = {name: dict(mapping(value, name)) for name, value in given.items()}
         # transformers' order where a config has several forms of it.
-        name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
-        values = dict(mapping(fields.get(name) or {}, name))
-        for name in ("rope_theta", "partial_rotary_factor"):
-            if name in fields:
-                values.setdefault(name, fields[name])
-        values["rope_type"] = values.pop("rope_type", None) or values.pop("type", None) or "default"
-        for name in ("type", "finetuned"):  # the second says how a model came about
+        values = forms.get("rope_scaling") or forms.get("rope_parameters") or {}
+        if "rope_theta" in fields:
+            values.setdefault("rope_theta", fields["rope_theta"])
+        values = {name: value for name, value in values.items() if value is not None}
+        former = values.pop("type", "default")
+        values.setdefault("rope_type", former)
+        # What says how a model came about, and what a family reads itself.
+        for name in ("finetuned", "partial_rotary_factor", "llama_4_scaling_beta", "max_position_embeddings"):
             values.pop(name, None)
-        if values["rope_type"] in ("llama3", "yarn") and (positions := fields.get(_ORIGINAL)) is not None:
-            values[_ORIGINAL] = positions
-        if (theta := values.pop("rope_theta", None)) is not None:
-            values["theta"] = float(theta) if is_a(theta, float) else theta
-        if (partial := values.pop("partial_rotary_factor", None)) not in (None, 1.0):
-            raise ValueError(f"partial_rotary_factor is {partial}; only 1.0 is supported")
-        if values["rope_type"] != "default" and values.get("factor") is None:
-            raise ValueError(f"rope_type {values['rope_type']!r} needs a factor; the config gives none")
-        return cls.from_dict({name: value for name, value in values.items() if value is not None})
+        if fields.get(_ORIGINAL) is not None:
+            values[_ORIGINAL] = fields[_ORIGINAL]
+        if "rope_theta" in values:
+            values["theta"] = values.pop("rope_theta")
+        check_values(cls, values, _ROPE_RANGES, {"theta": "rope_theta"})
+        if values["rope_type"] in ("su", "longrope"):
+            values["rope_type"] = "longrope"
+            if (original := values.get(_ORIGINAL)) and (longest := fields.get("max_position_embeddings")):
+                values["factor"] = longest / original
+        if values["rope_type"] not in ("default", "longrope") and "factor" not in values:
+            raise ValueError(f"rope_type {quote(values['rope_type'])} needs a factor; the config gives none")
+        return cls.from_dict(values)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
         """Read the fields by name; unknown keys are errors."""
         check_names(cls, mapping(fields, "rope"), may_lack=True)
-        return cls(**fields)
+        factors = {name: tuple(fields[name]) for name in ("short_factor", "long_factor") if name in fields}
+        return cls(**{**fields, **factors})
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and options of a Llama model.
+    """Sizes and options of a model: Llama's, unless they say otherwise.
 
-    ``eos_token_ids`` holds every id that ends a sequence. ``head_dim`` need not be
-    ``hidden_size // num_heads``.
+    Attributes:
+        model_type: the family, by transformers' name.
+        head_dim: channels of a head, as it is computed with; need not be ``hidden_size // num_heads``.
+        head_width: those that are not padding; None means all. The checkpoint's size of a head.
+        rope: of layers that see everything, and of all where ``local_rope`` is None.
+        local_rope: of layers with a ``window``.
+        rotated: for each layer whether it has RoPE; () means all do.
+        window: tokens that a layer sees, itself included; None means all before it.
+        windowed: for each layer whether it has the ``window``; () means all do.
+        norm_order: norms before attention and MLP ("pre"), after them ("post"), both ("sandwich"), or one
+            before both, which are added to the same input ("parallel").
+        norm_kind: of these and the last: RMSNorm, or LayerNorm without bias.
+        rms_norm_eps: of these norms.
+        head_norm: RMSNorm of queries and keys: of each head "before_rope" or "after_rope", or before RoPE
+            "across_heads", with one root mean square for all.
+        activation: of the gate.
+        attention_bias: of q, k and v.
+        output_bias: of attention's output.
+        attention_scale: factor of the scores; None means width ** -0.5.
+        attention_softcap, logit_softcap: c of c * tanh(x / c), of scores and logits.
+        query_growth: beta; queries at position p are multiplied by 1 + beta * ln(1 + floor(p / original)).
+        embedding_scale: factor of the embeddings, but not of a tied head.
+        logit_scale: factor of the logits.
+        bos_token_id, pad_token_id: -1 means none, as None does.
+        eos_token_ids: every id that ends a sequence.
+
+    Raises:
+        ValueError: for a value of another type, beyond what any model has, or that does not go with the others.
     """
 
     vocab_size: int
@@ -110,95 +200,112 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    model_type: str = "llama"
+    output_bias: bool = False
+    head_width: int | None = None
+    local_rope: RopeConfig | None = None
+    rotated: tuple[bool, ...] = ()
+    window: int | None = None
+    windowed: tuple[bool, ...] = ()
+    norm_order: NormOrder = "pre"
+    norm_kind: NormKind = "rms"
+    head_norm: HeadNorms = "none"
+    activation: GateActivation = "silu"
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    query_growth: float = 0.0
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        check_types(self)
-        sizes = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "max_position_embeddings",
-        )
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
-        if not self.rms_norm_eps > 0:
-            raise ValueError(f"rms_norm_eps is {self.rms_norm_eps}; expected a positive number")
+        check_types(self, RANGES)
+        last = self.vocab_size - 1
+        check_types(self, {"bos_token_id": (-1, last), "eos_token_ids": (0, last), "pad_token_id": (-1, last)})
+        for name, kind in (("norm_order", NormOrder), ("norm_kind", NormKind), ("head_norm", HeadNorms),
+                           ("activation", GateActivation)):  # fmt: skip
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} is {quote(getattr(self, name))}; expected one of {get_args(kind)}")
+        for name in ("rotated", "windowed"):
+            if getattr(self, name) and len(getattr(self, name)) != self.num_layers:
+                raise ValueError(
+                    f"{name} has {len(getattr(self, name))} entries; the model has {self.num_layers} layers"
+                )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads is {self.num_heads}; expected a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; RoPE expects an even number")
+        if self.rope.rope_type == "dynamic" and self.width == 2:
+            raise ValueError(
+                "head_dim is 2; dynamic RoPE, whose base grows by a power of dim / (dim - 2), expects more"
+            )
+        if self.width > self.head_dim or self.width % 2:
+            raise ValueError(f"head_width is {self.head_width}; expected an even number up to head_dim {self.head_dim}")
+        for rope in (self.rope, self.local_rope):
+            if rope is not None and (rope.rotary_dim or 0) > self.width:
+                raise ValueError(f"rotary_dim is {rope.rotary_dim}; expected at most {self.width}, a head's width")
 
-    @classmethod
-    def from_huggingface(cls, fields: Mapping[str, Any]) -> Self:
-        """Read a ``config.json`` in transformers' v4 or v5 form.
+    @property
+    def scale(self) -> float:
+        """Factor of attention's scores."""
+        return self.width**-0.5 if self.attention_scale is None else self.attention_scale
 
-        Raises:
-            ValueError: for another architecture, or an option this model does not have.
-        """
-        if fields.get("model_type") != "llama":
-            raise ValueError(f"model_type is {fields.get('model_type')!r}; expected 'llama'")
-        for name, value in _MUST_BE.items():
-            if fields.get(name, value) != value:
-                raise ValueError(f"{name} is {fields[name]!r}; only {value!r} is supported")
-        values = {ours: fields[theirs] for theirs, ours in _NAMES.items() if fields.get(theirs) is not None}
-        if missing := [name for name in _REQUIRED if fields.get(name) is None]:
-            raise ValueError(f"config.json lacks {missing[0]}")
-        for name in ("hidden_size", "num_attention_heads"):
-            if not is_a(fields[name], int) or fields[name] < 1:
-                raise ValueError(f"{name} is {fields[name]!r}; expected a positive whole number")
-        heads = values["num_heads"]
-        values.setdefault("num_kv_heads", heads)
-        values.setdefault("head_dim", values["hidden_size"] // heads)
-        eos = fields.get("eos_token_id")
-        values["eos_token_ids"] = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-        values["rope"] = RopeConfig.from_huggingface(fields)
-        if ignored := sorted(set(fields) - set(_NAMES) - set(_MUST_BE) - _NO_EFFECT):
-            logger.warning("config.json: keys without a meaning here are ignored: %s", ", ".join(ignored))
-        return cls(**values)
+    @property
+    def width(self) -> int:
+        """Channels of a head that are not padding."""
+        return self.head_dim if self.head_width is None else self.head_width
+
+    def window_of(self, layer: int) -> int | None:
+        """Tokens that a layer sees, itself included; None means all before it."""
+        return self.window if not self.windowed or self.windowed[layer] else None
+
+    def rope_of(self, layer: int) -> RopeConfig | None:
+        """A layer's rotary embedding; None where it has none."""
+        if self.rotated and not self.rotated[layer]:
+            return None
+        return self.rope if self.local_rope is None or self.window_of(layer) is None else self.local_rope
+
+    def first_like(self, layer: int) -> int:
+        """The first layer that computes the same function of its parameters."""
+        same = (
+            i
+            for i in range(layer)
+            if (self.window_of(i), self.rope_of(i)) == (self.window_of(layer), self.rope_of(layer))
+        )
+        return next(same, layer)
+
+    @property
+    def ropes(self) -> tuple[RopeConfig | None, ...]:
+        """The different rotary embeddings of the layers."""
+        return tuple(dict.fromkeys(map(self.rope_of, range(self.num_layers))))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; :meth:`from_dict` reads them back."""
-        return {**dataclasses.asdict(self), "eos_token_ids": list(self.eos_token_ids)}
+        return dataclasses.asdict(self, dict_factory=_plain)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
-        """Read :meth:`to_dict`'s output; unknown keys are errors."""
+        """Read :meth:`to_dict`'s output; unknown keys are errors, and so are missing ones without a default."""
         values = dict(mapping(fields, "the model's config"))
-        check_names(cls, values)
-        if not isinstance(values["eos_token_ids"], list | tuple):
-            raise ValueError(f"eos_token_ids is {values['eos_token_ids']!r}; expected a list of whole numbers")
+        check_names(cls, values, may_lack=True)
+        values.setdefault("output_bias", values.get("attention_bias", False))
+        required = [field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING]
+        if missing := [name for name in (*required, "rope", "eos_token_ids") if name not in values]:
+            raise ValueError(f"the model's config lacks {missing[0]}")
+        for name, kind in (("eos_token_ids", "whole numbers"), ("rotated", "flags"), ("windowed", "flags")):
+            if not isinstance(values.get(name, ()), list | tuple):
+                raise ValueError(f"{name} is {quote(values[name])}; expected a list of {kind}")
+            values[name] = tuple(values.get(name, ()))
         values["rope"] = RopeConfig.from_dict(values["rope"])
-        values["eos_token_ids"] = tuple(values["eos_token_ids"])
+        if values.get("local_rope") is not None:
+            values["local_rope"] = RopeConfig.from_dict(values["local_rope"])
         return cls(**values)
 
 
-# transformers' name -> ours.
-_NAMES = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_kv_heads",
-    "head_dim": "head_dim",
-    "max_position_embeddings": "max_position_embeddings",
-    "rms_norm_eps": "rms_norm_eps",
-    "tie_word_embeddings": "tie_word_embeddings",
-    "attention_bias": "attention_bias",
-    "mlp_bias": "mlp_bias",
-    "bos_token_id": "bos_token_id",
-    "pad_token_id": "pad_token_id",
-}
-_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_MUST_BE = {"hidden_act": "silu", "quantization_config": None, "is_decoder": False, "add_cross_attention": False}
-# Read elsewhere (RoPE, EOS), or without effect on inference.
-_NO_EFFECT = {
-    "model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache",
-    "initializer_range", "attention_dropout", "pretraining_tp", "rope_parameters", "rope_scaling", "rope_theta",
-    "partial_rotary_factor", _ORIGINAL, "eos_token_id", "return_dict", "output_hidden_states", "output_attentions",
-}  # fmt: skip
+def eos_ids(value: Any) -> tuple[Any, ...]:
+    """``eos_token_id`` of a Hugging Face config (an id, several, or null) as ``eos_token_ids``, not checked yet."""
+    return () if value is None else tuple(value) if isinstance(value, list) else (value,)
+
+
+def _plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in pairs}

@@ -1,6 +1,6 @@
-"""Linear, RMSNorm and the gated MLP. Whether a Linear is quantized, its weight decides."""
+"""Linear, norms and the gated MLP. Whether a Linear is quantized, its weight decides."""
 
-import functools
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from fireq_jax.models.config import ModelConfig
 from fireq_jax.quantization.config import QuantizationConfig
-from pallas_kernels import layouts
+from pallas_kernels import formats, layouts
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.matmul import Activation, deferred_matmul, epilogue
@@ -22,6 +23,29 @@ Tap = Callable[[str, Array], None]
 
 def no_tap(name: str, x: Array) -> None:
     """The tap of a forward pass that nobody watches."""
+
+
+def show(tap: Tap, name: str, rows: ScaledArray | Array) -> None:
+    """Show a tap the numbers that a layer gets; nothing is computed for one that nobody reads."""
+    if tap is not no_tap:
+        tap(name, formats.dequantize(rows) if isinstance(rows, ScaledArray) else rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerOptions:
+    """What all layers of a model are made with.
+
+    Attributes:
+        quantization: which weights are quantized, and how.
+        dtype: of float weights and hidden states.
+        implementation: of the ops, see ``pallas_kernels.dispatch``.
+        rngs: of random weights.
+    """
+
+    quantization: QuantizationConfig
+    dtype: jax.typing.DTypeLike
+    implementation: Implementation
+    rngs: nnx.Rngs
 
 
 def matmul_float(x: Float[Array, "*rows K"], weight: Float[Array, "N K"]) -> Float[Array, "*rows N"]:
@@ -44,13 +68,11 @@ class Linear(nnx.Module):
         name: str,
         in_features: int,
         out_features: int,
+        options: LayerOptions,
         *,
         bias: bool,
-        quantization: QuantizationConfig,
-        dtype: jax.typing.DTypeLike,
-        implementation: Implementation,
-        rngs: nnx.Rngs,
     ) -> None:
+        quantization, dtype, rngs = options.quantization, options.dtype, options.rngs
         shape = (out_features, in_features)
         weight: Array | QuantizedTensor
         if quantization.weight_format == "none" or quantization.keeps_float(name):
@@ -67,7 +89,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((out_features,), dtype)) if bias else None
         self.dtype = jnp.dtype(dtype)
         self.fp8_activations = quantization.activation_format == "fp8"
-        self.implementation: Implementation = implementation
+        self.implementation: Implementation = options.implementation
 
     @property
     def takes_fp8(self) -> bool:
@@ -117,67 +139,63 @@ class Linear(nnx.Module):
         return epilogue(matmul_float(x, weight), bias, activation, residual).astype(self.dtype)
 
 
-class RMSNorm(nnx.Module):
-    """x / rms(x) * weight over the last axis, in float32.
+class Norm(nnx.Module):
+    """RMSNorm, x / rms(x) * weight over the last axis, or LayerNorm, the same of x less its mean; in float32.
 
     The weight is float32 whatever the model's dtype: smoothing folds factors into it.
     """
 
-    def __init__(self, width: int, eps: float, implementation: Implementation) -> None:
-        self.weight = nnx.Param(jnp.ones((width,), jnp.float32))
-        self.eps = eps
+    def __init__(self, config: ModelConfig, implementation: Implementation) -> None:
+        self.weight = nnx.Param(jnp.ones((config.hidden_size,), jnp.float32))
+        self.eps = config.rms_norm_eps
+        self.kind = config.norm_kind
         self.implementation: Implementation = implementation
 
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         """Normalized rows, in x's dtype."""
         wide = x.astype(jnp.float32)
+        if self.kind == "layer":
+            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         normalized = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
         return (normalized * jnp.broadcast_to(self.weight.get_value(), x.shape)).astype(x.dtype)
 
     def quantized(self, x: Float[Array, "*rows D"]) -> ScaledArray:
         """Normalized rows in FP8, with no other rounding."""
+        if self.kind == "layer":
+            return quantize_rows(self(x.astype(jnp.float32)), implementation=self.implementation)
         return rms_norm_quantize(x, self.weight.get_value(), self.eps, implementation=self.implementation)
 
     def input_of(
         self, linear: Linear, x: Float[Array, "*rows D"] | SplitSum, tap: Tap, name: str
     ) -> tuple[ScaledArray | Float[Array, "*rows D"], Float[Array, "*rows D"]]:
-        """Normalized rows as ``linear`` takes them, and x; ``tap`` sees them unless they exist only in FP8."""
-        if linear.takes_fp8 and isinstance(x, SplitSum):
-            return sum_norm_quantize(x, self.weight.get_value(), self.eps, implementation=self.implementation)
-        x = finished(x)
-        if linear.takes_fp8:
-            return self.quantized(x), x
-        normalized = self(x)
-        tap(name, normalized)
-        return normalized, x
+        """Normalized rows as ``linear`` takes them, and x; ``tap`` sees the rows."""
+        if linear.takes_fp8 and self.kind == "rms" and isinstance(x, SplitSum):
+            rows, x = sum_norm_quantize(x, self.weight.get_value(), self.eps, implementation=self.implementation)
+        else:
+            x = finished(x)
+            rows = self.quantized(x) if linear.takes_fp8 else self(x)
+        show(tap, name, rows)
+        return rows, x
 
 
 class MLP(nnx.Module):
-    """down_proj(SiLU(gate) * up); gate and up are one matmul with interleaved rows."""
+    """down_proj(act(gate) * up); gate and up are one matmul with interleaved rows."""
 
-    def __init__(
-        self,
-        name: str,
-        hidden_size: int,
-        intermediate_size: int,
-        *,
-        bias: bool,
-        quantization: QuantizationConfig,
-        dtype: jax.typing.DTypeLike,
-        implementation: Implementation,
-        rngs: nnx.Rngs,
-    ) -> None:
-        linear = functools.partial(
-            Linear, bias=bias, quantization=quantization, dtype=dtype, implementation=implementation, rngs=rngs
-        )
-        self.gate_up_proj = linear(f"{name}.gate_up_proj", hidden_size, layouts.interleaved_rows(intermediate_size))
-        self.down_proj = linear(f"{name}.down_proj", intermediate_size, hidden_size)
-        self.intermediate_size = intermediate_size
+    def __init__(self, name: str, config: ModelConfig, options: LayerOptions) -> None:
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        rows = layouts.interleaved_rows(inner)
+        self.gate_up_proj = Linear(f"{name}.gate_up_proj", hidden, rows, options, bias=bias)
+        self.down_proj = Linear(f"{name}.down_proj", inner, hidden, options, bias=bias)
+        self.intermediate_size = inner
+        self.activation: Activation = "gelu_tanh_mul" if config.activation == "gelu_tanh" else "silu_mul"
 
     def __call__(
-        self, x: ScaledArray | Float[Array, "B T D"], residual: Float[Array, "B T D"], tap: Tap = no_tap
+        self,
+        x: ScaledArray | Float[Array, "B T D"],
+        residual: Float[Array, "B T D"] | None = None,
+        tap: Tap = no_tap,
     ) -> Float[Array, "B T D"] | SplitSum:
-        """MLP of ``x`` (``RMSNorm.input_of`` gate_up_proj), plus ``residual``."""
-        hidden = self.gate_up_proj(x, activation="silu_mul")[..., : self.intermediate_size]
+        """MLP of ``x``, rows as gate_up_proj takes them, plus ``residual``."""
+        hidden = self.gate_up_proj(x, activation=self.activation)[..., : self.intermediate_size]
         tap("down_input", hidden)
         return self.down_proj.deferred(hidden, residual=residual)

@@ -1,4 +1,4 @@
-"""Llama: one set of classes for the float and the quantized model.
+"""The decoder of Llama and its relatives: one set of classes for all families, float or quantized.
 
 Inside, every batch is right-padded: sequence b's tokens come first in its row and ``lengths[b]``
 says how many there are. ``__call__`` accepts any 0/1 mask and brings it to that form.
@@ -7,7 +7,7 @@ says how many there are. ``__call__`` accepts any 0/1 mask and brings it to that
 import functools
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +15,17 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from fireq_jax.models.attention import Attention
+from fireq_jax.models.block import linear_names, norm_names
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.inputs import on_device
 from fireq_jax.models.kv_cache import KVCache, LayerCache
-from fireq_jax.models.layers import MLP, RMSNorm, Tap, matmul_float, no_tap
-from fireq_jax.models.parameters import parameters_of, with_parameters
-from fireq_jax.models.rope import rope_tables
+from fireq_jax.models.layers import MLP, LayerOptions, Linear, Norm, Tap, matmul_float, no_tap, show
+from fireq_jax.models.parameters import Parameter, abstract, parameters_of, with_parameters
+from fireq_jax.models.rope import Tables, query_growth, rope_tables
 from fireq_jax.quantization import recipes
 from fireq_jax.quantization.config import QuantizationConfig
 from pallas_kernels import formats, matmul_chain
-from pallas_kernels.dispatch import Implementation
+from pallas_kernels.dispatch import Implementation, check_implementation
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.matmul import matmul
 from pallas_kernels.quantized_tensor import QuantizedTensor
@@ -36,60 +37,72 @@ if TYPE_CHECKING:
 Positions = Literal["all", "last"]
 
 
-class DecoderLayer(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+class ModelOptions(TypedDict, total=False):
+    """Options of :meth:`CausalLM.from_pretrained`, which says what they mean."""
 
-    def __init__(
-        self,
-        name: str,
-        config: ModelConfig,
-        quantization: QuantizationConfig,
-        *,
-        dtype: jax.typing.DTypeLike,
-        implementation: Implementation,
-        rngs: nnx.Rngs,
-    ) -> None:
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, implementation)
-        self.self_attn = Attention(
-            f"{name}.self_attn", config, quantization, dtype=dtype, implementation=implementation, rngs=rngs
-        )
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, implementation)
-        self.mlp = MLP(
-            f"{name}.mlp",
-            config.hidden_size,
-            config.intermediate_size,
-            bias=config.mlp_bias,
-            quantization=quantization,
-            dtype=dtype,
-            implementation=implementation,
-            rngs=rngs,
-        )
+    dtype: jax.typing.DTypeLike
+    kv_format: formats.KVFormat | None
+    implementation: Implementation
+
+
+class DecoderLayer(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); norms where ``config.norm_order`` has them."""
+
+    def __init__(self, name: str, index: int, config: ModelConfig, options: LayerOptions) -> None:
+        """Layer ``index``; ``name`` is what ``QuantizationConfig.keep_float`` matches."""
+
+        def norm(kind: str) -> Norm | None:
+            return Norm(config, options.implementation) if kind in norm_names(config) else None
+
+        self.input_layernorm = norm("input_layernorm")
+        self.self_attn = Attention(f"{name}.self_attn", config, options, config.window_of(index))
+        self.attention_output_norm = norm("attention_output_norm")
+        self.post_attention_layernorm = norm("post_attention_layernorm")
+        self.mlp = MLP(f"{name}.mlp", config, options)
+        self.mlp_output_norm = norm("mlp_output_norm")
+        self.rope = config.rope_of(index)
 
     def __call__(
         self,
         x: Float[Array, "B T D"] | SplitSum,
-        rope: tuple[Float[Array, "B T half"], Float[Array, "B T half"]],
+        rope: Tables,
         *,
         start: Int[Array, " B"],
         lengths: Int[Array, " B"],
+        growth: Float[Array, "B T"] | None = None,
         cache: LayerCache | None = None,
         capacity: int | None = None,
         tap: Tap = no_tap,
     ) -> tuple[Float[Array, "B T D"] | SplitSum, LayerCache | None]:
         """One block; arguments as in :class:`~fireq_jax.models.attention.Attention`."""
-        if cache is not None and tap is no_tap and (weights := self._chain(x)):
-            return self._in_chains(x, rope, weights, start=start, lengths=lengths, cache=cache)
-        normalized, x = self.input_layernorm.input_of(self.self_attn.qkv_proj, x, tap, "qkv_input")
-        x, new_cache = self.self_attn(
-            normalized, x, rope, start=start, lengths=lengths, cache=cache, capacity=capacity, tap=tap
-        )
-        normalized, x = self.post_attention_layernorm.input_of(self.mlp.gate_up_proj, x, tap, "gate_up_input")
-        return self.mlp(normalized, x, tap), new_cache
+        if cache is not None and (weights := self._chain(x)):
+            return self._in_chains(x, rope, weights, start=start, lengths=lengths, growth=growth, cache=cache)
+        attend = functools.partial(
+            self.self_attn, rope=rope, start=start, lengths=lengths, growth=growth, cache=cache, capacity=capacity,
+            tap=tap,
+        )  # fmt: skip
+        qkv, gate_up = self.self_attn.qkv_proj, self.mlp.gate_up_proj
+        rows, x = _input_of(self.input_layernorm, qkv, x, tap, "qkv_input")
+        if self.post_attention_layernorm is None and self.input_layernorm is not None:
+            show(tap, "gate_up_input", rows)
+            x, new_cache = attend(rows, x)
+            return self.mlp(rows, finished(x), tap), new_cache
+        if self.attention_output_norm is None:
+            x, new_cache = attend(rows, x)
+        else:
+            branch, new_cache = attend(rows, None)
+            x = x + self.attention_output_norm(finished(branch))
+        rows, x = _input_of(self.post_attention_layernorm, gate_up, x, tap, "gate_up_input")
+        if self.mlp_output_norm is None:
+            return self.mlp(rows, x, tap), new_cache
+        return x + self.mlp_output_norm(finished(self.mlp(rows, None, tap))), new_cache
 
     def _chain(self, x: Float[Array, "B T D"] | SplitSum) -> tuple[QuantizedTensor, ...] | None:
         """Weights of qkv, o, gate_up and down, if ``matmul_chain`` can do the layer's matmuls of these rows."""
         linear = self.self_attn.qkv_proj, self.self_attn.o_proj, self.mlp.gate_up_proj, self.mlp.down_proj
-        weights = tuple(weight for layer in linear if (weight := layer.bare_weight) is not None)
+        plain = self.attention_output_norm is None and self.post_attention_layernorm is not None
+        plain &= self.mlp.activation == "silu_mul" and self.self_attn.config.norm_kind == "rms"
+        weights = tuple(weight for layer in linear if plain and (weight := layer.bare_weight) is not None)
         rows = math.prod(x.rows if isinstance(x, SplitSum) else x.shape[:-1])
         if len(weights) < len(linear):
             return None
@@ -98,25 +111,39 @@ class DecoderLayer(nnx.Module):
     def _in_chains(
         self,
         x: Float[Array, "B T D"] | SplitSum,
-        rope: tuple[Float[Array, "B T half"], Float[Array, "B T half"]],
+        rope: Tables,
         weights: tuple[QuantizedTensor, ...],
         *,
         start: Int[Array, " B"],
         lengths: Int[Array, " B"],
+        growth: Float[Array, "B T"] | None,
         cache: LayerCache,
     ) -> tuple[SplitSum, LayerCache | None]:
         """The same by kernels that do several matmuls each."""
         qkv, o_proj, gate_up, down = weights
         before, after = self.input_layernorm, self.post_attention_layernorm
+        assert before is not None
+        assert after is not None
         packed, stream, barrier = matmul_chain.norm_matmul(x, before.weight.get_value(), qkv, before.eps)
-        rows, new_cache = self.self_attn.attend(packed, stream.dtype, rope, start=start, lengths=lengths, cache=cache)
+        rows, new_cache = self.self_attn.attend(packed, rope, start=start, lengths=lengths, growth=growth, cache=cache)
         assert isinstance(rows, ScaledArray)  # as o_proj takes them
         norm = after.weight.get_value()
         return matmul_chain.output_mlp(rows, stream, o_proj, norm, gate_up, down, after.eps, barrier), new_cache
 
 
-class LlamaForCausalLM(nnx.Module):
-    """Llama 2, 3, 3.1 and 3.2 with a language-model head.
+def _input_of(
+    norm: Norm | None, linear: Linear, x: Float[Array, "B T D"] | SplitSum, tap: Tap, name: str
+) -> tuple[ScaledArray | Float[Array, "B T D"], Float[Array, "B T D"]]:
+    """Rows as ``linear`` takes them, normalized if there is a norm, and x."""
+    if norm is not None:
+        return norm.input_of(linear, x, tap, name)
+    x = finished(x)
+    tap(name, x)
+    return x, x
+
+
+class CausalLM(nnx.Module):
+    """A decoder with a language-model head, of any family that ``config`` can describe.
 
     Attributes:
         config: the architecture.
@@ -134,19 +161,16 @@ class LlamaForCausalLM(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ) -> None:
         """A model with random weights, made directly in their storage format."""
+        check_implementation(implementation)
         rngs = nnx.Rngs(0) if rngs is None else rngs
         quantization = recipes.none() if quantization is None else quantization
         quantization.check_fits(linear_names(config), config.head_dim)
+        options = LayerOptions(quantization, dtype, implementation, rngs)
         self.config, self.quantization, self.dtype = config, quantization, jnp.dtype(dtype)
         shape = (config.vocab_size, config.hidden_size)
         self.embed_tokens = nnx.Param((jax.random.normal(rngs.params(), shape) * 0.02).astype(dtype))
-        self.layers = nnx.List(
-            [
-                DecoderLayer(f"layers.{i}", config, quantization, dtype=dtype, implementation=implementation, rngs=rngs)
-                for i in range(config.num_layers)
-            ]
-        )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, implementation)
+        self.layers = nnx.List([DecoderLayer(f"layers.{i}", i, config, options) for i in range(config.num_layers)])
+        self.norm = Norm(config, implementation)
         head = None
         if quantization.lm_head_format == "fp8":
             head = QuantizedTensor.random(rngs.params(), shape, format="fp8")
@@ -162,6 +186,7 @@ class LlamaForCausalLM(nnx.Module):
         dtype: jax.typing.DTypeLike = jnp.bfloat16,
         kv_format: formats.KVFormat | None = None,
         implementation: Implementation = "auto",
+        verify: bool = True,
     ) -> Self:
         """Load a Hugging Face folder, or one that ``fireq-convert`` wrote.
 
@@ -170,14 +195,16 @@ class LlamaForCausalLM(nnx.Module):
             dtype: of embeddings, norms, hidden states and unquantized weights.
             kv_format: overrides the cache format of the recipe.
             implementation: of the ops, see ``pallas_kernels.dispatch``.
+            verify: of a converted model, that its files are those that were written; costs hashing them
+                (:func:`~fireq_jax.whole_files.digest`).
 
         Raises:
-            ValueError: if the folder is neither, is incomplete, or its tensors do not fit.
+            ValueError: if the folder is neither, is incomplete, has changed, or its tensors do not fit.
         """
         # Orbax takes a second to import, which a model made from scratch need not pay.
         from fireq_jax.checkpoints.folder import StoredModel
 
-        stored = StoredModel.open(Path(folder))
+        stored = StoredModel.open(Path(folder), verify=verify)
         return cls.abstract(stored, dtype=dtype, kv_format=kv_format, implementation=implementation).filled(stored)
 
     @classmethod
@@ -194,7 +221,7 @@ class LlamaForCausalLM(nnx.Module):
         Arguments are those of :meth:`from_pretrained`, which is this and then :meth:`filled`.
         """
         quantization = stored.quantization if kv_format is None else stored.quantization.with_kv_format(kv_format)
-        model = nnx.eval_shape(lambda: cls(stored.config, quantization, dtype=dtype, implementation=implementation))
+        model = abstract(lambda: cls(stored.config, quantization, dtype=dtype, implementation=implementation))
         graph, state = nnx.split(model)
         place = stored.sharding
         placed = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place), state)
@@ -295,13 +322,17 @@ class LlamaForCausalLM(nnx.Module):
         capacity: int | None = None,
     ) -> tuple[Array, KVCache | None]:
         start = jnp.zeros_like(lengths) if cache is None else cache.lengths
-        rope = rope_tables(self.config, start[:, None] + jnp.arange(tokens.shape[1])[None], start + lengths)
+        config, places = self.config, start[:, None] + jnp.arange(tokens.shape[1])[None]
+        ropes = {rope: rope_tables(config, rope, places, start + lengths) for rope in config.ropes}
+        growth = query_growth(config, places)
         x: Array | SplitSum = self.embed_tokens.get_value()[tokens]
+        if config.embedding_scale != 1:
+            x = x * jnp.asarray(config.embedding_scale, x.dtype)
         entries: list[LayerCache | None] = []
         for i, layer in enumerate(self.layers):
             entry = None if cache is None else cache.layers[i]
             graph, state = nnx.split(layer)
-            x, entry = _run_layer(graph, state, x, rope, start, lengths, entry, capacity)
+            x, entry = _run_layer(graph, state, x, ropes[layer.rope], start, lengths, growth, entry, capacity)
             entries.append(entry)
         x = finished(x)
         if positions == "last":
@@ -314,10 +345,39 @@ class LlamaForCausalLM(nnx.Module):
     def logits(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """float32 logits of hidden states that left the last layer."""
         head = (self.embed_tokens if self.lm_head is None else self.lm_head).get_value()
-        if isinstance(head, QuantizedTensor):
-            # XLA multiplies FP8 by FP8 at full speed.
-            return matmul(self.norm.quantized(x), head, out_dtype=jnp.float32, implementation="xla")
-        return matmul_float(self.norm(x), head)
+        return apply_head(self.config, self.norm, head, x)
+
+
+def apply_head(config: ModelConfig, norm: Norm, head: Parameter, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
+    """float32 logits: the last norm, ``head`` [V, D], plain or FP8, and what the family does to them."""
+    if isinstance(head, QuantizedTensor):
+        # XLA multiplies FP8 by FP8 at full speed.
+        logits = matmul(norm.quantized(x), head, out_dtype=jnp.float32, implementation="xla")
+    else:
+        logits = matmul_float(norm(x), head)
+    if config.logit_scale != 1:
+        logits = logits * config.logit_scale
+    cap = config.logit_softcap
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+# The name under which those who come from transformers look for it.
+AutoModelForCausalLM = CausalLM
+
+
+class LlamaForCausalLM(CausalLM):
+    """A model of the Llama family, and of no other."""
+
+    @classmethod
+    def abstract(cls, stored: "StoredModel", **options: Unpack[ModelOptions]) -> Self:
+        """:meth:`CausalLM.abstract`.
+
+        Raises:
+            ValueError: for a folder with a model of another family.
+        """
+        if (found := stored.config.model_type) != "llama":
+            raise ValueError(f"{stored.folder} holds a {found}; expected a llama, or use AutoModelForCausalLM")
+        return super().abstract(stored, **options)
 
 
 # Layers of one structure are traced and lowered once: inside a jitted model they call one function.
@@ -326,14 +386,15 @@ def _run_layer(
     graph: nnx.GraphDef[DecoderLayer],
     state: nnx.State,
     x: Float[Array, "B T D"] | SplitSum,
-    rope: tuple[Float[Array, "B T half"], Float[Array, "B T half"]],
+    rope: Tables,
     start: Int[Array, " B"],
     lengths: Int[Array, " B"],
+    growth: Float[Array, "B T"] | None,
     cache: LayerCache | None,
     capacity: int | None,
 ) -> tuple[Float[Array, "B T D"] | SplitSum, LayerCache | None]:
     layer = nnx.merge(graph, state)
-    return layer(x, rope, start=start, lengths=lengths, cache=cache, capacity=capacity)
+    return layer(x, rope, start=start, lengths=lengths, growth=growth, cache=cache, capacity=capacity)
 
 
 def right_pad(
@@ -347,9 +408,3 @@ def right_pad(
     order = jnp.argsort(attention_mask == 0, axis=1, stable=True)
     lengths = jnp.sum(attention_mask > 0, axis=1).astype(jnp.int32)
     return jnp.take_along_axis(input_ids, order, axis=1), lengths, order
-
-
-def linear_names(config: ModelConfig) -> list[str]:
-    """Names of all linear layers, as ``QuantizationConfig.keep_float`` matches them."""
-    parts = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
-    return [f"layers.{i}.{part}" for i in range(config.num_layers) for part in parts]

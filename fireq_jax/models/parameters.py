@@ -1,12 +1,7 @@
-"""From a block's separate projections to the parameters of a layer, and into a model.
-
-A block's weights are a dict by Hugging Face name without the layer prefix
-(``self_attn.q_proj.weight`` ...), [out, in] each. The model holds q, k, v as one matrix and gate
-and up interleaved as another.
-"""
+"""From a block's tensors to the parameters of a layer, and into a model."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import jax
@@ -16,29 +11,12 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from fireq_jax.compilation import COMPILE_QUICKLY
+from fireq_jax.models.block import FLOAT32, Block, fuse_block
 from fireq_jax.quantization.config import QuantizationConfig
-from pallas_kernels import layouts
 from pallas_kernels.quantized_tensor import QuantizedTensor, quantize
 
 Parameter = Array | QuantizedTensor
-Block = Mapping[str, Array]
 ModuleT = TypeVar("ModuleT", bound=nnx.Module)
-
-
-def fuse_block(block: Block) -> dict[str, Array]:
-    """The float parameters of a layer: norms, o and down as they are, qkv and gate/up fused."""
-    fused = {
-        name: array for name, array in block.items() if "norm" in name or ".o_proj" in name or ".down_proj" in name
-    }
-    for kind in ("weight", "bias"):
-        if f"self_attn.q_proj.{kind}" in block:
-            parts = [block[f"self_attn.{part}_proj.{kind}"] for part in "qkv"]
-            fused[f"self_attn.qkv_proj.{kind}"] = jnp.concatenate(parts)
-        if f"mlp.gate_proj.{kind}" in block:
-            fused[f"mlp.gate_up_proj.{kind}"] = layouts.interleave_gate_up(
-                block[f"mlp.gate_proj.{kind}"], block[f"mlp.up_proj.{kind}"]
-            )
-    return fused
 
 
 def layer_parameters(
@@ -46,7 +24,8 @@ def layer_parameters(
 ) -> dict[str, Parameter]:
     """Parameters of layer ``index`` by full name, quantized as the config says.
 
-    ``block`` may hold ``self_attn.post_rope_scale`` (float32 [kv_heads, H]) besides its weights.
+    ``block`` may hold ``self_attn.post_rope_scale`` and ``self_attn.key_offset`` (float32 [kv_heads, H]) besides its
+    weights.
     """
     parameters: dict[str, Parameter] = {}
     for name, array in fuse_block(block).items():
@@ -54,10 +33,8 @@ def layer_parameters(
         if name.endswith("proj.weight") and not quantization.keeps_float(linear):
             parameters[f"{linear}.weight"] = quantize_linear(array, quantization)
         else:
-            parameters[f"layers.{index}.{name}"] = array.astype(jnp.float32 if "norm" in name else dtype)
-    for name in ("self_attn.post_rope_scale", "self_attn.key_offset"):
-        if name in block:
-            parameters[f"layers.{index}.{name}"] = block[name].astype(jnp.float32)
+            wide = any(part in name for part in FLOAT32)
+            parameters[f"layers.{index}.{name}"] = array.astype(jnp.float32 if wide else dtype)
     return parameters
 
 
@@ -93,6 +70,15 @@ def quantize_linear(weight: Array, quantization: QuantizationConfig) -> Quantize
         channel_scale=quantization.channel_scale,
         rounding=quantization.rounding,
     )
+
+
+def abstract(make: Callable[[], ModuleT]) -> ModuleT:
+    """The module that ``make`` makes, with shapes for arrays, which say nothing of where they are.
+
+    Under a mesh, ``nnx.eval_shape`` looks for one dtype in every parameter, which a quantized tensor does not have.
+    """
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        return nnx.eval_shape(make)
 
 
 def parameters_of(module: nnx.Module) -> dict[str, Parameter]:

@@ -7,7 +7,7 @@ import pytest
 
 from checkpoints_convert.calibrate import Calibrator
 from fireq_jax import ModelConfig
-from fireq_jax.checkpoints.huggingface import block_shapes
+from fireq_jax.models.block import block_shapes
 from fireq_jax.models.rope import rope_tables
 from pallas_kernels.rope_quantize import apply_rope
 
@@ -30,7 +30,7 @@ def hidden() -> np.ndarray:
 
 
 def test_statistics_equal_a_direct_computation(block: dict[str, jax.Array], hidden: np.ndarray) -> None:
-    _, statistics = Calibrator(CONFIG, batch_size=6).run(block, hidden)
+    _, statistics = Calibrator(CONFIG, batch_size=6).run(block, 0, hidden)
     x = hidden / np.sqrt(np.mean(hidden**2, axis=-1, keepdims=True) + CONFIG.rms_norm_eps)
     x = x * np.asarray(block["input_layernorm.weight"])
     np.testing.assert_allclose(statistics.inputs["qkv_input"].absmax, np.abs(x).max((0, 1)), rtol=1e-5)
@@ -41,7 +41,7 @@ def test_statistics_equal_a_direct_computation(block: dict[str, jax.Array], hidd
     pairs = np.hypot(keys[..., :4], keys[..., 4:]).max((0, 1))
     np.testing.assert_allclose(statistics.keys.pair_max, pairs, rtol=1e-4)
     positions = jnp.broadcast_to(jnp.arange(10), (6, 10))
-    rotated = apply_rope(jnp.asarray(keys), *rope_tables(CONFIG, positions, jnp.full((6,), 10)))
+    rotated = apply_rope(jnp.asarray(keys), *rope_tables(CONFIG, CONFIG.rope, positions, jnp.full((6,), 10)))
     np.testing.assert_allclose(statistics.keys.channel_max, np.abs(rotated).max((0, 1)), rtol=1e-4)
 
 
@@ -49,8 +49,8 @@ def test_statistics_equal_a_direct_computation(block: dict[str, jax.Array], hidd
 def test_batch_size_does_not_change_outputs_or_statistics(
     block: dict[str, jax.Array], hidden: np.ndarray, batch_size: int
 ) -> None:
-    expected = Calibrator(CONFIG, batch_size=6).run(block, hidden)
-    found = Calibrator(CONFIG, batch_size=batch_size).run(block, hidden)
+    expected = Calibrator(CONFIG, batch_size=6).run(block, 0, hidden)
+    found = Calibrator(CONFIG, batch_size=batch_size).run(block, 0, hidden)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
 
 

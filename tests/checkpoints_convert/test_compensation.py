@@ -14,8 +14,9 @@ from checkpoints_convert.algorithms.gptq import quantize_measured
 from checkpoints_convert.calibrate import Calibrator
 from checkpoints_convert.compensation import Compensator
 from checkpoints_convert.conversion import ConversionOptions, convert, needs_calibration
-from fireq_jax import LlamaForCausalLM, ModelConfig, QuantizationConfig, recipes
+from fireq_jax import LlamaForCausalLM, QuantizationConfig, recipes
 from fireq_jax.checkpoints.folder import WORK_FOLDER
+from fireq_jax.models.architectures import config_from_huggingface
 from fireq_jax.models.parameters import quantize_linear
 from pallas_kernels.quantized_tensor import QuantizedTensor
 
@@ -24,7 +25,7 @@ FIELDS = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-5,
     "max_position_embeddings": 64, "rope_theta": 10000.0, "tie_word_embeddings": False,
 }  # fmt: skip
-CONFIG = ModelConfig.from_huggingface(FIELDS)
+CONFIG = config_from_huggingface(FIELDS)
 PLUS = recipes.fireq_plus()
 
 
@@ -64,7 +65,7 @@ def options(model: Path, output: Path) -> ConversionOptions:
 def block_error(quantization: QuantizationConfig) -> float:
     """Relative output error of a block quantized on ``hidden_of()``."""
     block, hidden = block_of(CONFIG), hidden_of()
-    exact, _ = Calibrator(CONFIG, 8).run(block, hidden)
+    exact, _ = Calibrator(CONFIG, 8).run(block, 0, hidden)
     _, output = Compensator(CONFIG, quantization, 8).quantize(block, 0, hidden, hidden, jnp.float32)
     assert output is not None
     return float(np.linalg.norm(output - exact) / np.linalg.norm(exact))

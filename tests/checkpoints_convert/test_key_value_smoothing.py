@@ -91,7 +91,7 @@ def run(block: dict[str, jax.Array], smoothing: SmoothingConfig | None, kv_forma
 
 
 def statistics_of(block: dict[str, jax.Array]) -> BlockStatistics:
-    return Calibrator(ATTENTION_CONFIG, 2).run(block, np.asarray(HIDDEN))[1]
+    return Calibrator(ATTENTION_CONFIG, 2).run(block, 0, np.asarray(HIDDEN))[1]
 
 
 PIECES = {

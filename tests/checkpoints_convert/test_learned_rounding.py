@@ -16,8 +16,10 @@ from checkpoints_convert.algorithms.reconstruction import reconstruct, relative_
 from checkpoints_convert.calibrate import Calibrator, abstract_layer, run_layer
 from checkpoints_convert.compensation import Compensator, compensation_operations
 from checkpoints_convert.conversion import ConversionOptions, convert
-from fireq_jax import ModelConfig, QuantizationConfig
-from fireq_jax.models.parameters import fuse_block, quantize_linear, with_parameters
+from fireq_jax import QuantizationConfig
+from fireq_jax.models.architectures import config_from_huggingface
+from fireq_jax.models.block import fuse_block
+from fireq_jax.models.parameters import quantize_linear, with_parameters
 from fireq_jax.quantization import SmoothingConfig
 from pallas_kernels.quantized_tensor import QuantizedTensor
 
@@ -27,7 +29,7 @@ FIELDS = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-5,
     "max_position_embeddings": 64, "rope_theta": 10000.0, "tie_word_embeddings": False,
 }  # fmt: skip
-CONFIG = ModelConfig.from_huggingface(FIELDS)
+CONFIG = config_from_huggingface(FIELDS)
 PLAIN = QuantizationConfig(learned_steps=60)
 
 
@@ -100,21 +102,21 @@ def test_stand_in_computes_what_the_quantized_block_does() -> None:
 
 @functools.partial(jax.jit, static_argnums=0)
 def output_of(config: QuantizationConfig, parameters: dict, hidden: jax.Array) -> jax.Array:
-    return run_layer(with_parameters(abstract_layer(CONFIG, config), parameters), CONFIG, hidden)
+    return run_layer(with_parameters(abstract_layer(CONFIG, config, 0), parameters), CONFIG, hidden)
 
 
 def learn(config: QuantizationConfig, samples: int = 16) -> tuple[dict, dict]:
     """The rounded block and what learning changes, for outputs of the float block."""
     start, fused = rounded(config)
     hidden = hidden_of(2, samples)
-    target, _ = Calibrator(CONFIG, 8).run(block_of(CONFIG), hidden)
+    target, _ = Calibrator(CONFIG, 8).run(block_of(CONFIG), 0, hidden)
     return start, reconstruct(CONFIG, config, start, fused, hidden, target, batch_size=8, index=0)
 
 
 def test_unseen_text_gains_and_only_codes_scales_and_gains_change() -> None:
     start, learned = learn(PLAIN)
     unseen = hidden_of(3)
-    target, _ = Calibrator(CONFIG, 8).run(block_of(CONFIG), unseen)
+    target, _ = Calibrator(CONFIG, 8).run(block_of(CONFIG), 0, unseen)
     errors = [
         relative_error(output_of(PLAIN, parameters, jnp.asarray(unseen)), jnp.asarray(target))
         for parameters in (start, {**start, **learned})

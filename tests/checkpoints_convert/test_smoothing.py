@@ -23,13 +23,14 @@ from checkpoints_convert.algorithms.smoothing import (
     searched_column_scale,
     smooth_block,
 )
-from fireq_jax import LlamaForCausalLM, ModelConfig, QuantizationConfig
+from fireq_jax import LlamaForCausalLM, QuantizationConfig
 from fireq_jax.models import parameters
+from fireq_jax.models.architectures import config_from_huggingface
 from fireq_jax.quantization import SmoothingConfig
 from pallas_kernels import formats
 
 FIELDS = config_of("gqa", num_hidden_layers=1, attention_bias=True, mlp_bias=True)
-CONFIG = ModelConfig.from_huggingface(FIELDS)
+CONFIG = config_from_huggingface(FIELDS)
 NOTHING = SmoothingConfig(
     qkv_input=False, value_output=False, gate_up_input=False, up_down=False, pre_rope=False, post_rope_channels=0
 )

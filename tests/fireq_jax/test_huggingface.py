@@ -1,24 +1,31 @@
 """Reading checkpoints: every form they come in, and every way they are broken, by the tensor's name."""
 
 import json
+import os
 import pickle
 import shutil
+import struct
 
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import save, save_file
 from tiny_llama import config_of, weights_of, write_folder
 
 from fireq_jax import LlamaForCausalLM
-from fireq_jax.checkpoints.huggingface import HuggingFaceCheckpoint, expected_shapes
+from fireq_jax.checkpoints import huggingface
+from fireq_jax.checkpoints.huggingface import HuggingFaceCheckpoint
+from fireq_jax.models.architectures import checkpoint_shapes
 from fireq_jax.models.parameters import parameters_of
 
 FIELDS = config_of("gqa")
 TENSORS = weights_of(FIELDS)
 DOWN = "model.layers.1.mlp.down_proj.weight"
 Q = "model.layers.0.self_attn.q_proj.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+TIED_FIELDS = config_of("mha_tied")
+TIED = weights_of(TIED_FIELDS)
 
 
 def write_sharded(folder, tensors, save=save_file, stem="model", suffix=".safetensors"):
@@ -48,7 +55,7 @@ def save_torch(tensors, path):
 def assert_reads(folder, tensors=TENSORS):
     checkpoint = HuggingFaceCheckpoint(folder)
     checkpoint.check_finite(progress=False)
-    for name in expected_shapes(checkpoint.config):
+    for name in checkpoint_shapes(config_of("gqa")):
         read = checkpoint.tensor(name)
         assert read.dtype == tensors[name].dtype
         np.testing.assert_array_equal(read, tensors[name])
@@ -102,16 +109,83 @@ def test_safetensors_win_over_torch_files(tmp_path):
     assert_reads(folder)
 
 
-def test_tied_checkpoint_may_carry_a_head_and_old_buffers(tmp_path):
-    """As transformers: the tied head is the embedding, whatever else the file has."""
-    fields = config_of("mha_tied")
-    tensors = weights_of(fields)
-    extra = {"lm_head.weight": TENSORS["lm_head.weight"], "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(6)}
-    folder = write_folder(tmp_path, fields, tensors | extra)
-    assert assert_reads(folder, tensors).global_names() == ["embed_tokens", "norm.weight"]
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=jnp.float32)
-    assert model.lm_head is None
-    np.testing.assert_array_equal(model.embed_tokens.get_value(), tensors["model.embed_tokens.weight"])
+def headless(tensors):
+    """As LlamaModel saves them."""
+    return {name.removeprefix("model."): array for name, array in tensors.items()}
+
+
+def without(tensors, *names):
+    return {name: array for name, array in tensors.items() if name not in names}
+
+
+OTHER = TIED[EMBEDDING].copy()
+OTHER[-1, -1] += 1
+FORMS = {
+    "embedding alone": (True, TIED),
+    "head alone": (True, without(TIED, EMBEDDING) | {HEAD: TIED[EMBEDDING]}),
+    "the same twice": (True, TIED | {HEAD: TIED[EMBEDDING]}),
+    "another head": (True, TIED | {HEAD: OTHER}),
+    "no prefix": (True, headless(TIED)),
+    "no prefix, another head": (True, headless(TIED) | {HEAD: OTHER}),
+    "no prefix, head alone": (True, headless(without(TIED, EMBEDDING)) | {HEAD: OTHER}),
+    "no prefix, untied": (False, headless(TIED) | {HEAD: OTHER}),
+    "untied, the same twice": (False, TIED | {HEAD: TIED[EMBEDDING]}),
+}
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize("form", FORMS)
+def test_embedding_and_head_are_transformers(tmp_path, monkeypatch, form, kind):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    tied, tensors = FORMS[form]
+    folder = write_folder(tmp_path, {**TIED_FIELDS, "tie_word_embeddings": tied}, tensors)
+    if kind == "bin":
+        (folder / "model.safetensors").unlink()
+        save_torch(tensors, folder / "pytorch_model.bin")
+    monkeypatch.setattr(huggingface, "_COMPARED_BYTES", 10 * 48 * 8)  # seven slices
+    checkpoint = HuggingFaceCheckpoint(folder)
+    checkpoint.check_finite(progress=False)
+    names = checkpoint.global_names()
+    assert checkpoint.config.tie_word_embeddings == ("lm_head" not in names)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    weights = theirs.get_input_embeddings().weight, theirs.get_output_embeddings().weight
+    assert checkpoint.config.tie_word_embeddings == (weights[0].data_ptr() == weights[1].data_ptr())
+    head = "embed_tokens" if checkpoint.config.tie_word_embeddings else "lm_head"
+    np.testing.assert_array_equal(checkpoint.global_tensor("embed_tokens"), weights[0].detach().numpy())
+    np.testing.assert_array_equal(checkpoint.global_tensor(head), weights[1].detach().numpy())
+    np.testing.assert_array_equal(checkpoint.block(1)["mlp.down_proj.weight"], TIED[DOWN])
+
+
+def test_a_head_that_is_not_tied_after_all_is_used_aloud(tmp_path, caplog):
+    model = LlamaForCausalLM.from_pretrained(write_folder(tmp_path, TIED_FIELDS, TIED | {HEAD: OTHER}))
+    assert not model.config.tie_word_embeddings
+    np.testing.assert_array_equal(model.lm_head.get_value(), OTHER.astype(ml_dtypes.bfloat16))
+    assert [record.getMessage() for record in caplog.records if "ties head" in record.getMessage()]
+    caplog.clear()
+    half = {HEAD: TIED[EMBEDDING].astype(np.float16)}
+    assert not HuggingFaceCheckpoint(write_folder(tmp_path, TIED_FIELDS, TIED | half)).config.tie_word_embeddings
+    assert len(caplog.records) == 1
+    assert HuggingFaceCheckpoint(write_folder(tmp_path, TIED_FIELDS, TIED)).config.tie_word_embeddings
+    assert len(caplog.records) == 1
+
+
+def test_heads_that_cannot_be_used(tmp_path):
+    for tied, tensors, quoted in [
+        (False, headless(TIED), r"lacks tensor lm_head\.weight, .* \(tie_word_embeddings is false\)"),
+        (True, without(TIED, EMBEDDING), f"lacks tensor {EMBEDDING}"),
+        (True, TIED | {HEAD: OTHER[:-1]}, r"lm_head\.weight in .* has shape \(66, 48\); expected \(67, 48\)"),
+        (True, TIED | {HEAD: OTHER.astype(np.int8)}, r"lm_head\.weight in .* has dtype I8"),
+    ]:
+        folder = write_folder(tmp_path, {**TIED_FIELDS, "tie_word_embeddings": tied}, tensors)
+        with pytest.raises(ValueError, match=quoted):
+            HuggingFaceCheckpoint(folder)
+
+
+def test_buffers_of_old_exports_are_not_needed(tmp_path):
+    buffers = ("layers.0.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq", "layers.1.self_attn.rotary_emb.cos")
+    assert_reads(write_folder(tmp_path, FIELDS, TENSORS | {f"model.{name}": np.ones(6) for name in buffers}))
 
 
 def test_model_holds_the_files_numbers(tmp_path):
@@ -212,11 +286,138 @@ def test_torch_files_without_tensors(tmp_path):
     for content, quoted in [
         ([1, 2], "pytorch_model.bin"),
         ({name: torch.from_numpy(x) for name, x in TENSORS.items()} | {Q: 3}, Q),
-        ({"model": {name: torch.from_numpy(x) for name, x in TENSORS.items()}}, "lacks tensor"),
+        (
+            {"model": {name: torch.from_numpy(x) for name, x in TENSORS.items()}},
+            "model in .* is a dict; expected a ten",
+        ),
     ]:
         torch.save(content, folder / "pytorch_model.bin")
         with pytest.raises(ValueError, match=quoted):
             HuggingFaceCheckpoint(folder)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.filterwarnings("ignore:.*(TypedStorage is|are) deprecated:UserWarning")
+def test_torch_tensors_without_plain_numbers(tmp_path, zipped):
+    torch = pytest.importorskip("torch")
+    folder = write_folder(tmp_path, FIELDS)
+    (folder / "model.safetensors").unlink()
+    tensors = {name: torch.from_numpy(array) for name, array in TENSORS.items()}
+    for change, quoted in [
+        ({7: tensors[Q]}, "holds something under the key 7; expected tensors by name"),
+        ({None: 3}, "under the key None"),
+        ({Q: tensors[Q].to_sparse()}, f"{Q} in .* is a sparse_coo tensor"),
+        ({Q: tensors[Q].to("meta")}, f"{Q} in .* is a meta tensor"),
+        ({Q: torch.quantize_per_tensor(tensors[Q], 0.1, 0, torch.qint8)}, f"{Q} in .* is a quantized tensor"),
+    ]:
+        path = folder / "pytorch_model.bin"
+        torch.save(tensors | change, path, _use_new_zipfile_serialization=zipped)
+        with pytest.raises(ValueError, match=quoted) as refusal:
+            HuggingFaceCheckpoint(folder)
+        assert str(path) in str(refusal.value)
+
+
+def test_names_in_an_index_that_nothing_needs(tmp_path, caplog):
+    """Neither in the files nor in the model: as when buffers were dropped after the index was written."""
+    folder, index, weight_map = write_sharded(tmp_path, TENSORS)
+    first = min(weight_map.values())
+    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": first, "model.layers.9.q_norm.weight": "none.safetensors"}
+    index.write_text(json.dumps({"weight_map": weight_map | more}))
+    assert_reads(folder)
+    assert "lists model.layers.0.self_attn.rotary_emb.inv_freq (and 1 more)" in caplog.text
+
+
+def test_weights_that_no_layer_takes_are_refused(tmp_path):
+    norm = "model.layers.0.self_attn.q_norm.weight"
+    folder, _, _ = write_sharded(tmp_path, TENSORS | {norm: np.ones(12, np.float32)})
+    with pytest.raises(ValueError, match=f"unexpected tensor {norm}"):
+        HuggingFaceCheckpoint(folder)
+
+
+def test_files_of_an_index_stay_in_the_folder(tmp_path):
+    folder, index, weight_map = write_sharded(tmp_path / "model", TENSORS)
+    shard = weight_map[Q]
+    shutil.copy(folder / shard, tmp_path / "outside.safetensors")
+    outside = [
+        "../outside.safetensors",
+        str(tmp_path / "outside.safetensors"),
+        f"a/../../{shard}",
+        "..\\outside",
+        "C:x",
+    ]
+    for entry in [*outside, "", ".", None, 3, [shard]]:
+        index.write_text(
+            json.dumps({"weight_map": {name: entry if name == Q else weight_map[name] for name in TENSORS}})
+        )
+        with pytest.raises(
+            ValueError, match=r"index\.json maps .*q_proj\.weight to .*; expected the name of a file in"
+        ):
+            HuggingFaceCheckpoint(folder)
+
+
+def test_links_to_blobs_as_in_the_hubs_cache(tmp_path):
+    folder, _, weight_map = write_sharded(tmp_path / "snapshot", TENSORS)
+    (tmp_path / "blobs").mkdir()
+    for path in list(folder.iterdir()):
+        blob = path.rename(tmp_path / "blobs" / f"{path.name}.blob")
+        path.symlink_to(os.path.relpath(blob, folder))
+    assert_reads(folder)
+    (tmp_path / "blobs" / f"{weight_map[Q]}.blob").unlink()
+    with pytest.raises(ValueError, match=f"{weight_map[Q]} is no regular file, or a link to one that is missing"):
+        HuggingFaceCheckpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors"])
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path, name):
+    folder = write_folder(tmp_path, FIELDS)
+    path = folder / name
+    for make in (path.mkdir, lambda: os.mkfifo(path)):
+        path.unlink(missing_ok=True)
+        make()
+        with pytest.raises(ValueError, match=f"{path} is no regular file"):
+            HuggingFaceCheckpoint(folder)
+        if path.is_dir():
+            path.rmdir()
+
+
+def test_damaged_safetensors_name_the_file(tmp_path):
+    folder = write_folder(tmp_path, FIELDS)
+    path, content = folder / "model.safetensors", save(TENSORS)
+    size = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + size])
+
+    def encoded(**changes):
+        text = json.dumps({**header, Q: {**header[Q], **changes}}).encode()
+        return struct.pack("<Q", len(text)) + text + content[8 + size :]
+
+    damaged = [content[:7], content[: size // 2], content + b"more"]
+    damaged += [struct.pack("<Q", length) + content[8:] for length in (0, size - 1, 2**40, 2**63)]
+    damaged += [encoded(data_offsets=[0, 4]), encoded(data_offsets=[-4, 0]), encoded(shape=[2**62, 4])]
+    damaged += [encoded(data_offsets=header[DOWN]["data_offsets"]), encoded(dtype="F99"), b"PK" + content]
+    for damage in damaged:
+        path.write_bytes(damage)
+        with pytest.raises(ValueError, match=f"{path} is not a readable safetensors file"):
+            HuggingFaceCheckpoint(folder)
+
+
+def test_refusals_of_a_config_name_its_file(tmp_path):
+    folder = write_folder(tmp_path, {**FIELDS, "eos_token_id": 99}, TENSORS)
+    with pytest.raises(ValueError, match=f"{folder}/config.json: eos_token_ids is .99,.; expected 0 to 66"):
+        HuggingFaceCheckpoint(folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+    assert HuggingFaceCheckpoint(folder).config.eos_token_ids == (3, 4)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [3, 99]}')
+    with pytest.raises(
+        ValueError, match=f"{folder}/generation_config.json: eos_token_ids is .3, 99.; expected 0 to 66"
+    ):
+        HuggingFaceCheckpoint(folder)
+    (folder / "generation_config.json").unlink()
+    write_folder(tmp_path, {**FIELDS, "num_hidden_layers": 10**6}, TENSORS)
+    with pytest.raises(ValueError, match=f"{folder}/config.json: num_hidden_layers is 1000000; expected 1 to 10000"):
+        HuggingFaceCheckpoint(folder)
+    write_folder(tmp_path, {**FIELDS, "num_hidden_layers": 10_000}, TENSORS)
+    with pytest.raises(ValueError, match=r"lacks tensor model\.layers\.10\..* \(and 89981 more\)"):
+        HuggingFaceCheckpoint(folder)
 
 
 def test_broken_indices(tmp_path):

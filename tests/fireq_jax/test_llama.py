@@ -13,9 +13,10 @@ from make_golden import GOLDEN, KEPT, reference_logits
 from tiny_llama import CASES, config_of, tokens_of, weights_of
 
 from checkpoints_convert.calibrate import run_layer
-from fireq_jax import LlamaForCausalLM, ModelConfig, QuantizationConfig, recipes
+from fireq_jax import LlamaForCausalLM, QuantizationConfig, recipes
 from fireq_jax.models import attention, llama, parameters
-from fireq_jax.models.llama import linear_names
+from fireq_jax.models.architectures import config_from_huggingface, tensor_table
+from fireq_jax.models.block import linear_names
 from pallas_kernels import formats
 from pallas_kernels.matmul import matmul
 from pallas_kernels.prefill_attention import prefill_attention
@@ -30,12 +31,12 @@ extend = nnx.jit(lambda model, tokens, lengths, cache: model.extend(tokens, leng
 
 def build(fields, quantization=None, dtype=jnp.float32):
     """The model of a config.json with ``weights_of`` it."""
-    config, quantization = ModelConfig.from_huggingface(fields), quantization or recipes.none()
-    tensors = {name.removeprefix("model."): jnp.asarray(array) for name, array in weights_of(fields).items()}
+    config, quantization = config_from_huggingface(fields), quantization or recipes.none()
+    table, tensors = tensor_table(fields, config), weights_of(fields)
     filled = {}
     for index in range(config.num_layers):
-        prefix = f"layers.{index}."
-        block = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+        prefix = table.prefix.format(index=index)
+        block = {name: jnp.asarray(source.read(tensors[prefix + source.name])) for name, source in table.block.items()}
         smoothing, random = quantization.smoothing, np.random.default_rng(index)
         by_channel = random.uniform(0.5, 2, (config.num_kv_heads, config.head_dim))
         if smoothing is not None and smoothing.post_rope_channels:
@@ -45,8 +46,7 @@ def build(fields, quantization=None, dtype=jnp.float32):
         # How codes were chosen does not show in the model; choosing them by text is tested elsewhere.
         unmeasured = dataclasses.replace(quantization, scale_search=False, error_compensation=False)
         filled |= parameters.layer_parameters(block, index, unmeasured, dtype)
-    names = {"embed_tokens.weight": "embed_tokens", "norm.weight": "norm.weight", "lm_head.weight": "lm_head"}
-    rest = {ours: tensors[theirs] for theirs, ours in names.items() if theirs in tensors}
+    rest = {name: tensors[source.name] for name, source in table.outside.items()}
     model = nnx.eval_shape(lambda: LlamaForCausalLM(config, quantization, dtype=dtype))
     return parameters.with_parameters(model, filled | parameters.global_parameters(rest, quantization, dtype))
 
@@ -233,7 +233,7 @@ def test_quantized_activations_stay_near(recipe):
 @pytest.mark.parametrize("tied", [False, True])
 def test_an_fp8_head_stays_near(tied):
     """Rows and weights of E4M3 each lose 2.6% (rms) of what they are, and nothing else changes."""
-    config = dataclasses.replace(ModelConfig.from_huggingface(ONE_LAYER), tie_word_embeddings=tied)
+    config = dataclasses.replace(config_from_huggingface(ONE_LAYER), tie_word_embeddings=tied)
     model = LlamaForCausalLM(config, dtype=jnp.float32)
     quantization = dataclasses.replace(recipes.none(), lm_head_format="fp8")
     head = (model.embed_tokens if tied else model.lm_head).get_value()
@@ -272,7 +272,7 @@ def test_a_norm_quantizes_only_what_is_multiplied_as_fp8():
     ids=["fp8", "float32", "float", "o_proj kept float"],
 )
 def test_attention_quantizes_what_o_proj_would(recipe, dtype, expected, monkeypatch):
-    """Bit for bit; a tap sees the floats."""
+    """Bit for bit, and so it is when a tap watches."""
     asked, taps = [], {}
 
     def spy(*arguments, out_dtype, **options):
@@ -280,12 +280,12 @@ def test_attention_quantizes_what_o_proj_would(recipe, dtype, expected, monkeypa
         return prefill_attention(*arguments, out_dtype=out_dtype, **options)
 
     monkeypatch.setattr(attention, "prefill_attention", spy)
-    config = ModelConfig.from_huggingface(config_of("gqa"))
+    config = config_from_huggingface(config_of("gqa"))
     layer = build(config_of("gqa"), recipe, dtype=dtype).layers[0]
     hidden = jax.random.normal(jax.random.key(0), (2, 7, config.hidden_size), dtype)
     plain = nnx.jit(lambda layer, x: run_layer(layer, config, x))(layer, hidden)
     tapped = nnx.jit(lambda layer, x: run_layer(layer, config, x, taps.__setitem__))(layer, hidden)
-    assert [jnp.dtype(x) for x in asked] == [jnp.dtype(expected), jnp.dtype(dtype)]
+    assert [jnp.dtype(x) for x in asked] == [jnp.dtype(expected)] * 2
     assert taps["o_input"].shape == (2, 7, config.num_heads * config.head_dim)
     np.testing.assert_array_equal(np.asarray(plain, np.float32), np.asarray(tapped, np.float32))
 
@@ -342,7 +342,7 @@ def test_keep_float_pattern_without_a_match_is_an_error():
 
 def test_random_models_have_the_form_of_loaded_ones():
     """Made directly in storage format, with 4-bit weights: bytes are those of the loaded model."""
-    config = ModelConfig.from_huggingface(config_of("biases_head_dim_24"))
+    config = config_from_huggingface(config_of("biases_head_dim_24"))
     for quantization in RECIPES.values():
         random = nnx.eval_shape(lambda q=quantization: LlamaForCausalLM(config, q))
         filled = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), parameters.parameters_of(random))

@@ -8,6 +8,7 @@ import pytest
 from pallas_kernels import formats, layouts
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.matmul import matmul as matmul_eagerly
+from pallas_kernels.matmul_epilogue import gelu_tanh
 from pallas_kernels.quantized_tensor import QuantizedTensor
 from pallas_kernels.quantized_tensor import quantize as quantize_eagerly
 
@@ -26,6 +27,12 @@ KINDS = {
     "fp8": {"format": "fp8"},
 }
 
+# Of gates, in float64, as papers have them.
+GATES = {
+    "silu_mul": lambda x: x / (1 + np.exp(-x)),
+    "gelu_tanh_mul": lambda x: x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+}
+
 
 def normal(seed, shape):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
@@ -42,10 +49,10 @@ def expected(x, weight, bias=None, activation="none", residual=None):
     y = float64(x) @ (unit * scale[: len(unit), None]).T
     if bias is not None:
         y = y + float64(bias)
-    if activation == "silu_mul":
+    if activation != "none":
         blocks = y.reshape(*y.shape[:-1], -1, 2, 8)
         gate, up = blocks[..., 0, :], blocks[..., 1, :]
-        y = (gate / (1 + np.exp(-gate)) * up).reshape(*y.shape[:-1], -1)
+        y = (GATES[activation](gate) * up).reshape(*y.shape[:-1], -1)
     return y if residual is None else y + float64(residual)
 
 
@@ -66,13 +73,13 @@ def test_every_format_of_weight_and_activation(kind, activations):
     check(quantize_fp8(x) if activations == "fp8" else x.astype(activations), weight)
 
 
-@pytest.mark.parametrize("activation", ["none", "silu_mul"])
+@pytest.mark.parametrize("activation", ["none", *GATES])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_epilogues(activation, with_bias, with_residual):
     """activation(y + bias) + residual, over two row dimensions."""
     weight = quantize(normal(2, (48, 130)))
-    n_out = 24 if activation == "silu_mul" else 48
+    n_out = 48 if activation == "none" else 24
     check(
         quantize_fp8(normal(3, (2, 3, 130))),
         weight,
@@ -80,6 +87,14 @@ def test_epilogues(activation, with_bias, with_residual):
         activation=activation,
         residual=normal(5, (2, 3, n_out)).astype(jnp.bfloat16) if with_residual else None,
     )
+
+
+def test_gelu_keeps_the_digits_of_small_results():
+    """Of x = -5 it is -2.3e-7, and 1 + tanh in float32 would know that to a twentieth."""
+    x = np.linspace(-5, 9, 200, dtype=np.float32)
+    np.testing.assert_allclose(gelu_tanh(jnp.asarray(x)), GATES["gelu_tanh_mul"](x.astype(np.float64)), rtol=1e-5)
+    np.testing.assert_array_equal(gelu_tanh(jnp.asarray([-1e30, 0, 1e30])), np.float32([0, 0, 1e30]))
+    assert np.isnan(gelu_tanh(jnp.asarray(jnp.nan)))
 
 
 def test_interleaved_weight_gives_silu_of_gate_times_up():
@@ -126,6 +141,7 @@ X = ScaledArray(jnp.zeros((2, 128), formats.E4M3), jnp.ones((2, 1)))
         (X, {"residual": jnp.zeros((2, 12))}, r"\(2, 12\); expected \(2, 24\)"),
         (X, {"activation": "gelu"}, "'gelu'"),
         (X, {"activation": "silu_mul"}, r"\(24, 128\).*16"),
+        (X, {"activation": "gelu_tanh_mul"}, "gelu_tanh_mul expects N to be a multiple of 16"),
         (X, {"implementation": "cuda"}, "'cuda'"),
     ],
 )

@@ -16,6 +16,7 @@ import pytest
 from pallas_kernels import formats, layouts
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.matmul import matmul
+from pallas_kernels.matmul_epilogue import width_out
 from pallas_kernels.quantized_tensor import QuantizedTensor
 from pallas_kernels.sm90.hardware import SMEM_BYTES
 from pallas_kernels.sm90.matmul import config as matmul_config
@@ -24,6 +25,11 @@ from pallas_kernels.sm90.matmul.config import Config, DecodeConfig, choose, heur
 from pallas_kernels.split_sum import finished
 
 PREFILL = Config(256, multicast=2)
+SILU, GELU, BOTH = {"activation": "silu_mul"}, {"activation": "gelu_tanh_mul"}, {"bias": True, "residual": True}
+GATES = {
+    "silu_mul": lambda x: x / (1 + np.exp(-x)),
+    "gelu_tanh_mul": lambda x: x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+}
 
 # name: (m, n, k, options of _operands, config). Between them: every epilogue, both scale modes and
 # group sizes, both types of x, ragged M, N and K, one and several tiles, split K, promotion.
@@ -38,15 +44,17 @@ CASES: dict[str, tuple[int, int, int, dict, Config]] = {
     "group-64": (300, 512, 1024, {"group_size": 64}, PREFILL),
     "bias-residual": (300, 512, 1024, {"bias": True, "residual": True}, PREFILL),
     "float32-bias": (300, 512, 1024, {"bias": jnp.float32}, PREFILL),
-    "silu": (300, 512, 1024, {"silu_mul": True}, PREFILL),
-    "silu-bias-residual": (133, 528, 1024, {"silu_mul": True, "bias": True, "residual": True}, PREFILL),
+    "silu": (300, 512, 1024, SILU, PREFILL),
+    "silu-bias-residual": (133, 528, 1024, SILU | BOTH, PREFILL),
+    "gelu": (300, 512, 1024, GELU, PREFILL),
+    "gelu-bias-residual": (133, 528, 1024, GELU | BOTH, PREFILL),
     "odd-n-residual": (37, 100, 256, {"residual": True}, Config(64)),
     "promote-4": (300, 512, 2048, {}, Config(128, stages=6, promote=4)),
     "promote-3-group-64": (300, 512, 1280, {"group_size": 64}, Config(128, stages=6, promote=3)),
     "bf16-scale": (300, 512, 1152, {"scale_dtype": "bf16"}, Config(128, stages=6, multicast=2)),
     "bf16-scale-144": (300, 512, 1152, {"scale_dtype": "bf16"}, Config(144, multicast=2, store_m=48)),
     "bf16-scale-group-64": (100, 512, 640, {"scale_dtype": "bf16", "group_size": 64}, Config(64)),
-    "bf16-scale-silu": (40, 512, 1024, {"scale_dtype": "bf16", "silu_mul": True}, Config(64)),
+    "bf16-scale-silu": (40, 512, 1024, {"scale_dtype": "bf16"} | SILU, Config(64)),
     "bf16-x": (300, 512, 1024, {"x_dtype": jnp.bfloat16}, Config(128, multicast=2)),
     "bf16-x-group-64": (100, 512, 640, {"x_dtype": jnp.bfloat16, "group_size": 64}, Config(128)),
     "bf16-x-bf16-scale": (100, 512, 640, {"x_dtype": jnp.bfloat16, "scale_dtype": "bf16"}, Config(64)),
@@ -60,11 +68,12 @@ CASES: dict[str, tuple[int, int, int, dict, Config]] = {
     "one-token": (1, 1000, 1024, {}, DecodeConfig(8)),
     "decode-ring": (13, 1088, 4096, {"bias": True}, DecodeConfig(16, depth=5, stages=3)),
     "decode-rest": (13, 320, 1280, {"residual": True}, DecodeConfig(16, warpgroups=3, depth=3)),
-    "decode-silu": (61, 1088, 2048, {"silu_mul": True, "residual": True}, DecodeConfig(64, depth=3)),
+    "decode-silu": (61, 1088, 2048, SILU | {"residual": True}, DecodeConfig(64, depth=3)),
+    "decode-gelu": (13, 1088, 2048, GELU | {"bias": True}, DecodeConfig(16, depth=3)),
     "decode-40": (37, 576, 1024, {"residual": True}, DecodeConfig(40, depth=3)),
     "decode-odd-n": (37, 100, 256, {"residual": True}, DecodeConfig(40)),
     "decode-group-64": (13, 512, 2048, {"group_size": 64}, DecodeConfig(16, k_warpgroups=2)),
-    "decode-bf16-scale": (30, 512, 2176, {"scale_dtype": "bf16", "silu_mul": True}, DecodeConfig(32, k_warpgroups=2)),
+    "decode-bf16-scale": (30, 512, 2176, {"scale_dtype": "bf16"} | SILU, DecodeConfig(32, k_warpgroups=2)),
     "decode-bf16-scale-group-64": (
         5,
         512,
@@ -86,14 +95,15 @@ CASES: dict[str, tuple[int, int, int, dict, Config]] = {
     "split-two-rows": (23, 320, 1024, {"residual": True}, DecodeConfig(16, k_warpgroups=2, split_k=2)),
     "ring-split": (300, 512, 1024, {"residual": True}, Config(256, split_k=2, multicast=2)),
     "ring-split-uneven": (70, 1000, 1408, {"group_size": 64}, Config(128, split_k=8, multicast=2)),
-    "ring-split-silu": (133, 528, 1024, {"silu_mul": True, "bias": True, "residual": True}, Config(64, split_k=3)),
+    "ring-split-silu": (133, 528, 1024, SILU | BOTH, Config(64, split_k=3)),
     "ring-split-bf16-scale": (100, 512, 1152, {"scale_dtype": "bf16"}, Config(128, stages=6, split_k=2)),
     "ring-split-bf16-x": (100, 512, 1024, {"x_dtype": jnp.bfloat16}, Config(128, split_k=2)),
     "ring-split-batched": (13, 512, 2048, {}, Config(16, warpgroups=4, split_k=2, stages=2, k_tiles=4, store_m=16)),
     "split-7": (16, 512, 14336, {}, DecodeConfig(16, k_warpgroups=2, split_k=7)),
     "split-uneven": (5, 512, 11008, {}, DecodeConfig(8, k_warpgroups=4, split_k=2, depth=16)),
     "split-past-the-end": (5, 100, 640, {}, DecodeConfig(8, k_warpgroups=4, split_k=4)),
-    "split-silu": (30, 512, 4096, {"silu_mul": True}, DecodeConfig(32, warpgroups=2, k_warpgroups=2, split_k=3)),
+    "split-silu": (30, 512, 4096, SILU, DecodeConfig(32, warpgroups=2, k_warpgroups=2, split_k=3)),
+    "split-gelu": (30, 512, 4096, GELU, DecodeConfig(32, split_k=3)),
     "split-bias-residual": (30, 200, 4096, {"bias": True, "residual": True}, DecodeConfig(32, split_k=8)),
 }
 
@@ -109,7 +119,7 @@ def _operands(
     x_dtype=formats.E4M3,
     bias=None,
     residual=False,
-    silu_mul=False,
+    activation="none",
     seed=0,
 ):
     keys = jax.random.split(jax.random.key(seed), 4)
@@ -122,9 +132,9 @@ def _operands(
     if bias:
         options["bias"] = jax.random.normal(keys[2], (n,)).astype(jnp.bfloat16 if bias is True else bias)
     if residual:
-        shape = m, n // 2 if silu_mul else n
+        shape = m, width_out(n, activation)
         options["residual"] = (3 * jax.random.normal(keys[3], shape)).astype(jnp.bfloat16)
-    return x, weight, {**options, "silu_mul": silu_mul}
+    return x, weight, options
 
 
 def _kernel(x, weight, config, **options):
@@ -144,7 +154,7 @@ def _kernel(x, weight, config, **options):
     return finished(y)
 
 
-def _reference(x, weight, *, bias=None, residual=None, silu_mul=False):
+def _reference(x, weight, *, bias=None, residual=None, activation="none"):
     """float64."""
     values, scale = x if isinstance(x, ScaledArray) else (x, None)
     y = np.asarray(values.astype(jnp.float32), np.float64) @ np.asarray(weight.unscaled(), np.float64).T
@@ -153,9 +163,9 @@ def _reference(x, weight, *, bias=None, residual=None, silu_mul=False):
         y *= np.asarray(scale, np.float64)
     if bias is not None:
         y += np.asarray(bias, np.float64)
-    if silu_mul:
+    if activation != "none":
         gate, up = (y.reshape(len(y), -1, 2, 8)[:, :, i].reshape(len(y), -1) for i in range(2))
-        y = gate / (1 + np.exp(-gate)) * up
+        y = GATES[activation](gate) * up
     if residual is not None:
         y += np.asarray(residual, np.float64)
     return y
@@ -305,15 +315,12 @@ def test_what_the_kernel_cannot_run_is_named(change, message):
 @pytest.mark.parametrize("name", CASES)
 def test_lowers_for_cuda(name):
     m, n, k, options, config = CASES[name]
-    x, weight, rest = jax.eval_shape(lambda: _operands(m, n, k, **{**options, "silu_mul": False}))
-    rest["silu_mul"] = options.get("silu_mul", False)
-    if rest["silu_mul"] and "residual" in rest:
-        rest["residual"] = jax.ShapeDtypeStruct((m, n // 2), jnp.bfloat16)
-    silu_mul = rest.pop("silu_mul")
-    function = jax.jit(lambda x, w, rest: _kernel(x, w, config, **rest, silu_mul=silu_mul))
+    x, weight, rest = jax.eval_shape(lambda: _operands(m, n, k, **options))
+    activation = options.get("activation", "none")
+    function = jax.jit(lambda x, w, rest: _kernel(x, w, config, **rest, activation=activation))
     exported = jax.export.export(function, platforms=["cuda"])(x, weight, rest)
     assert "mosaic_gpu" in exported.mlir_module()
-    assert exported.out_avals[0].shape == (m, n // 2 if silu_mul else n)
+    assert exported.out_avals[0].shape == (m, width_out(n, activation))
 
 
 # --- results ----------------------------------------------------------------------------------------------
@@ -324,9 +331,9 @@ def test_lowers_for_cuda(name):
 def test_matches_float64(name):
     m, n, k, options, config = CASES[name]
     x, weight, rest = _operands(m, n, k, **options, seed=len(name))
-    expected = _reference(x, weight, **rest)
-    silu_mul = rest.pop("silu_mul")
-    function = jax.jit(lambda x, w, rest: _kernel(x, w, config, **rest, silu_mul=silu_mul))
+    activation = options.get("activation", "none")
+    expected = _reference(x, weight, **rest, activation=activation)
+    function = jax.jit(lambda x, w, rest: _kernel(x, w, config, **rest, activation=activation))
     _poison(expected.shape)
     y = function(x, weight, rest)
     # Rounding to bf16 alone is 1.65e-3; the tensor cores' sum over K adds up to 1.1e-3 to its square.

@@ -10,10 +10,13 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from poisoned_memory import poison
 from random_sum import random_sum
+from simulated import simulated
 
 from pallas_kernels import formats
 from pallas_kernels.formats import ScaledArray
+from pallas_kernels.head_norm import HeadNorm, Placement
 from pallas_kernels.rope_quantize import rope_quantize, rope_quantize_reference
 from pallas_kernels.sm90.rope_quantize import launch as sm90
 from pallas_kernels.split_sum import finished
@@ -24,6 +27,7 @@ class Case:
     """Shapes and options.
 
     ``quarter_turns``: cos and sin are 0 and 1, so that no rotation rounds. ``parts``: so many are left to add up.
+    ``norm``, ``width``: a HeadNorm's.
     """
 
     length: int = 1
@@ -39,6 +43,9 @@ class Case:
     unbiased: bool = False
     quarter_turns: bool = False
     parts: int = 0
+    norm: Placement | None = None
+    width: int | None = None
+    factor: bool = False
     config: sm90.Config | None = None
 
     @property
@@ -54,12 +61,24 @@ class Case:
         if not self.quarter_turns:
             made = {"post_rope_scale": random.uniform(0.1, 3, scales), "key_offset": random.standard_normal(scales)}
         wanted = {name: jnp.asarray(made[name], jnp.float32) for name, given in names.items() if given}
+        if self.norm is not None:
+            wanted["norm"] = random_norm(self.heads, self.kv_heads, self.head_dim, self.norm, width=self.width)
+        if self.factor:
+            wanted["query_factor"] = jnp.asarray(random.uniform(1, 2, (self.batch, self.length)), jnp.float32)
         return {
             **wanted,
             "key_clip": self.clips[0],
             "value_clip": self.clips[1],
             "unbiased_keys": self.unbiased,
         }
+
+
+def random_norm(heads: int, kv_heads: int, head_dim: int, placement: Placement = "before_rope", **options: Any):
+    random = np.random.default_rng(11)
+    query, key = (
+        jnp.asarray(random.normal(1, 0.5, (count, head_dim)).astype(np.float32)) for count in (heads, kv_heads)
+    )
+    return HeadNorm(query, key, 1e-6, placement, **options)
 
 
 CASES = {
@@ -90,7 +109,29 @@ CASES = {
     "quarter turns, S, offset": Case(
         64, slots=64, starts=(0, 0), lengths=(64, 64), scaled=True, centered=True, quarter_turns=True
     ),
+    "norm, Qwen3 8B": Case(heads=32, kv_heads=8, starts=(0, 39, 5), lengths=(1, 1, 1), norm="before_rope"),
+    "norm behind RoPE": Case(4, lengths=(4, 3), norm="after_rope"),
+    "norm, a chunk": Case(length=9, starts=(0, 20, 36, 39), lengths=(9, 5, 9, 0), norm="before_rope", factor=True),
+    "norm, head_dim 64, odd heads": Case(5, 9, 3, 64, starts=(0, 1), lengths=(5, 4), norm="before_rope"),
+    "norm, head_dim 256": Case(3, 6, 3, 256, starts=(0, 1), lengths=(3, 2), norm="before_rope"),
+    "norm, padded heads": Case(4, lengths=(4, 3), norm="before_rope", width=80),
+    "norm, S, offset, factor, eight pairs": Case(
+        4, scaled=True, centered=True, lengths=(4, 3), norm="before_rope", factor=True, config=sm90.Config(1)
+    ),
+    "norm, unbiased keys, three groups a warp": Case(
+        7, 32, 8, centered=True, unbiased=True, lengths=(7, 6), norm="before_rope", config=sm90.Config(3)
+    ),
+    "norm behind RoPE, a sum, factor": Case(
+        5, scaled=True, lengths=(5, 4), parts=3, norm="after_rope", factor=True, config=sm90.Config(99)
+    ),
+    "norm, prompts": Case(700, slots=720, starts=(0, 0, 30), lengths=(700, 12, 699), norm="before_rope"),
+    "factor": Case(5, lengths=(5, 4), factor=True),
 }  # fmt: skip
+SIMULATED = (
+    "decode, Llama 3 8B", "norm, Qwen3 8B", "norm, head_dim 64, odd heads", "norm, head_dim 256", "norm, padded heads",
+    "norm, S, offset, factor, eight pairs", "norm, unbiased keys, three groups a warp",
+    "norm behind RoPE, a sum, factor",
+)  # fmt: skip
 cases = functools.partial(pytest.mark.parametrize, "case", ids=CASES)
 
 
@@ -186,6 +227,99 @@ def test_nothing_is_rounded_between_the_steps():
     assert jnp.any(fine != fine.astype(jnp.bfloat16).astype(jnp.float32))
 
 
+@pytest.mark.parametrize("across_heads", [False, True])
+@pytest.mark.parametrize("placement", ["before_rope", "after_rope"])
+@pytest.mark.parametrize("factor", [False, True])
+def test_norm_and_factor_against_float64(placement, across_heads, factor):
+    """Heads of 80 channels, each half padded to 64, with outlying channels and tokens; nothing is quantized."""
+    batch, length, heads, kv_heads, half, real = 2, 3, 6, 2, 64, 40
+    random = np.random.default_rng(0)
+    rows = random.standard_normal((batch, length, heads + 2 * kv_heads, 2, half))
+    rows *= np.exp(2 * random.standard_normal((*rows.shape[:3], 1, 1))) * np.where(random.random(half) < 0.1, 20, 1)
+    rows[..., real:] = 0
+    rows = rows.reshape(*rows.shape[:3], 2 * half).astype(np.float32)
+    angles = random.uniform(0, 100, (batch, length, half))
+    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    norm = random_norm(heads, kv_heads, 2 * half, placement, across_heads=across_heads, width=2 * real)
+    factors = random.uniform(1, 2, (batch, length)).astype(np.float32) if factor else None
+    empty = ScaledArray(jnp.zeros((batch, kv_heads, length, 2 * half)), None)
+    query, key, value = rope_quantize(
+        jnp.asarray(rows.reshape(batch, length, -1)), jnp.asarray(cos), jnp.asarray(sin), empty, empty,
+        start=jnp.zeros(batch, jnp.int32), lengths=jnp.full(batch, length), norm=norm,
+        query_factor=factors, quantize_query=False, implementation="xla",
+    )  # fmt: skip
+
+    def turned(x):
+        x = (x[..., :half] + 1j * x[..., half:]) * (cos + 1j * sin.astype(np.float64))[:, :, None]
+        return np.concatenate([x.real, x.imag], axis=-1)
+
+    def normalized(x, weight):
+        axes, count = ((2, 3), 2 * real * x.shape[2]) if across_heads else (3, 2 * real)
+        return x / np.sqrt((x**2).sum(axes, keepdims=True) / count + 1e-6) * np.asarray(weight, np.float64)
+
+    wide = rows.astype(np.float64)
+    for ours, x, weight, factor_of in (
+        (query.values, wide[:, :, :heads], norm.query, 1 if factors is None else factors[..., None, None]),
+        (key.values.swapaxes(1, 2), wide[:, :, heads : heads + kv_heads], norm.key, 1),
+    ):
+        expected = turned(normalized(x, weight)) if placement == "before_rope" else normalized(turned(x), weight)
+        np.testing.assert_allclose(ours, expected * factor_of, rtol=1e-5, atol=2e-5)
+    np.testing.assert_array_equal(value.values.swapaxes(1, 2), rows[:, :, heads + kv_heads :])
+
+
+def test_a_factor_is_in_the_scale_of_a_quantized_query():
+    case = Case(3, factor=True, lengths=(3, 3))
+    inputs, options = operands(case), case.options
+    factor = options.pop("query_factor")
+    plain, scaled = (
+        jax.jit(functools.partial(run, rope_quantize, implementation="xla", **options, **more))(*inputs)[0]
+        for more in ({}, {"query_factor": factor})
+    )
+    np.testing.assert_array_equal(*(np.asarray(x.values, np.float32) for x in (plain, scaled)))
+    np.testing.assert_array_equal(scaled.scale, plain.scale * factor[..., None, None])
+
+
+def test_factors_of_keys_fold_into_the_norm():
+    """FireQ's N, one factor for both channels of a pair: smaller keys, and the scores that they had."""
+    case = Case(4, lengths=(4, 4), starts=(0, 0), slots=4, norm="before_rope")
+    packed, cos, sin, *_, start, lengths = operands(case)
+    empty = ScaledArray(jnp.zeros((2, 2, 4, 128)), None)
+    n = jnp.tile(2.0 ** np.random.default_rng(0).integers(-3, 4, (2, 64)), (1, 2)).astype(jnp.float32)
+    norm = random_norm(8, 2, 128)
+    folded = dataclasses.replace(norm, query=norm.query / jnp.repeat(n, 4, axis=0), key=norm.key * n)
+
+    def query_and_key(norm):
+        options = {"quantize_query": False, "implementation": "xla", "norm": norm}
+        inputs = packed.astype(jnp.float32), cos, sin, empty, empty, start, lengths
+        query, key, _ = jax.jit(functools.partial(run, rope_quantize, **options))(*inputs)
+        return query.values.reshape(2, 4, 2, 4, 128), key.values
+
+    (query, key), (new_query, new_key) = map(query_and_key, (norm, folded))
+    np.testing.assert_array_equal(new_key, key * n[:, None])
+    scores = functools.partial(jnp.einsum, "btkgh,bksh->btkgs", precision="highest")
+    np.testing.assert_allclose(scores(new_query, new_key), scores(query, key), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf, 1e30])
+def test_a_broken_row_stays_broken_behind_a_norm(broken):
+    """And leaves the other rows alone."""
+    norm = random_norm(3, 2, 8)
+    x = np.random.default_rng(0).standard_normal((1, 2, 3, 8)).astype(np.float32)
+    x[0, 1, 2, 5] = broken
+    query, _ = norm(jnp.asarray(x), jnp.asarray(x[:, :, :2]))
+    assert np.isnan(query[0, 1, 2]).all()
+    assert np.isfinite(np.asarray(query).reshape(6, 8)[:5]).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "quoted"),
+    [({"eps": 0.0}, r"eps is 0\.0"), ({"placement": "behind"}, "placement is 'behind'"), ({"width": 0}, "width is 0")],
+)
+def test_norms_quote_what_is_wrong(changes, quoted):
+    with pytest.raises(ValueError, match=quoted):
+        dataclasses.replace(random_norm(1, 1, 8), **changes)
+
+
 @pytest.mark.parametrize(
     ("changes", "quoted"),
     [
@@ -201,6 +335,10 @@ def test_nothing_is_rounded_between_the_steps():
         ({"lengths": (2, 1)}, r"lengths has shape \(2, 1\)"),
         ({"post_rope_scale": (2, 64)}, r"post_rope_scale has shape \(2, 64\)"),
         ({"key_offset": (8, 128)}, r"key_offset has shape \(8, 128\)"),
+        ({"query_factor": (2, 2)}, r"query_factor has shape \(2, 2\); expected \(2, 1\)"),
+        ({"norm": random_norm(2, 2, 128)}, r"query norm's weight has shape \(2, 128\); expected \(8, 128\)"),
+        ({"norm": random_norm(8, 8, 128)}, r"key norm's weight has shape \(8, 128\); expected \(2, 128\)"),
+        ({"norm": random_norm(8, 2, 128, width=129)}, "width is 129; expected at most head_dim 128"),
         ({"key_clip": 0.0}, r"key_clip is 0\.0"),
         ({"value_clip": -1.0}, r"value_clip is -1\.0"),
         ({"implementation": "cuda"}, "'cuda'"),
@@ -240,6 +378,9 @@ def test_unsupported_operands_have_a_reason():
     assert "float32" in str(sm90.unsupported(packed.astype(jnp.float32), cos, sin, key, value, True))
     assert "head_dim is 96" in str(sm90.unsupported(packed, cos[..., :48], sin[..., :48], key, value, True))
     assert "query" in str(sm90.unsupported(packed, cos, sin, key, value, False))
+    for across_heads, reason in ((False, "None"), (True, "all heads together")):
+        norm = random_norm(8, 2, 128, across_heads=across_heads)
+        assert reason in str(sm90.unsupported(packed, cos, sin, key, value, True, norm))
     assert "sin bfloat16" in str(sm90.unsupported(packed, cos, sin.astype(jnp.bfloat16), key, value, True))
     for kv_format, group, reason in (("fp8", None, "INT4"), ("none", None, "INT4"), ("int4", 64, "scales")):
         _, _, _, key, value, *_ = operands(Case(), kv_format, group)
@@ -284,10 +425,14 @@ def test_configs_quote_pairs_that_make_no_whole_word():
         sm90.Config(1, pairs=6)
 
 
-# --- the kernel on a GPU ------------------------------------------------------------------------------
+# --- the kernel in numpy, and on a GPU ------------------------------------------------------------------------------
 
 
-def compare(case: Case, inputs: Any) -> None:
+def jitted(function: Any, *inputs: Any) -> Any:
+    return jax.jit(function)(*inputs)
+
+
+def compare(case: Case, inputs: Any, runner: Any = jitted) -> None:
     """Kernel and compiled reference on the same cache; bit for bit where no step before rounds.
 
     XLA may fuse other multiplications into sums: float32 ulps, which take a few elements over a
@@ -299,7 +444,8 @@ def compare(case: Case, inputs: Any) -> None:
     if case.quarter_turns:
         given = jax.device_put(given, jax.devices("cpu")[0])
     reference = jax.jit(functools.partial(run, rope_quantize_reference, **case.options))(*given)
-    kernel = jax.jit(functools.partial(run, sm90.rope_quantize, config=case.config, **case.options))(*inputs)
+    poison((case.batch, case.length, case.heads, case.head_dim))
+    kernel = runner(functools.partial(run, sm90.rope_quantize, config=case.config, **case.options), *inputs)
     for ours, expected in zip(*map(arrays, (kernel, reference)), strict=True):
         if case.quarter_turns:
             np.testing.assert_array_equal(ours, expected)
@@ -313,15 +459,40 @@ def compare(case: Case, inputs: Any) -> None:
         assert np.linalg.norm((ours - expected)[finite]) <= 1e-2 * np.linalg.norm(expected[finite])
 
 
+@pytest.mark.parametrize("name", SIMULATED)
+def test_lowered_kernel_run_in_numpy_equals_reference(name):
+    compare(CASES[name], operands(CASES[name]), simulated)
+
+
+@pytest.mark.parametrize("norm", ["before_rope", "after_rope"])
+def test_a_norm_is_the_same_however_many_pairs_a_lane_has(norm):
+    """So that a prompt's keys are those of the same tokens one by one."""
+    case = Case(2, lengths=(2, 2), norm=norm)
+    few, many = (
+        simulated(functools.partial(run, sm90.rope_quantize, config=config, **case.options), *operands(case))
+        for config in (sm90.Config(1, pairs=4), sm90.Config(1, pairs=8))
+    )
+    for one, two in zip(*map(arrays, (few, many)), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
 @pytest.mark.gpu
 @cases(CASES.values())
 def test_kernel_equals_reference(case):
     compare(case, operands(case))
 
 
+def test_broken_rows_in_numpy_follow_the_rules_of_formats():
+    compare_broken_rows("norm, a chunk", simulated)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["a chunk", "quarter turns", "quarter turns, S, offset"])
+@pytest.mark.parametrize("name", ["a chunk", "quarter turns", "quarter turns, S, offset", "norm, a chunk"])
 def test_broken_rows_follow_the_rules_of_formats(name):
+    compare_broken_rows(name)
+
+
+def compare_broken_rows(name: str, runner: Any = jitted) -> None:
     """Rows of zeros, NaN, infinities, tiny and huge numbers; NaN in the slots and scales that are not written."""
     case = CASES[name]
     packed, cos, sin, key, value, start, lengths = operands(case)
@@ -335,7 +506,7 @@ def test_broken_rows_follow_the_rules_of_formats(name):
         rows[np.where((kinds == kind)[..., None], random.random(rows.shape) < 0.02, False)] = number
     packed = jnp.asarray(rows.reshape(packed.shape), jnp.bfloat16)
     key, value = (ScaledArray(x.values, jnp.full_like(x.scale, jnp.nan)) for x in (key, value))
-    compare(case, (packed, cos, sin, key, value, start, lengths))
+    compare(case, (packed, cos, sin, key, value, start, lengths), runner)
 
 
 @pytest.mark.gpu

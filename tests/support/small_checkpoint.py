@@ -10,7 +10,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from fireq_jax import LlamaForCausalLM, ModelConfig
-from fireq_jax.checkpoints.huggingface import block_shapes, expected_shapes, read_config
+from fireq_jax.models.architectures import checkpoint_shapes
+from fireq_jax.models.block import block_shapes
 from fireq_jax.models.parameters import parameters_of
 
 
@@ -21,7 +22,7 @@ def write_checkpoint(folder: Path, fields: dict[str, Any], std: float, **changes
     random = np.random.default_rng(0)
     tensors = {
         name: np.ones(shape, np.float32) if "norm" in name else random.normal(0, std, shape).astype(np.float32)
-        for name, shape in expected_shapes(read_config(folder)).items()
+        for name, shape in checkpoint_shapes(fields).items()
     }
     save_file(tensors | changes, folder / "model.safetensors")
     return folder

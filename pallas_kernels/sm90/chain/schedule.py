@@ -9,6 +9,7 @@ import dataclasses
 from typing import Literal
 
 from pallas_kernels import formats, layouts
+from pallas_kernels.matmul_epilogue import Activation, width_out
 from pallas_kernels.sm90.hardware import NUM_SMS, SMEM_BYTES
 from pallas_kernels.sm90.matmul.config import CHUNK, Problem
 
@@ -33,8 +34,8 @@ class Link:
         groups: groups in 128 inputs (1 or 2).
         source: what its input is. "rows": FP8 rows in memory; "norm": RMSNorm of what the link
             before left in parts plus a residual, or of rows in memory; "hidden": what the link
-            before, one with ``silu_mul``, left.
-        silu_mul: gate and up channels alternate in blocks of 8; the output is SiLU(gate) * up.
+            before, one with an activation, left.
+        activation: of the gate, if gate and up channels alternate in blocks of 8.
         codebook: what the weight's codes stand for.
     """
 
@@ -42,8 +43,13 @@ class Link:
     k: int
     groups: int
     source: Source
-    silu_mul: bool = False
+    activation: Activation = "none"
     codebook: formats.Codebook = "int4"
+
+    @property
+    def gated(self) -> bool:
+        """Whether it leaves what an activation made of gates and ups, in bf16, and not parts of sums."""
+        return self.activation != "none"
 
     @property
     def tiles_n(self) -> int:
@@ -68,7 +74,7 @@ class Link:
     @property
     def per_block(self) -> int:
         """Chunks of a thread block: whole tiles where the activation needs whole sums."""
-        if self.silu_mul:
+        if self.gated:
             return -(-self.tiles_n // NUM_SMS) * self.chunks
         return -(-self.total // NUM_SMS)
 
@@ -105,8 +111,8 @@ class Link:
 
     def problem(self, m: int) -> Problem:
         """The link as the matmul kernels' pieces know it."""
-        n_out = self.n // 2 if self.silu_mul else self.n
-        return Problem(m, self.n, self.k, n_out, self.groups, "e4m3", True, self.silu_mul, self.codebook)
+        n_out = width_out(self.n, self.activation)
+        return Problem(m, self.n, self.k, n_out, self.groups, "e4m3", True, self.activation, self.codebook)
 
 
 def held_tiles(links: tuple[Link, ...]) -> int:

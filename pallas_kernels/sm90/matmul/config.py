@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, formats, layouts
+from pallas_kernels.matmul_epilogue import Activation, width_out
 from pallas_kernels.sm90.hardware import NUM_SMS, SMEM_BYTES
 from pallas_kernels.split_sum import MAX_PARTS
 
@@ -143,7 +144,7 @@ class Problem:
         values: type of x.
         scale_in_table: group scales are E4M3 and part of the dequantized weights; else they are
             bf16 and multiply each group's float32 sum.
-        silu_mul: gate and up channels alternate in blocks of 8; y is SiLU(gate) * up.
+        activation: of the gate, where there is one; gate and up channels alternate in blocks of 8.
         codebook: what the weight's codes stand for.
     """
 
@@ -154,7 +155,7 @@ class Problem:
     groups: int
     values: Values
     scale_in_table: bool
-    silu_mul: bool
+    activation: Activation
     codebook: formats.Codebook = "int4"
 
     @property
@@ -170,7 +171,7 @@ class Problem:
     @property
     def rows_out(self) -> int:
         """Columns of y that a warpgroup's 64 channels become."""
-        return layouts.TILE_N // 2 if self.silu_mul else layouts.TILE_N
+        return width_out(layouts.TILE_N, self.activation)
 
     def result(self, split_k: int) -> jax.ShapeDtypeStruct:
         """What a kernel writes: y, or if K is cut the unscaled float32 sums [split_k, M, N]."""

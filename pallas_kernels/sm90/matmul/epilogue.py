@@ -1,5 +1,6 @@
 """What becomes of the Hopper matmul's accumulators: scales, promotion to a second sum, activation, stores."""
 
+import math
 from typing import Any
 
 import jax
@@ -9,9 +10,11 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, math, vector
+from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import math as math_ops
 
 from pallas_kernels import layouts
+from pallas_kernels.matmul_epilogue import GELU_CUBIC, GELU_SLOPE, Activation, width_out
 from pallas_kernels.sm90.inline import (
     ROWS,
     SCALAR,
@@ -120,7 +123,7 @@ def add_to_sum(total: jax.Array, acc: jax.Array, scale: jax.Array | None) -> jax
             if factors is None:
                 value = arith.addf(element(old, 0), value)
             else:
-                value = math.fma(value, factors[pair % 2], element(old, 0))
+                value = math_ops.fma(value, factors[pair % 2], element(old, 0))
             summed.append(vector.broadcast(one, value))
         return mgpu.FragmentedArray(_registers=np.array(summed, object), _layout=layout.to_mgpu(), _is_signed=None)
 
@@ -234,24 +237,37 @@ def store_partial(total: jax.Array, ref: Any, part: jax.Array, token: jax.Array,
     inline(total, ref, part, token, n_tile)
 
 
-def silu(x: ir.Value) -> ir.Value:
-    """x / (1 + exp(-x)); exp2 and the reciprocal are PTX's approximations (2 ulp of float32)."""
-    f32 = ir.F32Type.get()
+def activated(gate: ir.Value, activation: Activation) -> ir.Value:
+    """The gate of ``matmul_epilogue``: x / (1 + exp(-s x)), where s is 1 (SiLU) or a polynomial in x (GELU).
+
+    exp2 and the reciprocal are PTX's approximations (2 ulp of float32).
+    """
+    exponent = "mul.f32 e, $1, 0fBFB8AA3B;"
+    if activation == "gelu_tanh_mul":
+        slope = -GELU_SLOPE * math.log2(math.e)
+        exponent = f"""mul.f32 e, $1, $1;
+        fma.rn.f32 e, e, {_literal(slope * GELU_CUBIC)}, {_literal(slope)};
+        mul.f32 e, e, $1;"""
     (result,) = asm(
-        [f32],
-        [x],
-        """{
+        [ir.F32Type.get()],
+        [gate],
+        f"""{{
         .reg .f32 e;
-        mul.f32 e, $1, 0fBFB8AA3B;
+        {exponent}
         ex2.approx.ftz.f32 e, e;
         add.f32 e, e, 0f3F800000;
         rcp.approx.ftz.f32 e, e;
         mul.f32 $0, $1, e;
-        }""",
+        }}""",
         "=f,f",
         volatile=False,
     )
     return result
+
+
+def _literal(value: float) -> str:
+    """A float32 as PTX writes it."""
+    return f"0f{int(np.float32(value).view(np.uint32)):08X}"
 
 
 def store_outputs(
@@ -262,7 +278,7 @@ def store_outputs(
     token_scale_ref: Any | None,
     out_ref: Any,
     *,
-    silu_mul: bool,
+    activation: Activation,
     add_residual: bool,
 ) -> None:
     """Finish a 64 x tokens accumulator and write it, transposed, to SMEM.
@@ -272,8 +288,8 @@ def store_outputs(
         channel_scale: from ``load_rows`` of a float32 vector, multiplied.
         bias: from ``load_rows`` of a vector of ``bias_bits`` (16 or 32) a number, added.
         token_scale_ref: float32 (as int32) [tokens] in SMEM, multiplied before the bias.
-        out_ref: bf16 [tokens, 64] (or [tokens, 32] for ``silu_mul``) in SMEM, swizzled over a row.
-        silu_mul: rows n and n + 8 of each 16 are a gate and its up.
+        out_ref: bf16 [tokens, 64] (or [tokens, 32] of a gate and its up) in SMEM, swizzled over a row.
+        activation: of a gate, if rows n and n + 8 of each 16 are a gate and its up.
         add_residual: ``out_ref`` holds the residual; add it in float32.
     """
     tokens = acc.shape[1]
@@ -299,7 +315,7 @@ def store_outputs(
         biases = None if bias_rows is None else [to_float(element(v, 0), bias_bits) for v in bias_rows.registers.flat]
 
         def finished(j: int) -> list[list[ir.Value]]:
-            """[r][two tokens] after scales, bias and activation; one r for silu_mul."""
+            """[r][two tokens] after scales, bias and activation; one r of a gate and its up."""
             by_token = None
             if tokens_in:
                 by_token = load(tokens_in[0], arith.addi(lane4, const(4 * j)), pair, pair)
@@ -314,13 +330,13 @@ def store_outputs(
                         value = arith.addf(value, biases[r])
                     row_values.append(value)
                 result.append(row_values)
-            if silu_mul:
-                return [[arith.mulf(silu(g), u) for g, u in zip(*result, strict=True)]]
-            return result
+            if activation == "none":
+                return result
+            return [[arith.mulf(activated(g, activation), u) for g, u in zip(*result, strict=True)]]
 
-        blocks = [(j, block) for j in range(tokens // 8) for block in range(1 if silu_mul else 2)]
+        per_j = width_out(2, activation)
+        blocks = [(j, block) for j in range(tokens // 8) for block in range(per_j)]
         width = next(width for width in (4, 2, 1) if len(blocks) % width == 0)
-        per_j = 1 if silu_mul else 2
         # Lane l gives the address of row l % 8 of matrix l // 8. Adding 8 tokens leaves the bits
         # that the swizzle reads alone, so one address with constant offsets serves them all.
         matrix = arith.shrui(lane, const(3))

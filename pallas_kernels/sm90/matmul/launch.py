@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, UInt32
 
 from pallas_kernels import formats, layouts
+from pallas_kernels.matmul_epilogue import Activation, width_out
 from pallas_kernels.sm90.matmul import decode, ring, weights
 from pallas_kernels.sm90.matmul.config import Config, DecodeConfig, Problem
 from pallas_kernels.sm90.matmul.output import Operands
@@ -23,7 +24,7 @@ from pallas_kernels.split_sum import SplitSum
 
 
 # Equal calls of a program are lowered once, which for an unrolled kernel takes a second.
-@functools.partial(jax.jit, static_argnames=("n", "config", "silu_mul", "codebook"))
+@functools.partial(jax.jit, static_argnames=("n", "config", "activation", "codebook"))
 def matmul(
     x: Float[Array, "M K"],
     words: UInt32[Array, "tiles_n tiles_k 2 128 4"],
@@ -35,7 +36,7 @@ def matmul(
     x_scale: Float[Array, " M"] | None = None,
     bias: Float[Array, " n"] | None = None,
     residual: Float[Array, "M n_out"] | None = None,
-    silu_mul: bool = False,
+    activation: Activation = "none",
     codebook: formats.Codebook = "int4",
 ) -> Float[Array, "M n_out"] | SplitSum:
     """y = activation(x_scale * channel_scale * (x W^T) + bias) + residual in bfloat16.
@@ -51,14 +52,15 @@ def matmul(
         x_scale: float32.
         bias: float32 or bfloat16.
         residual: bfloat16, added last in float32.
-        silu_mul: gate and up rows alternate in blocks of 8; the result is SiLU(gate) * up, n / 2.
+        activation: as in ``matmul.matmul``; gate and up rows alternate in blocks of 8.
         codebook: what codes stand for; with bfloat16 ``group_scale`` E4M3 numbers ("int4", "fp4").
 
     Returns:
-        bfloat16, n_out being n, or n / 2 for ``silu_mul``; with ``config.split_k`` > 1 what y is to be summed from.
+        bfloat16, n_out being n, or n / 2 where a gate is activated. With ``config.split_k`` > 1 what y is to
+        be summed from.
     """
     m, k = x.shape
-    n_out = n // 2 if silu_mul else n
+    n_out = width_out(n, activation)
     # A row of y must be a multiple of 16 bytes for TMA.
     n_stored = -(-n_out // 8) * 8
     split = config.split_k > 1
@@ -70,7 +72,7 @@ def matmul(
         groups=group_scale.shape[0] * layouts.TILE_K // k,
         values="e4m3" if x.dtype == formats.E4M3 else "bf16",
         scale_in_table=group_scale.dtype == formats.E4M3,
-        silu_mul=silu_mul,
+        activation=activation,
         codebook=codebook,
     )
     if problem.values == "bf16":
@@ -95,6 +97,5 @@ def matmul(
             config = dataclasses.replace(config, promote=1)
         y = ring.kernel(problem, config, tuple(arrays))(*arrays.values())
     if split:
-        activation = "silu_mul" if silu_mul else "none"
         return SplitSum(y, channel_scale, x_scale, bias, residual, rows=(m,), n=n, activation=activation)
     return y[:, :n_out] if n_stored != n_out else y

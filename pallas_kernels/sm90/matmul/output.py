@@ -76,7 +76,7 @@ class Output:
     def begin(self, token: jax.Array, channel: jax.Array) -> Epilogue:
         """Start to read what ``finish`` will need for 64 channels of the tile that begins here."""
         operands = self.operands
-        column = channel // 2 if self.problem.silu_mul else channel
+        column = channel if self.problem.activation == "none" else channel // 2
         return Epilogue(
             token,
             pl.multiple_of(column, self.problem.rows_out),
@@ -114,7 +114,7 @@ class Output:
                 0 if operands.bias is None else 8 * operands.bias.dtype.itemsize,
                 None if epilogue.token_scale is None else self.tokens.at[self.wg, part],
                 self.y.at[self.wg, buffer],
-                silu_mul=self.problem.silu_mul,
+                activation=self.problem.activation,
                 add_residual=has_residual,
             )
             plgpu.commit_smem()

@@ -20,15 +20,27 @@ from pallas_kernels.sm90.inline import (
     SCALAR,
     absmax_scale,
     const,
+    f32,
     i32,
     inlined,
     number,
     to_e4m3,
 )
+from pallas_kernels.sm90.reduction import inverse_rms
 from pallas_kernels.sm90.rope_quantize import registers as emit
 
 CACHE = ("key", "key_scale", "value", "value_scale")
 PARAMETERS = ("post_rope_scale", "key_offset")  # by channel; there may be none
+NORM = "norm"  # likewise; the weight of whichever kind a row is
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """RMSNorm of a query's or key's row, of whose channels ``width`` count."""
+
+    eps: float
+    width: int
+    after_rope: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +59,7 @@ class Problem:
     key_clip: float
     value_clip: float
     unbiased_keys: bool
+    norm: Norm | None = None
     pairs: int = 8
 
     @property
@@ -87,6 +100,7 @@ class Token:
     stored: ir.Value  # i1
     cos: list[ir.Value]
     sin: list[ir.Value]
+    query_factor: ir.Value | None
 
 
 class Group(NamedTuple):
@@ -100,7 +114,7 @@ class Group(NamedTuple):
     exists: ir.Value  # i1; a group may have more rows than there are heads
 
 
-ByChannel = Callable[[str], emit.Row]  # the lane's part of one of PARAMETERS
+ByChannel = Callable[[str], emit.Row]  # the lane's part of one of PARAMETERS, or of NORM
 
 
 def run(refs: dict[str, Any], block: Any, problem: Problem, groups: int, warps: int) -> None:
@@ -132,7 +146,8 @@ class _Warp:
             words = self.load(index, group)
             if groups == 1:
                 # All loads before anything that waits for one.
-                held = {name: self.by_channel(group, name) for name in PARAMETERS if name in self.refs}
+                names = [name for name in PARAMETERS if name in self.refs] + [NORM] * (problem.norm is not None)
+                held = {name: self.by_channel(group, name) for name in names}
                 self.process(self.token(index), group, emit.unpacked(words), held.__getitem__)
                 return
             token = self.token(index)
@@ -162,7 +177,10 @@ class _Warp:
             arith.cmpi(arith.CmpIPredicate.slt, offset, length), emit.less(slot, const(problem.capacity))
         )
         cos, sin = (self.floats(name, index, problem.head_dim // 2, 0) for name in ("cos", "sin"))
-        return Token(index, sequence, slot, stored, cos, sin)
+        factor = None
+        if "query_factor" in self.refs:
+            [factor] = memory.load(self.address("query_factor", index, 4), f32(), 1)
+        return Token(index, sequence, slot, stored, cos, sin, factor)
 
     def group(self, index: ir.Value) -> Group:
         problem = self.problem
@@ -218,9 +236,21 @@ class _Warp:
         return memory.load_floats(self.address(name, row, 4 * columns, 4 * pairs, 4 * first), pairs)
 
     def by_channel(self, group: Group, name: str) -> emit.Row:
-        """The lane's part of a [kv_heads, H] parameter."""
+        """The lane's part of a [kv_heads, H] parameter, or of the norm's weight for the group's heads."""
         head_dim = self.problem.head_dim
-        return emit.Row(*(self.floats(name, group.kv_head, head_dim, first) for first in (0, head_dim // 2)))
+        halves = (0, head_dim // 2)
+        if name == NORM:
+            return emit.Row(*(self.norm_weight(group, first) for first in halves))
+        return emit.Row(*(self.floats(name, group.kv_head, head_dim, first) for first in halves))
+
+    def norm_weight(self, group: Group, first: int) -> list[ir.Value]:
+        """The lane's pairs from column ``first`` on; of values' heads, which have no norm, any."""
+        pairs, row_bytes = self.problem.pairs, 4 * self.problem.head_dim
+        query, key = (
+            self.address(name, head, row_bytes, 4 * pairs, 4 * first)
+            for name, head in (("query_norm", group.head), ("key_norm", group.kv_head))
+        )
+        return memory.load_floats(arith.select(group.is_query, query, key), pairs)
 
     # --- the steps ------------------------------------------------------------------------------------
 
@@ -252,14 +282,29 @@ class _Warp:
             high.append(emit.fma(second, cos, arith.mulf(first, sin)))
         return emit.Row(low, high)
 
+    def normalize(self, row: emit.Row, by_channel: ByChannel) -> emit.Row:
+        problem, norm = self.problem, self.problem.norm
+        assert norm is not None
+        inverse = inverse_rms(emit.sum_of_squares(row, problem.lanes), norm.width, norm.eps)
+        return row.map(lambda x, weight: arith.mulf(arith.mulf(x, inverse), weight), by_channel(NORM))
+
+    def turn(self, token: Token, row: emit.Row, by_channel: ByChannel) -> emit.Row:
+        """RoPE, with the norm before or behind it."""
+        norm = self.problem.norm
+        if norm is None:
+            return self.rotate(token, row)
+        if norm.after_rope:
+            return self.normalize(self.rotate(token, row), by_channel)
+        return self.rotate(token, self.normalize(row, by_channel))
+
     def rotated_query(self, token: Token, row: emit.Row, by_channel: ByChannel) -> emit.Row:
-        row = self.rotate(token, row)
+        row = self.turn(token, row, by_channel)
         if "post_rope_scale" not in self.refs:
             return row
         return row.map(arith.mulf, emit.reciprocals(by_channel("post_rope_scale")))
 
     def rotated_key(self, token: Token, row: emit.Row, by_channel: ByChannel) -> emit.Row:
-        row = self.rotate(token, row)
+        row = self.turn(token, row, by_channel)
         scale = by_channel("post_rope_scale") if "post_rope_scale" in self.refs else None
         offset = by_channel("key_offset").map(arith.negf) if "key_offset" in self.refs else None
         if scale is not None and offset is not None:
@@ -276,6 +321,8 @@ class _Warp:
         for offset, half in zip((0, problem.head_dim // 2), row, strict=True):
             words = [to_e4m3(half[i : i + 4]) for i in range(0, problem.pairs, 4)]
             emit.store(self.address("query", index, problem.head_dim, problem.pairs, offset), words, group.exists)
+        if token.query_factor is not None:
+            scale = arith.mulf(scale, token.query_factor)
         self.store_scale("query_scale", index, 4, arith.bitcast(i32(), scale), group)
 
     def store_codes(self, token: Token, group: Group, row: emit.Row) -> None:

@@ -2,9 +2,9 @@
 
 A lane holds eight pairs (i, i + H/2) of a row (one head of one token): 16 bytes of each half, so
 that RoPE and the packing of two codes into a byte need no other lane, and only the row's largest
-magnitude is shuffled. A warp takes 512 / H heads of a token at a time: a group. It keeps the
-token's cos and sin in registers, goes through its groups and loads one ahead. What a matmul left
-in parts (``SplitSum``) is added up as it is loaded.
+magnitude is shuffled, and for a norm the sum of its squares. A warp takes 512 / H heads of a token
+at a time: a group. It keeps the token's cos and sin in registers, goes through its groups and loads
+one ahead. What a matmul left in parts (``SplitSum``) is added up as it is loaded.
 
 With few tokens a warp waits for memory once and then for its own instructions, which are as many as
 its lanes have elements: there they have half of them.
@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import formats
 from pallas_kernels.formats import ScaledArray
+from pallas_kernels.head_norm import HeadNorm
 from pallas_kernels.sm90 import split_sum
 from pallas_kernels.sm90.hardware import NUM_SMS
 from pallas_kernels.sm90.rope_quantize import device
@@ -72,7 +73,13 @@ def default_config(tokens: int, groups: int, *, unbiased_keys: bool = False) -> 
 
 
 def unsupported(
-    packed: Array | SplitSum, cos: Array, sin: Array, key: ScaledArray, value: ScaledArray, quantize_query: bool
+    packed: Array | SplitSum,
+    cos: Array,
+    sin: Array,
+    key: ScaledArray,
+    value: ScaledArray,
+    quantize_query: bool,
+    norm: HeadNorm | None = None,
 ) -> str | None:
     """Why the kernel cannot run these operands, or None."""
     if isinstance(packed, SplitSum):
@@ -88,6 +95,8 @@ def unsupported(
         return f"head_dim is {2 * cos.shape[-1]}, not one of {HEAD_DIMS}"
     if not quantize_query:
         return "the query is not quantized"
+    if norm is not None and norm.across_heads:
+        return "the norm is over all heads together"
     for name, entry in (("key", key), ("value", value)):
         if entry.values.dtype != jnp.uint8:
             return f"the {name} cache is {entry.values.dtype}, not INT4 (uint8)"
@@ -106,8 +115,10 @@ def rope_quantize(
     *,
     start: Int[Array, " B"],
     lengths: Int[Array, " B"],
+    norm: HeadNorm | None = None,
     post_rope_scale: Float[Array, "kv_heads H"] | None = None,
     key_offset: Float[Array, "kv_heads H"] | None = None,
+    query_factor: Float[Array, "B T"] | None = None,
     key_clip: float = 1.0,
     value_clip: float = 1.0,
     unbiased_keys: bool = False,
@@ -127,12 +138,15 @@ def rope_quantize(
         key_clip=key_clip,
         value_clip=value_clip,
         unbiased_keys=unbiased_keys,
+        norm=None if norm is None else device.Norm(norm.eps, norm.width or head_dim, norm.placement == "after_rope"),
     )
     config = config or default_config(problem.tokens, problem.groups, unbiased_keys=unbiased_keys)
     problem = dataclasses.replace(problem, pairs=config.pairs)
     parts = -(-problem.groups // config.groups)
     blocks = -(-problem.tokens * parts // (4 * config.warpgroups))
-    optional = {"post_rope_scale": post_rope_scale, "key_offset": key_offset}
+    optional = {"post_rope_scale": post_rope_scale, "key_offset": key_offset, "query_factor": query_factor}
+    if norm is not None:
+        optional |= {"query_norm": norm.query, "key_norm": norm.key}
     optional = {name: x.astype(jnp.float32) for name, x in optional.items() if x is not None}
     source = split_sum.operands(packed) if isinstance(packed, SplitSum) else {"packed": packed}
     names = (*source, "cos", "sin", "start", "lengths", *optional, *device.CACHE, "query", "query_scale")

@@ -12,6 +12,7 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf
 
+from pallas_kernels.sm90 import reduction
 from pallas_kernels.sm90.inline import asm, const, f32, i32, number, reciprocal
 from pallas_kernels.sm90.memory import unpack
 from pallas_kernels.sm90.reduction import tree
@@ -104,6 +105,17 @@ def finite_absmax(row: Row, lanes: int) -> ir.Value:
     # Four chains, which do not wait for each other.
     chains = [functools.reduce(_larger_if_finite, row.elements[i::4], number(0.0)) for i in range(4)]
     return _over_lanes(arith.maxnumf, tree(arith.maxnumf, chains), lanes)
+
+
+def sum_of_squares(row: Row, lanes: int) -> ir.Value:
+    """Of a row that ``lanes`` neighbouring lanes share, in an order that does not depend on how many pairs each has."""
+    quads = [[*row.low[i : i + 4], *row.high[i : i + 4]] for i in range(0, len(row.low), 4)]
+    total = tree(arith.addf, [reduction.sum_of_squares(quad) for quad in quads])
+    distance = 1
+    while distance < lanes:
+        total = arith.addf(total, utils.shfl_bfly(total, distance))
+        distance *= 2
+    return total
 
 
 def energy_over_kept(row: Row, lanes: int) -> ir.Value:

@@ -1,4 +1,4 @@
-"""Make ``logits.npz``: what transformers computes for the tiny random Llamas (needs torch).
+"""Make ``logits.npz`` and ``families.npz``: what transformers computes for the tiny random models (needs torch).
 
     python tests/support/golden/make_golden.py
 
@@ -10,25 +10,49 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tiny_families import CASES as FAMILY_CASES
+from tiny_families import family_fields, family_tokens
 from tiny_llama import CASES, config_of, tokens_of, weights_of
 
 GOLDEN = Path(__file__).with_name("logits.npz")
+FAMILIES = Path(__file__).with_name("families.npz")
+NEW_TOKENS = 8
 # Logits of these positions are kept: the last ones depend on all others.
 KEPT = slice(-8, None)
+
+
+def reference_model(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Any:
+    """transformers' float32 model, with just these tensors."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    described = AutoConfig.for_model(**config)
+    model = AutoModelForCausalLM.from_config(described, dtype=torch.float32, attn_implementation="eager").eval()
+    missing, unexpected = model.load_state_dict({k: torch.from_numpy(v) for k, v in tensors.items()}, strict=False)
+    assert set(missing) <= {"lm_head.weight"}, missing
+    assert not unexpected, unexpected
+    model.tie_weights()
+    return model
+
+
+def reference_text(model: Any, tokens: np.ndarray) -> np.ndarray:
+    """The most likely next tokens, one after the other, [B, ``NEW_TOKENS``]."""
+    import torch
+
+    ids = torch.from_numpy(tokens).long()
+    for _ in range(NEW_TOKENS):
+        with torch.no_grad():
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    return ids[:, tokens.shape[1] :].numpy()
 
 
 def reference_logits(
     config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], tokens: np.ndarray, mask: np.ndarray | None = None
 ) -> np.ndarray:
-    """What transformers' LlamaForCausalLM computes in float32."""
+    """float32 logits of transformers' model."""
     import torch
-    import transformers
 
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config, attn_implementation="eager")).eval()
-    missing, unexpected = model.load_state_dict({k: torch.from_numpy(v) for k, v in tensors.items()}, strict=False)
-    assert set(missing) <= {"lm_head.weight"}, missing
-    assert not unexpected, unexpected
-    model.tie_weights()
+    model = reference_model(config, tensors)
     inputs = {"input_ids": tokens}
     if mask is not None:
         inputs |= {"attention_mask": mask, "position_ids": np.maximum(np.cumsum(mask, axis=1) - 1, 0)}
@@ -36,7 +60,18 @@ def reference_logits(
         return model(**{name: torch.from_numpy(array).long() for name, array in inputs.items()}).logits.numpy()
 
 
-if __name__ == "__main__":
+def main() -> None:
     configs = {case: config_of(case) for case in CASES}
     logits = {case: reference_logits(c, weights_of(c), tokens_of(c))[:, KEPT] for case, c in configs.items()}
     np.savez_compressed(GOLDEN, **logits)
+    kept: dict[str, np.ndarray] = {}
+    for case in FAMILY_CASES:
+        fields = family_fields(case)
+        tensors, tokens = weights_of(fields), family_tokens()
+        kept[f"{case}.logits"] = reference_logits(fields, tensors, tokens)[:, KEPT]
+        kept[f"{case}.text"] = reference_text(reference_model(fields, tensors), tokens)
+    np.savez_compressed(FAMILIES, **kept)
+
+
+if __name__ == "__main__":
+    main()

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from fireq_jax import ModelConfig
-from fireq_jax.checkpoints.huggingface import expected_shapes
+from fireq_jax.models.architectures import checkpoint_shapes
 
 SMALL = {
     "vocab_size": 67,
@@ -54,7 +53,7 @@ def config_of(case: str, **changes: Any) -> dict[str, Any]:
 def weights_of(config: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Random float32 tensors, large enough that every part of the model moves the logits."""
     tensors = {}
-    for index, (name, shape) in enumerate(sorted(expected_shapes(ModelConfig.from_huggingface(config)).items())):
+    for index, (name, shape) in enumerate(sorted(checkpoint_shapes(config).items())):
         values = np.random.default_rng(index).standard_normal(shape)
         if "norm" in name:
             values = 1 + 0.3 * values

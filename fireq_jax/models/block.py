@@ -1,0 +1,117 @@
+"""What a decoder block is made of: its tensors as checkpoints hold them, and its linear layers as the model does.
+
+A block's weights are a dict by name without the layer prefix (``self_attn.q_proj.weight`` ...), [out, in] each, in
+the one form that every family is brought to when it is read (``architectures``):
+
+- queries and keys have rotary pairs (i, i + H/2), and all heads ``config.head_dim`` channels;
+- ``input_layernorm`` and ``post_attention_layernorm`` come before attention and the MLP, ``attention_output_norm``
+  and ``mlp_output_norm`` after them; a family has some of these (``config.norm_order``);
+- ``self_attn.q_norm`` [heads, H] and ``self_attn.k_norm`` [kv_heads, H] are norms of each head (``config.head_norm``);
+- gains are what rows are multiplied by.
+
+The model holds q, k, v as one matrix, and gate and up interleaved as another.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from fireq_jax.models.config import ModelConfig
+from pallas_kernels import layouts
+
+Block = Mapping[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class FusedLinear:
+    """A linear layer of the model.
+
+    Attributes:
+        name: in a decoder layer.
+        parts: the checkpoint's linear layers that it computes in one.
+        input: what calibration calls its input.
+        norm: the norm that its input comes out of in families that have it, or None.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    input: str
+    norm: str | None = None
+
+
+# In the order in which data walks through them.
+LINEARS = (
+    FusedLinear(
+        "self_attn.qkv_proj",
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "qkv_input",
+        "input_layernorm",
+    ),
+    FusedLinear("self_attn.o_proj", ("self_attn.o_proj",), "o_input"),
+    FusedLinear("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"), "gate_up_input", "post_attention_layernorm"),
+    FusedLinear("mlp.down_proj", ("mlp.down_proj",), "down_input"),
+)
+# Parameters of a layer that are float32 whatever the model's dtype.
+FLOAT32 = ("norm", "post_rope_scale", "key_offset", "sinks")
+
+
+def norm_names(config: ModelConfig) -> tuple[str, ...]:
+    """The norms [D] of a block."""
+    return {
+        "pre": ("input_layernorm", "post_attention_layernorm"),
+        "post": ("attention_output_norm", "mlp_output_norm"),
+        "sandwich": ("input_layernorm", "attention_output_norm", "post_attention_layernorm", "mlp_output_norm"),
+        "parallel": ("input_layernorm",),
+    }[config.norm_order]
+
+
+def block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of a block."""
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    hidden, inner = config.hidden_size, config.intermediate_size
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (hidden,) for name in norm_names(config)}
+    if config.head_norm != "none":
+        shapes["self_attn.q_norm"] = (config.num_heads, config.head_dim)
+        shapes["self_attn.k_norm"] = (config.num_kv_heads, config.head_dim)
+    for name, size, bias in (
+        ("self_attn.q_proj", (queries, hidden), config.attention_bias),
+        ("self_attn.k_proj", (keys, hidden), config.attention_bias),
+        ("self_attn.v_proj", (keys, hidden), config.attention_bias),
+        ("self_attn.o_proj", (hidden, queries), config.output_bias),
+        ("mlp.gate_proj", (inner, hidden), config.mlp_bias),
+        ("mlp.up_proj", (inner, hidden), config.mlp_bias),
+        ("mlp.down_proj", (hidden, inner), config.mlp_bias),
+    ):
+        shapes[f"{name}.weight"] = size
+        if bias:
+            shapes[f"{name}.bias"] = size[:1]
+    return shapes
+
+
+def global_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor outside the blocks."""
+    embedding = (config.vocab_size, config.hidden_size)
+    shapes: dict[str, tuple[int, ...]] = {"embed_tokens": embedding, "norm.weight": (config.hidden_size,)}
+    return shapes if config.tie_word_embeddings else {**shapes, "lm_head": embedding}
+
+
+def linear_names(config: ModelConfig) -> list[str]:
+    """Names of all linear layers, as ``QuantizationConfig.keep_float`` matches them."""
+    return [f"layers.{i}.{linear.name}" for i in range(config.num_layers) for linear in LINEARS]
+
+
+def fuse_block(block: Block) -> dict[str, Array]:
+    """The float parameters of a layer: all tensors as they are, but qkv and gate/up fused."""
+    fused: dict[str, Array] = {}
+    for name, array in block.items():
+        if ".q_proj." in name:
+            parts = [block[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"]
+            fused[name.replace(".q_proj.", ".qkv_proj.")] = jnp.concatenate(parts)
+        elif ".gate_proj." in name:
+            up = block[name.replace(".gate_proj.", ".up_proj.")]
+            fused[name.replace(".gate_proj.", ".gate_up_proj.")] = layouts.interleave_gate_up(array, up)
+        elif not any(part in name for part in (".k_proj.", ".v_proj.", ".up_proj.")):
+            fused[name] = array
+    return fused

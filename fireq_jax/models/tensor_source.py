@@ -1,0 +1,71 @@
+"""From a checkpoint's tensor to one of a block's: rows and columns in another order, padding, factors.
+
+Kept as data rather than as functions, so that a reader can do the same to codes and scales as to floats.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TensorSource:
+    """Where a tensor is in a checkpoint, and how it is read: ``scale * (theirs[rows][:, columns] + offset)``.
+
+    Attributes:
+        name: in the checkpoint; of a block's tensor without the block's prefix.
+        shape: in the checkpoint.
+        rows, columns: the checkpoint's index of each row and column, -1 for zeros; None means as they are.
+        scale, offset: applied in float32 to all that is not padding.
+        reshaped: the final shape, where it is another.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    rows: np.ndarray | None = None
+    columns: np.ndarray | None = None
+    scale: float = 1.0
+    offset: float = 0.0
+    reshaped: tuple[int, ...] | None = None
+
+    def read(self, tensor: np.ndarray) -> np.ndarray:
+        """The block's tensor; in the checkpoint's dtype where no number changes, else float32."""
+        if self.offset or self.scale != 1:
+            tensor = (tensor.astype(np.float32) + np.float32(self.offset)) * np.float32(self.scale)
+        for axis, index in enumerate((self.rows, self.columns)):
+            if index is not None:
+                tensor = _take(tensor, index, axis)
+        return tensor if self.reshaped is None else tensor.reshape(self.reshaped)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TensorTable:
+    """All tensors of a model: this project's names and where they come from.
+
+    Attributes:
+        prefix: what names of a block's tensors begin with, with "{index}" for the block's number.
+        block: the same for every block.
+        outside: those that belong to none.
+    """
+
+    prefix: str
+    block: Mapping[str, TensorSource]
+    outside: Mapping[str, TensorSource]
+
+    def shapes(self, layers: int) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every tensor that a checkpoint of so many layers has."""
+        shapes = {source.name: source.shape for source in self.outside.values()}
+        for index in range(layers):
+            prefix = self.prefix.format(index=index)
+            shapes |= {prefix + source.name: source.shape for source in self.block.values()}
+        return shapes
+
+
+def _take(tensor: np.ndarray, index: np.ndarray, axis: int) -> np.ndarray:
+    if np.array_equal(index, np.arange(tensor.shape[axis])):
+        return tensor
+    taken = np.take(tensor, np.maximum(index, 0), axis=axis)
+    if (index < 0).any():
+        taken[(slice(None),) * axis + (index < 0,)] = 0
+    return taken
