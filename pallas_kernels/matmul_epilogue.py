@@ -37,7 +37,7 @@ def epilogue(
 ) -> Float[Array, "*rows N_out"]:
     """activation(y + bias) + residual in float32, as ``matmul.matmul`` describes them."""
     if bias is not None:
-        y = y + bias.astype(jnp.float32)
+        y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
     if activation != "none":
         gate, up = layouts.split_gate_up(y)
         y = (jax.nn.silu if activation == "silu_mul" else gelu_tanh)(gate) * up
