@@ -88,11 +88,9 @@ def abstract_layer(config: ModelConfig, quantization: QuantizationConfig, index:
 
     It is called "layers.0" whichever that is, so that layers which compute alike are compiled once.
     """
-
-    def layer() -> DecoderLayer:
-        return DecoderLayer("layers.0", index, config, LayerOptions(quantization, jnp.float32, "xla", nnx.Rngs(0)))
-
-    return abstract(layer)
+    return abstract(
+        lambda: DecoderLayer("layers.0", index, config, LayerOptions(quantization, jnp.float32, "xla", nnx.Rngs(0)))
+    )
 
 
 def batches_of(samples: int, batch_size: int) -> list[slice]:
@@ -140,9 +138,9 @@ def block_step(
     layer = nnx.merge(graph, state)
     output = run_layer(layer, config, hidden, seen.__setitem__)
     inputs = {name: _channel_statistics(seen[name]) for name in [linear.input for linear in LINEARS]}
-    first, second = jnp.split(seen["key_before_rope"], 2, axis=-1)
-    pair_max = jnp.max(jnp.hypot(first, second), axis=(0, 1))
     key, value = seen["key_after_rope"], seen["value"]
+    first, second = jnp.split(key, 2, axis=-1)
+    pair_max = jnp.max(jnp.hypot(first, second), axis=(0, 1))
     channel_max = jnp.max(jnp.abs(key), axis=(0, 1))
     query = seen["query_after_rope"].reshape(*key.shape[:3], -1, config.head_dim)
     moments = KeyMoments(
@@ -152,8 +150,8 @@ def block_step(
     assert isinstance(weight, Array)  # of a float layer
     columns = weight.reshape(-1, *query.shape[2:])
     readers = jnp.einsum("dkgi,dkgj->kgij", columns, columns, precision="highest")
-    scale, window = config.scale, layer.self_attn.window
-    sample = jax.lax.map(lambda sequence: _sample_keys(sequence, readers, scale, window), (query, key, value, indices))
+    window = layer.self_attn.window
+    sample = jax.lax.map(lambda sequence: _sample_keys(sequence, readers, config, window), (query, key, value, indices))
     sample = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), sample)
     values = jnp.einsum("btki,btkj->kij", value, value, precision="highest") / (value.shape[0] * value.shape[1])
     return output, BlockStatistics(inputs, KeyStatistics(pair_max, channel_max, moments, sample), values)
@@ -164,13 +162,13 @@ def _sample_keys(
         Float[Array, "T kv_heads group H"], Float[Array, "T kv_heads H"], Float[Array, "T kv_heads H"], Int[Array, ""]
     ],
     readers: Float[Array, "kv_heads group H H"],
-    scale: float,
+    config: ModelConfig,
     window: int | None,
 ) -> KeySample:
     """Some keys of a sequence (its queries, keys, values and number), and how its output depends on them.
 
-    ``readers`` are Gram matrices of o_proj's columns for each query head; see :class:`KeySample`. ``scale`` and
-    ``window`` are attention's.
+    ``readers`` are Gram matrices of o_proj's columns for each query head; see :class:`KeySample`. ``window`` is the
+    layer's.
     """
     query, key, value, index = sequence
     length = key.shape[0]
@@ -181,7 +179,10 @@ def _sample_keys(
 
     def reads_of_head(head: tuple[Array, Array, Array, Array]) -> Float[Array, "tokens half"]:
         query, key, value, readers = head
-        scores = dot("tgh,sh->gts", query, key) * scale
+        scores, slope = dot("tgh,sh->gts", query, key) * config.scale, 1.0
+        if (cap := config.attention_softcap) is not None:
+            scores = cap * jnp.tanh(scores / cap)
+            slope = 1 - jnp.square(scores / cap)
         weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
         output = dot("gts,sh->gth", weights, value)
         # |o_proj (v_s - output_t)|^2, multiplied out.
@@ -191,7 +192,7 @@ def _sample_keys(
             - 2 * dot("gti,gsi->gts", output, read)
             + dot("gti,gti->gt", dot("gti,gij->gtj", output, readers), output)[..., None]
         )
-        sensitivity = jnp.square(weights[..., positions]) * jnp.maximum(distance, 0.0)
+        sensitivity = jnp.square(weights * slope)[..., positions] * jnp.maximum(distance, 0.0)
         first, second = jnp.split(jnp.square(query), 2, axis=-1)
         return dot("gts,tgp->sp", sensitivity, first + second)
 

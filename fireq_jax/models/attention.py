@@ -5,7 +5,6 @@ import functools
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
-from pallas_kernels.head_norm import HeadNorm
 
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.kv_cache import LayerCache
@@ -14,6 +13,7 @@ from fireq_jax.models.rope import Tables
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.formats import E4M3, ScaledArray
+from pallas_kernels.head_norm import HeadNorm
 from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.rope_quantize import rope_quantize, rotate_heads, split_heads
 from pallas_kernels.split_sum import SplitSum, finished
@@ -122,7 +122,7 @@ class Attention(nnx.Module):
         Returns:
             [B, T, heads * H], in FP8 where ``o_proj`` takes that, and the new cache.
         """
-        self._show(packed, rope, tap)
+        self._show(packed, rope, growth, tap)
         config, dtype = self.config, self.qkv_proj.dtype
         batch, length = rope[0].shape[:2]
         entry = cache
@@ -169,14 +169,14 @@ class Attention(nnx.Module):
         show(tap, "o_input", attention)
         return attention, new_cache
 
-    def _show(self, packed: Float[Array, "B T packed"] | SplitSum, rope: Tables, tap: Tap) -> None:
+    def _show(
+        self, packed: Float[Array, "B T packed"] | SplitSum, rope: Tables, growth: Float[Array, "B T"] | None, tap: Tap
+    ) -> None:
         """What calibration measures on the way; nothing is computed for a tap that nobody reads."""
         if tap is no_tap:
             return
         query, key, value = split_heads(finished(packed), self.config.num_kv_heads, rope[0])
         tap("value", value)
-        rotated_query, rotated_key = rotate_heads(query, key, *rope, self.head_norm)
-        # Of normed keys only the pairs' sizes are wanted, which RoPE keeps.
-        tap("key_before_rope", key if self.head_norm is None else rotated_key)
-        tap("key_after_rope", rotated_key)
-        tap("query_after_rope", rotated_query)
+        query, key = rotate_heads(query, key, *rope, self.head_norm)
+        tap("key_after_rope", key)
+        tap("query_after_rope", query if growth is None else query * growth[..., None, None])
