@@ -10,7 +10,13 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.formats import ScaledArray
-from pallas_kernels.prefill_attention import as_output, attention_reference, float_dtype, validate
+from pallas_kernels.prefill_attention import (
+    as_output,
+    attention_reference,
+    float_dtype,
+    validate,
+    validate_softmax,
+)
 from pallas_kernels.sm90.attention import decode as sm90
 
 
@@ -23,6 +29,8 @@ def decode_attention(
     kv_lengths: Int[Array, " B"],
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, " heads"] | None = None,
     page_table: Int[Array, "B pages"] | None = None,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
     implementation: dispatch.Implementation = "auto",
@@ -36,17 +44,18 @@ def decode_attention(
     """
     rows = (key, value) if page_table is None else jax.eval_shape(gather_pages, key, value, page_table)
     validate(query, rows[0], rows[1], query_start, kv_lengths, window)
+    validate_softmax(query, softcap, sinks)
     unsupported = sm90.unsupported(query, key, value, page_table)
     if dispatch.resolve("decode_attention", implementation, unsupported) == "mosaic_gpu":
         return sm90.decode_attention(
             query, key, value, query_start=query_start, kv_lengths=kv_lengths, scale=scale, window=window,
-            page_table=page_table, out_dtype=out_dtype,
+            softcap=softcap, sinks=sinks, page_table=page_table, out_dtype=out_dtype,
         )  # fmt: skip
     if page_table is not None:
         key, value = gather_pages(key, value, page_table)
     out = attention_reference(
         query, key, value, query_start=query_start, kv_lengths=kv_lengths, scale=scale, window=window,
-        out_dtype=float_dtype(out_dtype),
+        softcap=softcap, sinks=sinks, out_dtype=float_dtype(out_dtype),
     )  # fmt: skip
     return as_output(out, out_dtype, implementation)
 

@@ -30,6 +30,8 @@ def prefill_attention(
     scale: float,
     causal: bool = True,
     window: int | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, " heads"] | None = None,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
     implementation: dispatch.Implementation = "auto",
 ) -> Float[Array, "B T heads H"] | ScaledArray:
@@ -46,6 +48,8 @@ def prefill_attention(
         scale: factor of the scores, usually head_dim ** -0.5.
         causal: a query sees the slots up to its own position.
         window: a query sees only the last ``window`` of them (sliding window).
+        softcap: bound c of the scores, s becoming c * tanh(s / c) (Gemma 2); None: there is none.
+        sinks: float32, a score of each head that joins the softmax without a value (gpt-oss).
         out_dtype: dtype of the result; E4M3 gives FP8 rows as o_proj reads them.
         implementation: see ``dispatch``. "auto" takes cuDNN for whole prompts in bf16 or float16.
 
@@ -54,20 +58,23 @@ def prefill_attention(
         by ``formats.quantize_fp8``: values [B, T, heads * H] and a float32 scale per token [B, T, 1].
 
     Raises:
-        ValueError: if shapes do not fit together or ``window`` is not positive.
+        ValueError: if shapes do not fit together or ``window`` or ``softcap`` is not positive.
         NotImplementedError: if ``implementation`` names a kernel that cannot run this.
     """
     starts_at_zero = query_start is None
     query_start = jnp.zeros_like(kv_lengths) if query_start is None else query_start
     validate(query, key, value, query_start, kv_lengths, window)
+    validate_softmax(query, softcap, sinks)
     floats = float_dtype(out_dtype)
     capacity, length = key.values.shape[2], query.values.shape[1]
     slots = min(capacity, length) if starts_at_zero and causal else capacity
     options = {"kv_lengths": kv_lengths, "scale": scale}
-    if implementation == "auto" and starts_at_zero and causal and window is None and _cudnn_runs(query, key, value):
+    plain = causal and window is None and softcap is None and sinks is None
+    if implementation == "auto" and starts_at_zero and plain and _cudnn_runs(query, key, value):
         out = _attention_cudnn(query, _first(key, slots), _first(value, slots), **options).astype(floats)
         return as_output(out, out_dtype, implementation)
     options |= {"query_start": query_start, "causal": causal, "window": window, "out_dtype": floats}
+    options |= {"softcap": softcap, "sinks": sinks}
     unsupported = sm90.unsupported(query, key, value, scale, floats)
     if dispatch.resolve("prefill_attention", implementation, unsupported) == "mosaic_gpu":
         out = sm90.prefill_attention(query, key, value, slots=slots, **options)
@@ -105,6 +112,8 @@ def attention_reference(
     scale: float,
     causal: bool = True,
     window: int | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, " heads"] | None = None,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
 ) -> Float[Array, "B T heads H"]:
     """Both attention ops in ``jax.numpy``: the kernels' oracle and the path without a Hopper GPU.
@@ -125,10 +134,18 @@ def attention_reference(
         visible = visible_slots(start, kv_lengths, length, slots, causal=causal, window=window)
         grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
         scores = _multiply("btkgh,bksh->bkgts", grouped, k) * scale
+        if softcap is not None:
+            scores = softcap * jnp.tanh(scores / softcap)
         scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
         peak = jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf)
-        weights = jnp.exp(scores - jnp.where(jnp.isneginf(peak), 0.0, peak))
-        total = jnp.moveaxis(jnp.sum(weights, axis=-1), -1, 1)[..., None]
+        peak = jnp.where(jnp.isneginf(peak), 0.0, peak)
+        weights = jnp.exp(scores - peak)
+        total = jnp.sum(weights, axis=-1)
+        if sinks is not None:
+            # Where this overflows the sink has all the weight, and 0 is left.
+            own = sinks.astype(jnp.float32).reshape(1, kv_heads, -1, 1)
+            total += jnp.exp(own - peak[..., 0])
+        total = jnp.moveaxis(total, -1, 1)[..., None]
         if query.scale is not None:
             weights = formats.quantize_probabilities(weights)
         out = _multiply("bkgts,bksh->btkgh", weights.astype(v.dtype), v)
@@ -237,3 +254,12 @@ def validate(
             raise ValueError(f"{name} has shape {lengths.shape}; expected {(batch,)}")
     if window is not None and window < 1:
         raise ValueError(f"window is {window}; expected a positive number of tokens or None")
+
+
+def validate_softmax(query: ScaledArray, softcap: float | None, sinks: Float[Array, " heads"] | None) -> None:
+    """Raise ValueError unless the softmax's options are what they should be."""
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}; expected a positive number or None")
+    heads = query.values.shape[2]
+    if sinks is not None and sinks.shape != (heads,):
+        raise ValueError(f"sinks has shape {sinks.shape}; expected {(heads,)}")

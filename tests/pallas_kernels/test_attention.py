@@ -13,9 +13,9 @@ from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.prefill_attention import prefill_attention
 
-STATIC = ("scale", "causal", "window", "out_dtype", "implementation")
+STATIC = ("scale", "causal", "window", "softcap", "out_dtype", "implementation")
 prefill = jax.jit(prefill_attention, static_argnames=STATIC)
-decode = jax.jit(decode_attention, static_argnames=("scale", "window", "out_dtype", "implementation"))
+decode = jax.jit(decode_attention, static_argnames=("scale", "window", "softcap", "out_dtype", "implementation"))
 H = 16
 SCALE = H**-0.5
 
@@ -32,7 +32,7 @@ def operands(kv_format="none", *, batch=3, queries=5, heads=4, kv_heads=2, slots
     return rows, *(formats.quantize_kv(x, kv_format) for x in (key, value))
 
 
-def brute_force(query, key, value, start, lengths, *, causal=True, window=None):
+def brute_force(query, key, value, start, lengths, *, causal=True, window=None, softcap=None, sinks=None):
     """softmax over the visible slots of each query in float64; zeros if it sees none."""
     q, k, v = (np.asarray(formats.dequantize(x), np.float64) for x in (query, key, value))
     out = np.zeros_like(q)
@@ -46,8 +46,12 @@ def brute_force(query, key, value, start, lengths, *, causal=True, window=None):
         ]
         if slots:
             scores = k[b, h // group, slots] @ q[b, t, h] * SCALE
-            weights = np.exp(scores - scores.max())
-            out[b, t, h] = weights / weights.sum() @ v[b, h // group, slots]
+            if softcap is not None:
+                scores = softcap * np.tanh(scores / softcap)
+            sink = -np.inf if sinks is None else float(sinks[h])
+            peak = max(scores.max(), sink)
+            weights = np.exp(scores - peak)
+            out[b, t, h] = weights / (weights.sum() + np.exp(sink - peak)) @ v[b, h // group, slots]
     return out
 
 
@@ -69,6 +73,35 @@ def test_masks_groups_and_chunks(kv_heads, window, causal):
     expected = brute_force(q, k, v, START, LENGTHS, causal=causal, window=window)
     # float32 scores of magnitude ~5 and sums of 16 products.
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("attention", [prefill, decode], ids=["prefill", "decode"])
+@pytest.mark.parametrize("softcap", [None, 0.5, 5.0])
+@pytest.mark.parametrize("sinks", [None, (-200.0, 0.0, 3.0, 200.0)])
+def test_soft_caps_and_sinks(sinks, softcap, attention):
+    """Scores of some 50, far beyond the cap; sinks that take none, some and all of the weight."""
+    q, k, v = operands()
+    q = q._replace(values=q.values * 20)
+    sinks = None if sinks is None else np.float32(sinks)
+    options = {"window": 4, "softcap": softcap, "sinks": sinks}
+    expected = brute_force(q, k, v, START, LENGTHS, **options)
+    # Scores of 50 in float32: 4e-6.
+    np.testing.assert_allclose(run(attention, q, k, v, **options), expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("sink", [-np.inf, 1e4])
+def test_the_farthest_sinks_leave_all_and_nothing(sink):
+    q, k, v = operands("int4", fp8_query=True)
+    out = run(prefill, q, k, v, sinks=jnp.full(4, sink))
+    np.testing.assert_array_equal(out, run(prefill, q, k, v) if sink < 0 else np.zeros_like(out))
+
+
+def test_queries_that_see_nothing_but_a_sink_give_zeros():
+    q, k, v = operands()
+    out = run(prefill, q, k, v, np.int32([0, 0, 6]), np.int32([0, 3, 2]), window=2, causal=False, sinks=jnp.ones(4))
+    assert not out[0].any()
+    assert out[1, :4].all()
+    assert not out[2].any()
 
 
 def test_whole_prompts_start_at_zero():
@@ -199,6 +232,8 @@ def test_broken_rows_are_errors():
         ({"query_start": (2,)}, r"query_start.*\(2,\); expected \(3,\)"),
         ({"kv_lengths": (3, 1)}, r"kv_lengths.*\(3, 1\)"),
         ({"window": 0}, "window is 0"),
+        ({"softcap": 0.0}, r"softcap is 0\.0"),
+        ({"sinks": np.zeros(2)}, r"sinks has shape \(2,\); expected \(4,\)"),
         ({"implementation": "cuda"}, "'cuda'"),
     ],
 )  # fmt: skip

@@ -18,6 +18,8 @@ PREFILL = {
     "falling scores": Case(128, 1, 1, 64, slots=640, lengths=(640,), starts=(512,), falling=0.8),
     "head_dim 128": Case(128, 2, 1, 128, slots=512, lengths=(512,), starts=(384,)),
     "two stages": Case(128, 1, 1, 64, slots=640, lengths=(640,), starts=(512,), config=prefill.Config(stages=2)),
+    "soft cap, sinks": Case(128, 2, 1, 64, slots=512, lengths=(512,), starts=(384,), softcap=2.0, sinks=True),
+    "pipeline 1, head_dim 256, sinks": Case(128, 1, 1, 256, slots=256, lengths=(256,), starts=(128,), sinks=True),
     "pipeline 1, head_dim 256": Case(128, 1, 1, 256, slots=256, lengths=(256,), starts=(128,)),
 }
 
@@ -32,7 +34,7 @@ def run_prefill(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     with interpreted(monkeypatch):
         out = prefill.launch(
             values, query.scale[..., 0], *arrays, start, lengths, scale=case.scale, causal=case.causal,
-            window=case.window, out_dtype=jnp.bfloat16, config=config,
+            window=case.window, out_dtype=jnp.bfloat16, config=config, **case.softmax,
         ).block_until_ready()  # fmt: skip
     assert_near(out[:, : case.length], query, key, value, start, lengths, case)
 
@@ -80,6 +82,10 @@ DECODE = {
     "pages": Case(1, 2, 1, 64, slots=512, lengths=(512, 257), page=256, config=THREE),
     "split over blocks": Case(1, 4, 1, 64, slots=1024, lengths=(1024,), config=decode.Config(128, 2, 2, 4)),
     "head_dim 128, 16 queries": Case(16, 2, 1, 128, slots=512, lengths=(500,)),
+    "sinks, an empty sequence": Case(1, 4, 1, 64, slots=512, lengths=(0, 300), config=THREE, sinks=True),
+    "soft cap, sinks, split over blocks": Case(
+        1, 4, 1, 64, slots=1024, lengths=(1024,), softcap=2.0, sinks=True, config=decode.Config(128, 2, 2, 4)
+    ),
 }
 
 
@@ -90,7 +96,7 @@ def run_decode(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         # Not what jit keeps, which another test would find.
         out = decode.decode_attention.__wrapped__(
             query, *cache, query_start=start, kv_lengths=lengths, scale=case.scale, window=case.window,
-            page_table=table, config=case.config,
+            page_table=table, config=case.config, **case.softmax,
         ).block_until_ready()  # fmt: skip
     assert_near(out, query, key, value, start, lengths, case)
 

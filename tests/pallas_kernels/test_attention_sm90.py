@@ -38,6 +38,16 @@ DECODE = {
     "one warpgroup": Case(lengths=(512, 129), config=decode.Config(128, 2, 1)),
     "long tiles": Case(lengths=(512, 129), config=decode.Config()),
     "enough sequences for every multiprocessor": Case(heads=32, kv_heads=8, lengths=tuple(range(440, 505))),
+    "soft cap": Case(lengths=(512, 129), softcap=2.0),
+    "soft cap, window, pages, three queries": Case(
+        length=3, slots=1024, lengths=(1023, 255), page=512, window=77, softcap=1.0
+    ),
+    "sinks, an empty sequence": Case(lengths=(0, 300), sinks=True),
+    "sinks, split over blocks": Case(heads=4, kv_heads=1, slots=65536, lengths=(65536,), sinks=True),
+    "sinks, soft cap, head_dim 64, five queries": Case(
+        length=5, heads=9, kv_heads=3, head_dim=64, lengths=(512, 77), window=128, softcap=3.0, sinks=True
+    ),
+    "soft cap, head_dim 256": Case(length=2, heads=16, kv_heads=2, head_dim=256, lengths=(512, 300), softcap=2.0),
 }
 PREFILL = {
     "one block": Case(128, 4, 1, slots=128, lengths=(128,), starts=(0,)),
@@ -69,6 +79,17 @@ PREFILL = {
     "pipeline 1, many tiles, outliers": Case(
         128, slots=1024, lengths=(1024,), starts=(896,), outliers=True, config=prefill.Config(pipeline=1)
     ),
+    "soft cap": Case(512, lengths=(512, 511), starts=(0, 0), softcap=2.0),
+    "soft cap, head_dim 256": Case(300, 8, 2, 256, slots=1000, lengths=(1000, 129), starts=(700, 1), softcap=2.0),
+    "sinks": Case(300, slots=1000, lengths=(1000, 129), starts=(700, 1), outliers=True, sinks=True),
+    "sinks, empty sequences, not causal": Case(
+        256, slots=640, lengths=(640, 1, 0), starts=(0, 0, 0), causal=False, sinks=True
+    ),
+    "sinks, falling scores": Case(256, slots=1024, lengths=(1024,), starts=(768,), falling=0.8, sinks=True),
+    "sinks, soft cap, window, head_dim 64": Case(
+        512, 8, 2, 64, slots=1024, lengths=(1024, 500), starts=(512, 0), window=128, softcap=3.0, sinks=True
+    ),
+    "sinks, pipeline 1": Case(512, lengths=(512, 511), starts=(0, 0), sinks=True, config=prefill.Config(pipeline=1)),
 }
 
 # Attentions whose output is wanted in FP8, and how many kernels that takes.
@@ -78,6 +99,7 @@ FP8 = {
     "odd heads, three queries": (Case(length=3, heads=9, kv_heads=3, head_dim=64, slots=2048, lengths=(2048, 5)), 2),
     "many splits, for a cluster": (Case(heads=32, kv_heads=8, slots=16384, lengths=(16384,)), 2),
     "more splits than a thread holds": (Case(slots=65536, lengths=(65536,)), 3),
+    "sinks, a few splits": (Case(heads=32, kv_heads=8, slots=4096, lengths=(4096,), sinks=True), 2),
 }
 # (batch, queries, heads, kv_heads, head_dim, splits)
 SPLIT_SHAPES = [
@@ -105,9 +127,10 @@ def test_decode_kernel_is_as_near_to_float32_as_the_reference(case):
     cache, table = (key, value), None
     if case.page is not None:
         *cache, table = pages(key, value, case.page)
+    poison(query.values.shape)
     out = decode.decode_attention(
         query, *cache, query_start=start, kv_lengths=lengths, scale=case.scale, window=case.window, page_table=table,
-        config=case.config,
+        config=case.config, **case.softmax,
     )  # fmt: skip
     assert_near(out, query, key, value, start, lengths, case)
 
@@ -116,9 +139,10 @@ def test_decode_kernel_is_as_near_to_float32_as_the_reference(case):
 @cases(PREFILL)
 def test_prefill_kernel_is_as_near_to_float32_as_the_reference(case):
     query, key, value, start, lengths = operands(case)
+    poison(query.values.shape)
     out = prefill.prefill_attention(
         query, key, value, query_start=start, kv_lengths=lengths, scale=case.scale, causal=case.causal,
-        window=case.window, config=case.config,
+        window=case.window, config=case.config, **case.softmax,
     )  # fmt: skip
     assert_near(out, query, key, value, start, lengths, case)
 
@@ -137,7 +161,7 @@ def test_a_prompt_in_a_longer_cache_is_what_it_is_in_its_own():
 @pytest.mark.parametrize("case", [case for case, _ in FP8.values()], ids=FP8)
 def test_fp8_output_is_the_bf16_one_quantized(case):
     query, key, value, start, lengths = operands(case)
-    options = {"query_start": start, "kv_lengths": lengths, "scale": case.scale}
+    options = {"query_start": start, "kv_lengths": lengths, "scale": case.scale, **case.softmax}
     floats = decode.decode_attention(query, key, value, **options)
     expected = row_quantize.quantize_rows(floats.reshape(case.batch, case.length, -1))
     poison(expected.values.shape)
@@ -220,7 +244,7 @@ def test_decode_kernel_lowers_for_cuda(case):
     def run(query, key, value, start, lengths, table):
         return decode.decode_attention(
             query, key, value, query_start=start, kv_lengths=lengths, scale=case.scale, window=case.window,
-            page_table=table, config=case.config,
+            page_table=table, config=case.config, **case.softmax,
         )  # fmt: skip
 
     exported = jax.export.export(run, platforms=["cuda"])(query, key, value, lengths, lengths, table)
@@ -235,7 +259,14 @@ def test_fp8_output_lowers_for_cuda(case, kernels):
     @jax.jit
     def run(query, key, value, start, lengths):
         return decode.decode_attention(
-            query, key, value, query_start=start, kv_lengths=lengths, scale=case.scale, out_dtype=formats.E4M3
+            query,
+            key,
+            value,
+            query_start=start,
+            kv_lengths=lengths,
+            scale=case.scale,
+            out_dtype=formats.E4M3,
+            **case.softmax,
         )
 
     exported = jax.export.export(run, platforms=["cuda"])(query, key, value, lengths, lengths)
@@ -263,7 +294,7 @@ def test_prefill_kernel_lowers_for_cuda(case):
     def run(query, key, value, start, lengths):
         return prefill.prefill_attention(
             query, key, value, query_start=start, kv_lengths=lengths, scale=case.scale, causal=case.causal,
-            window=case.window, config=case.config,
+            window=case.window, config=case.config, **case.softmax,
         )  # fmt: skip
 
     exported = jax.export.export(run, platforms=["cuda"])(query, key, value, lengths, lengths)

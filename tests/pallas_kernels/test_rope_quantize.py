@@ -272,7 +272,7 @@ def test_a_factor_is_in_the_scale_of_a_quantized_query():
     inputs, options = operands(case), case.options
     factor = options.pop("query_factor")
     plain, scaled = (
-        run(rope_quantize, *inputs, implementation="xla", **options, **more)[0]
+        jax.jit(functools.partial(run, rope_quantize, implementation="xla", **options, **more))(*inputs)[0]
         for more in ({}, {"query_factor": factor})
     )
     np.testing.assert_array_equal(*(np.asarray(x.values, np.float32) for x in (plain, scaled)))
@@ -290,8 +290,8 @@ def test_factors_of_keys_fold_into_the_norm():
 
     def query_and_key(norm):
         options = {"quantize_query": False, "implementation": "xla", "norm": norm}
-        wide = packed.astype(jnp.float32)
-        query, key, _ = run(rope_quantize, wide, cos, sin, empty, empty, start, lengths, **options)
+        inputs = packed.astype(jnp.float32), cos, sin, empty, empty, start, lengths
+        query, key, _ = jax.jit(functools.partial(run, rope_quantize, **options))(*inputs)
         return query.values.reshape(2, 4, 2, 4, 128), key.values
 
     (query, key), (new_query, new_key) = map(query_and_key, (norm, folded))

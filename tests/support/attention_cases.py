@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,8 @@ class Case:
     page: int | None = None
     outliers: bool = False
     falling: float = 0.0  # nats by which scores fall from one key to the next
+    softcap: float | None = None
+    sinks: bool = False
     config: decode.Config | prefill.Config | None = None
 
     @property
@@ -41,6 +44,12 @@ class Case:
         # Outliers would leave one key all the weight.
         return self.head_dim**-0.5 * (0.02 if self.outliers else 1.0)
 
+    @property
+    def softmax(self) -> dict[str, Any]:
+        """Options of the ops; there are none for a plain softmax. Sinks from almost nothing to all of the weight."""
+        sinks = jnp.linspace(-3.0, 9.0, self.heads, dtype=jnp.float32)
+        return ({"softcap": self.softcap} if self.softcap else {}) | ({"sinks": sinks} if self.sinks else {})
+
 
 def cases(table: dict[str, Case]):
     return pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in table.items()])
@@ -50,7 +59,7 @@ def assert_near(out, query, key, value, start, lengths, case: Case):
     """Each sequence's error against float32 attention over the same cache is about the reference's or less."""
     options = {
         "query_start": start, "kv_lengths": lengths, "scale": case.scale, "causal": case.causal, "window": case.window,
-        "out_dtype": jnp.float32,
+        "out_dtype": jnp.float32, **case.softmax,
     }  # fmt: skip
     with jax.default_matmul_precision("highest"):
         exact = attention_reference(ScaledArray(formats.dequantize(query), None), key, value, **options)

@@ -122,7 +122,7 @@ class _Kernel:
     def host(self, module: ir.Module) -> None:
         """The function that launches; its second argument points to the operands' addresses."""
         [function] = [x for x in module.body if x.operation.name.endswith("func.func") and len(x.regions[0].blocks)]
-        self.region(function.regions[0], None, None)
+        self.region(function.regions[0], None, 0)
 
     def region(self, region: Any, *arguments: Any) -> list[Any]:
         """What it yields."""
@@ -226,7 +226,7 @@ class _Kernel:
             predicate, statement = statement[1:].split(maxsplit=1)
             active = active & registers[predicate]
         name, _, rest = statement.partition(" ")
-        if name == ".reg":
+        if name == ".reg" or name.startswith("fence"):
             return
         named = re.findall(r"\$\d+|0f[0-9A-F]{8}|[a-z]\w*|\d+", rest)
         if name.startswith("ld.global"):

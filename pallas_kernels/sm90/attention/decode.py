@@ -135,7 +135,7 @@ def unsupported_formats(query: ScaledArray, key: ScaledArray, value: ScaledArray
     return None
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "window", "out_dtype", "config"))
+@functools.partial(jax.jit, static_argnames=("scale", "window", "softcap", "out_dtype", "config"))
 def decode_attention(
     query: ScaledArray,
     key: ScaledArray,
@@ -145,6 +145,8 @@ def decode_attention(
     kv_lengths: Int[Array, " B"],
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, " heads"] | None = None,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
     page_table: Int[Array, "B pages"] | None = None,
     config: Config | None = None,
@@ -185,8 +187,10 @@ def decode_attention(
         stages=config.stages,
         warpgroups=config.warpgroups,
         group=group,
-        to_scores=scale * _LOG2E / registers.CODE_UNIT,
+        to_scores=scale * (_LOG2E if softcap is None else 1 / softcap) / registers.CODE_UNIT,
         window=window,
+        softcap=None if softcap is None else softcap * _LOG2E,
+        has_sinks=sinks is not None,
         page_size=None if page_table is None else page_size,
     )
     warpgroups, ring = config.warpgroups, config.warpgroups * config.stages
@@ -227,6 +231,7 @@ def decode_attention(
         query_start.astype(jnp.int32),
         kv_lengths.astype(jnp.int32),
         *(() if page_table is None else (page_table.astype(jnp.int32),)),
+        *(() if sinks is None else (jnp.broadcast_to(sinks.astype(jnp.float32) * _LOG2E, (length, heads)),)),
     )
     if splits == 1:
         (out,) = partials

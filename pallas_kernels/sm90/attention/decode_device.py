@@ -48,10 +48,13 @@ def kernel(
     group: int,
     to_scores: float,
     window: int | None,
+    softcap: float | None,
+    has_sinks: bool,
     page_size: int | None,
 ):
     """One block: partial attention of ``block_rows`` rows over one range of slots."""
-    page_table_gmem, partial_gmem = refs[: page_size is not None], refs[page_size is not None :]
+    page_table_gmem, refs = refs[: page_size is not None], refs[page_size is not None :]
+    sinks_gmem, partial_gmem = refs[:has_sinks], refs[has_sinks:]
     block_rows, head_dim = q_smem.shape
     splits = lax.axis_size("split")
     batch, split, warpgroup = (lax.axis_index(name) for name in ("batch", "split", "warpgroup"))
@@ -137,6 +140,8 @@ def kernel(
         scores = pl.run_scoped(scores_of, plgpu.WGMMAAccumulatorRef(shape))
         k_scale = jax_compat.load_registers(k_scale_smem.at[slot], row).astype(jnp.float32)
         scores = scores * lax.broadcast_in_dim(k_scale, shape, (0,)) * row_to_scores
+        if softcap is not None:
+            scores = jnp.tanh(scores) * softcap
 
         if masked:
             index = slot_in_tile + tile * block_kv
@@ -198,9 +203,16 @@ def kernel(
     peaks = [jax_compat.load_registers(peak_smem.at[i], column) for i in range(warpgroups)]
     totals = [jax_compat.load_registers(total_smem.at[i], column) for i in range(warpgroups)]
     highest = functools.reduce(jnp.maximum, peaks)
+    if has_sinks:
+        # A sequence's first split alone counts it.
+        sink = _load_numbers(first_row, first_head, sinks_gmem[0], rows=block_rows, group=group)
+        sink += jnp.where(split == 0, 0.0, -jnp.inf)
+        highest = jnp.maximum(highest, sink)
     safe_highest = jnp.where(highest == -jnp.inf, 0.0, highest)
     terms = [x * jnp.exp2(y - safe_highest) for x, y in zip(totals, peaks, strict=True)]
     total = functools.reduce(jnp.add, terms)
+    if has_sinks:
+        total += jnp.exp2(sink - safe_highest)
     weight = jnp.exp2(peak - safe_highest)
     if splits == 1:
         denominator = total * (formats.PROBABILITY_SCALE * registers.CODE_UNIT)
@@ -261,14 +273,18 @@ def _load_queries(first_row, first_head, queries, scales, *, rows: int, group: i
     """Start to load a block's queries [T, heads, H], as raw words, and their scales [T, heads]."""
     layout = registers.query_layout(rows, queries.shape[2])
     raw = plgpu.ShapeDtypeStruct((rows * queries.shape[2] // 4,), jnp.int32, layout=layout)
-    row_scales = plgpu.ShapeDtypeStruct((rows,), jnp.float32, layout=plgpu.Layout.WGMMA.reduce(0))
+    load = functools.partial(registers.load_queries, rows=rows, group=group)
+    load = plgpu.inline_mgpu(arg_types=(SCALAR, SCALAR, plgpu.RefType()), return_type=raw)(load)
+    words = load(first_row, first_head, queries)
+    return words, _load_numbers(first_row, first_head, scales, rows=rows, group=group)
 
-    def load(function, source, result):
-        function = functools.partial(function, rows=rows, group=group)
-        inline = plgpu.inline_mgpu(arg_types=(SCALAR, SCALAR, plgpu.RefType()), return_type=result)
-        return inline(function)(first_row, first_head, source)
 
-    return load(registers.load_queries, queries, raw), load(registers.load_query_scales, scales, row_scales)
+def _load_numbers(first_row, first_head, numbers, *, rows: int, group: int):
+    """Start to load one of the numbers [T, heads] for each of a block's rows."""
+    result = plgpu.ShapeDtypeStruct((rows,), jnp.float32, layout=plgpu.Layout.WGMMA.reduce(0))
+    load = functools.partial(registers.load_query_scales, rows=rows, group=group)
+    load = plgpu.inline_mgpu(arg_types=(SCALAR, SCALAR, plgpu.RefType()), return_type=result)(load)
+    return load(first_row, first_head, numbers)
 
 
 def _over_rows(x, rows: int):

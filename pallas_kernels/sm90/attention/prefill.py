@@ -103,7 +103,7 @@ def unsupported(
     return unsupported_formats(query, key, value)
 
 
-@functools.partial(jax.jit, static_argnames=("slots", "scale", "causal", "window", "out_dtype", "config"))
+@functools.partial(jax.jit, static_argnames=("slots", "scale", "causal", "window", "softcap", "out_dtype", "config"))
 def prefill_attention(
     query: ScaledArray,
     key: ScaledArray,
@@ -115,6 +115,8 @@ def prefill_attention(
     slots: int | None = None,
     causal: bool = True,
     window: int | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, " heads"] | None = None,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
     config: Config | None = None,
 ) -> Float[Array, "B T heads H"]:
@@ -134,6 +136,8 @@ def prefill_attention(
         scale=scale,
         causal=causal,
         window=window,
+        softcap=softcap,
+        sinks=sinks,
         out_dtype=out_dtype,
         config=config,
     )
@@ -192,6 +196,8 @@ def launch(
     scale: float,
     causal: bool,
     window: int | None,
+    softcap: float | None = None,
+    sinks: Float[Array, " heads"] | None = None,
     out_dtype: jax.typing.DTypeLike,
     config: Config,
 ) -> Float[Array, "B T8 heads H"]:
@@ -207,8 +213,11 @@ def launch(
     ctas = min(NUM_SMS, row_blocks * copies)
     schedule = causal_schedule(row_blocks, copies, ctas) if causal else Schedule(row_blocks * copies, ctas)
     options = {"causal": causal, "window": window, "pipeline": config.pipeline}
+    options["softcap"] = None if softcap is None else softcap * _LOG2E
+    to_scores = scale * (_LOG2E if softcap is None else 1 / softcap) / CODE_UNIT
+    own = () if sinks is None else (sinks.astype(jnp.float32) * _LOG2E,)
     return plgpu.kernel(
-        functools.partial(kernel, schedule=schedule, to_scores=scale * _LOG2E / CODE_UNIT, **options),
+        functools.partial(kernel, schedule=schedule, to_scores=to_scores, **options),
         out_type=jax.ShapeDtypeStruct(q.shape, out_dtype),
         grid=(ctas,),
         grid_names=("cta",),
@@ -228,4 +237,4 @@ def launch(
         },
         kernel_name="prefill_attention",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-    )(q, q_scale, k, v, columns, query_start, kv_lengths)
+    )(q, q_scale, k, v, columns, query_start, kv_lengths, *own)

@@ -59,8 +59,7 @@ def kernel(
     columns_gmem,
     query_start_gmem,
     kv_lengths_gmem,
-    out_gmem,
-    *,
+    *refs,
     q_smem,
     out_smem,
     k_smem,
@@ -75,9 +74,11 @@ def kernel(
     to_scores: float,
     causal: bool,
     window: int | None,
+    softcap: float | None,
     pipeline: int,
 ) -> None:
     """One thread block: its share of the blocks of ``WARPGROUPS`` x 64 queries of one head."""
+    *sinks_gmem, out_gmem = refs
     stages, block_kv, _ = k_smem.shape
     block_rows = BLOCK_Q * WARPGROUPS
     batches, length, heads, _ = out_gmem.shape
@@ -155,10 +156,12 @@ def kernel(
                 q=q_smem.at[warpgroup], k=k_smem, v=v_smem, columns=columns_smem, full=full, free=free,
                 q_free=q_free.at[warpgroup], turn=turns.at[warpgroup], other_turn=turns.at[1 - warpgroup],
                 stage=lambda tile: stage(done + tile - begin), to_scores=row_to_scores,
-                first_position=now.position + row_of, length=now.length, causal=causal, window=window,
+                first_position=now.position + row_of, length=now.length, causal=causal, window=window, softcap=softcap,
                 zero_scores=zero_scores, zero_product=zero_product,
             )  # fmt: skip
-            total, out = (_one_by_one if pipeline == 1 else _overlapped)(tiles, begin, full_end, end)
+            unit, total, out = (_one_by_one if pipeline == 1 else _overlapped)(tiles, begin, full_end, end)
+            if sinks_gmem:
+                total += jnp.exp2(sinks_gmem[0][now.head] - unit) * formats.PROBABILITY_SCALE
             following_scales = scales(following)
             inverse = jnp.where(total > 0, 1.0 / (jnp.where(total > 0, total, 1.0) * CODE_UNIT), 0.0)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -220,6 +223,7 @@ class _Tiles:
     length: jax.Array
     causal: bool
     window: int | None
+    softcap: float | None  # of scores in the logarithm's unit; ``to_scores`` gives multiples of it
     zero_scores: jax.Array  # [queries, keys]
     zero_product: jax.Array  # [queries, rows of v]
 
@@ -280,6 +284,8 @@ class _Tiles:
         """
         scores *= _over_rows(key_scale, self.shape)
         scores = scores * _over_columns(self.to_scores, self.shape)
+        if self.softcap is not None:
+            scores = jnp.tanh(scores) * self.softcap
         scores += _over_rows(self.load_column(tile, registers.LOG_VALUE_SCALE), self.shape)
         if masked:
             scores = jnp.where(self._visible(tile), scores, -jnp.inf)
@@ -309,7 +315,7 @@ class _Tiles:
 
 
 def _one_by_one(tiles: _Tiles, begin, full_end, end):
-    """Pipeline 1: the products of a tile wait for its softmax. Returns row sums and output."""
+    """Pipeline 1: the products of a tile wait for its softmax. Returns sums' units as peaks, row sums and output."""
 
     def step(tile, carry, *, masked: bool):
         peaks, total, out = carry
@@ -329,7 +335,8 @@ def _one_by_one(tiles: _Tiles, begin, full_end, end):
     carry = lax.fori_loop(begin, full_end, functools.partial(step, masked=False), carry)
     carry = lax.fori_loop(full_end, end, functools.partial(step, masked=True), carry)
     tiles.release_queries()
-    return carry[1:]
+    peaks, total, out = carry
+    return peaks.last, total, out
 
 
 def _overlapped(tiles: _Tiles, begin, full_end, end):
@@ -373,9 +380,9 @@ def _overlapped(tiles: _Tiles, begin, full_end, end):
     carry = lax.fori_loop(begin, full_end, functools.partial(step, masked=False, last=False), carry)
     carry = lax.fori_loop(full_end, before_last, functools.partial(step, masked=True, last=False), carry)
     tiles.release_queries()
-    *_, sums, out = lax.fori_loop(before_last, end, functools.partial(step, masked=True, last=True), carry)
+    *_, peaks, sums, out = lax.fori_loop(before_last, end, functools.partial(step, masked=True, last=True), carry)
     column = plgpu.broadcasted_iota(jnp.int32, sums.shape, 1, layout=_MATRIX).astype(jnp.float32)
-    return jnp.sum(sums * jnp.exp2(-math.log2(registers.SUM_STEP) * column), axis=1), out
+    return peaks.last, jnp.sum(sums * jnp.exp2(-math.log2(registers.SUM_STEP) * column), axis=1), out
 
 
 def _matrix(columns: int):
