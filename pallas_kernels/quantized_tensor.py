@@ -1,7 +1,8 @@
 """A quantized weight matrix as a pytree: what the matmul op multiplies by."""
 
 import dataclasses
-from typing import Literal, Self, get_args
+from collections.abc import Callable
+from typing import Any, Literal, Self, get_args
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,9 @@ class QuantizedTensor:
         format: "int4", or another of ``formats.CODEBOOKS``; or "fp8".
 
     Padded codes are 0 and padded scales 1, so that padding contributes exactly nothing.
+
+    A stack of matrices of one shape, such as a layer's experts, has arrays with one more axis in front; ``jax.vmap``,
+    ``jax.lax.scan`` and :func:`of_each` take it apart.
     """
 
     values: Array
@@ -39,7 +43,7 @@ class QuantizedTensor:
         """Inputs that share one scale (K for "fp8")."""
         if self.group_scale is None:
             return self.shape[1]
-        return layouts.padded_shape(*self.shape)[1] // self.group_scale.shape[0]
+        return layouts.padded_shape(*self.shape)[1] // self.group_scale.shape[-2]
 
     @property
     def nbytes(self) -> int:
@@ -116,9 +120,19 @@ class QuantizedTensor:
         codes = jnp.pad(weight.codes, ((0, 0), (0, -k % self.group_size)))
         return formats.decode_weight(codes, weight.group_scale, self.format)[:, :k]
 
-    def dequantize(self) -> Float[Array, "N K"]:
-        """float32 matrix that the codes stand for."""
+    def dequantize(self) -> Float[Array, "*stack N K"]:
+        """float32 matrix that the codes stand for, or each of a stack."""
+        if self.channel_scale.ndim > 1:
+            return of_each(QuantizedTensor.dequantize)(self)
         return self.unscaled() * self.channel_scale[: self.shape[0], None]
+
+
+def of_each(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` of each of the matrices that its arguments, pytrees of arrays, are stacks of; one after the other.
+
+    Results are stacked likewise. The program does not grow with the stack, nor does the memory for intermediate values.
+    """
+    return lambda *stacks: jax.lax.map(lambda each: function(*each), stacks)
 
 
 def quantize(
