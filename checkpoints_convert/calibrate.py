@@ -20,7 +20,7 @@ from fireq_jax.models.block import Block, fuse_block, linears_of
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.layers import LayerOptions, Tap, no_tap
 from fireq_jax.models.llama import DecoderLayer
-from fireq_jax.models.parameters import with_parameters
+from fireq_jax.models.parameters import abstract, with_parameters
 from fireq_jax.models.rope import query_growth, rope_tables
 from fireq_jax.quantization import recipes
 from fireq_jax.quantization.config import QuantizationConfig
@@ -41,7 +41,8 @@ class ChannelStatistics(NamedTuple):
 class BlockStatistics(NamedTuple):
     """What calibration measures of one block.
 
-    ``inputs`` is keyed by the names of the linear layers' inputs (``models.block.linears_of``); ``values`` are second moments of each head's values.
+    ``inputs`` is keyed by the names of the inputs of ``models.block.linears_of``; ``values`` are second moments of
+    each head's values.
     """
 
     inputs: dict[str, ChannelStatistics]
@@ -89,7 +90,7 @@ def abstract_layer(config: ModelConfig, quantization: QuantizationConfig, index:
     It is called "layers.0" whichever that is, so that layers which compute alike are compiled once.
     """
     options = LayerOptions(quantization, jnp.float32, "xla", nnx.Rngs(0))
-    return nnx.eval_shape(lambda: DecoderLayer("layers.0", index, config, options))
+    return abstract(lambda: DecoderLayer("layers.0", index, config, options))
 
 
 def batches_of(samples: int, batch_size: int) -> list[slice]:
@@ -106,6 +107,22 @@ def run_layer(layer: DecoderLayer, config: ModelConfig, hidden: Float[Array, "B 
     rope = rope_tables(config, layer.rope, positions, lengths)
     output, _ = layer(hidden, rope, start=start, lengths=lengths, growth=query_growth(config, positions), tap=tap)
     return finished(output)
+
+
+def run_samples(layer: DecoderLayer, config: ModelConfig, hidden: Hidden, batch_size: int) -> Hidden:
+    """:func:`run_layer` of all samples, in :func:`batches_of` them."""
+    graph, state = nnx.split(layer)
+    output = np.empty_like(hidden)
+    for part in batches_of(len(hidden), batch_size):
+        output[part] = np.asarray(_output(graph, config, state, jnp.asarray(hidden[part])))
+    return output
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=COMPILE_QUICKLY)
+def _output(
+    graph: nnx.GraphDef[DecoderLayer], config: ModelConfig, state: nnx.State, hidden: Float[Array, "B T D"]
+) -> Float[Array, "B T D"]:
+    return run_layer(nnx.merge(graph, state), config, hidden)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=COMPILE_QUICKLY)

@@ -4,9 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int, Int32
 
 from fireq_jax.text_data import load_tokens
+
+# Held-out windows: an eighth of the calibration windows, or more where that is fewer than this many tokens.
+HELD_OUT_TOKENS = 2048
+MOST_HELD_OUT = 16  # windows
+
+Windows = Int32[np.ndarray, "samples sequence_length"]
 
 
 def calibration_batches(
@@ -17,7 +23,7 @@ def calibration_batches(
     sequence_length: int,
     seed: int = 0,
     text_field: str = "text",
-) -> Int32[np.ndarray, "samples sequence_length"]:
+) -> Windows:
     """Random windows of a text's token stream, int32 [samples, sequence_length].
 
     Args:
@@ -31,21 +37,60 @@ def calibration_batches(
     Raises:
         ValueError: if the source cannot be read or has too few tokens.
     """
+    return calibration_and_held_out(
+        source, tokenizer, samples=samples, sequence_length=sequence_length, seed=seed, text_field=text_field
+    )[0]
+
+
+def calibration_and_held_out(
+    source: str | Path,
+    tokenizer: Any,
+    *,
+    samples: int,
+    sequence_length: int,
+    seed: int = 0,
+    text_field: str = "text",
+) -> tuple[Windows, Windows]:
+    """What :func:`calibration_batches` returns, and :func:`held_out_windows` of the same text.
+
+    Arguments and errors are those of :func:`calibration_batches`.
+    """
     tokens = load_tokens(source, tokenizer, text_field=text_field)
+    sizes = {"samples": samples, "sequence_length": sequence_length, "seed": seed}
     try:
-        return sample_windows(tokens, samples=samples, sequence_length=sequence_length, seed=seed)
+        return sample_windows(tokens, **sizes), held_out_windows(tokens, **sizes)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
 
 
-def sample_windows(
-    tokens: Int32[np.ndarray, " tokens"], *, samples: int, sequence_length: int, seed: int
-) -> Int32[np.ndarray, "samples sequence_length"]:
+def sample_windows(tokens: Int32[np.ndarray, " tokens"], *, samples: int, sequence_length: int, seed: int) -> Windows:
     """Different windows out of the consecutive, non-overlapping ones that ``tokens`` is cut into.
 
     Raises:
         ValueError: if a size is not positive or there are fewer than ``samples`` windows.
     """
+    windows, order = _shuffled(tokens, samples, sequence_length, seed)
+    return windows[order[:samples]]
+
+
+def held_out_windows(tokens: Int32[np.ndarray, " tokens"], *, samples: int, sequence_length: int, seed: int) -> Windows:
+    """Windows that :func:`sample_windows` leaves, to measure on what calibration did not see.
+
+    Arguments and errors are those of :func:`sample_windows`.
+
+    Returns:
+        As many as ``samples`` / 8 or ``HELD_OUT_TOKENS`` tokens need, at most ``MOST_HELD_OUT``; fewer, or none
+        ([0, sequence_length]), where the text has no more.
+    """
+    windows, order = _shuffled(tokens, samples, sequence_length, seed)
+    count = min(MOST_HELD_OUT, max(samples // 8, -(-HELD_OUT_TOKENS // sequence_length)))
+    return windows[order[samples : samples + count]]
+
+
+def _shuffled(
+    tokens: Int32[np.ndarray, " tokens"], samples: int, sequence_length: int, seed: int
+) -> tuple[Windows, Int[np.ndarray, " windows"]]:
+    """All windows of the text, and the order in which they are taken."""
     for name, value, least in (("samples", samples, 1), ("sequence_length", sequence_length, 1), ("seed", seed, 0)):
         if value < least:
             raise ValueError(f"{name} is {value}; expected {least} or more")
@@ -57,5 +102,5 @@ def sample_windows(
         )
     # numpy promises that the raw bits of a bit generator never change, which it does not promise
     # of Generator's methods; ordering the windows by them is a random permutation.
-    order = np.argsort(np.random.PCG64(seed).random_raw(windows), kind="stable")[:samples]
-    return tokens[: windows * sequence_length].reshape(windows, sequence_length)[order]
+    order = np.argsort(np.random.PCG64(seed).random_raw(windows), kind="stable")
+    return tokens[: windows * sequence_length].reshape(windows, sequence_length), order

@@ -12,13 +12,12 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 from checkpoints_convert.algorithms.gptq import InputMoments, quantize_measured, rounding_operations
 from checkpoints_convert.algorithms.reconstruction import reconstruct, reconstruction_operations
-from checkpoints_convert.calibrate import Hidden, abstract_layer, batches_of, run_layer
+from checkpoints_convert.calibrate import Hidden, abstract_layer, batches_of, run_layer, run_samples
 from fireq_jax.compilation import COMPILE_QUICKLY
 from fireq_jax.models.block import Block, FusedLinear, linears_of
 from fireq_jax.models.config import ModelConfig
@@ -27,8 +26,8 @@ from fireq_jax.models.parameters import Parameter, layer_parameters, quantize_li
 from fireq_jax.quantization.config import QuantizationConfig
 from pallas_kernels import formats
 
-# Of an expert's moments: the weight of tokens that do not go to it, whose own count a thousand times as much. They
-# decide for an expert that has none.
+# What tokens that do not go to an expert count in its moments: far less than those that do, but they decide for an
+# expert that no token goes to.
 UNROUTED = 1e-6
 
 
@@ -95,11 +94,7 @@ class Compensator:
 
     def _run(self, layer: DecoderLayer, hidden: Hidden) -> Hidden:
         """The layer's output."""
-        graph, state = nnx.split(layer)
-        output = np.empty_like(hidden)
-        for part in batches_of(len(output), self.batch_size):
-            output[part] = np.asarray(_output(graph, self.config, state, jnp.asarray(hidden[part])))
-        return output
+        return run_samples(layer, self.config, hidden, self.batch_size)
 
     def _layer(
         self, index: int, own: Mapping[str, Array], done: Mapping[str, Parameter], quantization: QuantizationConfig
@@ -109,7 +104,9 @@ class Compensator:
 
     def _staged(self, done: Mapping[str, Parameter], quantization: QuantizationConfig) -> QuantizationConfig:
         """The config of a layer called "layers.0" in which only the linear layers of ``done`` are quantized."""
-        left = tuple(f"layers.0.{linear.name}" for linear in linears_of(self.config) if f"{linear.name}.weight" not in done)
+        left = tuple(
+            f"layers.0.{linear.name}" for linear in linears_of(self.config) if f"{linear.name}.weight" not in done
+        )
         return dataclasses.replace(quantization, keep_float=left)
 
     def _own_parameters(self, index: int, block: Block) -> dict[str, Array]:
@@ -153,17 +150,19 @@ def compensation_operations(config: ModelConfig, quantization: QuantizationConfi
     heads, kv_heads, width, inner = config.num_heads, config.num_kv_heads, config.hidden_size, config.intermediate_size
     experts = 1 if config.experts is None else config.experts.count
     shapes = [
-        ((heads + 2 * kv_heads) * config.head_dim, width),
-        (width, heads * config.head_dim),
-        *[(2 * inner, width)] * experts,
-        *[(width, inner)] * experts,
+        (1, (heads + 2 * kv_heads) * config.head_dim, width),
+        (1, width, heads * config.head_dim),
+        (experts, 2 * inner, width),
+        (experts, width, inner),
     ]
-    sizes = [n * k for n, k in shapes]
+    sizes = [count * n * k for count, n, k in shapes]
     streams = 2 if quantization.calibration_stream == "quantized" else 1
     before = sum(sum(sizes[:i]) for i in range(len(sizes))) if quantization.measures_inputs else 0
     passes = streams * before + (sum(sizes) if streams == 2 else 0)
-    moments = streams * sum(k * k for _, k in shapes) if quantization.measures_inputs else 0
-    rounding = sum(rounding_operations(n, k) for n, k in shapes) if quantization.error_compensation else 0
+    moments = streams * sum(count * k * k for count, _, k in shapes) if quantization.measures_inputs else 0
+    rounding = (
+        sum(count * rounding_operations(n, k) for count, n, k in shapes) if quantization.error_compensation else 0
+    )
     steps = quantization.learned_steps
     learning = reconstruction_operations(sum(sizes), steps, samples, length) if steps else 0
     return 2 * samples * length * (passes + moments) + rounding + learning
@@ -210,10 +209,3 @@ def _second_moment(
         return _second_moment(rows * (jnp.square(weights[expert]) + UNROUTED)[:, None], others, None)
 
     return jax.lax.map(of_expert, jnp.arange(len(weights)))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=COMPILE_QUICKLY)
-def _output(
-    graph: nnx.GraphDef[DecoderLayer], config: ModelConfig, state: nnx.State, hidden: Float[Array, "B T D"]
-) -> Float[Array, "B T D"]:
-    return run_layer(nnx.merge(graph, state), config, hidden)

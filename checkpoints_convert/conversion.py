@@ -1,26 +1,25 @@
 """The conversion itself: stream blocks through calibration, smoothing and rounding into a folder.
 
-While it runs, ``OUTPUT/.conversion`` holds what a resumed run needs: the options, the hidden
-states that enter the next block, and each finished block's part of the report. A block counts as
-done when its Orbax checkpoint is committed; the folder is complete when ``fireq.json`` is there.
+While it runs, a work folder holds what a resumed run needs (:mod:`~checkpoints_convert.work_folder`);
+the output is complete when ``fireq.json`` is there.
 """
 
 import dataclasses
 import hashlib
 import logging
 import math
+import os
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Int
 from tqdm.auto import tqdm
 
@@ -29,22 +28,22 @@ from checkpoints_convert.algorithms.reconstruction import check_sequences
 from checkpoints_convert.algorithms.smoothing import applicable, smooth_with_keys
 from checkpoints_convert.calibrate import BlockStatistics, Calibrator
 from checkpoints_convert.compensation import Compensator, compensation_operations
+from checkpoints_convert.held_out import HeldOut, Streams, check_amount, log_report, scored
+from checkpoints_convert.work_folder import REPORT, WorkFolder, save_array, save_arrays
 from fireq_jax import json_files
 from fireq_jax.checkpoints import folder
 from fireq_jax.checkpoints.huggingface import HuggingFaceCheckpoint
+from fireq_jax.checkpoints.tokenizer import TOKENIZER_FILES
+from fireq_jax.command_line import check_interrupted
+from fireq_jax.config_fields import check_kinds, check_types
 from fireq_jax.models.block import block_shapes, fuse_block, linear_names
-from fireq_jax.models.llama import CausalLM
 from fireq_jax.models.parameters import Parameter, global_parameters, layer_parameters
 from fireq_jax.quantization.config import QuantizationConfig
+from fireq_jax.whole_files import check_digests, digest, write_whole
 from pallas_kernels import formats
 from pallas_kernels.quantized_tensor import QuantizedTensor
 
-# Everything a tokenizer or a chat template may consist of, and generation defaults.
-COMPANION_FILES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
-    "chat_template.json",
-)  # fmt: skip
+COMPANION_FILES = ("generation_config.json", *TOKENIZER_FILES)
 logger = logging.getLogger(__name__)
 
 
@@ -69,6 +68,8 @@ class ConversionOptions:
     batch_size: int = 8
 
     def __post_init__(self) -> None:
+        check_types(self)
+        check_kinds(self)
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"dtype is {self.dtype!r}; expected 'bfloat16' or 'float32'")
         if self.batch_size < 1:
@@ -84,6 +85,7 @@ def needs_calibration(quantization: QuantizationConfig) -> bool:
 def convert(
     options: ConversionOptions,
     tokens: Int[np.ndarray, "samples T"] | None,
+    held_out: Int[np.ndarray, "windows T"] | None = None,
     *,
     resume: bool = False,
     progress: bool = True,
@@ -93,12 +95,19 @@ def convert(
     Args:
         options: what and how.
         tokens: calibration tokens; None if the config needs none.
-        resume: go on where an interrupted run of the same options stopped.
+        held_out: other tokens of the same text. On them the log and the report's ``held_out`` say the perplexity of
+            the float model, of the quantized one, and of rounding to nearest; there is a warning if the recipe is
+            worse than that, or if there are no tokens ([0, T]). None measures nothing.
+        resume: go on where an interrupted run of the same options stopped; a complete model of the same
+            options is verified and left as it is.
         progress: show progress bars.
 
     Raises:
-        ValueError: for anything wrong with the checkpoint, the options or the output folder;
-            nothing has been written then.
+        ValueError: for anything wrong with the checkpoint, the options or the output folder; nothing has been
+            written then. Also for a block that calibration text or rounding turns into NaN or infinity: the blocks
+            before it stay.
+        OSError: naming what cannot be read or written; what has been written can be resumed.
+        KeyboardInterrupt: if Ctrl-C was pressed; likewise.
     """
     started = time.perf_counter()
     source = HuggingFaceCheckpoint(options.model)
@@ -112,52 +121,71 @@ def convert(
     quantization.check_fits(linear_names(config), config.head_dim)
     if tokens is None and needs_calibration(quantization):
         raise ValueError(f"recipe {options.recipe!r} measures keys on text; give calibration text")
+    unseen = scored(held_out)
+    for text in (text for text in (tokens, unseen) if text is not None):
+        _check_tokens(text, config.vocab_size, config.max_position_embeddings)
+    if tokens is not None and quantization.learned_steps:
+        check_sequences(len(tokens))
+    tokens, unseen = (tokens, unseen) if needs_calibration(quantization) else (None, None)
+    work, fingerprint = WorkFolder(options.output), _fingerprint(options, source, tokens, unseen)
+    if work.check(fingerprint, resume=resume):
+        check_digests(options.output, folder.read_manifest(options.output).digests or {}, folder.UNVERIFIED)
+        work.remove()
+        logger.info("%s is complete", options.output)
+        return json_files.read_json(options.output / REPORT)
+    logger.info("%s", _cost(source, quantization, tokens, unseen))
     if tokens is not None:
-        _check_tokens(tokens, config.vocab_size, config.max_position_embeddings)
-        if quantization.learned_steps:
-            check_sequences(len(tokens))
-    tokens = tokens if needs_calibration(quantization) else None
-    fingerprint = _fingerprint(options, source, tokens)
-    _check_output(options.output, fingerprint, resume=resume)
-    logger.info("%s", _cost(source, quantization, tokens))
+        check_amount(config, quantization, tokens)
+        if held_out is not None and unseen is None:
+            logger.warning("the calibration text has no window left to hold out: nothing says what other text loses")
     source.check_finite(progress=progress)
 
-    work = options.output / folder.WORK_FOLDER
-    work.mkdir(parents=True, exist_ok=True)
-    json_files.write_json(work / "options.json", fingerprint)
-    _convert_globals(source, options, tokens, work)
-    calibrator = Calibrator(config, options.batch_size)
-    compensator = Compensator(config, quantization, options.batch_size) if quantization.reads_text else None
-    first = _blocks_done(options.output, config.num_layers)
-    for index in tqdm(
-        range(first, config.num_layers),
-        initial=first,
-        total=config.num_layers,
-        desc="converting",
-        unit="block",
-        disable=not progress,
-    ):
-        _convert_block(source, options, index, calibrator if tokens is not None else None, compensator, work)
-    return _finish(source, options, tokens, work, time.perf_counter() - started, first)
+    with work.begun(fingerprint, resume=resume):
+        first = work.finished_blocks(config.num_layers)
+        rest = None if unseen is None else HeldOut(config, quantization, options.dtype, options.batch_size, unseen)
+        if first < 0:
+            _convert_globals(source, options, tokens, rest, work)
+        calibrator = Calibrator(config, options.batch_size) if tokens is not None else None
+        compensator = Compensator(config, quantization, options.batch_size) if quantization.reads_text else None
+        first = max(first, 0)
+        for index in tqdm(
+            range(first, config.num_layers),
+            initial=first,
+            total=config.num_layers,
+            desc="converting",
+            unit="block",
+            disable=not progress,
+        ):
+            check_interrupted()
+            _convert_block(source, options, index, calibrator, compensator, rest, work)
+        report = _finish(source, options, fingerprint, rest, work, time.perf_counter() - started, first)
+    work.remove()
+    return report
 
 
 def _convert_globals(
-    source: HuggingFaceCheckpoint, options: ConversionOptions, tokens: Int[np.ndarray, "samples T"] | None, work: Path
+    source: HuggingFaceCheckpoint,
+    options: ConversionOptions,
+    tokens: Int[np.ndarray, "samples T"] | None,
+    held_out: HeldOut | None,
+    work: WorkFolder,
 ) -> None:
     names = source.global_names()
     if options.quantization.lm_head_format != "none" and "lm_head" not in names:
         names = [*names, "lm_head"]
+    digests, nbytes = {}, 0
     for name in names:
-        hidden = _hidden_path(work, 0)
-        starts = name == "embed_tokens" and tokens is not None and _blocks_done(options.output, 1) == 0
-        if not starts and folder.part_path(options.output, folder.part_of(name)).is_dir():
-            continue
         tied = name == "lm_head" and source.config.tie_word_embeddings
         array = source.global_tensor("embed_tokens" if tied else name)
-        if starts:
-            _save_array(hidden, array[tokens].astype(np.float32) * np.float32(source.config.embedding_scale))
+        if name == "embed_tokens" and tokens is not None:
+            save_array(work.hidden(0), array[tokens].astype(np.float32) * np.float32(source.config.embedding_scale))
+            if held_out is not None:
+                save_array(work.held_out(0), np.stack(held_out.start(array)))
         parameters = global_parameters({name: array}, options.quantization, options.dtype)
-        folder.save_part(options.output, folder.part_of(name), parameters)
+        part = folder.part_of(name)
+        digests[f"params/{part}"] = folder.save_part(options.output, part, parameters)
+        nbytes += formats.nbytes(parameters)
+    work.finish(-1, digests, {"bytes": nbytes})
 
 
 def _convert_block(
@@ -166,33 +194,40 @@ def _convert_block(
     index: int,
     calibrator: Calibrator | None,
     compensator: Compensator | None,
-    work: Path,
+    held_out: HeldOut | None,
+    work: WorkFolder,
 ) -> None:
     started = time.perf_counter()
     config, quantization = source.config, options.quantization
     block = {name: jnp.asarray(array).astype(jnp.float32) for name, array in source.block(index).items()}
     statistics: BlockStatistics | None = None
     if calibrator is not None:
-        hidden = np.load(_hidden_path(work, index), mmap_mode="r")
+        hidden = np.load(work.hidden(index), mmap_mode="r")
         output, statistics = calibrator.run(block, index, hidden)
         if not np.isfinite(output).all():
             raise ValueError(f"block {index} turns calibration text into NaN or infinity; the checkpoint is broken")
         if index + 1 < config.num_layers:
-            _save_array(_hidden_path(work, index + 1), output)
+            save_array(work.hidden(index + 1), output)
         del output, hidden
+    unseen = None
+    if held_out is not None:
+        unseen = held_out.run_float(index, block, Streams(*np.load(work.held_out(index))))
     if quantization.smoothing is not None:
         keys = inputs = values = None
         if statistics is not None:
             keys, values = statistics.keys, statistics.values
             inputs = {name: channels.mean_abs for name, channels in statistics.inputs.items()}
         smoothed, transform = smooth_with_keys(block, keys, config, quantization.smoothing, inputs, values)
-        _save_arrays(work / f"smoothing.{index}.npz", smoothing_effect(block, smoothed, keys, transform))
+        save_arrays(work.smoothing(index), smoothing_effect(block, smoothed, keys, transform))
         block = smoothed
         del smoothed
     if compensator is None:
         parameters = layer_parameters(block, index, quantization, options.dtype)
     else:
         parameters = _compensate_block(compensator, block, index, options.dtype, work)
+    if held_out is not None and unseen is not None:
+        unseen = held_out.run_quantized(index, parameters, unseen)
+        save_array(work.held_out(index + 1), np.stack(unseen))
     errors = _weight_errors(block, index, parameters)
     if broken := [name for name, error in errors.items() if not math.isfinite(error)]:
         raise ValueError(f"block {index}: {broken[0]} became NaN or infinite when it was smoothed or quantized")
@@ -201,22 +236,20 @@ def _convert_block(
         "bytes": formats.nbytes(parameters),
         "seconds": round(time.perf_counter() - started, 3),
     }
-    json_files.write_json(work / f"block.{index}.json", report)
-    folder.save_part(options.output, f"layers.{index}", parameters)
-    for path in (_hidden_path(work, index), _quantized_hidden_path(work, index)):
-        path.unlink(missing_ok=True)
+    sha256 = folder.save_part(options.output, f"layers.{index}", parameters)
+    work.finish(index, {f"params/layers.{index}": sha256}, report)
 
 
 def _compensate_block(
-    compensator: Compensator, block: Mapping[str, Array], index: int, dtype: str, work: Path
+    compensator: Compensator, block: Mapping[str, Array], index: int, dtype: str, work: WorkFolder
 ) -> dict[str, Parameter]:
-    hidden = np.load(_hidden_path(work, index), mmap_mode="r")
+    hidden = np.load(work.hidden(index), mmap_mode="r")
     quantized_hidden = hidden
     if compensator.follows_quantized and index > 0:
-        quantized_hidden = np.load(_quantized_hidden_path(work, index), mmap_mode="r")
+        quantized_hidden = np.load(work.quantized_hidden(index), mmap_mode="r")
     parameters, output = compensator.quantize(block, index, hidden, quantized_hidden, dtype)
     if output is not None:
-        _save_array(_quantized_hidden_path(work, index + 1), output)
+        save_array(work.quantized_hidden(index + 1), output)
     return parameters
 
 
@@ -274,43 +307,63 @@ def _relative_error(quantized: QuantizedTensor, weight: Float[Array, "N K"]) -> 
 def _finish(
     source: HuggingFaceCheckpoint,
     options: ConversionOptions,
-    tokens: Int[np.ndarray, "samples T"] | None,
-    work: Path,
+    fingerprint: Mapping[str, Any],
+    held_out: HeldOut | None,
+    work: WorkFolder,
     seconds: float,
     first: int,
 ) -> dict[str, Any]:
     """The report; this run took ``seconds`` and began with block ``first``."""
-    config = source.config
-    blocks = {f"layers.{i}": json_files.read_json(work / f"block.{i}.json") for i in range(config.num_layers)}
+    config, output = source.config, options.output
+    records = [record for index in range(-1, config.num_layers) if (record := work.record(index)) is not None]
+    blocks = {f"layers.{index}": record["report"] for index, record in enumerate(records[1:])}
     seconds += sum(blocks[f"layers.{i}"]["seconds"] for i in range(first))
     report = {
         "model": str(options.model),
         "recipe": options.recipe,
         "quantization": options.quantization.to_dict(),
-        "calibration_tokens": 0 if tokens is None else int(tokens.size),
+        "calibration_tokens": math.prod((fingerprint["calibration"] or [0])[:2]),
+        "held_out": None,
         "bytes_before": source.nbytes,
-        "bytes_after": nnx.eval_shape(lambda: CausalLM(config, options.quantization, dtype=options.dtype)).nbytes,
+        "bytes_after": sum(record["report"]["bytes"] for record in records),
         "seconds": round(seconds, 3),
         "peak_host_bytes": _peak_memory(),
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
         "layers": blocks,
+        "options": dict(fingerprint),
     }
+    if held_out is not None:
+        report["held_out"] = held_out.report(source, Streams(*np.load(work.held_out(config.num_layers))))
+        log_report(report["held_out"], options.recipe)
     effects = {
         f"layers.{i}.{name}": array
         for i in range(config.num_layers)
-        if (path := work / f"smoothing.{i}.npz").is_file()
+        if (path := work.smoothing(i)).is_file()
         for name, array in np.load(path).items()
     }
     if effects:
-        _save_arrays(options.output / "smoothing.npz", effects)
-    for name in COMPANION_FILES:
-        if (options.model / name).is_file():
-            shutil.copyfile(options.model / name, options.output / name)
-    json_files.write_json(options.output / "report.json", report)
-    folder.write_manifest(options.output, config, options.quantization)
-    shutil.rmtree(work)
+        save_arrays(output / "smoothing.npz", effects)
+    written = {name: sha256 for record in records for name, sha256 in record["sha256"].items()}
+    parts = {name: sha256 for name, sha256 in written.items() if name.startswith("params/")}
+    folder.remove_other_parts(output, [name.removeprefix("params/") for name in parts])
+    copies = {name: _copy(path, output / name) for name, path in _companions(options.model).items()}
+    tokenizer = {name: sha256 for name, sha256 in copies.items() if name in TOKENIZER_FILES}
+    json_files.write_json(output / REPORT, report)
+    folder.write_manifest(output, config, options.quantization, parts | tokenizer)
     return report
+
+
+def _companions(model: Path) -> dict[str, Path]:
+    """What goes along with the model, by name."""
+    return {name: path for name in COMPANION_FILES if (path := model / name).is_file()}
+
+
+def _copy(source: Path, target: Path) -> str:
+    """Copy a file, whole or not at all; returns its digest."""
+    with source.open("rb") as file:
+        write_whole(target, lambda copy: shutil.copyfileobj(file, copy))
+    return digest(target)
 
 
 def _check_tokens(tokens: Int[np.ndarray, "samples T"], vocab_size: int, longest: int) -> None:
@@ -322,57 +375,35 @@ def _check_tokens(tokens: Int[np.ndarray, "samples T"], vocab_size: int, longest
         raise ValueError(f"calibration sequences have {tokens.shape[1]} tokens; the model's positions end at {longest}")
 
 
-def _check_output(output: Path, fingerprint: Mapping[str, Any], *, resume: bool) -> None:
-    folder.check_writable(output)
-    if (output / folder.MANIFEST).exists():
-        raise ValueError(f"{output} already holds a complete model; give another output folder or remove it")
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"{output} is not a folder; give another output folder")
-    work = output / folder.WORK_FOLDER
-    options = work / "options.json"
-    # Not even begun, or killed before the options were there.
-    if not output.exists() or (set(output.iterdir()) <= {work} and (not work.exists() or _only_aside(work, options))):
-        return
-    if not options.is_file():
-        raise ValueError(f"{output} is not empty and not an interrupted conversion; give another output folder")
-    if not resume:
-        raise ValueError(f"{output} holds an interrupted conversion; use --resume to go on, or remove it")
-    before = json_files.read_json(options)
-    if before != fingerprint:
-        raise ValueError(f"cannot resume {output}: {_difference('', before, fingerprint)}")
-
-
-def _difference(name: str, was: Any, now: Any) -> str:
-    """Of two unequal values, or of the first unequal ones in two objects."""
-    if isinstance(was, dict) and isinstance(now, dict):
-        key = next(key for key in sorted({*was, *now}) if was.get(key) != now.get(key))
-        return _difference(f"{name}.{key}" if name else key, was.get(key), now.get(key))
-    if name == "calibration":
-        return "the calibration text, the number or length of its samples, or the seed is another"
-    return f"{name} was {was!r} and is now {now!r}"
-
-
-def _only_aside(work: Path, options: Path) -> bool:
-    """Whether there is nothing in the work folder but what may become its first file."""
-    return {path.name for path in work.iterdir()} <= {options.name + ".tmp"}
-
-
 def _fingerprint(
-    options: ConversionOptions, source: HuggingFaceCheckpoint, tokens: Int[np.ndarray, "samples T"] | None
+    options: ConversionOptions,
+    source: HuggingFaceCheckpoint,
+    tokens: Int[np.ndarray, "samples T"] | None,
+    held_out: Int[np.ndarray, "windows T"] | None,
 ) -> dict[str, Any]:
     """What must not change between an interrupted run and its continuation."""
     return {
         "model": str(options.model.resolve()),
         **{f"the model's {name}": value for name, value in source.config.to_dict().items()},
-        **{f"{path.name}, size and time": [path.stat().st_size, path.stat().st_mtime_ns] for path in source.files},
+        **{
+            f"{os.path.relpath(path, options.model)}, size and time": [path.stat().st_size, path.stat().st_mtime_ns]
+            for path in source.files
+        },
+        **{f"{name}, SHA-256": digest(path) for name, path in _companions(options.model).items()},
         "quantization": options.quantization.to_dict(),
         "dtype": options.dtype,
-        "calibration": None if tokens is None else [*tokens.shape, hashlib.sha256(tokens.tobytes()).hexdigest()],
+        **{
+            name: None if text is None else [*text.shape, hashlib.sha256(text.tobytes()).hexdigest()]
+            for name, text in (("calibration", tokens), ("held_out", held_out))
+        },
     }
 
 
 def _cost(
-    source: HuggingFaceCheckpoint, quantization: QuantizationConfig, tokens: Int[np.ndarray, "samples T"] | None
+    source: HuggingFaceCheckpoint,
+    quantization: QuantizationConfig,
+    tokens: Int[np.ndarray, "samples T"] | None,
+    held_out: Int[np.ndarray, "windows T"] | None,
 ) -> str:
     config = source.config
     text = f"reads {source.nbytes / 1e9:.2f} GB twice (check, convert) in {config.num_layers} blocks"
@@ -381,47 +412,16 @@ def _cost(
     parameters = sum(int(np.prod(shape)) for shape in block_shapes(config).values())
     operations = 2 * parameters * tokens.size
     states = 2 * tokens.size * config.hidden_size * 4
+    unseen = 0 if held_out is None else held_out.size
     if quantization.reads_text:
         operations += compensation_operations(config, quantization, *tokens.shape)
         states *= 2 if quantization.calibration_stream == "quantized" else 1
+    operations += 2 * parameters * unseen * len(Streams._fields)
+    states += 2 * unseen * config.hidden_size * 4 * len(Streams._fields)
     return (
-        f"{text}; calibration on {tokens.size} tokens: {operations * config.num_layers / 1e12:.2f} TFLOP and "
-        f"{states / 1e9:.2f} GB of hidden states on disk"
+        f"{text}; calibration on {tokens.size} tokens, {unseen} held out: "
+        f"{operations * config.num_layers / 1e12:.2f} TFLOP and {states / 1e9:.2f} GB of hidden states on disk"
     )
-
-
-def _blocks_done(output: Path, blocks: int) -> int:
-    """How many of the first blocks are committed."""
-    return next((i for i in range(blocks) if not folder.part_path(output, f"layers.{i}").is_dir()), blocks)
-
-
-def _hidden_path(work: Path, index: int) -> Path:
-    """Hidden states that enter block ``index``."""
-    return work / f"hidden.{index}.npy"
-
-
-def _quantized_hidden_path(work: Path, index: int) -> Path:
-    """Hidden states that enter block ``index`` of the quantized model."""
-    return work / f"quantized_hidden.{index}.npy"
-
-
-def _save_array(path: Path, array: np.ndarray) -> None:
-    _write(path, lambda file: np.save(file, array))
-
-
-def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    _write(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
-
-
-def _write(path: Path, save: Callable[[IO[bytes]], None]) -> None:
-    """Aside, then renamed; on a full disk numpy's error names no file."""
-    aside = path.with_suffix(".tmp")
-    try:
-        with aside.open("wb") as file:
-            save(file)
-    except OSError as error:
-        raise OSError(f"{aside} cannot be written: {error}; is the disk full?") from error
-    aside.replace(path)
 
 
 def _peak_memory() -> int:

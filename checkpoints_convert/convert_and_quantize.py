@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from checkpoints_convert.calibration_data import calibration_batches
+from checkpoints_convert.calibration_data import calibration_and_held_out
 from checkpoints_convert.conversion import ConversionOptions, convert, needs_calibration
 from fireq_jax.checkpoints.tokenizer import load_tokenizer
 from fireq_jax.command_line import exit_code
@@ -49,6 +49,9 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code (``command_line``)."""
     args = parser().parse_args(arguments)
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if type(handler) is logging.StreamHandler]:
+        root.removeHandler(handler)  # absl's, which Orbax calls when it is imported; basicConfig would keep it
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("absl").setLevel(logging.WARNING)
     return exit_code("fireq-convert", lambda: run(args))
@@ -68,11 +71,11 @@ def run(args: argparse.Namespace) -> None:
     quantization = dataclasses.replace(quantization, keep_float=quantization.keep_float + tuple(args.keep_float))
     model = resolve_model(args.model)
     options = ConversionOptions(model, args.output, args.recipe, quantization, args.dtype, args.batch_size)
-    tokens = None
+    tokens = held_out = None
     if needs_calibration(quantization):
         if args.calibration is None:
             raise ValueError(f"recipe {args.recipe!r} needs --calibration TEXT")
-        tokens = calibration_batches(
+        tokens, held_out = calibration_and_held_out(
             args.calibration,
             load_tokenizer(model),
             samples=args.calibration_samples,
@@ -83,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
     elif args.calibration is not None:
         logging.getLogger(__name__).warning("recipe %r reads no text; --calibration is not looked at", args.recipe)
     keep_programs()
-    report = convert(options, tokens, resume=args.resume)
+    report = convert(options, tokens, held_out=held_out, resume=args.resume)
     before, after = report["bytes_before"] / 1e6, report["bytes_after"] / 1e6
     print(f"{args.output}: {before:.1f} MB -> {after:.1f} MB in {report['seconds']:.1f} s ({args.recipe})")
 

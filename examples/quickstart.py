@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from checkpoints_convert.calibration_data import calibration_batches
+from checkpoints_convert.calibration_data import calibration_and_held_out
 from checkpoints_convert.conversion import ConversionOptions, convert
 from fireq_jax import LlamaForCausalLM, generate, recipes
 from fireq_jax.checkpoints.tokenizer import load_tokenizer
@@ -24,12 +24,12 @@ WINDOW = 512
 PROMPT = "The scale of a group"
 
 
-def converted(recipe: str, output: Path, calibration: np.ndarray) -> Path:
+def converted(recipe: str, output: Path, calibration: np.ndarray, held_out: np.ndarray) -> Path:
     """The embedded model under ``recipe``; made if it is not there yet, resumed if it is half there."""
     folder = output / recipe
     if not (folder / "fireq.json").is_file():
         options = ConversionOptions(SOURCE, folder, recipe, recipes.by_name(recipe))
-        convert(options, calibration, resume=True)
+        convert(options, calibration, held_out=held_out, resume=True)
     return folder
 
 
@@ -41,8 +41,8 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
 
     tokenizer = load_tokenizer(SOURCE)
-    calibration = calibration_batches(SOURCE / "calibration.txt", tokenizer, samples=16, sequence_length=WINDOW)
-    folders = {"bf16": SOURCE} | {name: converted(name, args.output, calibration) for name in RECIPES}
+    texts = calibration_and_held_out(SOURCE / "calibration.txt", tokenizer, samples=16, sequence_length=WINDOW)
+    folders = {"bf16": SOURCE} | {name: converted(name, args.output, *texts) for name in RECIPES}
     text = load_tokens(SOURCE / "evaluation.txt", tokenizer)
     prompt = tokenizer(PROMPT, return_tensors="np")["input_ids"]
 

@@ -1,22 +1,28 @@
 """How the commands end: with an exit code and one line of what was wrong, not with a traceback."""
 
+import contextlib
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
 
 import jax
 
 # What users can put right: arguments and files, what a named kernel cannot run, packages that are not installed.
 _EXPECTED = ValueError, NotImplementedError, OSError, ImportError
+_INTERRUPTED = 128 + signal.SIGINT
+_interrupted = threading.Event()
 
 
 def exit_code(command: str, run: Callable[[], None]) -> int:
     """``run``'s exit code: 0, 2 for invalid input or too little memory, 130 if interrupted, 141 if stdout is closed."""
     logging.basicConfig(format="%(message)s")
     try:
-        run()
+        with _interruptible(command):
+            run()
         sys.stdout.flush()  # here, where a closed pipe is caught, and not at exit
     except BrokenPipeError:
         # What is still to be flushed at exit goes nowhere.
@@ -24,7 +30,7 @@ def exit_code(command: str, run: Callable[[], None]) -> int:
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print(f"{command}: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return _INTERRUPTED
     except _EXPECTED as error:
         print(f"{command}: {error}", file=sys.stderr)
         return 2
@@ -34,3 +40,32 @@ def exit_code(command: str, run: Callable[[], None]) -> int:
         print(f"{command}: {message.splitlines()[0]}", file=sys.stderr)
         return 2
     return 0
+
+
+def check_interrupted() -> None:
+    """Raise KeyboardInterrupt if Ctrl-C was pressed and what it raised was lost, as in a destructor or a callback."""
+    if _interrupted.is_set():
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _interruptible(command: str) -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt once; if that gets nowhere, a second one ends the process there and then."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        if _interrupted.is_set():
+            os.write(2, f"{command}: interrupted twice\n".encode())
+            os._exit(_INTERRUPTED)
+        _interrupted.set()
+        raise KeyboardInterrupt
+
+    # Elsewhere no handler can be set; and what was started to ignore Ctrl-C goes on to.
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        yield
+        return
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        _interrupted.clear()

@@ -3,7 +3,8 @@
 import dataclasses
 import reprlib
 from collections.abc import Mapping
-from typing import Any, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false"}
 _SHORT = reprlib.Repr()
@@ -70,3 +71,17 @@ def check_names(cls: type, fields: Mapping[str, Any], *, may_lack: bool = False)
         raise ValueError(f"unknown {cls.__name__} keys {quote(unknown)}; expected some of {sorted(known)}")
     if not may_lack and (missing := sorted(known - set(fields))):
         raise ValueError(f"{cls.__name__} keys {missing} are missing; expected all of {sorted(known)}")
+
+
+def check_kinds(config: Any) -> None:
+    """Raise ValueError unless a dataclass's other fields hold what they say: a choice, a text, a path, a config."""
+    for field in dataclasses.fields(config):
+        value, kind = getattr(config, field.name), field.type
+        if get_origin(kind) is Literal:
+            if not (isinstance(value, str) and value in get_args(kind)):
+                raise ValueError(f"{field.name} is {value!r}; expected one of {get_args(kind)}")
+        elif get_origin(kind) in (None, UnionType):
+            kinds = [option for option in get_args(kind) or (kind,) if isinstance(option, type)]
+            if _KINDS.keys().isdisjoint(kinds) and not isinstance(value, tuple(kinds)):
+                names = " or ".join("None" if option is type(None) else option.__name__ for option in kinds)
+                raise ValueError(f"{field.name} is {value!r}; expected {names}")

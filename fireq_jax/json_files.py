@@ -1,6 +1,7 @@
 """JSON objects in files: read with errors that name the file, written whole or not at all."""
 
 import contextlib
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -8,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fireq_jax.config_fields import quote
+from fireq_jax.whole_files import write_whole
 
+_SEAL = "checksum"
 _MOST_DIGITS = 100  # of a whole number; Python itself refuses to read more than 4300
 
 
@@ -64,10 +67,34 @@ def write_json(path: Path, fields: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: for NaN or infinity, which JSON does not have.
+        OSError: naming the file.
     """
-    aside, text = path.with_name(path.name + ".tmp"), json.dumps(fields, indent=2, allow_nan=False)
-    aside.write_text(text + "\n", encoding="utf-8")
-    aside.replace(path)
+    text = json.dumps(fields, indent=2, allow_nan=False)
+    write_whole(path, lambda file: file.write(f"{text}\n".encode()))
+
+
+def write_sealed(path: Path, fields: Mapping[str, Any]) -> None:
+    """:func:`write_json` of ``fields`` with a checksum of them, for :func:`read_sealed`."""
+    write_json(path, {**fields, _SEAL: _checksum(fields)})
+
+
+def read_sealed(path: Path, advice: str, *, verify: bool = True) -> dict[str, Any]:
+    """What :func:`write_sealed` wrote.
+
+    Raises:
+        ValueError: with ``advice``, if it is something else by now and that is to be verified.
+    """
+    try:
+        fields = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {advice}") from error
+    if fields.pop(_SEAL, None) != _checksum(fields) and verify:
+        raise ValueError(f"{path} has changed: its entries do not have the {_SEAL} that it states; {advice}")
+    return fields
+
+
+def _checksum(fields: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

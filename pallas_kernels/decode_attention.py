@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.formats import ScaledArray
+from pallas_kernels.operands import check_operands
 from pallas_kernels.prefill_attention import (
     as_output,
     attention_reference,
@@ -42,6 +43,8 @@ def decode_attention(
     must be valid pages; what these hold does not matter. The other arguments, the result and the
     errors are those of :func:`~pallas_kernels.prefill_attention.prefill_attention`.
     """
+    check_operands(ScaledArray, key=key, value=value)
+    check_operands(Array | None, page_table=page_table)
     rows = (key, value) if page_table is None else jax.eval_shape(gather_pages, key, value, page_table)
     validate(query, rows[0], rows[1], query_start, kv_lengths, window)
     validate_softmax(query, softcap, sinks)

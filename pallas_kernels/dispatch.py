@@ -26,17 +26,23 @@ def resolve(op: str, implementation: Implementation, unsupported: str | None) ->
         ValueError: for an unknown implementation.
         NotImplementedError: if "mosaic_gpu" was asked for and cannot run.
     """
-    if implementation not in get_args(Implementation):
-        raise ValueError(f"implementation is {implementation!r}; expected one of {get_args(Implementation)}")
+    check_implementation(implementation)
     if implementation == "xla":
         return "xla"
-    reason = unsupported or _not_hopper()
-    if reason is None:
+    # The device first: without a Hopper GPU no other operands would help.
+    reasons = [reason for reason in (_not_hopper(), unsupported) if reason is not None]
+    if not reasons:
         return "mosaic_gpu"
     if implementation == "mosaic_gpu":
-        raise NotImplementedError(f"{op}: the Hopper kernel cannot run: {reason}")
-    _log_fallback(op, reason)
+        raise NotImplementedError(f"{op}: the Hopper kernel cannot run: {'; and '.join(reasons)}")
+    _log_fallback(op, reasons[0])
     return "xla"
+
+
+def check_implementation(implementation: Implementation) -> None:
+    """Raise ValueError for an unknown one."""
+    if implementation not in get_args(Implementation):
+        raise ValueError(f"implementation is {implementation!r}; expected one of {get_args(Implementation)}")
 
 
 def default_device() -> Any:
@@ -60,7 +66,8 @@ def _not_hopper() -> str | None:
     device = default_device()
     if device.platform != "gpu":
         return f"the default device is {device.platform!r}, not a GPU"
-    return f"compute capability is {getattr(device, 'compute_capability', 'unknown')}, not 9.0 (Hopper)"
+    name, capability = (getattr(device, field, "unknown") for field in ("device_kind", "compute_capability"))
+    return f"the default device is {name!r} of compute capability {capability}, not 9.0 (Hopper)"
 
 
 @functools.cache

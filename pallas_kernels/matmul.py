@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import dispatch, formats, layouts
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.matmul_epilogue import Activation, epilogue, width_out
+from pallas_kernels.operands import check_operands
 from pallas_kernels.quantized_tensor import QuantizedTensor
 from pallas_kernels.sm90 import split_sum
 from pallas_kernels.sm90.matmul import launch
@@ -140,7 +141,7 @@ def _matmul_sm90(
         "e4m3" if values.dtype == formats.E4M3 else "bf16",
         weight.group_scale.dtype == formats.E4M3,
         layouts.TILE_K // weight.group_size,
-        may_split=split_sum.adds_up(x_scale, bias, activation),
+        may_split=split_sum.adds_up(x_scale, activation),
     )
     y = launch.matmul(
         flat,
@@ -185,6 +186,9 @@ def matmul_reference(
 def _validate(
     x: ScaledArray | Array, weight: QuantizedTensor, bias: Array | None, activation: Activation, residual: Array | None
 ) -> None:
+    check_operands(ScaledArray | Array, x=x)
+    check_operands(QuantizedTensor, weight=weight)
+    check_operands(Array | None, bias=bias, residual=residual)
     n, k = weight.shape
     values = x.values if isinstance(x, ScaledArray) else x
     if values.shape[-1] != k:

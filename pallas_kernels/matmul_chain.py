@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import dispatch
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.matmul_epilogue import Activation
+from pallas_kernels.operands import check_operands
 from pallas_kernels.quantized_tensor import QuantizedTensor
 from pallas_kernels.sm90.chain import launch
 from pallas_kernels.split_sum import SplitSum
@@ -55,7 +56,11 @@ def runs(rows: int, *weights: QuantizedTensor, implementation: dispatch.Implemen
 
 @functools.partial(jax.jit, static_argnames="eps")
 def norm_matmul(
-    x: Float[Array, "*rows D"] | SplitSum, norm: Float[Array, " D"], weight: QuantizedTensor, eps: float
+    x: Float[Array, "*rows D"] | SplitSum,
+    norm: Float[Array, " D"],
+    weight: QuantizedTensor,
+    eps: float,
+    bias: Float[Array, " N"] | None = None,
 ) -> tuple[SplitSum, Float[Array, "*rows D"], Int[Array, "1"]]:
     """RMSNorm, FP8 and a matmul.
 
@@ -64,6 +69,7 @@ def norm_matmul(
         norm: the norm's weight, float32.
         weight: [N, D].
         eps: of the norm.
+        bias: added to the product, or None.
 
     Returns:
         The product, in parts; x, added up if it was in parts; and a barrier for one call of ``output_mlp``.
@@ -72,6 +78,9 @@ def norm_matmul(
         ValueError: if the widths do not fit together.
         NotImplementedError: if the kernel cannot run this.
     """
+    check_operands(Array | SplitSum, x=x)
+    check_operands(Array, norm=norm)
+    check_operands(QuantizedTensor, weight=weight)
     shape = (*x.rows, x.n) if isinstance(x, SplitSum) else x.shape
     if not shape[-1:] == norm.shape == weight.shape[1:]:
         raise ValueError(
@@ -79,7 +88,7 @@ def norm_matmul(
         )
     m = _check(shape, (weight,), launch.NORM_MATMUL)
     results = launch.run((weight,), launch.NORM_MATMUL, {0: norm}, eps, launch.norm_source(x), m)
-    y = launch.left_in_parts(results, 0, weight, None, shape[:-1])
+    y = launch.left_in_parts(results, 0, weight, bias, None, shape[:-1])
     return y, results["x0"].reshape(shape) if isinstance(x, SplitSum) else x, results["state"]
 
 
@@ -94,6 +103,7 @@ def output_mlp(
     eps: float,
     barrier: Int[Array, "1"],
     activation: Activation = "silu_mul",
+    biases: tuple[Array | None, Array | None, Array | None] = (None, None, None),
 ) -> SplitSum:
     """From a layer's attention to its output.
 
@@ -107,6 +117,7 @@ def output_mlp(
         eps: of the norm.
         barrier: from ``norm_matmul``. The kernel uses it up: a barrier serves one call.
         activation: of the gate.
+        biases: of o_proj, gate_up and down.
 
     Returns:
         The layer's output in parts, the stream after attention being its residual.
@@ -115,6 +126,9 @@ def output_mlp(
         ValueError: if the widths do not fit together.
         NotImplementedError: if the kernel cannot run this.
     """
+    check_operands(ScaledArray, attention=attention)
+    check_operands(Array, residual=residual, norm=norm, barrier=barrier)
+    check_operands(QuantizedTensor, o_proj=o_proj, gate_up=gate_up, down=down)
     weights, width = (o_proj, gate_up, down), residual.shape[-1]
     expected = (width, attention.values.shape[-1]), (2 * down.shape[1], width), (width, down.shape[1])
     if tuple(weight.shape for weight in weights) != expected or norm.shape != (width,):
@@ -130,8 +144,9 @@ def output_mlp(
         "residual": residual.reshape(m, width),
         "state": barrier,
     }
-    results = launch.run(weights, launch.OUTPUT_MLP, {1: norm}, eps, source, m, activation)
-    return launch.left_in_parts(results, 2, down, results["x1"], residual.shape[:-1])
+    *inner, last = biases
+    results = launch.run(weights, launch.OUTPUT_MLP, {1: norm}, eps, source, m, activation, dict(enumerate(inner)))
+    return launch.left_in_parts(results, 2, down, last, results["x1"], residual.shape[:-1])
 
 
 def _check(shape: tuple[int, ...], weights: tuple[QuantizedTensor, ...], sources: tuple[launch.Source, ...]) -> int:

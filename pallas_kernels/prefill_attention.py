@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import dispatch, formats
 from pallas_kernels.formats import ScaledArray
+from pallas_kernels.operands import check_operands
 from pallas_kernels.row_quantize import quantize_rows
 from pallas_kernels.sm90.attention import prefill as sm90
 
@@ -25,7 +26,7 @@ def prefill_attention(
     key: ScaledArray,
     value: ScaledArray,
     *,
-    query_start: Int[Array, " B"] | None,
+    query_start: Int[Array, " B"] | None = None,
     kv_lengths: Int[Array, " B"],
     scale: float,
     causal: bool = True,
@@ -58,9 +59,11 @@ def prefill_attention(
         by ``formats.quantize_fp8``: values [B, T, heads * H] and a float32 scale per token [B, T, 1].
 
     Raises:
-        ValueError: if shapes do not fit together or ``window`` or ``softcap`` is not positive.
+        ValueError: if an operand is of another kind, shapes do not fit together or ``window`` or ``softcap`` is not
+            positive.
         NotImplementedError: if ``implementation`` names a kernel that cannot run this.
     """
+    check_operands(Array, kv_lengths=kv_lengths)
     starts_at_zero = query_start is None
     query_start = jnp.zeros_like(kv_lengths) if query_start is None else query_start
     validate(query, key, value, query_start, kv_lengths, window)
@@ -226,6 +229,8 @@ def validate(
     window: int | None,
 ) -> None:
     """Raise ValueError unless the operands of an attention op fit together."""
+    check_operands(ScaledArray, query=query, key=key, value=value)
+    check_operands(Array, query_start=query_start, kv_lengths=kv_lengths)
     if query.values.ndim != 4:
         raise ValueError(f"query has shape {query.values.shape}; expected [B, T, heads, H]")
     batch, _, heads, head_dim = query.values.shape
@@ -235,7 +240,7 @@ def validate(
             f"key has shape {key.values.shape} ({key.values.dtype}); expected [{batch}, kv_heads, S, {stored}] "
             f"for a query of shape {query.values.shape}"
         )
-    for name, rows in (("key", key), ("value", value)):
+    for name, rows in (("query", query), ("key", key), ("value", value)):
         scale = rows.scale
         if scale is not None and (scale.shape[:-1] != rows.values.shape[:-1] or head_dim % scale.shape[-1]):
             expected = (*rows.values.shape[:-1], "groups")

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Key
 from pallas_kernels import formats, layouts
 
 WeightFormat = Literal["int4", "fp4", "nf4", "fp8"]
+T = TypeVar("T")
 
 
 @jax.tree_util.register_dataclass
@@ -29,7 +30,7 @@ class QuantizedTensor:
     Padded codes are 0 and padded scales 1, so that padding contributes exactly nothing.
 
     A stack of matrices of one shape, such as a layer's experts, has arrays with one more axis in front; ``jax.vmap``,
-    ``jax.lax.scan`` and :func:`of_each` take it apart.
+    ``jax.lax.scan`` and :func:`over_stack` take it apart.
     """
 
     values: Array
@@ -122,17 +123,22 @@ class QuantizedTensor:
 
     def dequantize(self) -> Float[Array, "*stack N K"]:
         """float32 matrix that the codes stand for, or each of a stack."""
-        if self.channel_scale.ndim > 1:
-            return of_each(QuantizedTensor.dequantize)(self)
-        return self.unscaled() * self.channel_scale[: self.shape[0], None]
+        return over_stack(lambda matrix: matrix.unscaled() * matrix.channel_scale[: matrix.shape[0], None])(self)
 
 
-def of_each(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` of each of the matrices that its arguments, pytrees of arrays, are stacks of; one after the other.
+def over_stack(function: Callable[..., T]) -> Callable[..., T]:
+    """A function of matrices that takes stacks of them as well, one matrix after the other, and stacks its results.
 
-    Results are stacked likewise. The program does not grow with the stack, nor does the memory for intermediate values.
+    What its first argument is, a matrix or a stack, so are all. Neither the program nor the memory for intermediate
+    values grows with the stack.
     """
-    return lambda *stacks: jax.lax.map(lambda each: function(*each), stacks)
+
+    def of_each(*arguments: Any) -> T:
+        first = arguments[0]
+        rank = first.channel_scale.ndim + 1 if isinstance(first, QuantizedTensor) else first.ndim
+        return function(*arguments) if rank == 2 else jax.lax.map(lambda each: function(*each), arguments)
+
+    return of_each
 
 
 def quantize(

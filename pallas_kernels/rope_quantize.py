@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import dispatch, formats
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.head_norm import HeadNorm
+from pallas_kernels.operands import check_operands
 from pallas_kernels.sm90.rope_quantize import launch as sm90
 from pallas_kernels.split_sum import SplitSum, finished
 
@@ -195,6 +196,10 @@ def _validate(
     clips: tuple[float, float],
 ) -> None:
     """Raise ValueError unless the operands fit together."""
+    check_operands(Array | SplitSum, packed=packed)
+    check_operands(ScaledArray, key=key, value=value)
+    check_operands(Array, cos=cos, sin=sin, start=start, lengths=lengths)
+    check_operands(Array | None, post_rope_scale=post_rope_scale, key_offset=key_offset)
     shape = (*packed.rows, packed.n) if isinstance(packed, SplitSum) else packed.shape
     if len(shape) != 3:
         raise ValueError(f"packed has shape {shape}; expected [B, T, (heads + 2 kv_heads) * H]")

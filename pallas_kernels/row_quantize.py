@@ -3,6 +3,7 @@
     quantize_rows:      scale = absmax(x) / 448,                values = fp8(x / scale)
     rms_norm_quantize:  scale = absmax(x w) / 448 / rms(x),     values = fp8(x w / absmax(x w) * 448)
     sum_norm_quantize:  the same of x that a matmul left in parts, and x
+    post_norm_quantize: x = residual + norm(branch), and either of the first two of that x
 
 RMSNorm divides a row by one number, its rms, and so does quantization: the rms is left to the
 scale. The values are those of x * weight in float32, there is no bf16 rounding in between, and
@@ -17,8 +18,10 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch, formats
 from pallas_kernels.formats import ScaledArray
+from pallas_kernels.matmul_epilogue import width_out
+from pallas_kernels.operands import check_operands
 from pallas_kernels.sm90 import row_quantize as sm90
-from pallas_kernels.split_sum import SplitSum
+from pallas_kernels.split_sum import SplitSum, finished
 
 
 def quantize_rows(x: Float[Array, "*rows D"], *, implementation: dispatch.Implementation = "auto") -> ScaledArray:
@@ -94,6 +97,7 @@ def sum_norm_quantize(
         ValueError: if shapes or dtypes do not fit together or ``eps`` is not positive.
         NotImplementedError: if ``implementation`` names a kernel that cannot run this.
     """
+    check_operands(SplitSum, total=total)
     if total.activation != "none":
         raise ValueError(f"the sum's activation is {total.activation!r}; expected 'none'")
     _validate_norm((*total.rows, total.n), weight, eps)
@@ -103,23 +107,101 @@ def sum_norm_quantize(
     return rms_norm_quantize(x, weight, eps, implementation=implementation), x
 
 
+def post_norm_quantize(
+    branch: Float[Array, "*rows D"] | SplitSum,
+    post_weight: Float[Array, " D"],
+    residual: Float[Array, "*rows D"],
+    weight: Float[Array, " D"] | None,
+    eps: float,
+    *,
+    implementation: dispatch.Implementation = "auto",
+) -> tuple[ScaledArray, Float[Array, "*rows D"]]:
+    """The end of a branch whose norm comes after it, and the start of the next: ``add_post_norm``, then FP8 rows.
+
+    Args:
+        branch: what attention or the MLP adds, bfloat16, float16 or float32, or D sums a row in parts (without
+            a residual of their own).
+        post_weight: of the branch's norm, float32 [D].
+        residual: what it is added to, bfloat16, float16 or float32.
+        weight: of the next branch's norm, float32 [D] (Gemma 2 and 3, GLM-4), or None where it has none before it
+            (OLMo 2 and 3, EXAONE 4).
+        eps: added to both mean squares, positive.
+        implementation: see ``dispatch``.
+
+    Returns:
+        FP8 rows of x as ``rms_norm_quantize`` makes them, or ``quantize_rows`` without a ``weight``; and x
+        [*rows, D] in the residual's dtype.
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit together or ``eps`` is not positive.
+        NotImplementedError: if ``implementation`` names a kernel that cannot run this.
+    """
+    _validate_branch(branch, post_weight, residual, eps)
+    if weight is not None:
+        _validate_norm(residual.shape, weight, eps)
+    reason = sm90.unsupported_branch(branch, residual)
+    if dispatch.resolve("post_norm_quantize", implementation, reason) == "mosaic_gpu":
+        return sm90.post_norm_quantize(branch, post_weight, residual, weight, eps=eps)
+    x = add_post_norm(branch, post_weight, residual, eps)
+    if weight is None:
+        return quantize_rows(x, implementation=implementation), x
+    return rms_norm_quantize(x, weight, eps, implementation=implementation), x
+
+
+def add_post_norm(
+    branch: Float[Array, "*rows D"] | SplitSum,
+    post_weight: Float[Array, " D"],
+    residual: Float[Array, "*rows D"],
+    eps: float,
+) -> Float[Array, "*rows D"]:
+    """residual + branch / rms(branch) * post_weight in float32, in the residual's dtype; by XLA.
+
+    A row of the branch with Inf or NaN, or whose squares overflow, becomes NaN. Arguments and errors are those of
+    ``post_norm_quantize``.
+    """
+    _validate_branch(branch, post_weight, residual, eps)
+    wide = finished(branch).astype(jnp.float32)
+    normalized = wide * post_weight * _inverse_rms(wide, eps)
+    return (normalized + residual.astype(jnp.float32)).astype(residual.dtype)
+
+
 def rms_norm_quantize_reference(x: Float[Array, "*rows D"], weight: Float[Array, " D"], eps: float) -> ScaledArray:
     """The op in ``jax.numpy``: the kernel's oracle and the path without a Hopper GPU."""
     wide = x.astype(jnp.float32)
     values, scale = formats.quantize_fp8(wide * weight)
     assert scale is not None
-    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    return ScaledArray(values, scale * _inverse_rms(wide, eps))
+
+
+def _inverse_rms(x: Float[Array, "*rows D"], eps: float) -> Float[Array, "*rows 1"]:
+    """1 / sqrt(mean(x^2) + eps); NaN if that is not finite."""
+    mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
     # Inf's reciprocal is 0, which would hide it.
-    inverse_rms = jnp.where(jnp.isfinite(mean_square), jax.lax.rsqrt(mean_square + eps), jnp.nan)
-    return ScaledArray(values, scale * inverse_rms)
+    return jnp.where(jnp.isfinite(mean_square), jax.lax.rsqrt(mean_square + eps), jnp.nan)
 
 
 def _validate_rows(x: Array) -> None:
+    check_operands(Array, x=x)
     if x.ndim < 1 or x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise ValueError(f"x has shape {x.shape} and dtype {x.dtype}; expected [*rows, D] bfloat16, float16 or float32")
 
 
+def _validate_branch(branch: Array | SplitSum, post_weight: Array, residual: Array, eps: float) -> None:
+    _validate_rows(residual)
+    if isinstance(branch, SplitSum):
+        shape = *branch.rows, width_out(branch.n, branch.activation)
+        if branch.residual is not None:
+            raise ValueError("the branch in parts has a residual of its own; expected none, for its norm comes first")
+    else:
+        _validate_rows(branch)
+        shape = branch.shape
+    if shape != residual.shape:
+        raise ValueError(f"the branch has shape {shape} and the residual {residual.shape}; expected the same")
+    _validate_norm(residual.shape, post_weight, eps)
+
+
 def _validate_norm(shape: tuple[int, ...], weight: Array, eps: float) -> None:
+    check_operands(Array, weight=weight)
     if weight.shape != shape[-1:] or weight.dtype != jnp.float32:
         raise ValueError(
             f"weight has shape {weight.shape} and dtype {weight.dtype}; expected float32 {shape[-1:]} "

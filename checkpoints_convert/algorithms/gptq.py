@@ -23,7 +23,7 @@ from fireq_jax.compilation import COMPILE_QUICKLY
 from fireq_jax.quantization.config import QuantizationConfig
 from pallas_kernels import formats, layouts
 from pallas_kernels.formats import WeightCodes
-from pallas_kernels.quantized_tensor import QuantizedTensor, of_each
+from pallas_kernels.quantized_tensor import QuantizedTensor, over_stack
 
 # Ridges, as fractions of the mean diagonal: of H in GPTQ, and of H when a weight is re-fitted to
 # other inputs, where calibration noise could otherwise move the weight itself.
@@ -53,8 +53,7 @@ def quantize_measured(
     weight: Float[Array, "*experts N K"], inputs: InputMoments, config: QuantizationConfig
 ) -> QuantizedTensor:
     """Quantize and pack a 4-bit weight, or each of a stack, by ``scale_search`` and ``error_compensation``."""
-    measured = functools.partial(_quantize_matrix, config=config)
-    return measured(weight, inputs) if weight.ndim == 2 else of_each(measured)(weight, inputs)
+    return over_stack(functools.partial(_quantize_matrix, config=config))(weight, inputs)
 
 
 def _quantize_matrix(weight: Float[Array, "N K"], inputs: InputMoments, config: QuantizationConfig) -> QuantizedTensor:

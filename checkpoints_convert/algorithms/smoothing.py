@@ -22,7 +22,7 @@ from fireq_jax.models.block import Block, mlp_name, norm_names
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.quantization.config import ColumnStatistic, SmoothingConfig
 from pallas_kernels import formats, layouts
-from pallas_kernels.quantized_tensor import of_each
+from pallas_kernels.quantized_tensor import over_stack
 
 # Tried by ``search_columns``, besides no balance at all.
 EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -57,9 +57,9 @@ def smooth_block(
         keys: key statistics; needed for pre- and post-RoPE scaling and the key offset only.
         config: the architecture.
         smoothing: which rescalings, with their constants.
-        inputs: mean magnitude of each input channel by ``qkv_input``, ``o_input``,
-            ``gate_up_input`` and ``down_input`` (of experts, [experts, K], up to a factor); needed for ``activation_exponent`` and
-            ``search_columns`` only.
+        inputs: mean magnitude of each input channel by ``qkv_input``, ``o_input``, ``gate_up_input`` and
+            ``down_input`` ([experts, K] of experts, up to a factor); needed for ``activation_exponent``
+            and ``search_columns`` only.
         values: second moments of each head's values; needed for ``value_basis`` "balanced" only.
 
     Returns:
@@ -243,7 +243,7 @@ def balance_up_down(
     def scale_of(weight: Float[Array, "N K"], inputs: Float[Array, " K"] | None) -> Float[Array, " K"]:
         return column_scale(weight, statistic, inputs, exponent)
 
-    scale = (scale_of if down.ndim == 2 else of_each(scale_of))(down, inputs)
+    scale = over_stack(scale_of)(down, inputs)
     return {
         **block,
         f"{mlp}.down_proj.weight": down * scale[..., None, :],

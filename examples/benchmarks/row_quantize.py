@@ -74,7 +74,7 @@ def time_sums(shapes: list[str], parts: list[int]) -> None:
     """Table of a norm that adds up a matmul's sums, against XLA's sum and the norm's kernel after it."""
 
     def in_a_block(total: SplitSum, weight: jax.Array) -> Any:
-        return sm90.sum_norm_quantize(total, weight, eps=EPS, config=sm90.default_config(total.n, parts=True))
+        return sm90.sum_norm_quantize(total, weight, eps=EPS, config=sm90.default_config(total.n, chunks=1))
 
     def by_default(total: SplitSum, weight: jax.Array) -> Any:
         return sum_norm_quantize(total, weight, EPS, implementation="mosaic_gpu")

@@ -7,31 +7,61 @@ A converted folder holds::
     params/embed_tokens, params/norm, params/lm_head
     config.json, tokenizer files, generation_config.json   as they came
     report.json             what conversion measured
+
+``fireq.json`` ends with SHA-256 digests (``whole_files.digest``) of each part and of what a tokenizer is made of,
+and a checksum of its own. They are compared when these are read, each part's on the thread that reads it.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+import logging
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array
 
 from fireq_jax.checkpoints.huggingface import HuggingFaceCheckpoint
-from fireq_jax.json_files import errors_name, read_json, write_json
+from fireq_jax.config_fields import mapping
+from fireq_jax.json_files import errors_name, read_json, read_sealed, write_sealed
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.parameters import Parameter, global_parameters, layer_parameters
 from fireq_jax.quantization import recipes
 from fireq_jax.quantization.config import QuantizationConfig
+from fireq_jax.whole_files import check_digest, digest
 
 MANIFEST = "fireq.json"
 WORK_FOLDER = ".conversion"  # what an interrupted conversion needs to go on
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+UNVERIFIED = "convert it again, or take it as it is with --no-verify (verify=False)"
+_WITHOUT_DIGESTS = 1  # an earlier format, which is read too
 _RESTORE_THREADS = 4
 _FLOATS = {jnp.dtype(name) for name in ("bfloat16", "float16", "float32")}
+_PART = re.compile(r"(layers\.\d+|embed_tokens|norm|lm_head)(\.orbax-checkpoint-tmp.*)?")
+# What makes Orbax write elsewhere, or part of it nowhere: patterns, separators and, as in "gs:/", schemes.
+_MISTAKEN = re.compile(r"\[|\\|gs:(?=/|$)")
+logger = logging.getLogger(__name__)
+
+
+class Manifest(NamedTuple):
+    """What ``fireq.json`` says.
+
+    Attributes:
+        config: the architecture.
+        quantization: how the model is quantized.
+        digests: what has to be the same when it is read: SHA-256 by path in the folder; None in format 1.
+    """
+
+    config: ModelConfig
+    quantization: QuantizationConfig
+    digests: Mapping[str, str] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,21 +73,27 @@ class StoredModel:
         config: the architecture.
         quantization: how it is quantized; ``recipes.none()`` for Hugging Face's.
         source: the Hugging Face checkpoint; None for a converted folder.
+        digests: those of the manifest that reading verifies; None for nothing.
     """
 
     folder: Path
     config: ModelConfig
     quantization: QuantizationConfig
     source: HuggingFaceCheckpoint | None
+    digests: Mapping[str, str] | None = None
 
     @property
     def sharding(self) -> jax.sharding.Sharding | None:
-        """What ``read`` commits arrays to; None where it leaves that open."""
-        return _device_sharding() if self.source is None else None
+        """What ``read`` commits arrays to, from JAX's settings here; None where it leaves that open."""
+        return _default_sharding() if self.source is None else None
 
     @classmethod
-    def open(cls, folder: Path) -> Self:
+    def open(cls, folder: Path, *, verify: bool = True) -> Self:
         """Recognise a folder.
+
+        Args:
+            folder: a Hugging Face checkpoint or a converted model.
+            verify: of a converted one, that what is read is what was written (``whole_files.digest`` says how fast).
 
         Raises:
             ValueError: if it is neither kind, incomplete, or its tensors do not fit its config.
@@ -65,10 +101,12 @@ class StoredModel:
         if not folder.is_dir():
             raise ValueError(f"{folder} is not a folder; expected a Hugging Face checkpoint or a converted model")
         if (folder / MANIFEST).is_file():
-            config, quantization = read_manifest(folder)
+            config, quantization, digests = read_manifest(folder, verify=verify)
+            if digests is None:
+                logger.warning("%s: format %d has no digests; nothing is verified", folder, _WITHOUT_DIGESTS)
             for index in range(config.num_layers):  # before any layer is made: the manifest may ask for thousands
                 _check_there(folder, f"layers.{index}")
-            return cls(folder, config, quantization, None)
+            return cls(folder, config, quantization, None, digests if verify else None)
         check_finished(folder)
         source = HuggingFaceCheckpoint(folder)
         return cls(folder, source.config, recipes.none(), source)
@@ -77,14 +115,15 @@ class StoredModel:
         """All parameters by name.
 
         Args:
-            expected: the abstract parameters of the model that they are for.
+            expected: the abstract parameters of the model that they are for; a converted folder's arrays go
+                where their shardings say, else where JAX puts new arrays.
             dtype: of embeddings, head and unquantized weights.
 
         Raises:
-            ValueError: if the stored arrays are others than ``expected``'s.
+            ValueError: if the stored arrays are others than ``expected``'s, or than those that were stored.
         """
         if self.source is None:
-            return _restore_all(self.folder, expected)
+            return _restore_all(self.folder, expected, self.digests)
         parameters: dict[str, Parameter] = {}
         for index in range(self.config.num_layers):
             block = {name: jnp.asarray(array) for name, array in self.source.block(index).items()}
@@ -100,38 +139,63 @@ def check_finished(folder: Path) -> None:
         raise ValueError(f"{folder} is an unfinished conversion (no {MANIFEST}); run fireq-convert --resume on it")
 
 
-def read_manifest(folder: Path) -> tuple[ModelConfig, QuantizationConfig]:
-    """Model and quantization config of a converted folder.
+def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
+    """Model and quantization config of a converted folder, and its digests.
 
     Raises:
-        ValueError: for another format version, or unknown or invalid entries.
+        ValueError: for another format version, unknown or invalid entries, or, to ``verify``, changed ones.
     """
     path = folder / MANIFEST
-    fields = read_json(path)
-    if fields.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{path} has format {fields.get('format_version')}; expected {FORMAT_VERSION}")
-    if set(fields) != (expected := {"format_version", "model", "quantization"}):
+    version = read_json(path).get("format_version")
+    if version not in (_WITHOUT_DIGESTS, FORMAT_VERSION):
+        raise ValueError(f"{path} has format {version}; expected {FORMAT_VERSION}")
+    digested = version == FORMAT_VERSION
+    fields = read_sealed(path, UNVERIFIED, verify=verify) if digested else read_json(path)
+    expected = {"format_version", "model", "quantization", *(["sha256"] if digested else [])}
+    if set(fields) != expected:
         raise ValueError(f"{path} has keys {sorted(fields)}; expected {sorted(expected)}")
     with errors_name(path):
-        return ModelConfig.from_dict(fields["model"]), QuantizationConfig.from_dict(fields["quantization"])
+        config = ModelConfig.from_dict(fields["model"])
+        quantization = QuantizationConfig.from_dict(fields["quantization"])
+        return Manifest(config, quantization, mapping(fields["sha256"], "sha256") if digested else None)
 
 
-def write_manifest(folder: Path, config: ModelConfig, quantization: QuantizationConfig) -> None:
+def write_manifest(
+    folder: Path, config: ModelConfig, quantization: QuantizationConfig, digests: Mapping[str, str]
+) -> None:
     """Mark a folder complete."""
     fields = {"format_version": FORMAT_VERSION, "model": config.to_dict(), "quantization": quantization.to_dict()}
-    write_json(folder / MANIFEST, fields)
+    write_sealed(folder / MANIFEST, fields | {"sha256": dict(digests)})
 
 
 def check_writable(folder: Path) -> None:
-    """Raise ValueError where Orbax would write nothing, and say only in its log that it has not."""
-    if "[" in str(folder.absolute()):
-        raise ValueError(f"{folder.absolute()} has a '[' in it, which Orbax takes for a pattern; give another folder")
+    """Raise ValueError where Orbax would write elsewhere or nothing, and say so only in its log."""
+    path = str(folder.absolute())
+    if found := _MISTAKEN.search(path):
+        raise ValueError(f"{path} has a {found[0]!r} in it, which Orbax does not take as it is; give another folder")
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{path!r} is not UTF-8, which Orbax expects; give another folder") from error
 
 
-def save_part(folder: Path, part: str, parameters: Mapping[str, Parameter]) -> None:
-    """Commit one part ("layers.N", "embed_tokens" ...) of a model's parameters."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(part_path(folder, part), _flatten(parameters), force=True)
+def save_part(folder: Path, part: str, parameters: Mapping[str, Parameter]) -> str:
+    """Commit one part ("layers.N", "embed_tokens" ...) of a model's parameters; returns its digest.
+
+    Raises:
+        OSError: naming the part, if it cannot be written.
+    """
+    path = part_path(folder, part)
+    try:
+        with _quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path, _flatten(parameters), force=True)
+    except jax.errors.JaxRuntimeError:
+        raise  # of the computation that the arrays come from
+    except Exception as error:  # tensorstore's are ValueErrors
+        raise OSError(f"{path} cannot be written: {error}") from error
+    if not (path / "manifest.ocdbt").is_file():
+        raise OSError(f"{path} does not hold what Orbax wrote; give a folder with a plainer name")
+    return digest(path)
 
 
 def part_path(folder: Path, part: str) -> Path:
@@ -151,36 +215,66 @@ def save_model(
 
     Raises:
         ValueError: for a folder that cannot be written to (:func:`check_writable`).
+        OSError: naming what cannot be written.
     """
     check_writable(folder)
     # A model that was here must not look complete while it is half replaced.
     (folder / MANIFEST).unlink(missing_ok=True)
-    for part in dict.fromkeys(map(part_of, parameters)):
-        save_part(folder, part, {name: value for name, value in parameters.items() if part_of(name) == part})
-    write_manifest(folder, config, quantization)
+    parts = list(dict.fromkeys(map(part_of, parameters)))
+    digests = {
+        f"params/{part}": save_part(folder, part, {n: value for n, value in parameters.items() if part_of(n) == part})
+        for part in parts
+    }
+    remove_other_parts(folder, parts)
+    write_manifest(folder, config, quantization, digests)
 
 
-def _restore_all(folder: Path, expected: Mapping[str, Parameter]) -> dict[str, Parameter]:
-    def restore(part: str) -> dict[str, Parameter]:
-        return restore_part(folder, part, {name: value for name, value in expected.items() if part_of(name) == part})
+def remove_other_parts(folder: Path, parts: Sequence[str]) -> None:
+    """Remove parts, whole or half written, that are none of ``parts``; not what is no part by its name."""
+    for path in (folder / "params").iterdir():
+        if path.name not in parts and _PART.fullmatch(path.name):
+            shutil.rmtree(path)
 
+
+def _restore_all(
+    folder: Path, expected: Mapping[str, Parameter], digests: Mapping[str, str] | None
+) -> dict[str, Parameter]:
     parts = list(dict.fromkeys(map(part_of, expected)))
+    stored = [path for path in (folder / "params").glob("*") if path.is_dir()]
+    if unknown := sorted(path for path in stored if path.name not in parts):
+        raise ValueError(f"{unknown[0]} is no part of the model that {folder / MANIFEST} describes; expected {parts}")
+    default = _default_sharding()  # not on a thread, where it may be another
+
+    def restore(part: str) -> dict[str, Parameter]:
+        if digests is not None:
+            if (name := f"params/{part}") not in digests:
+                raise ValueError(f"{folder / MANIFEST} has no digest of {name}; {UNVERIFIED}")
+            check_digest(part_path(folder, part), digests[name], UNVERIFIED)
+        wanted = {name: value for name, value in expected.items() if part_of(name) == part}
+        return restore_part(folder, part, wanted, default)
+
     with ThreadPoolExecutor(_RESTORE_THREADS) as pool:
         return {name: value for loaded in pool.map(restore, parts) for name, value in loaded.items()}
 
 
-def restore_part(folder: Path, part: str, expected: Mapping[str, Parameter]) -> dict[str, Parameter]:
+def restore_part(
+    folder: Path, part: str, expected: Mapping[str, Parameter], default: jax.sharding.Sharding | None = None
+) -> dict[str, Parameter]:
     """Read a part into the shapes of ``expected``; float arrays take its dtypes.
+
+    Arrays go to ``expected``'s shardings; ``default``, or where JAX puts new arrays, is for those without.
 
     Raises:
         ValueError: if the part is missing or its arrays are others than ``expected``'s.
     """
     path = _check_there(folder, part)
     wanted = _flatten(expected)
-    device = _device_sharding()
+    default = _default_sharding() if default is None else default
     # As they are stored: asked for a dtype, Orbax casts silently.
     options = {
-        name: ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=device, global_shape=leaf.shape, strict=True)
+        name: ocp.ArrayRestoreArgs(
+            restore_type=jax.Array, sharding=leaf.sharding or default, global_shape=leaf.shape, strict=True
+        )
         for name, leaf in wanted.items()
     }
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
@@ -212,8 +306,24 @@ def _check_there(folder: Path, part: str) -> Path:
     return path
 
 
-def _device_sharding() -> jax.sharding.Sharding:
-    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+def _default_sharding() -> jax.sharding.Sharding:
+    """Of a new array: the default device, or replicated over the mesh that is set."""
+    return jnp.asarray(np.zeros(())).sharding
+
+
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Drop what Orbax logs of an error beside raising it: a traceback for each of its threads."""
+
+    def drop(_: logging.LogRecord) -> bool:
+        return False
+
+    log = logging.getLogger("absl")
+    log.addFilter(drop)
+    try:
+        yield
+    finally:
+        log.removeFilter(drop)
 
 
 def _flatten(parameters: Mapping[str, Parameter]) -> dict[str, Array]:

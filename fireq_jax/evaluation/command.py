@@ -51,6 +51,9 @@ def parser() -> argparse.ArgumentParser:
         help="also draw channel maxima before and after smoothing, a folder a model",
     )
     parse.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
+    parse.add_argument(
+        "--no-verify", dest="verify", action="store_false", help="take converted models' files as they are"
+    )
     return parse
 
 
@@ -86,6 +89,7 @@ def run(args: argparse.Namespace) -> None:
         kv_format=args.kv_format,
         dtype=args.dtype,
         implementation=args.implementation,
+        verify=args.verify,
     )
     print(format_table(results))
     if args.plots is not None:

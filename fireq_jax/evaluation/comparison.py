@@ -45,6 +45,7 @@ def evaluate(
     kv_format: KVFormat | None = None,
     dtype: jax.typing.DTypeLike = "bfloat16",
     implementation: Implementation = "auto",
+    verify: bool = True,
     progress: bool = True,
 ) -> list[Evaluation]:
     """Perplexity of each model on the same text; one model is in memory at a time.
@@ -57,6 +58,7 @@ def evaluate(
         kv_format: overrides the models' cache format.
         dtype: of hidden states and unquantized weights.
         implementation: of the ops, see ``pallas_kernels.dispatch``.
+        verify: as in :meth:`~fireq_jax.models.llama.LlamaForCausalLM.from_pretrained`; also of tokenizers.
 
     Raises:
         ValueError: if a model or the text cannot be read, a model is named twice, or two models
@@ -67,10 +69,12 @@ def evaluate(
             raise ValueError(f"model is {model!r}; expected a folder")
         if list(models).count(model) > 1:
             raise ValueError(f"model {model!r} is named more than once")
-    tokens = _common_tokens(models, read_documents(text, text_field=text_field))
+    tokens = _common_tokens(models, read_documents(text, text_field=text_field), verify=verify)
 
     def evaluate_one(model: str | Path) -> Evaluation:
-        loaded = CausalLM.from_pretrained(model, dtype=dtype, kv_format=kv_format, implementation=implementation)
+        loaded = CausalLM.from_pretrained(
+            model, dtype=dtype, kv_format=kv_format, implementation=implementation, verify=verify
+        )
         result = perplexity(
             loaded,
             tokens,
@@ -99,10 +103,12 @@ def format_table(results: Sequence[Evaluation]) -> str:
     )
 
 
-def _common_tokens(models: Sequence[str | Path], documents: Sequence[str]) -> Int32[np.ndarray, " tokens"]:
-    first = tokenize(documents, load_tokenizer(models[0]))
+def _common_tokens(
+    models: Sequence[str | Path], documents: Sequence[str], *, verify: bool
+) -> Int32[np.ndarray, " tokens"]:
+    first = tokenize(documents, load_tokenizer(models[0], verify=verify))
     for model in models[1:]:
-        other = tokenize(documents, load_tokenizer(model))
+        other = tokenize(documents, load_tokenizer(model, verify=verify))
         if not np.array_equal(first, other):
             shorter = min(len(first), len(other))
             differing = np.flatnonzero(first[:shorter] != other[:shorter])

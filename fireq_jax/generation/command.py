@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of what is not quantized")
     add("--kv-format", choices=get_args(formats.KVFormat), help="of the cache, in place of the model's own")
     add("--implementation", choices=get_args(Implementation), default="auto", help="of the ops; default auto")
+    add("--no-verify", dest="verify", action="store_false", help="take a converted model's files as they are")
     return parser
 
 
@@ -91,7 +92,7 @@ def _run(arguments: argparse.Namespace) -> None:
         max_new_tokens = defaults.get("max_new_tokens")
     if max_new_tokens is None:
         max_new_tokens = DEFAULT_NEW_TOKENS
-    tokenizer = load_tokenizer(arguments.model)
+    tokenizer = load_tokenizer(arguments.model, verify=arguments.verify)
     prompts = [_encode(tokenizer, text, arguments) for text in arguments.prompt]
     width = max(map(len, prompts))
     options = {
@@ -114,7 +115,7 @@ def _load(arguments: argparse.Namespace, options: dict[str, Any], *, only_prefil
     """The model; what generation will run is compiled while it is read."""
     begin = time.perf_counter()
     keep_programs()
-    stored = StoredModel.open(arguments.model)
+    stored = StoredModel.open(arguments.model, verify=arguments.verify)
     kinds = {name: getattr(arguments, name) for name in ("dtype", "kv_format", "implementation")}
     abstract = CausalLM.abstract(stored, **kinds)
     check_call(abstract, **options)

@@ -20,12 +20,12 @@ from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.experts import Experts
 from fireq_jax.models.kv_cache import KVCache, LayerCache
 from fireq_jax.models.layers import MLP, LayerOptions, Norm, Tap, matmul_float, no_tap, show
-from fireq_jax.models.parameters import parameters_of, with_parameters
+from fireq_jax.models.parameters import Parameter, abstract, parameters_of, with_parameters
 from fireq_jax.models.rope import Tables, query_growth, rope_tables
 from fireq_jax.quantization import recipes
 from fireq_jax.quantization.config import QuantizationConfig
 from pallas_kernels import formats, matmul_chain
-from pallas_kernels.dispatch import Implementation
+from pallas_kernels.dispatch import Implementation, check_implementation
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.matmul import matmul
 from pallas_kernels.quantized_tensor import QuantizedTensor
@@ -162,6 +162,7 @@ class CausalLM(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ) -> None:
         """A model with random weights, made directly in their storage format."""
+        check_implementation(implementation)
         rngs = nnx.Rngs(0) if rngs is None else rngs
         quantization = recipes.none() if quantization is None else quantization
         quantization.check_fits(linear_names(config), config.head_dim)
@@ -186,6 +187,7 @@ class CausalLM(nnx.Module):
         dtype: jax.typing.DTypeLike = jnp.bfloat16,
         kv_format: formats.KVFormat | None = None,
         implementation: Implementation = "auto",
+        verify: bool = True,
     ) -> Self:
         """Load a Hugging Face folder, or one that ``fireq-convert`` wrote.
 
@@ -194,14 +196,16 @@ class CausalLM(nnx.Module):
             dtype: of embeddings, norms, hidden states and unquantized weights.
             kv_format: overrides the cache format of the recipe.
             implementation: of the ops, see ``pallas_kernels.dispatch``.
+            verify: of a converted model, that its files are those that were written; costs hashing them
+                (:func:`~fireq_jax.whole_files.digest`).
 
         Raises:
-            ValueError: if the folder is neither, is incomplete, or its tensors do not fit.
+            ValueError: if the folder is neither, is incomplete, has changed, or its tensors do not fit.
         """
         # Orbax takes a second to import, which a model made from scratch need not pay.
         from fireq_jax.checkpoints.folder import StoredModel
 
-        stored = StoredModel.open(Path(folder))
+        stored = StoredModel.open(Path(folder), verify=verify)
         return cls.abstract(stored, dtype=dtype, kv_format=kv_format, implementation=implementation).filled(stored)
 
     @classmethod
@@ -218,7 +222,7 @@ class CausalLM(nnx.Module):
         Arguments are those of :meth:`from_pretrained`, which is this and then :meth:`filled`.
         """
         quantization = stored.quantization if kv_format is None else stored.quantization.with_kv_format(kv_format)
-        model = nnx.eval_shape(lambda: cls(stored.config, quantization, dtype=dtype, implementation=implementation))
+        model = abstract(lambda: cls(stored.config, quantization, dtype=dtype, implementation=implementation))
         graph, state = nnx.split(model)
         place = stored.sharding
         placed = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place), state)
@@ -337,15 +341,20 @@ class CausalLM(nnx.Module):
     def logits(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """float32 logits of hidden states that left the last layer."""
         head = (self.embed_tokens if self.lm_head is None else self.lm_head).get_value()
-        if isinstance(head, QuantizedTensor):
-            # XLA multiplies FP8 by FP8 at full speed.
-            logits = matmul(self.norm.quantized(x), head, out_dtype=jnp.float32, implementation="xla")
-        else:
-            logits = matmul_float(self.norm(x), head)
-        if self.config.logit_scale != 1:
-            logits = logits * self.config.logit_scale
-        cap = self.config.logit_softcap
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
+        return apply_head(self.config, self.norm, head, x)
+
+
+def apply_head(config: ModelConfig, norm: Norm, head: Parameter, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
+    """float32 logits: the last norm, ``head`` [V, D], plain or FP8, and what the family does to them."""
+    if isinstance(head, QuantizedTensor):
+        # XLA multiplies FP8 by FP8 at full speed.
+        logits = matmul(norm.quantized(x), head, out_dtype=jnp.float32, implementation="xla")
+    else:
+        logits = matmul_float(norm(x), head)
+    if config.logit_scale != 1:
+        logits = logits * config.logit_scale
+    cap = config.logit_softcap
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 # The name under which those who come from transformers look for it.

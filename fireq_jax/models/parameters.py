@@ -1,7 +1,7 @@
 """From a block's tensors to the parameters of a layer, and into a model."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import jax
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from fireq_jax.compilation import COMPILE_QUICKLY
 from fireq_jax.models.block import FLOAT32, Block, fuse_block
 from fireq_jax.quantization.config import QuantizationConfig
-from pallas_kernels.quantized_tensor import QuantizedTensor, of_each, quantize
+from pallas_kernels.quantized_tensor import QuantizedTensor, over_stack, quantize
 
 Parameter = Array | QuantizedTensor
 ModuleT = TypeVar("ModuleT", bound=nnx.Module)
@@ -72,7 +72,16 @@ def quantize_linear(weight: Float[Array, "*stack N K"], quantization: Quantizati
         channel_scale=quantization.channel_scale,
         rounding=quantization.rounding,
     )
-    return rounded(weight) if weight.ndim == 2 else of_each(rounded)(weight)
+    return over_stack(rounded)(weight)
+
+
+def abstract(make: Callable[[], ModuleT]) -> ModuleT:
+    """The module that ``make`` makes, with shapes for arrays, which say nothing of where they are.
+
+    Under a mesh, ``nnx.eval_shape`` looks for one dtype in every parameter, which a quantized tensor does not have.
+    """
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        return nnx.eval_shape(make)
 
 
 def parameters_of(module: nnx.Module) -> dict[str, Parameter]:

@@ -3,9 +3,9 @@
 import dataclasses
 import fnmatch
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
-from fireq_jax.config_fields import check_names, check_types, mapping
+from fireq_jax.config_fields import check_kinds, check_names, check_types, mapping
 from pallas_kernels import formats
 
 WeightFormat = Literal["int4", "fp4", "nf4", "fp8", "none"]
@@ -16,9 +16,9 @@ PairStatistic = Literal["max", "rms"]
 ValueBasis = Literal["channels", "hadamard", "balanced"]
 
 
-def _check_choice(name: str, value: object, choices: tuple[Any, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; expected one of {choices}")
+# Of alpha and beta: far from where the keys' scales leave bfloat16 and float32.
+_KEY_SIZES = 1e-6, 1e6
+_MOST_STEPS = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,15 +76,13 @@ class SmoothingConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        _check_choice("column_statistic", self.column_statistic, get_args(ColumnStatistic))
-        _check_choice("pair_statistic", self.pair_statistic, get_args(PairStatistic))
-        _check_choice("value_basis", self.value_basis, get_args(ValueBasis))
+        check_kinds(self)
         for name in ("activation_exponent", "query_exponent"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 to 1")
         for name in ("alpha", "beta"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
+            if not _KEY_SIZES[0] <= getattr(self, name) <= _KEY_SIZES[1]:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected {_KEY_SIZES[0]} to {_KEY_SIZES[1]}")
         if self.post_rope_channels < 0:
             raise ValueError(f"post_rope_channels is {self.post_rope_channels}; expected 0 or more")
         if self.search_columns and self.activation_exponent:
@@ -168,26 +166,20 @@ class QuantizationConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if isinstance(self.keep_float, str) or not all(isinstance(pattern, str) for pattern in self.keep_float):
+        check_kinds(self)
+        patterns = self.keep_float
+        if not isinstance(patterns, list | tuple) or not all(isinstance(pattern, str) for pattern in patterns):
             raise ValueError(f"keep_float is {self.keep_float!r}; expected a tuple of patterns")
         object.__setattr__(self, "keep_float", tuple(self.keep_float))
-        _check_choice("weight_format", self.weight_format, get_args(WeightFormat))
-        _check_choice("activation_format", self.activation_format, get_args(ActivationFormat))
-        _check_choice("group_size", self.group_size, (64, 128))
-        _check_choice("scale_dtype", self.scale_dtype, get_args(formats.ScaleDtype))
-        _check_choice("channel_scale", self.channel_scale, get_args(formats.ChannelScale))
-        _check_choice("rounding", self.rounding, get_args(formats.Rounding))
-        _check_choice("calibration_stream", self.calibration_stream, get_args(CalibrationStream))
-        _check_choice("kv_format", self.kv_format, get_args(formats.KVFormat))
-        _check_choice("query_format", self.query_format, get_args(ActivationFormat))
-        _check_choice("lm_head_format", self.lm_head_format, get_args(ActivationFormat))
+        if self.group_size not in (64, 128):
+            raise ValueError(f"group_size is {self.group_size}; expected 64 or 128")
         if self.kv_group_size is not None and self.kv_group_size < 1:
             raise ValueError(f"kv_group_size is {self.kv_group_size}; expected a positive number or None")
         for name in ("key_clip", "value_clip"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0 and at most 1")
-        if self.learned_steps < 0:
-            raise ValueError(f"learned_steps is {self.learned_steps}; expected 0 or more")
+        if not 0 <= self.learned_steps <= _MOST_STEPS:
+            raise ValueError(f"learned_steps is {self.learned_steps}; expected 0 to {_MOST_STEPS}")
         if self.reads_text and self.weight_format not in formats.CODEBOOKS:
             raise ValueError(
                 f"scale_search, error_compensation and learned_steps need one of weight_format "
@@ -237,6 +229,22 @@ class QuantizationConfig:
             scale_search=False,
             error_compensation=False,
             learned_steps=0,
+        )
+
+    def round_to_nearest(self) -> Self:
+        """The same formats, as ``recipes.rtn`` rounds to them: nothing measured, smoothed, searched or learned."""
+        return dataclasses.replace(
+            self,
+            channel_scale="per_channel",
+            rounding="nearest",
+            scale_search=False,
+            error_compensation=False,
+            learned_steps=0,
+            calibration_stream="float",
+            key_clip=1.0,
+            value_clip=1.0,
+            unbiased_keys=False,
+            smoothing=None,
         )
 
     def to_dict(self) -> dict[str, Any]:

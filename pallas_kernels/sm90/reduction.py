@@ -1,5 +1,6 @@
 """A row over the threads of a block: who has which columns, and what they find out together."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -84,38 +85,55 @@ def over_block(
 
 
 def start_over_cluster(
-    partials: ir.Value, arrived: ir.Value, peer: ir.Value, warpgroups: int, cluster: int, *, with_sum: bool
-) -> Callable[[ir.Value, ir.Value | None], tuple[ir.Value, ir.Value | None]]:
-    """Get ready for what ``over_block`` does, over a cluster's threads; the rest of it takes a thread's numbers.
+    partials: Sequence[ir.Value],
+    arrived: ir.Value,
+    peer: ir.Value,
+    warpgroups: int,
+    cluster: int,
+    *,
+    with_sum: Sequence[bool],
+) -> list[Callable[[ir.Value, ir.Value | None], tuple[ir.Value, ir.Value | None]]]:
+    """Get ready to do what ``over_block`` does a few times, over a cluster's threads.
+
+    What is returned does it, one after the other, with a thread's numbers.
 
     No fence waits for memory: a number that a warp sends to another block counts there as a barrier's bytes.
     The sum has one order, whichever warp is first.
 
     Args:
-        partials: float32 [2 * cluster * warps] in SMEM, cluster * warps up to 128.
-        arrived: int32 [1, 2] in SMEM, the mbarrier.
+        partials: for each time float32 [2 * cluster * warps] in SMEM, cluster * warps up to 128.
+        arrived: int32 [times, 2] in SMEM, the mbarriers.
         peer: which block of the cluster this is.
         warpgroups: of a block.
         cluster: blocks.
-        with_sum: whether there will be one.
+        with_sum: for each time whether there will be one.
     """
     warps, all_warps, thread = 4 * warpgroups, 4 * warpgroups * cluster, utils.thread_idx()
-    shared, barrier = shared_address(partials), shared_address(arrived)
+    shared, barrier = [shared_address(ref) for ref in partials], shared_address(arrived)
+    places = [f"$0 + {8 * i}" if i else "$0" for i in range(len(shared))]
+    inits = [
+        f"""@p mbarrier.init.shared::cta.b64 [{place}], 1;
+        @p mbarrier.arrive.expect_tx.shared::cta.b64 _, [{place}], {4 * all_warps * (1 + summed)};
+        """
+        for place, summed in zip(places, with_sum, strict=True)
+    ]
     code = f"""{{
         .reg .pred p;
         setp.eq.u32 p, $1, 0;
-        @p mbarrier.init.shared::cta.b64 [$0], 1;
-        @p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {4 * all_warps * (1 + with_sum)};
-        fence.mbarrier_init.release.cluster;
+        {"".join(inits)}fence.mbarrier_init.release.cluster;
         barrier.cluster.arrive.relaxed.aligned;
     }}"""
     asm([], [barrier, thread], code, "r,r", volatile=True)
 
-    def finish(largest: ir.Value, total: ir.Value | None) -> tuple[ir.Value, ir.Value | None]:
+    def finish(
+        largest: ir.Value, total: ir.Value | None, *, time: int, shared: ir.Value
+    ) -> tuple[ir.Value, ir.Value | None]:
         lane, warp = arith.andi(thread, const(31)), arith.shrui(thread, const(5))
         place = arith.addi(shared, arith.muli(arith.addi(arith.muli(peer, const(warps)), warp), const(4)))
         found = _over_warp(largest, total)
-        asm([], [], "barrier.cluster.wait.acquire.aligned;", "", volatile=True)
+        counted = arith.addi(barrier, const(8 * time)) if time else barrier
+        if time == 0:
+            asm([], [], "barrier.cluster.wait.acquire.aligned;", "", volatile=True)
         for i, own in enumerate(found):
             # Each of a warp's first lanes sends to another block.
             code = f"""{{
@@ -126,8 +144,8 @@ def start_over_cluster(
                 @p mapa.shared::cluster.u32 counted, $3, $2;
                 @p st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [to + {4 * all_warps * i}], $1, [counted];
             }}"""
-            asm([], [place, own, lane, barrier], code, "r,f,r,r", volatile=True)
-        emit_wait(arrived, const(0), const(0))
+            asm([], [place, own, lane, counted], code, "r,f,r,r", volatile=True)
+        emit_wait(arrived, const(time), const(0))
         quads = all_warps // 4
         quad = arith.addi(shared, arith.muli(arith.minui(lane, const(quads - 1)), const(16)))
         largest = tree(larger, _four(quad))
@@ -138,7 +156,7 @@ def start_over_cluster(
         results = _over_warp(largest, total)
         return results[0], results[1] if total is not None else None
 
-    return finish
+    return [functools.partial(finish, time=i, shared=ref) for i, ref in enumerate(shared)]
 
 
 def _over_warp(largest: ir.Value, total: ir.Value | None) -> list[ir.Value]:

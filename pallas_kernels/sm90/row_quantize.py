@@ -8,12 +8,14 @@ loads hide another's reduction, and one row wants few partial results to wait fo
 matmul (``SplitSum``) or decode attention left in parts is added up as it is loaded; it has a thread
 for each 8 elements, so that all of its parts are on their way at once. The parts of a few rows are much
 to read for so few multiprocessors: a cluster of blocks takes each row, with a thread for each 4 elements,
-and its blocks tell each other their maxima, and their sums of squares, through shared memory.
+and its blocks tell each other their maxima, and their sums of squares, through shared memory. A norm after a
+branch (``post_norm_quantize``) is one more such reduction, over what is loaded; its sum with the residual is the row.
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -54,6 +56,7 @@ MAX_CLUSTERED = 4  # warpgroups of a block in a cluster
 # start and for their numbers: about 0.2 us, in which one multiprocessor reads as many.
 MIN_SPARED = 22 << 10
 MAX_CHUNKS = 8  # a thread holds at most, as 64 float32 registers
+POST_NORM_CHUNKS = 4  # of them, where there are two rows to hold
 MAX_WIDTH = CHUNK * WARPGROUP * MAX_WARPGROUPS * MAX_CHUNKS
 
 
@@ -87,9 +90,9 @@ class Config:
         return CHUNK if self.cluster == 1 else CHUNK // 2
 
 
-def default_config(width: int, *, parts: bool = False) -> Config:
-    """The fewest warpgroups that hold a row of ``width`` elements, or a part of it in a load a thread."""
-    warpgroups = -(-width // (CHUNK * WARPGROUP * (1 if parts else MAX_CHUNKS)))
+def default_config(width: int, *, chunks: int = MAX_CHUNKS) -> Config:
+    """The fewest warpgroups that hold a row of ``width`` elements in so many loads a thread, or the most."""
+    warpgroups = -(-width // (CHUNK * WARPGROUP * chunks))
     return Config(min(warpgroups, MAX_WARPGROUPS))
 
 
@@ -102,7 +105,7 @@ def parts_config(rows: int, width: int, parts: int) -> Config:
         one, spared = Config(1, cluster), 4 * parts * width * (cluster - 1) // cluster
         if rows * cluster <= NUM_SMS and width >= one.threads * one.chunk and spared >= MIN_SPARED:
             return Config(min(-(-width // (one.threads * one.chunk)), MAX_CLUSTERED), cluster)
-    return default_config(width, parts=True)
+    return default_config(width, chunks=1)
 
 
 def unsupported(x: Array | SplitSum) -> str | None:
@@ -114,6 +117,17 @@ def unsupported(x: Array | SplitSum) -> str | None:
     if x.size == 0:
         return "x is empty"
     return _unsupported_width(x.shape[-1])
+
+
+def unsupported_branch(branch: Array | SplitSum, residual: Array) -> str | None:
+    """Why the kernel cannot normalize these rows and add them to that, or None."""
+    if residual.dtype != jnp.bfloat16:
+        return f"the residual has dtype {residual.dtype}, not bfloat16"
+    if not isinstance(branch, SplitSum):
+        return unsupported(branch)
+    if branch.residual is not None:
+        return "the sum has a residual of its own"
+    return split_sum.unsupported(branch) or _unsupported_width(branch.n)
 
 
 def _unsupported_sum(total: SplitSum) -> str | None:
@@ -155,6 +169,32 @@ def sum_norm_quantize(
     return rows, x
 
 
+@functools.partial(jax.jit, static_argnames=("eps", "config"))
+def post_norm_quantize(
+    branch: Float[Array, "*rows D"] | SplitSum,
+    post_weight: Float[Array, " D"],
+    residual: Float[Array, "*rows D"],
+    weight: Float[Array, " D"] | None,
+    *,
+    eps: float,
+    config: Config | None = None,
+) -> tuple[ScaledArray, Float[Array, "*rows D"]]:
+    """residual + norm of the branch in FP8 and in bf16; see ``row_quantize.post_norm_quantize``."""
+    width = residual.shape[-1]
+    count = math.prod(residual.shape[:-1])
+    if isinstance(branch, SplitSum):
+        operands = split_sum.operands(branch)
+        config = config or parts_config(count, width, len(branch.parts))
+    else:
+        operands = {"branch": branch.reshape(-1, width)}
+        config = config or default_config(width, chunks=POST_NORM_CHUNKS)
+    operands |= {"residual": residual.reshape(-1, width), "post_weight": post_weight}
+    operands |= {} if weight is None else {"weight": weight}
+    rows, x = _launch(residual.shape, operands, config, eps)
+    assert x is not None
+    return rows, x
+
+
 @functools.partial(jax.jit, static_argnames=("group", "config"))
 def combine_quantize(
     partial: Float[Array, "B kv_heads splits 1 rows H"],
@@ -178,7 +218,7 @@ def combine_quantize(
 def _launch(
     shape: tuple[int, ...], operands: dict[str, Any], config: Config, eps: float = 0.0
 ) -> tuple[ScaledArray, Array | None]:
-    """FP8 rows of ``shape``, and x where it is summed from "parts" (but not "partial", attention's)."""
+    """FP8 rows of ``shape``, and x where it is a sum with a "residual"."""
     *rows, width = shape
     flat = math.prod(rows), width
     if config.threads * config.chunk * MAX_CHUNKS < width:
@@ -190,15 +230,16 @@ def _launch(
         "scale": jax.ShapeDtypeStruct(flat[:1], jnp.float32),
     }
     name = "rms_norm_quantize" if "weight" in operands else "quantize_rows"
-    if "parts" in operands:
+    if "residual" in operands:
         out_types["x"] = jax.ShapeDtypeStruct(flat, jnp.bfloat16)
-        name = "sum_norm_quantize"
+        name = "post_norm_quantize" if "post_weight" in operands else "sum_norm_quantize"
     elif "partial" in operands:
         name = "combine_quantize"
     warps = 4 * config.warpgroups
-    scratch = {"partials": plgpu.SMEM((2 * config.cluster * warps,), jnp.float32)}
+    partials = ("post_partials", "partials") if "post_weight" in operands else ("partials",)
+    scratch = {name: plgpu.SMEM((2 * config.cluster * warps,), jnp.float32) for name in partials}
     if config.cluster > 1:
-        scratch["arrived"] = plgpu.SMEM((1, 2), jnp.int32)
+        scratch["arrived"] = plgpu.SMEM((len(partials), 2), jnp.int32)
     results = plgpu.kernel(
         functools.partial(_kernel, names=(*operands, *out_types, *scratch), config=config, eps=eps),
         out_type=tuple(out_types.values()),
@@ -238,8 +279,8 @@ def _quantize_row(
     """Row ``row`` of x, or of what it is the sum of, to values and scale; normalized if there is a weight.
 
     Args:
-        refs: in global memory, by the names of ``_launch``; ``partials`` and ``arrived`` are shared,
-            as ``over_block`` and ``start_over_cluster`` want them.
+        refs: in global memory, by the names of ``_launch``; ``partials``, ``post_partials`` and ``arrived``
+            are shared, as ``over_block`` and ``start_over_cluster`` want them.
         row: which.
         peer: which of the cluster's blocks this is, where there is one.
         config: how the row is cut.
@@ -247,14 +288,19 @@ def _quantize_row(
     """
     (_, width), chunk = ir.MemRefType(refs["values"].type).shape, config.chunk
     thread = utils.thread_idx()
+    partials = [refs[name] for name in ("post_partials", "partials") if name in refs]
     if peer is None:
-        over_row = functools.partial(over_block, partials=refs["partials"], warpgroups=config.warpgroups)
+        of_block = functools.partial(over_block, warpgroups=config.warpgroups)
+        over_row = [functools.partial(of_block, partials=shared) for shared in partials]
     else:
         thread = arith.addi(arith.muli(peer, const(WARPGROUP * config.warpgroups)), thread)
-        shared = refs["partials"], refs["arrived"]
-        over_row = start_over_cluster(*shared, peer, config.warpgroups, config.cluster, with_sum="weight" in refs)
+        with_sum = [True, "weight" in refs][-len(partials) :]
+        cut = config.warpgroups, config.cluster
+        over_row = start_over_cluster(partials, refs["arrived"], peer, *cut, with_sum=with_sum)
     index, inside = own_units(width // chunk, config.threads, thread)
-    if "parts" in refs:
+    if "post_weight" in refs:
+        loaded = _add_normalized(refs, row, index, inside, chunk, eps, over_row[0])
+    elif "parts" in refs:
         loaded = [_add_up(refs, row, i, chunk) for i in index]
     elif "partial" in refs:
         loaded = [pack(combine_channels(refs, row, i, chunk)) for i in index]
@@ -269,7 +315,7 @@ def _quantize_row(
         start = address(refs["weight"])
         factors = [load_floats(offset(start, i, 4 * chunk), chunk) for i in index]
         held, largest, total = weighted(held, factors, inside)
-    largest, total = over_row(largest, total)
+    largest, total = over_row[-1](largest, total)
 
     row_scale = absmax_scale(largest, number(1 / formats.E4M3_MAX))
     inverse = reciprocal(row_scale)
@@ -292,6 +338,47 @@ def _add_up(refs: dict[str, ir.Value], row: ir.Value, index: ir.Value, count: in
     words = split_sum.start_row(refs, row, index, count)()
     store(offset(address(refs["x"], row, 2 * width), index, 2 * count), words)
     return words
+
+
+def _add_normalized(
+    refs: dict[str, ir.Value],
+    row: ir.Value,
+    index: list[ir.Value],
+    inside: ir.Value | None,
+    count: int,
+    eps: float,
+    over_row: Callable[[ir.Value, ir.Value | None], tuple[ir.Value, ir.Value | None]],
+) -> list[list[ir.Value]]:
+    """The row's residual plus its normalized branch, written to x; the words of bf16 that were written.
+
+    Args:
+        refs: as ``_quantize_row`` has them.
+        row: which.
+        index, inside: this thread's units of ``count`` elements, from ``own_units``.
+        count: four or eight.
+        eps: of the norm.
+        over_row: ``over_block`` or what stands for it.
+    """
+    _, width = ir.MemRefType(refs["x"].type).shape
+
+    def words(name: str) -> list[list[ir.Value]]:
+        start = address(refs[name], row, 2 * width)
+        return [load(offset(start, i, 2 * count), i32(), count // 2) for i in index]
+
+    residual = words("residual")
+    # In bf16 as whole rows are, so that the numbers do not depend on how the matmul cut K.
+    branch = [pack(split_sum.add_up(refs, row, i, count)) for i in index] if "parts" in refs else words("branch")
+    factors = [load_floats(offset(address(refs["post_weight"]), i, 4 * count), count) for i in index]
+    held, _, total = weighted([unpack(unit) for unit in branch], factors, inside)
+    _, total = over_row(number(0.0), total)
+    assert total is not None
+    inverse = inverse_rms(total, width, eps)
+    summed = []
+    for i, elements, others in zip(index, held, residual, strict=True):
+        normalized = [arith.mulf(e, inverse) for e in elements]
+        summed.append(pack([arith.addf(*pair) for pair in zip(normalized, unpack(others), strict=True)]))
+        store(offset(address(refs["x"], row, 2 * width), i, 2 * count), summed[-1])
+    return summed
 
 
 def _finite_absmax(words: list[ir.Value]) -> ir.Value:

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Mapping
 
+import jax.numpy as jnp
+from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 from jaxtyping import Array
@@ -14,26 +16,29 @@ from pallas_kernels.split_sum import SplitSum
 EIGHT = 8  # channels that a thread adds up at once
 
 
-def adds_up(x_scale: Array | None, bias: Array | None, activation: Activation) -> bool:
+def adds_up(x_scale: Array | None, activation: Activation) -> bool:
     """Whether a kernel can add up the parts of a product with these."""
-    return x_scale is not None and bias is None and activation == "none"
+    return x_scale is not None and activation == "none"
 
 
 def unsupported(total: SplitSum) -> str | None:
     """Why a kernel cannot add this up, or None."""
-    if adds_up(total.x_scale, total.bias, total.activation):
-        return None
-    return "the sum is not of FP8 rows, or has a bias or an activation"
+    if not adds_up(total.x_scale, total.activation):
+        return "the sum is not of FP8 rows, or has an activation"
+    if total.bias is not None and total.bias.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"the bias has dtype {total.bias.dtype}, not float32 or bfloat16"
+    return None
 
 
 def operands(total: SplitSum) -> dict[str, Array]:
-    """What :func:`add_up` reads: float32 parts [P, M, N], channel_scale [N] and x_scale [M]."""
+    """What :func:`add_up` reads: float32 parts [P, M, N], channel_scale [N], x_scale [M] and maybe a bias [n]."""
     assert total.x_scale is not None
-    return {"parts": total.parts, "channel_scale": total.channel_scale, "x_scale": total.x_scale}
+    bias = {} if total.bias is None else {"bias": total.bias}
+    return {"parts": total.parts, "channel_scale": total.channel_scale, "x_scale": total.x_scale, **bias}
 
 
 def add_up(refs: Mapping[str, ir.Value], row: ir.Value, index: ir.Value, count: int) -> list[ir.Value]:
-    """The ``index``-th ``count`` (four or eight) of a row's sums, times both scales, in float32.
+    """The ``index``-th ``count`` (four or eight) of a row's sums, times both scales and plus the bias, in float32.
 
     Each step is rounded as in ``SplitSum.finish``. All loads come before the first sum.
     """
@@ -65,11 +70,26 @@ def _start_sums(
     loaded = [load_floats(first, count, 4 * rows * columns * part, written=written) for part in range(parts)]
     channel_scale = load_floats(offset(address(refs["channel_scale"]), index, 4 * count), count)
     (x_scale,) = load(address(refs["x_scale"], row, 4), f32(), 1, written=written)
+    bias = _start_bias(refs["bias"], index, count) if "bias" in refs else None
 
     def finish() -> list[ir.Value]:
-        sums = loaded[0]
+        sums: list[ir.Value] = loaded[0]
         for more in loaded[1:]:
             sums = [arith.addf(*pair) for pair in zip(sums, more, strict=True)]
-        return [arith.mulf(arith.mulf(*pair), x_scale) for pair in zip(sums, channel_scale, strict=True)]
+        sums = [arith.mulf(arith.mulf(*pair), x_scale) for pair in zip(sums, channel_scale, strict=True)]
+        if bias is not None:
+            sums = [arith.addf(*pair) for pair in zip(sums, bias(), strict=True)]
+        return sums
 
     return finish
+
+
+def _start_bias(bias: ir.Value, index: ir.Value, count: int) -> Callable[[], list[ir.Value]]:
+    """Load the ``index``-th ``count`` numbers of a float32 or bf16 ``bias``; what is returned awaits them."""
+    size = utils.bitwidth(ir.MemRefType(bias.type).element_type) // 8
+    start = offset(address(bias), index, size * count)
+    if size == 4:
+        numbers: list[ir.Value] = load_floats(start, count)
+        return lambda: numbers
+    words = load(start, i32(), count // 2)
+    return lambda: unpack(words)

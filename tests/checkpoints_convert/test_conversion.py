@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 from small_checkpoint import parameter_bytes, write_checkpoint
 
-from checkpoints_convert import conversion
+from checkpoints_convert import conversion, work_folder
 from checkpoints_convert.conversion import ConversionOptions, convert
 from checkpoints_convert.convert_and_quantize import main
 from fireq_jax import LlamaForCausalLM, QuantizationConfig, recipes
@@ -91,20 +91,20 @@ def test_same_input_gives_the_same_bytes(source: Path, tokens: np.ndarray, conve
     assert parameter_bytes(tmp_path / "again") == parameter_bytes(converted)
 
 
-@pytest.mark.parametrize("fail_at", ["save_part:1", "save_part:4", "write_json:3", "write_manifest:1"])
+@pytest.mark.parametrize("fail_at", ["save_part:1", "save_part:4", "write_sealed:3", "write_manifest:1"])
 def test_interrupted_conversion_is_visibly_incomplete_and_resumes_to_the_same_result(
     source: Path, tokens: np.ndarray, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail_at: str
 ) -> None:
     name, _, count = fail_at.partition(":")
-    owner = conversion.json_files if name == "write_json" else conversion.folder
+    owner = work_folder if name == "write_sealed" else conversion.folder
     original, calls = getattr(owner, name), 0
 
-    def interrupt(*args: object, **kwargs: object) -> None:
+    def interrupt(*args: object, **kwargs: object) -> object:
         nonlocal calls
         calls += 1
         if calls == int(count):
             raise KeyboardInterrupt
-        original(*args, **kwargs)
+        return original(*args, **kwargs)
 
     output = tmp_path / "out"
     with monkeypatch.context() as patch:

@@ -1,12 +1,16 @@
 """How commands end."""
 
+import contextlib
 import os
+import signal
+import subprocess
 import sys
+import threading
 
 import jax
 import pytest
 
-from fireq_jax.command_line import exit_code
+from fireq_jax.command_line import check_interrupted, exit_code
 
 
 def test_a_command_that_ran_ends_with_0(capsys):
@@ -52,3 +56,50 @@ def test_a_reader_that_has_seen_enough_ends_a_command(monkeypatch, flush):
         monkeypatch.setattr(sys, "stdout", text)
         assert exit_code("fireq-test", lambda: print("text", flush=flush)) == 141
         print("more", flush=True)
+
+
+def test_an_interruption_that_was_lost_is_raised_again(capsys):
+    def run():
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        check_interrupted()
+        print("went on")
+
+    before = signal.getsignal(signal.SIGINT)
+    assert exit_code("fireq-test", run) == 130
+    assert capsys.readouterr() == ("", "fireq-test: interrupted\n")
+    assert signal.getsignal(signal.SIGINT) is before
+    check_interrupted()
+
+
+def test_a_second_interruption_ends_the_process():
+    program = """
+import contextlib, signal
+from fireq_jax.command_line import check_interrupted, exit_code
+def run():
+    while True:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+exit_code("fireq-test", run)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (130, "fireq-test: interrupted twice\n")
+
+
+def test_interruptions_are_left_to_whom_they_belong():
+    """A thread can set no handler, and a command that was started to ignore Ctrl-C does."""
+    found = []
+
+    def run():
+        found.append(signal.getsignal(signal.SIGINT))
+
+    before = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=exit_code, args=("fireq-test", run))
+    thread.start()
+    thread.join()
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        assert exit_code("fireq-test", run) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert found == [before, signal.SIG_IGN]

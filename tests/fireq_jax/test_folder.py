@@ -3,22 +3,29 @@
 import dataclasses
 import gc
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tiny_llama import config_of
 
 from fireq_jax import LlamaForCausalLM, QuantizationConfig, recipes
 from fireq_jax.checkpoints import folder as checkpoint
-from fireq_jax.json_files import write_json
+from fireq_jax.json_files import read_sealed, write_json, write_sealed
 from fireq_jax.models.architectures import config_from_huggingface
 from fireq_jax.models.parameters import parameters_of
 
 CONFIG = config_from_huggingface(config_of("mha_tied", num_hidden_layers=2, attention_bias=True))
+ON_CPU = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
 CONFIGS = {name: recipe() for name, recipe in recipes.RECIPES.items()} | {
     "groups of 64, first layer float": QuantizationConfig(group_size=64, keep_float=("layers.0.*",)),
 }
@@ -137,22 +144,26 @@ def test_truncated_data_is_refused(copy, kept):
 
 
 def edit(folder, change):
+    """Another manifest, with the checksum that belongs to it."""
     path = folder / checkpoint.MANIFEST
-    fields = json.loads(path.read_text())
+    fields = read_sealed(path, "")
     change(fields)
-    path.write_text(json.dumps(fields))
+    write_sealed(path, fields)
 
 
 @pytest.mark.parametrize(
     ("change", "quoted"),
     [
-        (lambda f: f.update(format_version=2), "has format 2; expected 1"),
+        (lambda f: f.update(format_version=3), "has format 3; expected 2"),
+        (lambda f: f.update(format_version=1), r"'sha256'\]; expected \['format_version', 'model', 'quantization'\]"),
+        (lambda f: f.update(sha256=["params"]), r"sha256 is \['params'\]; expected an object"),
+        (lambda f: f["sha256"].pop("params/norm"), "has no digest of params/norm"),
         (lambda f: f.update(comment="hello"), "'comment'"),
         (lambda f: f.pop("model"), "'format_version', 'quantization'.*; expected.*'model'"),
         (lambda f: f["model"].update(layers=1), "'layers'"),
         (lambda f: f["model"]["rope"].update(base=1), "'base'"),
-        (lambda f: f["model"].pop("rope"), r"\['rope'\] are missing"),
-        (lambda f: f["model"].pop("hidden_size"), r"\['hidden_size'\] are missing"),
+        (lambda f: f["model"].pop("rope"), "lacks rope"),
+        (lambda f: f["model"].pop("hidden_size"), "lacks hidden_size"),
         (lambda f: f.update(model=None), "is None; expected an object"),
         (lambda f: f["model"].update(hidden_size="64"), "hidden_size is '64'; expected a whole number"),
         (lambda f: f["model"].update(rms_norm_eps="1e-5"), "rms_norm_eps is '1e-5'; expected a number"),
@@ -216,11 +227,181 @@ def test_a_part_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
         np.testing.assert_array_equal(found["norm.weight"], written["norm.weight"])
 
 
-def test_a_folder_that_orbax_cannot_write_to_is_refused(saved, tmp_path):
-    model = LlamaForCausalLM.from_pretrained(saved)
-    with pytest.raises(ValueError, match=r"v\[1\] has a '\[' in it"):
-        model.save(tmp_path / "v[1]")
-    assert not (tmp_path / "v[1]").exists()
+@pytest.mark.parametrize("name", ["v[1]", "v\\1", "gs:", "gs:/v", "logs:", "v\udce9"])
+def test_a_folder_that_orbax_cannot_write_to_is_refused(name, tmp_path):
+    with pytest.raises(ValueError, match=r"(has a '.*' in it|is not UTF-8), which Orbax"):
+        checkpoint.save_model(tmp_path / name, CONFIG, recipes.fireq(), {"norm.weight": jnp.ones(4)})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name", ["v]1", "*", "?", "{}", "%20", "#1", "a|b", "tail ", "a\nb", "gs", "gs:1", "file:", "~"]
+)
+def test_other_names_are_written_to_as_they_are(name, tmp_path):
+    parameters = {"norm.weight": jnp.arange(4.0)}
+    checkpoint.save_model(tmp_path / name, CONFIG, recipes.fireq(), parameters)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    found = checkpoint.restore_part(tmp_path / name, "norm", jax.eval_shape(lambda: parameters))
+    assert_same(found, parameters)
+
+
+def test_arrays_that_orbax_wrote_elsewhere_are_no_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_MISTAKEN", re.compile("$^"))
+    for name in ("v[1]", "v\\1"):
+        with pytest.raises(OSError, match="does not hold what Orbax wrote"):
+            checkpoint.save_model(tmp_path / name, CONFIG, recipes.fireq(), {"norm.weight": jnp.ones(4)})
+
+
+def flip_bit(path, at=0.5, bit=0):
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * at)] ^= 1 << bit
+    path.write_bytes(content)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_no_flipped_bit_loads(copy, data):
+    """Of any file that belongs to the model."""
+    files = sorted(path for path in copy.rglob("*") if path.is_file())
+    path = data.draw(st.sampled_from(files))
+    content = path.read_bytes()
+    flip_bit(path, data.draw(st.floats(0, 1, exclude_max=True)), data.draw(st.integers(0, 7)))
+    try:
+        model = LlamaForCausalLM.from_pretrained(copy)
+    except ValueError as error:
+        assert str(copy) in str(error)  # noqa: PT017
+    else:  # another way to write the same JSON
+        assert path.name == checkpoint.MANIFEST
+        assert_same(parameters_of(model), parameters_of(LlamaForCausalLM.from_pretrained(copy)))
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda params: shutil.copytree(params / "layers.0", params / "layers.1", dirs_exist_ok=True), r"layers\.1"),
+        (lambda params: next((params / "norm/d").iterdir()).unlink(), "params/norm"),
+        (lambda params: (params / "norm/d/more").write_text(""), "params/norm"),
+        (lambda params: next((params / "norm/d").iterdir()).rename(params / "norm/d/other"), "params/norm"),
+    ],
+    ids=["replaced", "file missing", "file more", "file renamed"],
+)
+def test_a_part_that_is_another_than_was_written_is_refused(copy, damage, message):
+    damage(copy / "params")
+    with pytest.raises(ValueError, match=rf"{message} has changed: its SHA-256 is .*, expected .*--no-verify"):
+        LlamaForCausalLM.from_pretrained(copy)
+
+
+def test_a_part_of_a_model_of_the_same_shapes_is_refused_unless_nothing_is_verified(copy, tmp_path):
+    model = LlamaForCausalLM(CONFIG, recipes.fireq(), rngs=nnx.Rngs(1))
+    model.save(tmp_path / "other")
+    part = checkpoint.part_path(copy, "layers.1")
+    shutil.rmtree(part)
+    shutil.copytree(checkpoint.part_path(tmp_path / "other", "layers.1"), part)
+    with pytest.raises(ValueError, match=r"layers\.1 has changed"):
+        LlamaForCausalLM.from_pretrained(copy)
+    mixed = parameters_of(LlamaForCausalLM.from_pretrained(copy, verify=False))
+    name = "layers.1.mlp.down_proj.weight"
+    assert_same({name: mixed[name]}, {name: parameters_of(model)[name]})
+
+
+@pytest.mark.parametrize("name", ["layers.2", "lm_head", "layers.1.old", "embed_tokens.orbax-checkpoint-tmp"])
+def test_a_part_that_the_manifest_does_not_describe_is_refused(copy, name):
+    checkpoint.part_path(copy, name).mkdir()
+    with pytest.raises(ValueError, match=rf"params/{name} is no part of the model that .*fireq\.json describes"):
+        LlamaForCausalLM.from_pretrained(copy, verify=False)
+
+
+def test_fewer_layers_than_there_are_parts_are_refused(copy):
+    edit(copy, lambda f: f["model"].update(num_layers=1))
+    with pytest.raises(ValueError, match=r"params/layers\.1 is no part"):
+        LlamaForCausalLM.from_pretrained(copy, verify=False)
+
+
+def test_a_model_of_fewer_layers_replaces_one_of_more(copy):
+    """What was half written there goes too; what is none of ours stays."""
+    (copy / "params" / "norm.orbax-checkpoint-tmp").mkdir()
+    (copy / "params" / "notes.txt").write_text("mine")
+    model = LlamaForCausalLM(dataclasses.replace(CONFIG, num_layers=1), recipes.fireq())
+    model.save(copy)
+    assert {path.name for path in (copy / "params").iterdir()} == {"embed_tokens", "layers.0", "norm", "notes.txt"}
+    assert_same(parameters_of(LlamaForCausalLM.from_pretrained(copy)), parameters_of(model))
+
+
+def test_a_changed_manifest_is_refused_unless_nothing_is_verified(copy):
+    path = copy / checkpoint.MANIFEST
+    path.write_text(path.read_text().replace('"theta": 500.0', '"theta": 501.0'))
+    with pytest.raises(ValueError, match=r"fireq\.json has changed: .*checksum.*--no-verify"):
+        LlamaForCausalLM.from_pretrained(copy)
+    assert LlamaForCausalLM.from_pretrained(copy, verify=False).config.rope.theta == 501
+
+
+def test_folders_without_digests_load_and_say_so(copy, caplog):
+    path = copy / checkpoint.MANIFEST
+    fields = {name: value for name, value in read_sealed(path, "").items() if name != "sha256"}
+    write_json(path, fields | {"format_version": 1})
+    LlamaForCausalLM.from_pretrained(copy)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{copy}: format 1 has no digests; nothing is verified"
+    ]
+
+
+def test_a_part_that_does_not_fit_on_the_disk_is_one_error_that_names_it(tmp_path):
+    """In another process: a limit cannot be raised again. Orbax's log of each thread's traceback is left out."""
+    program = """
+import resource, signal, sys, jax.numpy as jnp, numpy as np
+from pathlib import Path
+from fireq_jax.checkpoints import folder
+from fireq_jax.json_files import write_json
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+noise = np.random.default_rng(0).integers(0, 2**32, 2**16, dtype=np.uint32)
+for write in (
+    lambda to: folder.save_part(to, "norm", {"norm.weight": jnp.asarray(noise)}),
+    lambda to: write_json(to / "report.json", {"text": "x" * 40000}),
+):
+    try:
+        write(Path(sys.argv[1]))
+    except OSError as error:
+        print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path], capture_output=True, text=True, env=os.environ | ON_CPU, check=True
+    )
+    part, text = done.stdout.splitlines()
+    assert part.startswith(f"{tmp_path}/params/norm cannot be written: ")
+    assert text.startswith(f"{tmp_path}/report.json.tmp cannot be written: [Errno 27]")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "report.json.tmp").exists()
+    assert not checkpoint.part_path(tmp_path, "norm").exists()
+
+
+def test_a_model_goes_where_jax_is_told_to_put_arrays(saved):
+    """The default device, or all of the mesh that is set, whatever the types of its axes."""
+    program = """
+import sys, jax, jax.numpy as jnp
+from fireq_jax import LlamaForCausalLM
+
+def place():
+    model = LlamaForCausalLM.from_pretrained(sys.argv[1])
+    jax.jit(lambda embeddings: embeddings + jnp.ones(48))(model.embed_tokens.get_value())
+    places = {tuple(sorted(d.id for d in array.devices())) for array in jax.tree.leaves(model)}
+    assert all(array.sharding.is_fully_replicated for array in jax.tree.leaves(model))
+    print(*places)
+
+place()
+with jax.default_device(jax.devices()[2]):
+    place()
+for kind in jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit:
+    with jax.set_mesh(jax.make_mesh((4,), ("x",), axis_types=(kind,))):
+        place()
+jax.config.update("jax_default_device", jax.devices()[1])
+place()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, saved], capture_output=True, text=True, env=os.environ | ON_CPU, check=False
+    )
+    assert done.stdout.splitlines() == ["(0,)", "(2,)", "(0, 1, 2, 3)", "(0, 1, 2, 3)", "(1,)"], done.stderr
 
 
 def test_json_is_written_as_a_whole(tmp_path):
@@ -265,5 +446,6 @@ def test_float16_is_a_dtype_of_float_parameters(tmp_path):
 
 def test_manifest_round_trip(tmp_path):
     quantization = dataclasses.replace(recipes.fireq(), keep_float=("*.o_proj",))
-    checkpoint.write_manifest(tmp_path, CONFIG, quantization)
-    assert checkpoint.read_manifest(tmp_path) == (CONFIG, quantization)
+    digests = {"params/norm": "0" * 64}
+    checkpoint.write_manifest(tmp_path, CONFIG, quantization, digests)
+    assert checkpoint.read_manifest(tmp_path) == (CONFIG, quantization, digests)

@@ -18,6 +18,8 @@ from random_sum import random_sum
 from pallas_kernels import dispatch, formats
 from pallas_kernels.matmul_epilogue import epilogue
 from pallas_kernels.row_quantize import (
+    add_post_norm,
+    post_norm_quantize,
     quantize_rows,
     rms_norm_quantize,
     rms_norm_quantize_reference,
@@ -35,6 +37,16 @@ SUMS = [
     ((5,), 8192, 8192, 2),
     ((3,), 136, 192, 3),
     ((2, 2), 1000, 1024, 4),
+]
+BIASES = [None, jnp.bfloat16, jnp.float32]
+# (rows, D, padded D, parts, bias's dtype); of no parts: the branch is whole.
+POST_NORMS = [
+    ((1,), 4096, 4096, 8, None),
+    ((16, 1), 3840, 3840, 4, jnp.bfloat16),
+    ((5,), 8192, 8192, 2, jnp.float32),
+    ((3,), 136, 192, 3, None),
+    ((301,), 5376, 5376, 0, None),
+    ((2, 2), 1000, 1024, 0, None),
 ]
 # A row in one block, in clusters that it fills and, most of these, in clusters that have more threads than it needs.
 SUM_CONFIGS = [
@@ -70,6 +82,10 @@ def special_rows(width: int) -> jax.Array:
 
 def weight_of(width: int) -> jax.Array:
     return jax.random.uniform(jax.random.key(1), (width,), minval=0.1, maxval=2)
+
+
+def bias_of(n: int, dtype: jax.typing.DTypeLike | None) -> jax.Array | None:
+    return None if dtype is None else (3 * jax.random.normal(jax.random.key(n), (n,))).astype(dtype)
 
 
 def residual_sum(rows: tuple[int, ...], n: int, padded: int, parts: int, **changes) -> SplitSum:
@@ -162,6 +178,59 @@ def test_a_norm_of_a_sum_by_xla_is_by_xla_on_hopper_too(monkeypatch):
         assert ("kernel_name" in str(jax.make_jaxpr(norm)(total, weight))) == runs_kernel
 
 
+def post_norm_operands(rows: tuple[int, ...], n: int, padded: int, parts: int, bias=None):
+    """A branch (a sum in parts, or whole without parts), its norm's weight, the residual and the next norm's weight."""
+    total = random_sum(rows, n, padded, max(parts, 1), bias=bias_of(n, bias))
+    post_weight = jax.random.uniform(jax.random.key(2), (n,), minval=0.1, maxval=2)
+    residual = (2 * jax.random.normal(jax.random.key(3), (*rows, n))).astype(jnp.bfloat16)
+    return total if parts else total.finish(), post_weight, residual, weight_of(n)
+
+
+@pytest.mark.parametrize("pre_norm", [True, False])
+@pytest.mark.parametrize("parts", [0, 4])
+def test_post_norm_is_of_the_branch_and_the_next_of_the_sum(parts, pre_norm):
+    """In float64, from what the branch is in bf16: x is a bf16 step off at most, and its rows half an E4M3 step."""
+    branch, post_weight, residual, weight = post_norm_operands((2, 3), 48, 64, parts)
+    rows, x = post_norm_quantize(branch, post_weight, residual, weight if pre_norm else None, EPS)
+    y, old, gain, after = (
+        np.asarray(array, np.float64) for array in (branch.finish() if parts else branch, residual, post_weight, weight)
+    )
+    expected = old + y / np.sqrt((y**2).mean(-1, keepdims=True) + EPS) * gain
+    assert x.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(x, np.float64), expected, rtol=2**-8, atol=1e-6)
+    exact = np.asarray(x, np.float64)
+    if pre_norm:
+        exact = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + EPS) * after
+    allowed = np.abs(exact) * 2.0**-4 + np.asarray(rows.scale) * 2.0**-10
+    assert (np.abs(formats.dequantize(rows) - exact) <= allowed * (1 + 1e-4)).all()
+
+
+def test_post_norm_keeps_the_dtype_of_the_residual_and_shows_what_is_not_finite():
+    branch, post_weight, residual, _ = post_norm_operands((3,), 64, 64, 0)
+    assert add_post_norm(branch, post_weight, residual.astype(jnp.float32), EPS).dtype == jnp.float32
+    x = add_post_norm(branch.at[1, 7].set(jnp.inf), post_weight, residual, EPS)
+    np.testing.assert_array_equal(np.isnan(np.asarray(x, np.float32)), [[False] * 64, [True] * 64, [False] * 64])
+    assert_same_numbers(add_post_norm(jnp.zeros_like(branch), post_weight, residual, EPS), residual)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"branch": jnp.ones((2, 9))}, r"branch has shape \(2, 9\) and the residual \(2, 8\)"),
+        ({"branch": random_sum((3,), 8, 64, 2)}, r"branch has shape \(3, 8\) and the residual \(2, 8\)"),
+        ({"branch": random_sum((2,), 8, 64, 2, residual=jnp.ones((2, 8)))}, "a residual of its own"),
+        ({"residual": jnp.ones((2, 8), jnp.int32)}, "dtype int32"),
+        ({"post_weight": jnp.ones(4)}, r"weight has shape \(4,\)"),
+        ({"weight": jnp.ones(8, jnp.bfloat16)}, "dtype bfloat16"),
+        ({"eps": 0.0}, "eps is 0.0"),
+    ],
+)
+def test_post_norm_errors_quote_what_is_wrong(changes, message):
+    ones = {"branch": jnp.ones((2, 8)), "residual": jnp.ones((2, 8)), "post_weight": jnp.ones(8), "weight": jnp.ones(8)}
+    with pytest.raises(ValueError, match=message):
+        post_norm_quantize(**{**ones, "eps": EPS, **changes})
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -211,10 +280,13 @@ def test_kernel_normalizes_as_the_reference_does(shape):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("rows", "n", "padded", "parts"), SUMS)
-@pytest.mark.parametrize("config", SUM_CONFIGS)
-def test_kernel_adds_parts_up_as_the_reference_does(rows, n, padded, parts, config):
+@pytest.mark.parametrize(
+    ("config", "bias"),
+    [*((config, None) for config in SUM_CONFIGS), *((SUM_CONFIGS[i], bias) for i in (0, 2, 8) for bias in BIASES[1:])],
+)
+def test_kernel_adds_parts_up_as_the_reference_does(rows, n, padded, parts, config, bias):
     """The sum's steps are the reference's but for fused multiply-adds: x is at most a bf16 step away."""
-    total, weight = residual_sum(rows, n, padded, parts), weight_of(n)
+    total, weight = residual_sum(rows, n, padded, parts, bias=bias_of(n, bias)), weight_of(n)
     poison((*rows, n))
     quantized, x = sm90.sum_norm_quantize(total, weight, eps=EPS, config=config)
     expected = on_cpu(lambda total: total.finish(), total).astype(np.float32)
@@ -238,6 +310,48 @@ def test_kernel_of_a_sum_follows_the_rules_for_special_rows(config):
     assert_same_numbers(x, special)
     expected = on_cpu(functools.partial(rms_norm_quantize_reference, eps=EPS), special, weight)
     np.testing.assert_allclose(formats.dequantize(rows), formats.dequantize(expected), rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pre_norm", [True, False])
+@pytest.mark.parametrize(
+    ("case", "config"),
+    [(case, config) for case in POST_NORMS for config in (SUM_CONFIGS[::3] if case[3] else (None, sm90.Config(8)))],
+)
+def test_kernel_of_a_post_norm_does_as_the_reference(case, config, pre_norm):
+    """A sum of squares has no order and rsqrt is approximate: few numbers of x fall to the other side of a step."""
+    rows, n, padded, parts, bias = case
+    branch, post_weight, residual, weight = post_norm_operands(rows, n, padded, parts, bias)
+    weight = weight if pre_norm else None
+    poison((*rows, n))
+    quantized, x = sm90.post_norm_quantize(branch, post_weight, residual, weight, eps=EPS, config=config)
+    expected = on_cpu(functools.partial(add_post_norm, eps=EPS), branch, post_weight, residual).astype(np.float32)
+    np.testing.assert_allclose(np.asarray(x, np.float32), expected, rtol=2**-6, atol=5e-2)
+    assert np.mean(np.asarray(x, np.float32) == expected) > 0.97
+    if pre_norm:
+        exact = on_cpu(functools.partial(rms_norm_quantize_reference, eps=EPS), x, weight)
+    else:
+        exact = on_cpu(formats.quantize_fp8, x)
+    assert_same_numbers(quantized.values, exact.values)
+    np.testing.assert_allclose(quantized.scale, exact.scale, rtol=2e-6)
+    again, _ = sm90.post_norm_quantize(branch, post_weight, residual, weight, eps=EPS, config=config)
+    assert_same_numbers(again.values, quantized.values)
+    assert_same_numbers(again.scale, quantized.scale)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pre_norm", [True, False])
+@pytest.mark.parametrize("config", [None, sm90.Config(8)])
+def test_kernel_of_a_post_norm_follows_the_rules_for_special_rows(config, pre_norm):
+    """A branch's row that is not finite leaves nothing of its residual, and shows; others do not notice."""
+    special, weight = special_rows(4096), weight_of(4096) if pre_norm else None
+    residual = random_rows(special.shape, 5)
+    rows, x = sm90.post_norm_quantize(special, weight_of(4096), residual, weight, eps=EPS, config=config)
+    expected = on_cpu(functools.partial(add_post_norm, eps=EPS), special, weight_of(4096), residual)
+    broken = np.isnan(np.asarray(expected, np.float32)).all(-1)
+    assert broken.tolist() == [False, True, True, True, True, True, True, False, True, False]
+    np.testing.assert_array_equal(np.isnan(np.asarray(x, np.float32)).all(-1), broken)
+    np.testing.assert_array_equal(np.isnan(formats.dequantize(rows)).all(-1), broken)
 
 
 @pytest.mark.gpu
@@ -271,9 +385,22 @@ def test_kernels_lower_for_cuda(shape):
 @pytest.mark.parametrize(("rows", "n", "padded", "parts"), SUMS)
 @pytest.mark.parametrize("config", [None, sm90.Config(1, 8), sm90.Config(4, 2)])
 def test_kernel_of_a_sum_lowers_for_cuda(rows, n, padded, parts, config):
-    total, weight = jax.eval_shape(lambda: (residual_sum(rows, n, padded, parts), weight_of(n)))
+    bias = BIASES[parts % 3]
+    total, weight = jax.eval_shape(lambda: (residual_sum(rows, n, padded, parts, bias=bias_of(n, bias)), weight_of(n)))
     normalize = jax.jit(functools.partial(sm90.sum_norm_quantize, eps=EPS, config=config))
     exported = jax.export.export(normalize, platforms=["cuda"])(total, weight)
+    assert [aval.shape for aval in exported.out_avals] == [(*rows, n), (*rows, 1), (*rows, n)]
+    assert exported.mlir_module().count("stablehlo.custom_call @mosaic_gpu") == 1
+
+
+@pytest.mark.parametrize("pre_norm", [True, False])
+@pytest.mark.parametrize(("rows", "n", "padded", "parts", "bias"), POST_NORMS)
+def test_kernel_of_a_post_norm_lowers_for_cuda(rows, n, padded, parts, bias, pre_norm, monkeypatch):
+    monkeypatch.setattr(dispatch, "_not_hopper", lambda: None)
+    branch, post_weight, residual, weight = jax.eval_shape(lambda: post_norm_operands(rows, n, padded, parts, bias))
+    normalize = jax.jit(functools.partial(post_norm_quantize, eps=EPS))
+    operands = branch, post_weight, residual, weight if pre_norm else None
+    exported = jax.export.export(normalize, platforms=["cuda"])(*operands)
     assert [aval.shape for aval in exported.out_avals] == [(*rows, n), (*rows, 1), (*rows, n)]
     assert exported.mlir_module().count("stablehlo.custom_call @mosaic_gpu") == 1
 
@@ -339,7 +466,7 @@ def test_a_named_kernel_never_falls_back(x, reason):
     ("changes", "reason"),
     [
         ({"x_scale": None}, "not of FP8 rows"),
-        ({"bias": jnp.ones(64)}, "has a bias"),
+        ({"bias": jnp.ones(64, jnp.float16)}, "the bias has dtype float16"),
         ({"residual": None}, "no bfloat16 residual"),
     ],
 )
@@ -348,6 +475,20 @@ def test_a_named_kernel_does_not_finish_other_sums(changes, reason):
     with pytest.raises(NotImplementedError, match=reason):
         sum_norm_quantize(total, weight_of(64), EPS, implementation="mosaic_gpu")
     assert sum_norm_quantize(total, weight_of(64), EPS)[1].shape == (2, 64)
+
+
+@pytest.mark.parametrize(
+    ("branch", "residual", "reason"),
+    [
+        (jnp.ones((2, 64), jnp.bfloat16), jnp.ones((2, 64)), "the residual has dtype float32"),
+        (jnp.ones((2, 64)), jnp.ones((2, 64), jnp.bfloat16), "x has dtype float32"),
+        (random_sum((2,), 64, 64, 2, x_scale=None), jnp.ones((2, 64), jnp.bfloat16), "not of FP8 rows"),
+    ],
+)
+def test_a_named_kernel_does_not_finish_other_branches(branch, residual, reason):
+    with pytest.raises(NotImplementedError, match=reason):
+        post_norm_quantize(branch, weight_of(64), residual, None, EPS, implementation="mosaic_gpu")
+    assert post_norm_quantize(branch, weight_of(64), residual, None, EPS)[1].dtype == residual.dtype
 
 
 def test_norm_of_an_activated_sum_is_refused():

@@ -201,7 +201,8 @@ def emit_barrier() -> None:
 
 def store_hidden(
     total: jax.Array,
-    channel_scale: jax.Array,
+    channels: dict[str, jax.Array],
+    bias_bits: int,
     tokens_ref: Any,
     absmax_ref: Any,
     hidden_ref: Any,
@@ -212,7 +213,9 @@ def store_hidden(
 
     Args:
         total: raw float32 sums [64 * TILE_M].
-        channel_scale: from ``epilogue.load_rows``.
+        channels: ``channel_scale`` and maybe a ``bias`` of ``bias_bits`` (16 or 32) a number, from
+            ``epilogue.load_rows``.
+        bias_bits: 0 without one.
         tokens_ref: the rows' scales, float32 (as int32) [TILE_M] in SMEM.
         absmax_ref: bits of float32 (as int32) [TILE_M] in SMEM; only finite numbers count.
         hidden_ref: bf16 [M, N / 2] in GMEM.
@@ -220,15 +223,19 @@ def store_hidden(
         activation: of the gate.
     """
     refs = tokens_ref, absmax_ref, hidden_ref
-    arg_types = (_SUM, plgpu.Layout.WGMMA.reduce(1), *([plgpu.RefType()] * 3), SCALAR)
+    rows = list(channels.values())
+    arg_types = (_SUM, *([plgpu.Layout.WGMMA.reduce(1)] * len(rows)), *([plgpu.RefType()] * 3), SCALAR)
 
     @inlined(arg_types=arg_types)
-    def inline(
-        _: Any, total: Any, channel: Any, tokens: ir.Value, absmax: ir.Value, hidden: ir.Value, tile: Any
-    ) -> None:
+    def inline(_: Any, total: Any, *arguments: Any) -> None:
+        by_channel = dict(zip(channels, arguments, strict=False))
+        tokens, absmax, hidden, tile = arguments[len(rows) :]
         m, n_out = ir.MemRefType(hidden.type).shape
         _position, lane4, warp = fragment_position()
-        scales = [to_float(element(v, 0), 32) for v in channel.registers.flat]
+        scales = [to_float(element(v, 0), 32) for v in by_channel["channel_scale"].registers.flat]
+        biases = []
+        if bias_bits:
+            biases = [to_float(element(v, 0), bias_bits) for v in by_channel["bias"].registers.flat]
         sums = [element(v, 0) for v in total.registers]  # [r][token of two]
         own = arith.addi(shared_address(tokens), arith.muli(lane4, const(8)))
         f32 = ir.F32Type.get()
@@ -237,7 +244,8 @@ def store_hidden(
         column = arith.addi(arith.muli(warp, const(8)), arith.shrui(lane, const(2)))
         column = arith.addi(arith.muli(tile.registers.item(), const(layouts.TILE_N // 2)), column)
         for i in range(2):
-            gate, up = (arith.mulf(arith.mulf(sums[2 * r + i], scales[r]), by_token[i]) for r in range(2))
+            products = [arith.mulf(arith.mulf(sums[2 * r + i], scales[r]), by_token[i]) for r in range(2)]
+            gate, up = (arith.addf(*pair) for pair in zip(products, biases, strict=True)) if biases else products
             value = arith.mulf(epilogue.activated(gate, activation), up)
             (bits,) = asm(
                 [i32()],
@@ -261,7 +269,7 @@ def store_hidden(
                 place = arith.addi(shared_address(absmax), arith.muli(token, const(4)))
                 asm([], [place, magnitude], "red.shared.max.u32 [$0], $1;", "r,r", volatile=True)
 
-    inline(total, channel_scale, *refs, tile)
+    inline(total, *rows, *refs, tile)
 
 
 def store_zeros(parts_ref: Any, part: jax.Array, tile: jax.Array) -> None:

@@ -73,9 +73,10 @@ def outputs(links: tuple[Link, ...], m: int, *, has_parts: bool) -> dict[str, ja
 def kernel(links: tuple[Link, ...], m: int, eps: float, operands: tuple[str, ...]) -> Any:
     """The Pallas call: operands by their names, results in the order of ``outputs``.
 
-    Operands are, for link i, ``words{i}``, ``group_scale{i}``, ``channel_scale{i}``; for a norm
-    ``weight{i}``; for the first link ``x`` and ``x_scale`` (rows), or ``residual`` and maybe ``parts``,
-    ``parts_channel_scale`` and ``parts_x_scale`` (norm); ``residual`` for the first norm. A single link
+    Operands are, for link i, ``words{i}``, ``group_scale{i}``, ``channel_scale{i}`` and maybe ``bias{i}`` (of the
+    last link whoever adds its parts up needs that instead); for a norm ``weight{i}``; for the first link ``x``
+    and ``x_scale`` (rows), or ``residual`` and maybe ``parts``, ``parts_channel_scale``, ``parts_x_scale`` and
+    ``parts_bias`` (norm); ``residual`` for the first norm. A single link
     needs no barrier and makes the ``state`` of one; several links want such a ``state``, and use it up.
     """
     out = outputs(links, m, has_parts="parts" in operands)
@@ -203,8 +204,11 @@ class _Worker:
             if i > 0:
                 refs |= {"parts": memory[f"parts{i - 1}"], "channel_scale": memory[f"channel_scale{i - 1}"]}
                 refs["x_scale"] = memory[f"scale{i - 1}"] if f"scale{i - 1}" in memory else memory["x_scale"]
+                if f"bias{i - 1}" in memory:
+                    refs["bias"] = memory[f"bias{i - 1}"]
             elif "parts" in memory:
-                refs |= {name: memory[f"parts_{name}"] for name in ("channel_scale", "x_scale")}
+                names = ("channel_scale", "x_scale", "bias")
+                refs |= {name: memory[f"parts_{name}"] for name in names if f"parts_{name}" in memory}
                 refs["parts"] = memory["parts"]
             if "parts" in refs:
                 refs["x"] = memory[f"x{i}"]
@@ -237,9 +241,11 @@ class _Worker:
         first_chunk = lax.div(self._first_column(link), jnp.int32(CHUNK_K))
 
         def one_tile(tile: jax.Array, q: jax.Array) -> jax.Array:
-            channel_scale = None
+            channels: dict[str, jax.Array] = {}
             if link.gated:
-                channel_scale = epilogue.load_rows(self.memory[f"channel_scale{i}"], tile * layouts.TILE_N)
+                for name in ("channel_scale", "bias"):
+                    if f"{name}{i}" in self.memory:
+                        channels[name] = epilogue.load_rows(self.memory[f"{name}{i}"], tile * layouts.TILE_N)
             stop = jnp.minimum(end, (tile + 1) * link.chunks)
             own = stop - (first + self.wg + WARPGROUPS * (q - base))
             count = lax.div(jnp.maximum(own, 0) + WARPGROUPS - 1, jnp.int32(WARPGROUPS))
@@ -251,7 +257,7 @@ class _Worker:
                 return q + 1, epilogue.add_to_sum(total, self._chunk(link, q, held), None)
 
             q, total = lax.fori_loop(0, count, one_chunk, (q, epilogue.zero_sum(TILE_M)))
-            self._finish(i, link, tile, total, channel_scale)
+            self._finish(i, link, tile, total, channels)
             return q
 
         return lax.fori_loop(first_tile, lax.div(end + link.chunks - 1, jnp.int32(link.chunks)), one_tile, base)
@@ -275,7 +281,7 @@ class _Worker:
 
         return pl.run_scoped(all_tiles, plgpu.WGMMAAccumulatorRef((layouts.TILE_N, TILE_M), jnp.float32))
 
-    def _finish(self, i: int, link: Link, tile: jax.Array, total: jax.Array, channel_scale: jax.Array | None) -> None:
+    def _finish(self, i: int, link: Link, tile: jax.Array, total: jax.Array, channels: dict[str, jax.Array]) -> None:
         """Add up the warpgroups' sums of a tile, and send it on its way in one of them."""
         first, end = self._range(link)
         turn = tile - lax.div(first, jnp.int32(link.chunks))
@@ -289,9 +295,9 @@ class _Worker:
             for wg in range(WARPGROUPS):
                 whole = epilogue.add_left_sum(whole, sums.at[wg])
             if link.gated:
-                assert channel_scale is not None
                 refs = self.shared["tokens"], self.shared["absmax"], self.memory[f"hidden{i}"]
-                device.store_hidden(whole, channel_scale, *refs, tile, link.activation)
+                bias_bits = 8 * self.memory[f"bias{i}"].dtype.itemsize if "bias" in channels else 0
+                device.store_hidden(whole, channels, bias_bits, *refs, tile, link.activation)
                 return
             parts = self.memory[f"parts{i}"]
             part = self.block - lax.div(tile * link.chunks, jnp.int32(link.per_block))

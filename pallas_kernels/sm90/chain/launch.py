@@ -1,6 +1,6 @@
 """From a decoder layer's arrays to the chain kernel's operands, and from its results to a ``SplitSum``."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -67,6 +67,7 @@ def run(
     source: dict[str, Array],
     m: int,
     activation: Activation = "silu_mul",
+    biases: Mapping[int, Array | None] | None = None,
 ) -> dict[str, Array]:
     """Launch the kernel; results by the names of ``kernel.outputs``.
 
@@ -78,6 +79,7 @@ def run(
         source: what the first link and the first norm read, by the names of ``kernel.kernel``.
         m: tokens.
         activation: of the gate.
+        biases: by link, but not of the last.
     """
     links = links_of(weights, sources, activation)
     operands: dict[str, Any] = dict(source)
@@ -88,6 +90,7 @@ def run(
         operands[f"group_scale{i}"] = lax.bitcast_convert_type(weight.group_scale, jnp.uint8)
         operands[f"channel_scale{i}"] = weight.channel_scale
     operands |= {f"weight{i}": weight for i, weight in norms.items()}
+    operands |= {f"bias{i}": bias for i, bias in (biases or {}).items() if bias is not None}
     names = kernel.outputs(links, m, has_parts="parts" in operands)
     results = kernel.kernel(links, m, eps, tuple(operands))(*operands.values())
     return dict(zip(names, results, strict=True))
@@ -101,15 +104,19 @@ def norm_source(x: Float[Array, "*rows D"] | SplitSum) -> dict[str, Array]:
     parts = split_sum.operands(x)
     return {
         "residual": x.residual.reshape(-1, x.n),
-        "parts": parts["parts"],
-        "parts_channel_scale": parts["channel_scale"],
-        "parts_x_scale": parts["x_scale"],
+        "parts": parts.pop("parts"),
+        **{f"parts_{name}": operand for name, operand in parts.items()},
     }
 
 
 def left_in_parts(
-    results: dict[str, Array], i: int, weight: QuantizedTensor, residual: Array | None, rows: tuple[int, ...]
+    results: dict[str, Array],
+    i: int,
+    weight: QuantizedTensor,
+    bias: Array | None,
+    residual: Array | None,
+    rows: tuple[int, ...],
 ) -> SplitSum:
-    """The output of link i, plus ``residual``."""
+    """The output of link i, plus ``bias`` and ``residual``."""
     parts, x_scale = results[f"parts{i}"], results[f"scale{i}"]
-    return SplitSum(parts, weight.channel_scale, x_scale, None, residual, rows, weight.shape[0], "none")
+    return SplitSum(parts, weight.channel_scale, x_scale, bias, residual, rows, weight.shape[0], "none")
