@@ -89,8 +89,11 @@ def abstract_layer(config: ModelConfig, quantization: QuantizationConfig, index:
 
     It is called "layers.0" whichever that is, so that layers which compute alike are compiled once.
     """
-    options = LayerOptions(quantization, jnp.float32, "xla", nnx.Rngs(0))
-    return abstract(lambda: DecoderLayer("layers.0", index, config, options))
+
+    def make() -> DecoderLayer:
+        return DecoderLayer("layers.0", index, config, LayerOptions(quantization, jnp.float32, "xla", nnx.Rngs(0)))
+
+    return abstract(make)
 
 
 def batches_of(samples: int, batch_size: int) -> list[slice]:

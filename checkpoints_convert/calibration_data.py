@@ -1,12 +1,13 @@
 """Calibration text -> batches of token ids, the same on every machine for the same seed."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Int32
 
-from fireq_jax.text_data import load_tokens
+from fireq_jax.text_data import read_documents, tokenize
 
 # Held-out windows: an eighth of the calibration windows, or more where that is fewer than this many tokens.
 HELD_OUT_TOKENS = 2048
@@ -37,30 +38,36 @@ def calibration_batches(
     Raises:
         ValueError: if the source cannot be read or has too few tokens.
     """
-    return calibration_and_held_out(
-        source, tokenizer, samples=samples, sequence_length=sequence_length, seed=seed, text_field=text_field
+    check_sizes(samples=samples, sequence_length=sequence_length, seed=seed)
+    documents = read_documents(source, text_field=text_field)
+    return calibration_windows(
+        documents, tokenizer, source=source, samples=samples, sequence_length=sequence_length, seed=seed
     )[0]
 
 
-def calibration_and_held_out(
-    source: str | Path,
-    tokenizer: Any,
-    *,
-    samples: int,
-    sequence_length: int,
-    seed: int = 0,
-    text_field: str = "text",
+def calibration_windows(
+    documents: Sequence[str], tokenizer: Any, *, source: str | Path, samples: int, sequence_length: int, seed: int = 0
 ) -> tuple[Windows, Windows]:
-    """What :func:`calibration_batches` returns, and :func:`held_out_windows` of the same text.
+    """:func:`calibration_batches` of texts that are read already, and :func:`held_out_windows` of the same text.
 
-    Arguments and errors are those of :func:`calibration_batches`.
+    ``source`` is where the texts came from.
+
+    Raises:
+        ValueError: naming ``source``, if there are too few tokens.
     """
-    tokens = load_tokens(source, tokenizer, text_field=text_field)
+    tokens = tokenize(documents, tokenizer)
     sizes = {"samples": samples, "sequence_length": sequence_length, "seed": seed}
     try:
         return sample_windows(tokens, **sizes), held_out_windows(tokens, **sizes)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+
+
+def check_sizes(*, samples: int, sequence_length: int, seed: int) -> None:
+    """Raise ValueError unless the sizes are positive and the seed is not negative."""
+    for name, value, least in (("samples", samples, 1), ("sequence_length", sequence_length, 1), ("seed", seed, 0)):
+        if value < least:
+            raise ValueError(f"{name} is {value}; expected {least} or more")
 
 
 def sample_windows(tokens: Int32[np.ndarray, " tokens"], *, samples: int, sequence_length: int, seed: int) -> Windows:
@@ -91,9 +98,7 @@ def _shuffled(
     tokens: Int32[np.ndarray, " tokens"], samples: int, sequence_length: int, seed: int
 ) -> tuple[Windows, Int[np.ndarray, " windows"]]:
     """All windows of the text, and the order in which they are taken."""
-    for name, value, least in (("samples", samples, 1), ("sequence_length", sequence_length, 1), ("seed", seed, 0)):
-        if value < least:
-            raise ValueError(f"{name} is {value}; expected {least} or more")
+    check_sizes(samples=samples, sequence_length=sequence_length, seed=seed)
     windows = len(tokens) // sequence_length
     if windows < samples:
         raise ValueError(

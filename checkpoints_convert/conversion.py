@@ -37,6 +37,7 @@ from fireq_jax.checkpoints.tokenizer import TOKENIZER_FILES
 from fireq_jax.command_line import check_interrupted
 from fireq_jax.config_fields import check_kinds, check_types
 from fireq_jax.models.block import block_shapes, fuse_block, linear_names
+from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.parameters import Parameter, global_parameters, layer_parameters
 from fireq_jax.quantization.config import QuantizationConfig
 from fireq_jax.whole_files import check_digests, digest, write_whole
@@ -121,12 +122,14 @@ def convert(
     quantization.check_fits(linear_names(config), config.head_dim)
     if tokens is None and needs_calibration(quantization):
         raise ValueError(f"recipe {options.recipe!r} measures keys on text; give calibration text")
-    unseen = scored(held_out)
-    for text in (text for text in (tokens, unseen) if text is not None):
-        _check_tokens(text, config.vocab_size, config.max_position_embeddings)
+    for name, text in (("calibration", tokens), ("held-out", held_out)):
+        if text is not None:
+            _check_tokens(name, text, config)
+    if tokens is not None and not tokens.size:
+        raise ValueError(f"calibration tokens have shape {tokens.shape}; expected one sample or more")
     if tokens is not None and quantization.learned_steps:
         check_sequences(len(tokens))
-    tokens, unseen = (tokens, unseen) if needs_calibration(quantization) else (None, None)
+    tokens, unseen = (tokens, scored(held_out)) if needs_calibration(quantization) else (None, None)
     work, fingerprint = WorkFolder(options.output), _fingerprint(options, source, tokens, unseen)
     if work.check(fingerprint, resume=resume):
         check_digests(options.output, folder.read_manifest(options.output).digests or {}, folder.UNVERIFIED)
@@ -366,13 +369,20 @@ def _copy(source: Path, target: Path) -> str:
     return digest(target)
 
 
-def _check_tokens(tokens: Int[np.ndarray, "samples T"], vocab_size: int, longest: int) -> None:
-    if tokens.ndim != 2 or not tokens.size:
-        raise ValueError(f"calibration tokens have shape {tokens.shape}; expected [samples, length]")
-    if tokens.min() < 0 or tokens.max() >= vocab_size:
-        raise ValueError(f"calibration tokens reach {tokens.max()}; the model's vocabulary has {vocab_size} entries")
-    if tokens.shape[1] > longest:
-        raise ValueError(f"calibration sequences have {tokens.shape[1]} tokens; the model's positions end at {longest}")
+def _check_tokens(name: str, tokens: Int[np.ndarray, "samples T"], config: ModelConfig) -> None:
+    if not isinstance(tokens, np.ndarray) or tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+        kind = f"{tokens.dtype}{list(tokens.shape)}" if isinstance(tokens, np.ndarray) else type(tokens).__name__
+        raise ValueError(f"{name} tokens are {kind}; expected an array of integers [samples, length]")
+    if tokens.size and (tokens.min() < 0 or tokens.max() >= config.vocab_size):
+        raise ValueError(
+            f"{name} tokens reach from {tokens.min()} to {tokens.max()}; the model's vocabulary has "
+            f"{config.vocab_size} entries"
+        )
+    if tokens.shape[1] > config.max_position_embeddings:
+        raise ValueError(
+            f"{name} sequences have {tokens.shape[1]} tokens; the model's positions end at "
+            f"{config.max_position_embeddings}"
+        )
 
 
 def _fingerprint(

@@ -7,19 +7,26 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from checkpoints_convert.calibration_data import calibration_and_held_out
+from checkpoints_convert.calibration_data import calibration_windows, check_sizes
 from checkpoints_convert.conversion import ConversionOptions, convert, needs_calibration
+from fireq_jax.checkpoints.folder import MANIFEST
+from fireq_jax.checkpoints.hub import check_config, resolve_model
+from fireq_jax.checkpoints.huggingface import read_config
 from fireq_jax.checkpoints.tokenizer import load_tokenizer
 from fireq_jax.command_line import exit_code
 from fireq_jax.compilation import keep_programs
+from fireq_jax.models.llama import linear_names
 from fireq_jax.quantization import recipes
+from fireq_jax.quantization.config import QuantizationConfig
+from fireq_jax.text_data import read_documents
 from pallas_kernels import formats
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parse = argparse.ArgumentParser(prog="fireq-convert", description=__doc__)
-    parse.add_argument("--model", required=True, help="Hugging Face folder, or a model id to download")
+    parse.add_argument("--model", required=True, help="Hugging Face folder, or a hub id to download")
+    parse.add_argument("--revision", help="branch, tag or commit of the hub id")
     parse.add_argument("--output", required=True, type=Path, help="folder to write")
     parse.add_argument(
         "--recipe", default="fireq_plus", help=f"one of {', '.join(recipes.RECIPES)} (default: fireq_plus)"
@@ -69,48 +76,46 @@ def run(args: argparse.Namespace) -> None:
     if args.lm_head_format is not None:
         quantization = dataclasses.replace(quantization, lm_head_format=args.lm_head_format)
     quantization = dataclasses.replace(quantization, keep_float=quantization.keep_float + tuple(args.keep_float))
-    model = resolve_model(args.model)
-    options = ConversionOptions(model, args.output, args.recipe, quantization, args.dtype, args.batch_size)
+    options = ConversionOptions(Path(args.model), args.output, args.recipe, quantization, args.dtype, args.batch_size)
+    # What costs little comes first: text is read before weights are downloaded, and tokenized after.
+    documents = _documents(args, quantization)
+    model = resolve_model(args.model, args.revision, check=lambda folder: _check(folder, quantization))
+    options = dataclasses.replace(options, model=model)
     tokens = held_out = None
-    if needs_calibration(quantization):
-        if args.calibration is None:
-            raise ValueError(f"recipe {args.recipe!r} needs --calibration TEXT")
-        tokens, held_out = calibration_and_held_out(
-            args.calibration,
+    if documents is not None:
+        tokens, held_out = calibration_windows(
+            documents,
             load_tokenizer(model),
+            source=args.calibration,
             samples=args.calibration_samples,
             sequence_length=args.sequence_length,
             seed=args.seed,
-            text_field=args.text_field,
         )
-    elif args.calibration is not None:
-        logging.getLogger(__name__).warning("recipe %r reads no text; --calibration is not looked at", args.recipe)
     keep_programs()
     report = convert(options, tokens, held_out=held_out, resume=args.resume)
     before, after = report["bytes_before"] / 1e6, report["bytes_after"] / 1e6
     print(f"{args.output}: {before:.1f} MB -> {after:.1f} MB in {report['seconds']:.1f} s ({args.recipe})")
 
 
-def resolve_model(name: str) -> Path:
-    """A local folder, or a model id downloaded from the Hugging Face hub.
+def _documents(args: argparse.Namespace, quantization: QuantizationConfig) -> list[str] | None:
+    """The calibration text; None for a recipe that measures nothing on text."""
+    if not needs_calibration(quantization):
+        if args.calibration is not None:
+            logging.getLogger(__name__).warning("recipe %r reads no text; --calibration is not looked at", args.recipe)
+        return None
+    if args.calibration is None:
+        raise ValueError(f"recipe {args.recipe!r} needs --calibration TEXT")
+    check_sizes(samples=args.calibration_samples, sequence_length=args.sequence_length, seed=args.seed)
+    return read_documents(args.calibration, text_field=args.text_field)
 
-    Raises:
-        ValueError: if ``name`` is neither.
-    """
-    if name and Path(name).is_dir():
-        return Path(name)
-    if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/")):
-        raise ValueError(f"model is {name!r}; expected an existing folder or a hub id such as 'owner/model'")
-    from huggingface_hub import snapshot_download
 
-    try:
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-        folder = Path(snapshot_download(name, allow_patterns=patterns))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(name, allow_patterns=[*patterns, "pytorch_model*.bin"]))
-        return folder
-    except Exception as error:
-        raise ValueError(f"model {name!r} is not a folder and could not be downloaded: {error}") from error
+def _check(folder: Path, quantization: QuantizationConfig) -> None:
+    """Raise ValueError for a model that cannot be converted so, by its config files."""
+    if (folder / MANIFEST).is_file():
+        raise ValueError(f"{folder} is a converted model already; expected a Hugging Face checkpoint")
+    check_config(folder)
+    config = read_config(folder)
+    quantization.check_fits(linear_names(config), config.head_dim)
 
 
 if __name__ == "__main__":

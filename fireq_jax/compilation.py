@@ -5,6 +5,7 @@ import hashlib
 import inspect
 import logging
 import os
+import stat
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -30,11 +31,20 @@ def keep_programs() -> None:
 
     JAX's own settings win: ``JAX_COMPILATION_CACHE_DIR`` names another folder, and
     ``JAX_ENABLE_COMPILATION_CACHE=false`` keeps nothing. A CPU's programs are quick to make, and good for no other CPU.
+    A folder that others can write to is not used, and a warning in the log says so.
     """
     if jax.config.values["jax_compilation_cache_dir"] is not None or jax.default_backend() != "gpu":
         return
     cache = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    jax.config.update("jax_compilation_cache_dir", str(Path(cache) / "fireq-jax"))
+    folder = Path(cache) / "fireq-jax"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        logger.warning("compiled programs cannot be kept: %s", error)
+        return
+    if not _is_private(folder):
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
@@ -57,10 +67,15 @@ def lowered_once(*static: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]
 
         @functools.wraps(function)
         def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-            if (folder := _folder()) is None:
-                return function(*args, **kwargs)
             arrays = signature.bind(*args, **kwargs).arguments
             fixed = {name: arrays.pop(name) for name in static}
+            if not jax.sharding.get_abstract_mesh().empty:
+                # Another program than without a mesh, which its name would not say. Explicit axes become automatic in
+                # it, for models do not say how each of their arrays is sharded.
+                spread = jax.sharding.auto_axes(lambda x: function(**x, **fixed), out_sharding=jax.P())
+                return spread(arrays)
+            if (folder := _folder()) is None:
+                return function(*args, **kwargs)
             exported = _kept(folder, function, fixed, jax.eval_shape(lambda x: x, arrays))
             result: Any = function(*args, **kwargs) if exported is None else exported.call(**arrays)
             return result
@@ -95,7 +110,29 @@ def _folder() -> Path | None:
     cache = jax.config.values["jax_compilation_cache_dir"]
     if not cache or "://" in cache or not jax.config.values["jax_enable_compilation_cache"]:
         return None
-    return Path(cache) / "lowered"
+    folder = Path(cache) / "lowered"
+    return folder if _is_private(folder) else None
+
+
+def _is_private(folder: Path) -> bool:
+    """Whether nobody else can have written there, for to load a program is to run it; the log says who could."""
+    try:
+        status = folder.stat()
+    except FileNotFoundError:
+        return True
+    if status.st_uid not in (0, os.geteuid()):
+        problem = f"belongs to user {status.st_uid}"
+    elif status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        problem = f"can be written to by others (mode {stat.S_IMODE(status.st_mode):04o}; expected 0700)"
+    else:
+        return True
+    _warn(f"{folder} {problem}: compiled programs are neither kept there nor read from it")
+    return False
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    logger.warning(message)
 
 
 def _classes(fixed: dict[str, Any]) -> Iterator[type]:
@@ -141,7 +178,7 @@ def _write(file: Path, kept: bytearray) -> None:
     """Aside, then renamed: other processes may write the same."""
     aside = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         aside.write_bytes(kept)
         aside.replace(file)
     except OSError as error:

@@ -142,7 +142,8 @@ def weight_table(group_scale: Float[Array, "..."], codebook: Codebook = "int4") 
     With E4M3 scales they are fp8(c * sigma), c from the codebook, rounded as the kernel's table is; with
     bf16 scales c * sigma, exact, because the kernel multiplies the group's FP32 partial sum instead.
     """
-    magnitudes = jnp.asarray(CODEBOOKS[codebook], jnp.float32) * group_scale.astype(jnp.float32)[..., None]
+    scale = group_scale.astype(jnp.float32)[..., None]
+    magnitudes = scale * jnp.asarray(CODEBOOKS[codebook], jnp.float32).reshape((1,) * group_scale.ndim + (-1,))
     if group_scale.dtype == E4M3:
         magnitudes = round_to_e4m3(magnitudes)
     return magnitudes

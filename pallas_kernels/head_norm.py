@@ -72,4 +72,4 @@ class HeadNorm:
         mean_square = jnp.sum(jnp.square(x), axis=axes, keepdims=True) * (1 / count)
         # Inf's reciprocal is 0, which would hide it.
         inverse = jnp.where(jnp.isfinite(mean_square), jax.lax.rsqrt(mean_square + self.eps), jnp.nan)
-        return x * inverse * weight.astype(jnp.float32)
+        return x * inverse * weight.astype(jnp.float32)[None, None]

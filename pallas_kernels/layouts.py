@@ -75,14 +75,20 @@ def unpack_weight(packed: UInt32[Array, "tiles_n tiles_k 2 128 4"], n: int, k: i
     return codes[:n, :k]
 
 
-def _magnitude_shift() -> UInt32[Array, "2 4"]:
-    half, e = jnp.arange(2, dtype=jnp.uint32)[:, None], jnp.arange(4, dtype=jnp.uint32)
+def _magnitude_shift() -> UInt32[Array, "1 1 1 1 1 1 1 1 2 4"]:
+    half, e = _half_and_element()
     return 4 * (4 * half + e)
 
 
-def _sign_shift() -> UInt32[Array, "2 4"]:
-    half, e = jnp.arange(2, dtype=jnp.uint32)[:, None], jnp.arange(4, dtype=jnp.uint32)
+def _sign_shift() -> UInt32[Array, "1 1 1 1 1 1 1 1 2 4"]:
+    half, e = _half_and_element()
     return 8 * e + 7 - 4 * half
+
+
+def _half_and_element() -> tuple[UInt32[Array, "1 1 1 1 1 1 1 1 2 1"], UInt32[Array, "1 1 1 1 1 1 1 1 1 4"]]:
+    """The last two indices of fragments."""
+    ones = (1,) * 8
+    return jnp.arange(2, dtype=jnp.uint32).reshape(*ones, 2, 1), jnp.arange(4, dtype=jnp.uint32).reshape(*ones, 1, 4)
 
 
 def interleaved_rows(rows: int) -> int:

@@ -177,7 +177,7 @@ def matmul_reference(
         # A GPU multiplies float32 operands as TF32 by default: exact for FP8 and bf16 rows, not for these.
         precision = "highest" if values.dtype == jnp.float32 else None
         y = jnp.einsum("...k,nk->...n", values.astype(jnp.float32), weight.unscaled(), precision=precision)
-    y = y * weight.channel_scale[: weight.shape[0]]
+    y = y * jnp.broadcast_to(weight.channel_scale[: weight.shape[0]], y.shape)
     if x_scale is not None:
         y = y * x_scale
     return epilogue(y, bias, activation, residual).astype(out_dtype)

@@ -46,7 +46,7 @@ def epilogue(
 ) -> Float[Array, "*rows N_out"]:
     """activation(y + bias) + residual in float32, as ``matmul.matmul`` describes them."""
     if bias is not None:
-        y = y + bias.astype(jnp.float32)
+        y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
     if activation != "none":
         gate, up = layouts.split_gate_up(y)
         if activation == "clamped_silu_mul":

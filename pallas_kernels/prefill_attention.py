@@ -129,7 +129,7 @@ def attention_reference(
     else:
         q, k, v = (formats.dequantize(rows) for rows in (query, key, value))
     # Slots beyond kv_lengths may hold anything, NaN included, and 0 * NaN is NaN.
-    v = jnp.where((jnp.arange(v.shape[2]) < kv_lengths[:, None])[:, None, :, None], v, jnp.zeros((), v.dtype))
+    v = jnp.where((jnp.arange(v.shape[2])[None] < kv_lengths[:, None])[:, None, :, None], v, jnp.zeros((), v.dtype))
 
     def attend(q: Float[Array, "B t heads H"], start: Int[Array, " B"]) -> Float[Array, "B t heads H"]:
         batch, length, heads, head_dim = q.shape
@@ -162,7 +162,7 @@ def attention_reference(
     chunks = -(-length // QUERIES_AT_ONCE)
     padded = jnp.pad(q, ((0, 0), (0, chunks * QUERIES_AT_ONCE - length), (0, 0), (0, 0)))
     split = jnp.moveaxis(padded.reshape(batch, chunks, QUERIES_AT_ONCE, heads, head_dim), 1, 0)
-    starts = query_start + QUERIES_AT_ONCE * jnp.arange(chunks)[:, None]
+    starts = query_start[None] + QUERIES_AT_ONCE * jnp.arange(chunks)[:, None]
     out = jax.lax.map(lambda chunk: attend(*chunk), (split, starts))
     return jnp.moveaxis(out, 0, 1).reshape(padded.shape)[:, :length]
 
@@ -210,8 +210,8 @@ def visible_slots(
     window: int | None,
 ) -> Bool[Array, "B T S"]:
     """Which slots each query may attend to."""
-    slot = jnp.arange(slots)
-    position = (query_start[:, None] + jnp.arange(queries))[..., None]
+    slot = jnp.arange(slots)[None, None]
+    position = (query_start[:, None] + jnp.arange(queries)[None])[..., None]
     visible = jnp.broadcast_to(slot < kv_lengths[:, None, None], (query_start.shape[0], queries, slots))
     if causal:
         visible &= slot <= position

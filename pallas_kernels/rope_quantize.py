@@ -104,10 +104,10 @@ def rope_quantize_reference(
     queries, keys, values = (x.astype(jnp.float32) for x in split_heads(packed, key.values.shape[1], cos))
     queries, keys = rotate_heads(queries, keys, cos, sin, norm)
     if post_rope_scale is not None:
-        keys *= post_rope_scale
-        queries *= jnp.repeat(1 / post_rope_scale, queries.shape[2] // keys.shape[2], axis=0)
+        keys *= post_rope_scale[None, None]
+        queries *= jnp.repeat(1 / post_rope_scale, queries.shape[2] // keys.shape[2], axis=0)[None, None]
     if key_offset is not None:
-        keys -= key_offset
+        keys -= key_offset[None, None]
     query = _query(queries, query_factor, None if quantize_query else packed.dtype)
     new_keys = _quantize_as(key, jnp.swapaxes(keys, 1, 2), key_clip, unbiased=unbiased_keys)
     new_values = _quantize_as(value, jnp.swapaxes(values, 1, 2), value_clip)
@@ -173,11 +173,11 @@ def _append(entry: ScaledArray, rows: ScaledArray, start: Int[Array, " B"], leng
     """Write the first ``lengths[b]`` of ``rows`` [B, kv_heads, T, ...] at slots ``start[b]`` onwards."""
     batch, kv_heads, length = rows.values.shape[:3]
     capacity = entry.values.shape[2]
-    offset = jnp.arange(length)
+    offset = jnp.arange(length)[None]
     slots = start[:, None] + offset
     # Negative slots would count from the end.
     slots = jnp.where((offset < lengths[:, None]) & (slots >= 0), slots, capacity)
-    index = (jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[:, None], slots[:, None, :])
+    index = (jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[None, :, None], slots[:, None])
     return jax.tree.map(lambda old, new: old.at[index].set(new, mode="drop"), entry, rows)
 
 

@@ -168,7 +168,7 @@ def add_post_norm(
 def rms_norm_quantize_reference(x: Float[Array, "*rows D"], weight: Float[Array, " D"], eps: float) -> ScaledArray:
     """The op in ``jax.numpy``: the kernel's oracle and the path without a Hopper GPU."""
     wide = x.astype(jnp.float32)
-    values, scale = formats.quantize_fp8(wide * weight)
+    values, scale = formats.quantize_fp8(wide * jnp.broadcast_to(weight, wide.shape))
     assert scale is not None
     return ScaledArray(values, scale * _inverse_rms(wide, eps))
 

@@ -8,6 +8,8 @@ the time so; XLA's own passes are as always. ``JAX_DISABLE_MOST_OPTIMIZATIONS=0 
 
 Pallas' GPU interpreter blocks one of XLA's threads for each warpgroup that waits, and hangs when none
 is left. On a CPU there are as many as ``NPROC`` says, else one for each core.
+
+On a GPU each process takes memory as it needs it, so that several workers share the card.
 """
 
 import os
@@ -15,6 +17,7 @@ import os
 import jax
 import pytest
 
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("NPROC", str(max(8, os.cpu_count() or 1)))
 if jax.default_backend() == "cpu" and "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
     jax.config.update("jax_disable_most_optimizations", True)

@@ -9,7 +9,6 @@ import contextlib
 import fcntl
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,8 @@ import jax
 from pallas_kernels import dispatch
 
 _Key = TypeVar("_Key", bound=Hashable)
-_LOCK = Path(tempfile.gettempdir()) / "fireq-jax-benchmark.lock"
+# Of one user: a name in a folder that all share could be taken by another.
+_LOCK = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fireq-jax-benchmark.lock"
 
 
 def compile_all(
@@ -42,6 +42,7 @@ def alone() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _locked(operation: int) -> Iterator[None]:
+    _LOCK.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _LOCK.open("w") as file:
         fcntl.flock(file, operation)
         yield

@@ -8,8 +8,9 @@ from typing import get_args
 
 from fireq_jax.command_line import exit_code
 from fireq_jax.compilation import keep_programs
-from fireq_jax.evaluation.comparison import evaluate, format_table
-from fireq_jax.evaluation.plots import plot_smoothing
+from fireq_jax.evaluation.comparison import evaluate, format_table, resolve_models
+from fireq_jax.evaluation.perplexity import check_windows
+from fireq_jax.evaluation.plots import SmoothingEffect, plot_smoothing, read_smoothing, was_smoothed
 from fireq_jax.json_files import write_json
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.formats import KVFormat
@@ -23,9 +24,10 @@ def parser() -> argparse.ArgumentParser:
         dest="models",
         required=True,
         action="append",
-        metavar="DIR",
-        help="Hugging Face folder or converted model; repeat it to compare several with the first",
+        metavar="DIR_OR_ID",
+        help="Hugging Face or converted folder, or a hub id to download; repeat it to compare several with the first",
     )
+    parse.add_argument("--revision", help="branch, tag or commit of the models that are hub ids")
     parse.add_argument("--text", required=True, help="text file, .jsonl, .parquet, a folder of them, or a dataset name")
     parse.add_argument("--text-field", default="text", help="where .jsonl and .parquet hold their text (default: text)")
     parse.add_argument("--window", type=int, default=1024, help="tokens the model sees at once (default: 1024)")
@@ -71,12 +73,11 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--json is {args.json}, a folder; expected a file")
     if args.plots is not None and args.plots.exists() and not args.plots.is_dir():
         raise ValueError(f"--plots is {args.plots}; expected a folder")
+    check_windows(args.window, args.stride, args.batch_size, args.max_windows)
     names = [Path(model).resolve().name for model in args.models]
     if args.plots is not None and len(set(names)) < len(names):
         raise ValueError(f"--plots names a folder after each model's, and these are {names}; expected different ones")
-    smoothed = [(Path(model) / "smoothing.npz").is_file() for model in args.models]
-    if args.plots is not None and not any(smoothed):
-        raise ValueError(f"--plots has nothing to draw: none of {args.models} was smoothed when it was converted")
+    effects = {} if args.plots is None else _smoothing(args)
     keep_programs()
     results = evaluate(
         args.models,
@@ -89,20 +90,28 @@ def run(args: argparse.Namespace) -> None:
         kv_format=args.kv_format,
         dtype=args.dtype,
         implementation=args.implementation,
+        revision=args.revision,
         verify=args.verify,
     )
     print(format_table(results))
-    if args.plots is not None:
-        for model, name, was_smoothed in zip(args.models, names, smoothed, strict=True):
-            if was_smoothed:
-                figures = plot_smoothing(model, args.plots / name)
-                print(f"{len(figures)} figures in {figures[0].parent}")
+    for model, effect in effects.items():
+        folder = args.plots / Path(model).resolve().name
+        print(f"{len(plot_smoothing(effect, folder))} figures in {folder}")
     if args.json is not None:
         fields = {
             result.model: {"perplexity": result.perplexity, "tokens": result.tokens, "bytes": result.bytes}
             for result in results
         }
         write_json(args.json, fields)
+
+
+def _smoothing(args: argparse.Namespace) -> dict[str, SmoothingEffect]:
+    """What there is to be drawn of each model that was smoothed, read before hours are spent on numbers."""
+    folders = resolve_models(args.models, args.revision)
+    effects = {name: read_smoothing(folder) for name, folder in folders.items() if was_smoothed(folder)}
+    if not effects:
+        raise ValueError(f"--plots has nothing to draw: none of {args.models} was smoothed when it was converted")
+    return effects
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
 """Several models on the same tokens: one perplexity each, and a table of them."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 from jaxtyping import Int32
 
+from fireq_jax.checkpoints.hub import is_hub_id, resolve_model
 from fireq_jax.checkpoints.tokenizer import load_tokenizer
-from fireq_jax.evaluation.perplexity import perplexity
+from fireq_jax.evaluation.perplexity import check_windows, perplexity
 from fireq_jax.models import CausalLM
 from fireq_jax.text_data import read_documents, tokenize
 from pallas_kernels.dispatch import Implementation
@@ -21,7 +22,7 @@ class Evaluation:
     """One model's result.
 
     Attributes:
-        model: its folder, as the caller named it.
+        model: its folder or hub id, as the caller named it.
         perplexity: exp of the mean negative log-likelihood of a token.
         tokens: number of tokens scored.
         bytes: of all parameters, as they are stored in memory.
@@ -45,49 +46,70 @@ def evaluate(
     kv_format: KVFormat | None = None,
     dtype: jax.typing.DTypeLike = "bfloat16",
     implementation: Implementation = "auto",
+    revision: str | None = None,
     verify: bool = True,
     progress: bool = True,
 ) -> list[Evaluation]:
     """Perplexity of each model on the same text; one model is in memory at a time.
 
     Args:
-        models: folders, Hugging Face's or converted ones.
+        models: folders or hub ids, of Hugging Face checkpoints or converted models.
         text: file, folder or data set (see :mod:`fireq_jax.text_data`), with its ``text_field``.
         window, stride, max_windows, batch_size, progress: as in
             :func:`~fireq_jax.evaluation.perplexity.perplexity`.
         kv_format: overrides the models' cache format.
         dtype: of hidden states and unquantized weights.
         implementation: of the ops, see ``pallas_kernels.dispatch``.
-        verify: as in :meth:`~fireq_jax.models.llama.LlamaForCausalLM.from_pretrained`; also of tokenizers.
+        revision: branch, tag or commit of the models that are hub ids.
+        verify: as in :meth:`~fireq_jax.models.llama.CausalLM.from_pretrained`; also of tokenizers.
 
     Raises:
-        ValueError: if a model or the text cannot be read, a model is named twice, or two models
-            tokenize the text differently, so that their perplexities cannot be compared.
+        ValueError: for options out of range, if a model or the text cannot be read, a model is named twice,
+            or two models tokenize the text differently, so that their perplexities cannot be compared.
     """
+    check_windows(window, stride, batch_size, max_windows)
     for model in models:
-        if not Path(model).is_dir():
-            raise ValueError(f"model is {model!r}; expected a folder")
         if list(models).count(model) > 1:
             raise ValueError(f"model {model!r} is named more than once")
-    tokens = _common_tokens(models, read_documents(text, text_field=text_field), verify=verify)
+    documents = read_documents(text, text_field=text_field)
+    folders = resolve_models(models, revision)
+    tokens = _common_tokens(folders, documents, verify=verify)
+    if len(tokens) < 2:
+        raise ValueError(f"{text} has {len(tokens)} tokens; expected at least 2: one to start from, one to predict")
 
-    def evaluate_one(model: str | Path) -> Evaluation:
+    def evaluate_one(model: str, folder: Path) -> Evaluation:
         loaded = CausalLM.from_pretrained(
-            model, dtype=dtype, kv_format=kv_format, implementation=implementation, verify=verify
+            folder, dtype=dtype, kv_format=kv_format, implementation=implementation, verify=verify
         )
-        result = perplexity(
-            loaded,
-            tokens,
-            window=window,
-            stride=stride,
-            batch_size=batch_size,
-            max_windows=max_windows,
-            progress=progress,
-            description=str(model),
-        )
-        return Evaluation(str(model), result.perplexity, result.tokens, loaded.nbytes)
+        try:
+            result = perplexity(
+                loaded,
+                tokens,
+                window=window,
+                stride=stride,
+                batch_size=batch_size,
+                max_windows=max_windows,
+                progress=progress,
+                description=model,
+            )
+        except ValueError as error:
+            raise ValueError(f"{model}: {error}") from error
+        return Evaluation(model, result.perplexity, result.tokens, loaded.nbytes)
 
-    return [evaluate_one(model) for model in models]
+    return [evaluate_one(*named) for named in folders.items()]
+
+
+def resolve_models(models: Sequence[str | Path], revision: str | None = None) -> dict[str, Path]:
+    """Each model's name and folder; hub ids are downloaded, at ``revision``.
+
+    Raises:
+        ValueError: if one is neither a folder nor a hub id, or cannot be loaded by its config, or if there is a
+            ``revision`` and no hub id.
+    """
+    names = list(map(str, models))
+    if revision is not None and not any(map(is_hub_id, names)):
+        raise ValueError(f"revision is {revision!r}, and none of {names} is a hub id")
+    return {name: resolve_model(name, revision if is_hub_id(name) else None) for name in names}
 
 
 def format_table(results: Sequence[Evaluation]) -> str:
@@ -104,16 +126,17 @@ def format_table(results: Sequence[Evaluation]) -> str:
 
 
 def _common_tokens(
-    models: Sequence[str | Path], documents: Sequence[str], *, verify: bool
+    folders: Mapping[str, Path], documents: Sequence[str], *, verify: bool
 ) -> Int32[np.ndarray, " tokens"]:
-    first = tokenize(documents, load_tokenizer(models[0], verify=verify))
-    for model in models[1:]:
-        other = tokenize(documents, load_tokenizer(model, verify=verify))
+    reference, *others = folders
+    first = tokenize(documents, load_tokenizer(folders[reference], verify=verify))
+    for model in others:
+        other = tokenize(documents, load_tokenizer(folders[model], verify=verify))
         if not np.array_equal(first, other):
             shorter = min(len(first), len(other))
             differing = np.flatnonzero(first[:shorter] != other[:shorter])
             raise ValueError(
-                f"{models[0]} and {model} have different tokenizers: they cut the text into {len(first)} and "
+                f"{reference} and {model} have different tokenizers: they cut the text into {len(first)} and "
                 f"{len(other)} tokens, which differ from token {differing[0] if differing.size else shorter} on; "
                 "perplexities per token can only be compared between models with the same tokenizer"
             )

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float32, Int, Int32
 from tqdm import tqdm
 
 from fireq_jax.compilation import lowered_once
+from fireq_jax.device_memory import check_fits
 from fireq_jax.models import CausalLM
 
 _MOST_NLL = 700.0  # nats a token, whose exponential is still a float
@@ -71,17 +72,21 @@ def perplexity(
         progress: show a progress bar on stderr, labelled ``description``.
 
     Raises:
-        ValueError: for sizes out of range, fewer than two tokens, tokens outside the vocabulary,
-            or a model whose log-likelihoods are not finite, or none that a perplexity can be made of.
+        ValueError: for sizes out of range, logits that cannot fit into memory, fewer than two tokens,
+            tokens outside the vocabulary, or a model whose log-likelihoods are not finite, or none that a
+            perplexity can be made of.
     """
+    check_windows(window, stride, batch_size, max_windows)
+    _check_tokens(tokens, model.config.vocab_size)
     stride = window if stride is None else stride
-    _validate(tokens, window, stride, batch_size, max_windows, model.config.vocab_size)
     if window > model.config.max_position_embeddings:
         logger.warning("a window of %d exceeds the model's %d positions", window, model.config.max_position_embeddings)
     windows = count_windows(len(tokens), window, stride)
     windows = windows if max_windows is None else min(windows, max_windows)
     batch_size = min(batch_size, windows)
     arrays, structure = jax.tree.flatten(model)
+    logits = batch_size * window * model.config.vocab_size * np.dtype(np.float32).itemsize
+    check_fits(f"the logits of batch_size {batch_size} x window {window} tokens", logits, arrays)
     # Where rotations depend on a sequence's length, padding must not count.
     masked = model.config.rope.rope_type == "dynamic"
 
@@ -98,7 +103,7 @@ def perplexity(
                 batch[row, : len(part)] = part
                 if mask is not None:
                     mask[row, : len(part)] = 1
-            token_nll = np.asarray(_token_nll(structure, arrays, batch, mask), np.float64)
+            token_nll = jax.device_get(_token_nll(structure, arrays, *jax.device_put((batch, mask)))).astype(np.float64)
             for row in range(count):
                 begin, end = scored_range(first + row, len(tokens), window, stride)
                 # Column i of token_nll belongs to the window's token i + 1.
@@ -134,19 +139,21 @@ def _token_nll(
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
-def _validate(
-    tokens: np.ndarray, window: int, stride: int, batch_size: int, max_windows: int | None, vocab_size: int
-) -> None:
-    if tokens.ndim != 1 or len(tokens) < 2:
-        raise ValueError(f"tokens have shape {tokens.shape}; expected one stream of at least 2")
+def check_windows(window: int, stride: int | None, batch_size: int, max_windows: int | None) -> None:
+    """Raise ValueError for sizes that :func:`perplexity` does not take."""
     if window < 2:
         raise ValueError(f"window is {window}; expected at least 2 tokens: one to start from, one to predict")
-    if not 1 <= stride <= window:
+    if stride is not None and not 1 <= stride <= window:
         raise ValueError(f"stride is {stride}; expected 1 to {window}, the window")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
     if max_windows is not None and max_windows < 1:
         raise ValueError(f"max_windows is {max_windows}; expected 1 or more, or None for all")
+
+
+def _check_tokens(tokens: np.ndarray, vocab_size: int) -> None:
+    if tokens.ndim != 1 or len(tokens) < 2:
+        raise ValueError(f"tokens have shape {tokens.shape}; expected one stream of at least 2")
     if tokens.min() < 0 or tokens.max() >= vocab_size:
         raise ValueError(
             f"token ids reach from {tokens.min()} to {tokens.max()}; expected 0 to {vocab_size - 1}, the model's "

@@ -4,6 +4,7 @@ All functions take plain arrays and write a picture; they need no display and le
 global state alone.
 """
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,14 @@ from matplotlib.figure import Figure
 
 # Blue, orange and green that stay distinct in the common forms of colour blindness.
 _COLORS = ("#0072B2", "#E69F00", "#009E73")
+# "layers.0.mlp.down_proj" or "layers.0.keys" -> "before" and so on -> [K], or of keys [kv_heads, H].
+SmoothingEffect = dict[str, dict[str, np.ndarray]]
+_FILE = "smoothing.npz"
+_MOMENTS = ("before", "after")
+_KEY_MOMENTS = ("before", "pre_rope", "post_rope")
+_NAME = re.compile(
+    r"(?P<what>layers\.[0-9]{1,5}\.(keys|(self_attn\.(qkv|o)|mlp\.(gate_up|down))_proj))\.(?P<moment>[a-z_]+)"
+)
 
 
 def plot_channel_absmax(
@@ -72,29 +81,59 @@ def plot_keys(
     figure.savefig(path)
 
 
-def plot_smoothing(model: str | Path, folder: str | Path) -> list[Path]:
+def was_smoothed(model: Path) -> bool:
+    """Whether a model's folder says what smoothing did."""
+    return (model / _FILE).is_file()
+
+
+def read_smoothing(model: str | Path) -> SmoothingEffect:
+    """What ``smoothing.npz`` in a converted folder holds: magnitudes by name, as :func:`plot_smoothing` draws them.
+
+    Raises:
+        ValueError: naming the file, if it is missing (the model's recipe does not smooth), unreadable, or holds
+            other arrays.
+    """
+    path = Path(model) / _FILE
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; only a converted model whose recipe smooths can be plotted")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except Exception as error:  # zip's, zlib's and numpy's own, MemoryError for absurd shapes
+        raise ValueError(f"{path} cannot be read: {error}; expected arrays as fireq-convert writes them") from error
+    effect: SmoothingEffect = {}
+    for name, array in arrays.items():
+        if (known := _NAME.fullmatch(name)) is None:
+            raise ValueError(f"{path} holds {name!r}; expected names such as 'layers.0.mlp.down_proj.before'")
+        effect.setdefault(known["what"], {})[known["moment"]] = array
+    for what, moments in effect.items():
+        is_keys = what.endswith("keys")
+        expected = _KEY_MOMENTS if is_keys else _MOMENTS
+        if set(moments) != set(expected):
+            raise ValueError(f"{path} holds {sorted(moments)} of {what}; expected {', '.join(expected)}")
+        try:
+            _check_same_shape([_checked(f"{what}.{name}", moments[name], 2 if is_keys else 1) for name in expected])
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {what}: {error}") from error
+    return effect
+
+
+def plot_smoothing(effect: SmoothingEffect, folder: str | Path) -> list[Path]:
     """All figures of a converted model: each linear layer's inputs and each layer's keys.
 
     Args:
-        model: converted folder; its ``smoothing.npz`` holds the magnitudes.
+        effect: what :func:`read_smoothing` found.
         folder: where the pictures go, ``<layer>.<what>.png``; made if it does not exist.
-
-    Raises:
-        ValueError: if the model has no ``smoothing.npz``: its recipe does not smooth.
     """
-    source, folder = Path(model) / "smoothing.npz", Path(folder)
-    if not source.is_file():
-        raise ValueError(f"{model} has no smoothing.npz; only a converted model whose recipe smooths can be plotted")
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    arrays = dict(np.load(source))
     paths = []
-    for name in sorted(key.removesuffix(".before") for key in arrays if key.endswith(".before")):
-        paths.append(folder / f"{name}.png")
-        before = arrays[f"{name}.before"]
-        if name.endswith("keys"):
-            plot_keys(before, arrays[f"{name}.pre_rope"], arrays[f"{name}.post_rope"], name, paths[-1])
+    for what, moments in sorted(effect.items()):
+        paths.append(folder / f"{what}.png")
+        if what.endswith("keys"):
+            plot_keys(*(moments[name] for name in _KEY_MOMENTS), what, paths[-1])
         else:
-            plot_channel_absmax(before, arrays[f"{name}.after"], name, paths[-1])
+            plot_channel_absmax(*(moments[name] for name in _MOMENTS), what, paths[-1])
     return paths
 
 

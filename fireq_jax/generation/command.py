@@ -14,12 +14,14 @@ import jax
 import numpy as np
 
 from fireq_jax.checkpoints.folder import StoredModel
-from fireq_jax.checkpoints.huggingface import read_generation_config
+from fireq_jax.checkpoints.hub import check_config, resolve_model
 from fireq_jax.checkpoints.tokenizer import load_tokenizer
 from fireq_jax.command_line import exit_code
 from fireq_jax.compilation import keep_programs
+from fireq_jax.generation import chat
+from fireq_jax.generation.defaults import SAMPLING, GenerationDefaults
 from fireq_jax.generation.generate import check_call, compile_ahead, generate, stream
-from fireq_jax.generation.sampling import SamplingConfig, SamplingOptions
+from fireq_jax.generation.sampling import SamplingConfig
 from fireq_jax.models.llama import CausalLM
 from pallas_kernels import formats
 from pallas_kernels.dispatch import Implementation
@@ -30,14 +32,6 @@ if TYPE_CHECKING:
 DEFAULT_NEW_TOKENS = 128
 # Tokens of the prompt that the first new token is decoded after; many tokenizers drop a text's first space.
 _CONTEXT = 8
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
-# What transformers' generation configs may also say, and what says nothing there.
-_WITHOUT_EFFECT: dict[str, Any] = {
-    "num_beams": 1, "min_length": 0, "min_new_tokens": 0, "no_repeat_ngram_size": 0, "typical_p": 1.0,
-    "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "penalty_alpha": 0.0, "guidance_scale": 1.0, "bad_words_ids": [],
-    "suppress_tokens": [], "begin_suppress_tokens": [], "forced_bos_token_id": None, "forced_eos_token_id": None,
-    "sequence_bias": {}, "stop_strings": [],
-}  # fmt: skip
 logger = logging.getLogger(__name__)
 
 
@@ -54,7 +48,8 @@ def _parser() -> argparse.ArgumentParser:
         "stderr. What is not given comes from generation_config.json in the model's folder, if it is there.",
     )
     add = parser.add_argument
-    add("--model", required=True, type=Path, metavar="DIR", help="Hugging Face checkpoint or converted model")
+    add("--model", required=True, metavar="DIR_OR_ID", help="Hugging Face or converted folder, or a hub id to download")
+    add("--revision", help="branch, tag or commit of the hub id")
     add("--prompt", required=True, action="append", metavar="TEXT", help="repeat it for a batch, printed when complete")
     add("--max-new-tokens", type=int, metavar="N", help=f"default {DEFAULT_NEW_TOKENS}")
     add("--temperature", type=float, metavar="T", help="0 takes the most likely token: the default without filters")
@@ -78,47 +73,63 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.system is not None and not arguments.chat:
         raise ValueError("--system is given without --chat")
     # Before the model: bad options should not cost the minutes of loading one.
-    defaults = read_generation_config(arguments.model)
-    sampling = sampling_options(
-        defaults, {name: getattr(arguments, name) for name in (*_SAMPLING, "repetition_penalty")}
-    )
-    SamplingConfig(**sampling)
+    given = {name: getattr(arguments, name) for name in (*SAMPLING, "repetition_penalty")}
+    SamplingConfig(**GenerationDefaults(Path()).sampling(given))
+    if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens is {arguments.max_new_tokens}; expected at least 1")
     try:
         key = jax.random.key(arguments.seed)
     except OverflowError as error:
         raise ValueError(f"--seed is {arguments.seed}; expected a number of 64 bits") from error
-    max_new_tokens = arguments.max_new_tokens
-    if max_new_tokens is None:
-        max_new_tokens = defaults.get("max_new_tokens")
-    if max_new_tokens is None:
-        max_new_tokens = DEFAULT_NEW_TOKENS
-    tokenizer = load_tokenizer(arguments.model, verify=arguments.verify)
+    folder = resolve_model(arguments.model, arguments.revision, check=_check)
+    defaults = GenerationDefaults.read(folder)
+    if defaults.ignored:
+        logger.warning("%s: %s: without effect here", defaults.path, ", ".join(defaults.ignored))
+    tokenizer = load_tokenizer(folder, verify=arguments.verify)
     prompts = [_encode(tokenizer, text, arguments) for text in arguments.prompt]
     width = max(map(len, prompts))
+    max_new_tokens = arguments.max_new_tokens
+    if max_new_tokens is None:
+        max_new_tokens = defaults.new_tokens(width) or DEFAULT_NEW_TOKENS
     options = {
         "input_ids": [prompt + [0] * (width - len(prompt)) for prompt in prompts],
         "attention_mask": [[1] * len(prompt) + [0] * (width - len(prompt)) for prompt in prompts],
         "max_new_tokens": max_new_tokens,
-        "eos_token_ids": defaults.get("eos_token_id"),
+        "eos_token_ids": defaults.eos_token_id,
         "key": key,
-        **sampling,
+        **defaults.sampling(given),
     }
     streaming = len(prompts) == 1 and not (arguments.no_stream or arguments.json)
-    model = _load(arguments, options, only_prefill=streaming)
+    model = _load(folder, defaults, arguments, options, only_prefill=streaming)
     if streaming:
         _stream(model, tokenizer, prompts[0], options)
     else:
         _print_complete(model, tokenizer, prompts, options, arguments)
 
 
-def _load(arguments: argparse.Namespace, options: dict[str, Any], *, only_prefill: bool) -> CausalLM:
+def _check(folder: Path) -> None:
+    """Raise ValueError for a model that cannot be generated from, by its config files."""
+    check_config(folder)
+    GenerationDefaults.read(folder)
+
+
+def _load(
+    folder: Path,
+    defaults: GenerationDefaults,
+    arguments: argparse.Namespace,
+    options: dict[str, Any],
+    *,
+    only_prefill: bool,
+) -> CausalLM:
     """The model; what generation will run is compiled while it is read."""
     begin = time.perf_counter()
     keep_programs()
-    stored = StoredModel.open(arguments.model, verify=arguments.verify)
+    stored = StoredModel.open(folder, verify=arguments.verify)
+    defaults.check_vocabulary(stored.config.vocab_size)
     kinds = {name: getattr(arguments, name) for name in ("dtype", "kv_format", "implementation")}
     abstract = CausalLM.abstract(stored, **kinds)
-    check_call(abstract, **options)
+    cache, tokens = check_call(abstract, **options), options["max_new_tokens"]
+    print(f"{arguments.model}: a cache of {cache / 1e6:.1f} MB for {tokens} new tokens a prompt", file=sys.stderr)
     with ThreadPoolExecutor() as pool:
         model = pool.submit(abstract.filled, stored)
         compile_ahead(abstract, **options, only_prefill=only_prefill)
@@ -128,24 +139,6 @@ def _load(arguments: argparse.Namespace, options: dict[str, Any], *, only_prefil
     return loaded
 
 
-def sampling_options(defaults: dict[str, Any], given: dict[str, Any]) -> SamplingOptions:
-    """Options ``given`` (None: not given), then those of a generation config.
-
-    As in transformers, ``do_sample`` decides whether the config's filters and temperature hold, ``top_k``
-    is 50 where it does not say, and 0 means none.
-    """
-    if ignored := sorted(name for name, plain in _WITHOUT_EFFECT.items() if defaults.get(name) not in (None, plain)):
-        logger.warning("generation_config.json: %s: without effect here", ", ".join(ignored))
-    options = {"repetition_penalty": defaults.get("repetition_penalty")}
-    if defaults.get("do_sample"):
-        stated = {name: value for name in _SAMPLING if (value := defaults.get(name)) is not None}
-        options |= {"temperature": 1.0, "top_k": 50, **stated}
-    options |= {name: value for name, value in given.items() if value is not None}
-    if options.get("top_k") == 0:
-        options["top_k"] = None
-    return SamplingOptions(**options)
-
-
 def _encode(tokenizer: "PreTrainedTokenizerBase", text: str, arguments: argparse.Namespace) -> list[int]:
     if arguments.chat:
         if tokenizer.chat_template is None:
@@ -153,7 +146,7 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", text: str, arguments: argparse
         messages = [{"role": "user", "content": text}]
         if arguments.system is not None:
             messages.insert(0, {"role": "system", "content": arguments.system})
-        text = _apply_chat_template(tokenizer, messages)
+        text = chat.render(tokenizer, messages, arguments.model)
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -162,17 +155,6 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", text: str, arguments: argparse
     if not ids:
         raise ValueError(f"prompt {text!r} has no tokens; expected at least one")
     return ids
-
-
-def _apply_chat_template(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]]) -> str:
-    import jinja2
-
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except (jinja2.TemplateError, TypeError, LookupError, AttributeError) as error:
-        raise ValueError(f"the chat template rejects the messages: {error}") from error
-    assert isinstance(text, str)
-    return text
 
 
 def pieces(tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[int], tokens: Iterator[int]) -> Iterator[str]:

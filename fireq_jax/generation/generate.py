@@ -18,8 +18,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from fireq_jax.compilation import lowered_once
+from fireq_jax.device_memory import check_fits
 from fireq_jax.generation.sampling import SamplingArrays, SamplingConfig, SamplingOptions, sample
-from fireq_jax.models.kv_cache import KVCache, LayerCache
+from fireq_jax.models.inputs import as_array, check_shapes, check_values
+from fireq_jax.models.kv_cache import KVCache, LayerCache, slot_bytes
 from fireq_jax.models.llama import CausalLM
 from pallas_kernels.formats import ScaledArray
 
@@ -106,14 +108,16 @@ def generate(
     Raises:
         TypeError: without ``max_new_tokens``, or for an option of another name.
         ValueError: for empty prompts, ids outside the vocabulary, a mask of another shape or with
-            other values than 0 and 1, options out of range, or more tokens than ``cache_capacity``.
+            other values than 0 and 1, options out of range, more tokens than ``cache_capacity``, or a
+            cache that cannot fit into memory.
     """
     request = _prepare(model, input_ids, attention_mask, max_new_tokens, **options)
     _warn_beyond_positions(model, request)
     arrays, structure = jax.tree.flatten(model)
-    cache, progress = _prefill(structure, arrays, request.tokens, request.lengths, request.choice, request.capacity)
+    tokens, lengths, choice = jax.device_put(request.inputs)
+    cache, progress = _prefill(structure, arrays, tokens, lengths, choice, request.capacity)
     first, further = progress.tokens, request.new_tokens - 1
-    _, progress, new_tokens, lengths = _decode(structure, arrays, cache, progress, request.choice, further)
+    _, progress, new_tokens, lengths = _decode(structure, arrays, cache, progress, choice, _on_device(further))
     # Put together by numpy, which compiles nothing for lengths that it has not seen.
     first, new_tokens, lengths, running = jax.device_get((first, new_tokens, lengths, progress.running))
     sequences = np.concatenate([request.prompt, first[:, None], new_tokens[:, :further]], axis=1)
@@ -145,9 +149,13 @@ def check_call(
     *,
     max_new_tokens: int,
     **options: Unpack[GenerationOptions],
-) -> None:
-    """Raise what :func:`generate` would for such a call, computing nothing; the model may be abstract."""
-    _prepare(model, input_ids, attention_mask, max_new_tokens, **options)
+) -> int:
+    """Raise what :func:`generate` would for such a call, computing nothing; the model may be abstract.
+
+    Returns:
+        Bytes of the cache that the call makes.
+    """
+    return _prepare(model, input_ids, attention_mask, max_new_tokens, **options).cache_bytes
 
 
 def compile_ahead(
@@ -166,12 +174,14 @@ def compile_ahead(
     """
     request = _prepare(model, input_ids, attention_mask, max_new_tokens, **options)
     arrays, structure = jax.tree.flatten(model)
-    prompt = structure, arrays, request.tokens, request.lengths, request.choice, request.capacity
+    tokens, lengths, choice = jax.device_put(request.inputs)
+    prompt = structure, arrays, tokens, lengths, choice, request.capacity
     with ThreadPoolExecutor() as pool:
         compiling = [pool.submit(_prefill.lower(*prompt).compile)]
         if not only_prefill:
             cache, progress = _placed_with(arrays[0], jax.eval_shape(_prefill, *prompt))
-            compiling.append(pool.submit(_decode.lower(structure, arrays, cache, progress, request.choice, 1).compile))
+            decode = _decode.lower(structure, arrays, cache, progress, choice, _on_device(1))
+            compiling.append(pool.submit(decode.compile))
         for program in compiling:
             program.result()
 
@@ -185,20 +195,26 @@ def _placed_with(array: Array | jax.ShapeDtypeStruct, results: Any) -> Any:
 
 def _steps(model: CausalLM, request: "_Request") -> Iterator[StreamStep]:
     arrays, structure = jax.tree.flatten(model)
-    cache, progress = _prefill(structure, arrays, request.tokens, request.lengths, request.choice, request.capacity)
+    tokens, lengths, choice = jax.device_put(request.inputs)
+    cache, progress = _prefill(structure, arrays, tokens, lengths, choice, request.capacity)
     tokens, running = jax.device_get((progress.tokens, progress.running))
     yield StreamStep(tokens, np.ones(len(tokens), bool))
     done, count = 1, 1
     while done < request.new_tokens and running.any():
         count = min(count, request.new_tokens - done)
         begin = time.perf_counter()
-        cache, progress, new_tokens, lengths = _decode(structure, arrays, cache, progress, request.choice, count)
+        steps = _on_device(count)
+        cache, progress, new_tokens, lengths = _decode(structure, arrays, cache, progress, choice, steps)
         new_tokens, lengths, running = jax.device_get((new_tokens, lengths, progress.running))
         seconds = time.perf_counter() - begin
         for step in range(lengths.max()):
             yield StreamStep(new_tokens[:, step].copy(), step < lengths)
         done += count
         count = _next_count(count, seconds)
+
+
+def _on_device(count: int) -> Int[Array, ""]:
+    return jax.device_put(np.int32(count))
 
 
 def _next_count(count: int, seconds: float) -> int:
@@ -226,6 +242,12 @@ class _Request(NamedTuple):
     choice: _Choice
     new_tokens: int
     capacity: int
+    cache_bytes: int
+
+    @property
+    def inputs(self) -> tuple[np.ndarray, np.ndarray, _Choice]:
+        """What the programs take besides the model."""
+        return self.tokens, self.lengths, self.choice
 
 
 class _Progress(NamedTuple):
@@ -264,7 +286,7 @@ def _prefill(
     batch, vocabulary = logits.shape
     seen = None
     if choice.sampling.repetition_penalty is not None:
-        token_or_none = jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], tokens, vocabulary)
+        token_or_none = jnp.where(jnp.arange(tokens.shape[1])[None] < lengths[:, None], tokens, vocabulary)
         seen = jnp.zeros((batch, vocabulary), bool).at[jnp.arange(batch)[:, None], token_or_none].set(True, mode="drop")
     return cache, _choose(logits, cache, jnp.ones((batch,), bool), seen, choice)
 
@@ -277,7 +299,7 @@ def _decode(
     cache: KVCache,
     progress: _Progress,
     choice: _Choice,
-    count: int | Int[Array, ""],
+    count: Int[Array, ""],
 ) -> tuple[KVCache, _Progress, Int[Array, "B S"], Int[Array, " B"]]:
     """Up to ``count`` more tokens, fewer if all sequences end.
 
@@ -316,7 +338,7 @@ def _choose(
 ) -> _Progress:
     tokens = sample(logits, choice.sampling, keys=choice.keys, positions=cache.lengths, seen=seen)
     tokens = jnp.where(running, tokens, choice.pad)
-    ended = jnp.any(tokens[:, None] == choice.eos, axis=1)
+    ended = jnp.any(tokens[:, None] == choice.eos[None], axis=1)
     if seen is not None:
         seen = seen.at[jnp.arange(tokens.shape[0]), tokens].set(True)
     return _Progress(tokens, running & ~ended, seen)
@@ -335,8 +357,8 @@ def _prepare(
     **sampling: Unpack[SamplingOptions],
 ) -> _Request:
     config = model.config
-    prompt = _rectangular("input_ids", input_ids)
-    mask = None if attention_mask is None else _rectangular("attention_mask", attention_mask)
+    prompt = as_array("input_ids", input_ids)
+    mask = None if attention_mask is None else as_array("attention_mask", attention_mask)
     tokens, lengths = _right_padded(prompt, mask, config.vocab_size)
     if not _is_whole(max_new_tokens) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens!r}; expected a whole number of at least 1")
@@ -352,11 +374,13 @@ def _prepare(
     if total > _MOST_SLOTS:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at most {_MOST_SLOTS} tokens with the prompt's")
     capacity = _round_up(total) if cache_capacity is None else int(cache_capacity)
+    cache_bytes = len(tokens) * capacity * slot_bytes(config, model.quantization, model.dtype)
+    check_fits(f"the cache of {len(tokens)} x {capacity} tokens", cache_bytes, jax.tree.leaves(model))
     width = min(_round_up(longest), capacity)
     tokens = np.pad(tokens[:, :longest], ((0, 0), (0, width - longest)))
     eos = config.eos_token_ids
     if eos_token_ids is not None:
-        eos = tuple(np.atleast_1d(_rectangular("eos_token_ids", eos_token_ids)).tolist())
+        eos = tuple(np.atleast_1d(as_array("eos_token_ids", eos_token_ids)).tolist())
     for name, given, ids in (("eos_token_ids", eos_token_ids, eos), ("pad_token_id", pad_token_id, (pad_token_id,))):
         if given is not None and not all(_is_whole(token) and 0 <= token < config.vocab_size for token in ids):
             raise ValueError(f"{name} is {given!r}; expected ids from 0 to {config.vocab_size - 1}")
@@ -370,16 +394,7 @@ def _prepare(
         eos=np.asarray(eos, np.int32),
         pad=np.int32(next(token for token in defaults if token is not None)),
     )
-    return _Request(prompt.astype(np.int32), tokens, lengths, choice, int(max_new_tokens), capacity)
-
-
-def _rectangular(name: str, numbers: Any) -> np.ndarray:
-    try:
-        return np.asarray(numbers)
-    except ValueError as error:  # numpy's does not say whose
-        raise ValueError(
-            f"{name} has rows of different lengths; pad them to one, with an attention_mask that is 0 there"
-        ) from error
+    return _Request(prompt.astype(np.int32), tokens, lengths, choice, int(max_new_tokens), capacity, cache_bytes)
 
 
 def _warn_beyond_positions(model: CausalLM, request: _Request) -> None:
@@ -395,32 +410,21 @@ def _right_padded(
     prompt: np.ndarray, mask: np.ndarray | None, vocab_size: int
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
     """Validated prompts with their tokens first and 0 elsewhere, and their lengths; int32."""
-    if prompt.size == 0:
-        raise ValueError(f"input_ids has shape {prompt.shape}; expected prompts of at least one token")
-    if prompt.ndim != 2 or not np.issubdtype(prompt.dtype, np.integer):
-        raise ValueError(f"input_ids is {prompt.dtype} {prompt.shape}; expected integers [batch, tokens]")
-    if mask is None:
-        mask = np.ones(prompt.shape, bool)
-    if mask.shape != prompt.shape:
-        raise ValueError(f"attention_mask has shape {mask.shape}; expected that of input_ids, {prompt.shape}")
-    if not np.isin(mask, (0, 1)).all():
-        raise ValueError(f"attention_mask has values {np.unique(mask)[:8]}; expected 0 and 1")
-    mask = mask.astype(bool)
+    check_shapes(prompt, mask)
+    check_values(prompt, mask, vocab_size)
+    mask = np.ones(prompt.shape, bool) if mask is None else mask.astype(bool)
     lengths = mask.sum(axis=1, dtype=np.int32)
     if not lengths.all():
         raise ValueError(
             f"attention_mask is 0 throughout rows {np.flatnonzero(lengths == 0)}; expected a token in each"
         )
-    outside = prompt[mask & ((prompt < 0) | (prompt >= vocab_size))]
-    if outside.size:
-        raise ValueError(f"input_ids holds {np.unique(outside)[:8]}; expected ids from 0 to {vocab_size - 1}")
     order = np.argsort(~mask, axis=1, kind="stable")
     tokens = np.take_along_axis(np.where(mask, prompt, 0), order, axis=1)
     return tokens.astype(np.int32), lengths
 
 
 def _row_keys(key: Key[Array, "..."] | None, batch: int) -> Key[Array, " B"]:
-    keys = jax.random.key(0) if key is None else key
+    keys = jax.random.key(jax.device_put(np.uint32(0))) if key is None else key
     if not isinstance(keys, jax.Array):
         raise ValueError(f"key is {key!r}; expected jax.random.key(seed), or an array of one such key a sequence")
     if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):

@@ -5,7 +5,6 @@ the scaled logits, so tokens with equal logits stay or go together and no order 
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import NamedTuple, TypedDict
 
@@ -55,9 +54,9 @@ class SamplingConfig:
             value = getattr(self, field.name)
             number = isinstance(value, int | float | np.number | jax.Array) and not isinstance(value, bool)
             number = number and np.ndim(value) == 0
-            if value is not None and not (number and math.isfinite(value)):
+            if value is not None and not (number and abs(value) <= _LARGEST):
                 raise ValueError(f"{field.name} is {value!r}; expected a finite number, or None")
-        if self.temperature is not None and not 0 <= self.temperature <= _LARGEST:
+        if self.temperature is not None and self.temperature < 0:
             raise ValueError(f"temperature is {self.temperature}; expected 0 (greedy) or a positive number")
         if self.top_k is not None and (self.top_k != int(self.top_k) or self.top_k < 1):
             raise ValueError(f"top_k is {self.top_k}; expected a whole number of at least 1, or None")
@@ -65,7 +64,7 @@ class SamplingConfig:
             raise ValueError(f"top_p is {self.top_p}; expected a number in (0, 1], or None")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p is {self.min_p}; expected a number in [0, 1], or None")
-        if self.repetition_penalty is not None and not 1 / _LARGEST <= self.repetition_penalty <= _LARGEST:
+        if self.repetition_penalty is not None and self.repetition_penalty < 1 / _LARGEST:
             raise ValueError(f"repetition_penalty is {self.repetition_penalty}; expected a positive number, or None")
 
     @property

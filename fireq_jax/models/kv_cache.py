@@ -5,6 +5,7 @@ only a length. Rows are INT4, FP8 or plain (``formats.quantize_kv``), one scale 
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple, Self
 
 import jax
@@ -37,6 +38,13 @@ class LayerCache(NamedTuple):
         )
         key, value = (jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stored) for _ in range(2))
         return cls(key, value)
+
+
+@functools.cache
+def slot_bytes(config: ModelConfig, quantization: QuantizationConfig, dtype: jax.typing.DTypeLike) -> int:
+    """Bytes of one token's keys and values in all layers; ``dtype`` is that of rows that are not quantized."""
+    shape = (1, config.num_kv_heads, 1, config.head_dim)
+    return config.num_layers * formats.nbytes(jax.eval_shape(lambda: LayerCache.create(quantization, shape, dtype)))
 
 
 @jax.tree_util.register_dataclass

@@ -160,7 +160,7 @@ class Norm(nnx.Module):
         if self.kind == "layer":
             wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         normalized = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (normalized * self.weight.get_value()).astype(x.dtype)
+        return (normalized * jnp.broadcast_to(self.weight.get_value(), x.shape)).astype(x.dtype)
 
     def quantized(self, x: Float[Array, "*rows D"]) -> ScaledArray:
         """Normalized rows in FP8, with no other rounding."""

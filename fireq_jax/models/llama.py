@@ -18,6 +18,7 @@ from fireq_jax.models.attention import Attention
 from fireq_jax.models.block import linear_names, norm_names
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.experts import Experts
+from fireq_jax.models.inputs import on_device
 from fireq_jax.models.kv_cache import KVCache, LayerCache
 from fireq_jax.models.layers import MLP, LayerOptions, Norm, Tap, matmul_float, no_tap, show
 from fireq_jax.models.parameters import Parameter, abstract, parameters_of, with_parameters
@@ -254,17 +255,22 @@ class CausalLM(nnx.Module):
                 Logits of padding are 0.
 
         Raises:
-            ValueError: if the ids are no matrix of integers, or the mask has another shape. Values cannot
-                be checked under jit.
+            ValueError: for ids that are no integers [B, T], or outside the vocabulary where the mask is 1; for a mask
+                of another shape, or other numbers than 0 and 1. Values cannot be checked under jit.
         """
-        input_ids = jnp.asarray(input_ids)
-        if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
-            raise ValueError(f"input_ids is {input_ids.dtype} {input_ids.shape}; expected integers [batch, tokens]")
-        if input_ids.size == 0:
-            raise ValueError(f"input_ids has shape {input_ids.shape}; expected at least one token")
-        attention_mask = None if attention_mask is None else jnp.asarray(attention_mask)
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise ValueError(f"attention_mask has shape {attention_mask.shape}; expected {input_ids.shape}")
+        input_ids, attention_mask = on_device(input_ids, attention_mask, self.config.vocab_size)
+        graph, state = nnx.split(self)
+        compute = jax.sharding.auto_axes(
+            lambda state, *inputs: nnx.merge(graph, state)._all_logits(*inputs),
+            out_sharding=jax.sharding.PartitionSpec(*jax.typeof(input_ids).sharding.spec[:1]),
+        )
+        # The constants of eager operations are transferred as well, and are none of the caller's data.
+        with jax.transfer_guard_host_to_device("allow"):
+            return compute(state, input_ids, attention_mask)
+
+    def _all_logits(
+        self, input_ids: Int[Array, "B T"], attention_mask: Int[Array, "B T"] | None
+    ) -> Float[Array, "B T V"]:
         if attention_mask is None:
             lengths = jnp.full(input_ids.shape[:1], input_ids.shape[1], jnp.int32)
             return self._forward(input_ids, lengths, positions="all")[0]
@@ -318,7 +324,7 @@ class CausalLM(nnx.Module):
         capacity: int | None = None,
     ) -> tuple[Array, KVCache | None]:
         start = jnp.zeros_like(lengths) if cache is None else cache.lengths
-        config, places = self.config, start[:, None] + jnp.arange(tokens.shape[1])
+        config, places = self.config, start[:, None] + jnp.arange(tokens.shape[1])[None]
         ropes = {rope: rope_tables(config, rope, places, start + lengths) for rope in config.ropes}
         growth = query_growth(config, places)
         x: Array | SplitSum = self.embed_tokens.get_value()[tokens]

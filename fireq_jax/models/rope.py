@@ -31,7 +31,7 @@ def rope_tables(
         shape = (*positions.shape, half)
         return jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
     frequencies = _frequencies(config, rope, sequence_lengths)  # [pairs] or [B, pairs]
-    angles = positions[..., None].astype(jnp.float32) * (frequencies if frequencies.ndim == 1 else frequencies[:, None])
+    angles = positions[..., None].astype(jnp.float32) * jnp.expand_dims(frequencies, range(frequencies.ndim - 1, 2))
     factor = _attention_factor(config, rope)
     still = ((0, 0), (0, 0), (0, half - angles.shape[-1]))
     cos, sin = jnp.cos(angles) * factor, jnp.sin(angles) * factor
@@ -56,7 +56,7 @@ def _frequencies(
         short, long = (jnp.asarray(factor, jnp.float32) for factor in (rope.short_factor, rope.long_factor))
         if short.shape != plain.shape:
             raise ValueError(f"short_factor has {short.size} numbers; expected one for each of {plain.size} pairs")
-        return plain / jnp.where(sequence_lengths[:, None] > original, long, short)
+        return plain[None] / jnp.where(sequence_lengths[:, None] > original, long[None], short[None])
     if rope.rope_type == "llama3":
         return _llama3(plain, rope, original)
     if rope.rope_type == "yarn":

@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 
-from checkpoints_convert.calibration_data import calibration_batches, sample_windows
+from checkpoints_convert.calibration_data import (
+    calibration_and_held_out,
+    calibration_batches,
+    held_out_windows,
+    sample_windows,
+)
 
 
 class ByteTokenizer:
@@ -65,3 +70,23 @@ def test_sizes_out_of_range(arguments):
     (name, value), *_ = arguments.items()
     with pytest.raises(ValueError, match=rf"{name} is {value}; expected"):
         sample_windows(np.arange(9, dtype=np.int32), **{"samples": 1, "sequence_length": 2, "seed": 0, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("windows", "samples", "length", "count"),
+    [(80, 64, 128, 16), (99, 80, 256, 10), (200, 160, 256, 16), (40, 16, 512, 4), (18, 16, 512, 2), (16, 16, 512, 0)],
+)
+def test_held_out_windows_are_others_of_the_same_text(windows, samples, length, count):
+    sizes = {"samples": samples, "sequence_length": length, "seed": 7}
+    tokens = np.arange(windows * length + 3, dtype=np.int32)
+    held_out = held_out_windows(tokens, **sizes)
+    assert (held_out.shape, held_out.dtype) == ((count, length), np.int32)
+    taken = np.concatenate([sample_windows(tokens, **sizes), held_out])
+    assert len(np.unique(taken)) == taken.size
+
+
+def test_both_kinds_of_windows_of_a_file(text):
+    sizes = {"samples": 8, "sequence_length": 16, "seed": 1}
+    calibration, held_out = calibration_and_held_out(text, ByteTokenizer(), **sizes)
+    np.testing.assert_array_equal(calibration, calibration_batches(text, ByteTokenizer(), **sizes))
+    assert held_out.shape == (15, 16)

@@ -326,3 +326,17 @@ def test_smoothing_effect_is_recorded_and_plotted(converted: Path, tmp_path: Pat
     figures = plot_smoothing(converted, tmp_path)
     assert len(figures) == 3 * 5
     assert all(path.stat().st_size > 1000 for path in figures)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "folder"}, "model is 'folder'; expected "),
+        ({"quantization": "fireq"}, "quantization is 'fireq'; expected QuantizationConfig"),
+        ({"dtype": None}, "dtype is None; expected str"),
+        ({"batch_size": 2.0}, r"batch_size is 2\.0; expected a whole number"),
+    ],
+)
+def test_options_of_another_kind(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(options(Path("model"), Path("output")), **changes)

@@ -57,6 +57,9 @@ def test_unknown_recipe_lists_all_of_them():
         ({"calibration_stream": "both"}, "'both'"),
         ({"weight_format": "fp8", "scale_search": True}, "need one of weight_format .*, not 'fp8'"),
         ({"learned_steps": -1}, "learned_steps is -1"),
+        ({"learned_steps": 10**12}, "learned_steps is 1000000000000; expected 0 to"),
+        ({"weight_format": ["int4"]}, r"weight_format is \['int4'\]; expected one of"),
+        ({"kv_format": None}, "kv_format is None; expected one of"),
         ({"weight_format": "fp8", "learned_steps": 10}, "learned_steps need one of weight_format .*, not 'fp8'"),
         ({"query_format": "bf16"}, "'bf16'"),
         ({"weight_format": "fp8", "activation_format": "none"}, "'fp8' needs"),
@@ -71,6 +74,8 @@ def test_unknown_recipe_lists_all_of_them():
         ({"smoothing": {"query_exponent": 1.5}}, r"query_exponent is 1\.5"),
         ({"smoothing": {"activation_exponent": -0.5}}, r"activation_exponent is -0\.5"),
         ({"smoothing": {"beta": float("nan")}}, "beta is nan"),
+        ({"smoothing": {"alpha": float("inf")}}, "alpha is inf"),
+        ({"smoothing": {"alpha": 1e300}}, r"alpha is 1e\+300"),
         ({"smoothing": {"post_rope_channels": -1}}, "post_rope_channels is -1"),
         ({"smoothing": {"column_statistic": "median"}}, "'median'"),
         ({"wieght_format": "int4"}, "'wieght_format'"),
@@ -132,3 +137,22 @@ def test_sizes_that_do_not_fit_the_heads_are_refused_before_work_starts(change, 
     config = dataclasses.replace(recipes.fireq(), **change)
     with pytest.raises(ValueError, match=quoted):
         config.check_fits([], head_dim=64)
+
+
+@pytest.mark.parametrize("smoothing", ["x", {"alpha": 8.0}, lambda x: x, SmoothingConfig, True])
+def test_smoothing_is_a_config_or_none(smoothing):
+    with pytest.raises(ValueError, match=r"smoothing is .*; expected SmoothingConfig or None"):
+        QuantizationConfig(smoothing=smoothing)
+
+
+@pytest.mark.parametrize("patterns", [None, 5, {"layers.0.*"}, (1,)])
+def test_patterns_of_another_kind(patterns):
+    with pytest.raises(ValueError, match=r"keep_float is .*; expected a tuple of patterns"):
+        QuantizationConfig(keep_float=patterns)
+
+
+def test_rounding_to_nearest_keeps_formats_and_nothing_else():
+    changes = {"kv_format": "fp8", "lm_head_format": "fp8", "keep_float": ("layers.0.*",), "scale_dtype": "bf16"}
+    for recipe in (recipes.fireq(), recipes.fireq_plus()):
+        plain = dataclasses.replace(recipe, **changes).round_to_nearest()
+        assert plain == dataclasses.replace(recipes.rtn(), **changes)

@@ -20,7 +20,6 @@ PREFILL = {
     "two stages": Case(128, 1, 1, 64, slots=640, lengths=(640,), starts=(512,), config=prefill.Config(stages=2)),
     "soft cap, sinks": Case(128, 2, 1, 64, slots=512, lengths=(512,), starts=(384,), softcap=2.0, sinks=True),
     "pipeline 1, head_dim 256, sinks": Case(128, 1, 1, 256, slots=256, lengths=(256,), starts=(128,), sinks=True),
-    "pipeline 1, head_dim 256": Case(128, 1, 1, 256, slots=256, lengths=(256,), starts=(128,)),
 }
 
 
@@ -78,11 +77,12 @@ def test_a_race_would_be_seen(break_it, monkeypatch):
 THREE = decode.Config(block_kv=128, warpgroups=3)
 DECODE = {
     "one token": Case(1, 4, 1, 64, slots=1024, lengths=(1024, 130), config=THREE),
-    "an empty sequence, and a window": Case(2, 4, 2, 64, slots=512, lengths=(0, 300), window=150, config=THREE),
+    "an empty sequence, a window and sinks": Case(
+        2, 4, 2, 64, slots=512, lengths=(0, 300), window=150, config=THREE, sinks=True
+    ),
     "pages": Case(1, 2, 1, 64, slots=512, lengths=(512, 257), page=256, config=THREE),
     "split over blocks": Case(1, 4, 1, 64, slots=1024, lengths=(1024,), config=decode.Config(128, 2, 2, 4)),
     "head_dim 128, 16 queries": Case(16, 2, 1, 128, slots=512, lengths=(500,)),
-    "sinks, an empty sequence": Case(1, 4, 1, 64, slots=512, lengths=(0, 300), config=THREE, sinks=True),
     "soft cap, sinks, split over blocks": Case(
         1, 4, 1, 64, slots=1024, lengths=(1024,), softcap=2.0, sinks=True, config=decode.Config(128, 2, 2, 4)
     ),

@@ -43,12 +43,7 @@ OPERANDS = {
         (prefill_attention, "key", np.ones(3), r"key is an array float64\[3\]; expected a ScaledArray"),
         (prefill_attention, "value", tuple(CACHE), "value is of type tuple; expected a ScaledArray"),
         (prefill_attention, "value", ScaledArray([1.0], None), r"value\.values is of type list; expected an array"),
-        (
-            prefill_attention,
-            "query",
-            QUERY._replace(scale=2.0),
-            r"query\.scale is of type float; expected an array or None",
-        ),
+        (prefill_attention, "query", QUERY._replace(scale=2.0), r"query\.scale is of type float; expected an array"),
         (prefill_attention, "query", QUERY._replace(scale=jnp.ones((1, 3, 1))), r"query scale has shape \(1, 3, 1\)"),
         (prefill_attention, "kv_lengths", 3, "kv_lengths is of type int; expected an array"),
         (prefill_attention, "query_start", [0], "query_start is of type list; expected an array"),

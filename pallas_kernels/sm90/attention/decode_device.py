@@ -203,6 +203,7 @@ def kernel(
     peaks = [jax_compat.load_registers(peak_smem.at[i], column) for i in range(warpgroups)]
     totals = [jax_compat.load_registers(total_smem.at[i], column) for i in range(warpgroups)]
     highest = functools.reduce(jnp.maximum, peaks)
+    sink = None
     if has_sinks:
         # A sequence's first split alone counts it.
         sink = _load_numbers(first_row, first_head, sinks_gmem[0], rows=block_rows, group=group)
@@ -211,7 +212,7 @@ def kernel(
     safe_highest = jnp.where(highest == -jnp.inf, 0.0, highest)
     terms = [x * jnp.exp2(y - safe_highest) for x, y in zip(totals, peaks, strict=True)]
     total = functools.reduce(jnp.add, terms)
-    if has_sinks:
+    if sink is not None:
         total += jnp.exp2(sink - safe_highest)
     weight = jnp.exp2(peak - safe_highest)
     if splits == 1:

@@ -1,0 +1,78 @@
+"""Models by name: local folders, and repositories of the Hugging Face hub, which are downloaded.
+
+Where downloads are kept, tokens and ``HF_HUB_OFFLINE`` are the ``huggingface_hub`` library's.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fireq_jax.checkpoints.folder import MANIFEST, check_finished, read_manifest
+from fireq_jax.checkpoints.huggingface import read_config
+
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+# What says whether a model can be loaded, in a few kilobytes.
+_CONFIGS = ("config.json", "generation_config.json", MANIFEST)
+# Beside the weights: configs, tokenizers, chat templates.
+_COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja")
+
+
+def check_config(folder: Path) -> None:
+    """Raise ValueError unless a folder's config files describe a model that can be loaded."""
+    check_finished(folder)
+    if (folder / MANIFEST).is_file():
+        read_manifest(folder)
+    else:
+        read_config(folder)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether ``name`` is no local path, and has the form of ``owner/model``."""
+    return not Path(name).exists() and _HUB_ID.fullmatch(name) is not None
+
+
+def resolve_model(name: str, revision: str | None = None, *, check: Callable[[Path], None] = check_config) -> Path:
+    """The folder of a model: ``name`` itself, or where that hub id is downloaded to.
+
+    Args:
+        name: a folder, or a hub id ``owner/model`` of a Hugging Face checkpoint or a converted model.
+        revision: the hub's branch, tag or commit; None means its default branch.
+        check: raises ValueError for a folder of config files whose model is not wanted. It is called before
+            weights are downloaded.
+
+    Raises:
+        ValueError: naming ``name``, if it is neither, if ``revision`` is given for a folder, or if the download
+            fails; and what ``check`` raises.
+    """
+    path = Path(name)
+    if name and path.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision is {revision!r}, and {name} is a folder; only hub ids have revisions")
+        check(path)
+        return path
+    if not is_hub_id(name):
+        raise ValueError(f"model is {name!r}; expected an existing folder or a hub id such as 'owner/model'")
+    folder = _download(name, revision, _CONFIGS)
+    try:
+        check(folder)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    if (folder / MANIFEST).is_file():
+        return _download(name, revision, (*_COMPANIONS, "*.npz", "params/*"))
+    # Repositories hold other formats and sizes of the same model in subfolders.
+    folder = _download(name, revision, (*_COMPANIONS, "*.safetensors"), ignore=("*/*",))
+    if not any(folder.glob("*.safetensors")):
+        folder = _download(name, revision, (*_COMPANIONS, "pytorch_model*.bin"), ignore=("*/*",))
+    return folder
+
+
+def _download(name: str, revision: str | None, patterns: Sequence[str], *, ignore: Sequence[str] = ()) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(ignore))
+    except Exception as error:  # of the library's, of HTTP's and of the disk's: many kinds
+        at = "" if revision is None else f" at revision {revision!r}"
+        reason = " ".join(str(error).split())
+        raise ValueError(f"model {name!r}{at} is not a folder and could not be downloaded: {reason}") from error
+    return Path(folder)
