@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from checkpoints_convert.algorithms.keys import KeyStatistics, KeyTransform
 from checkpoints_convert.algorithms.reconstruction import check_sequences
-from checkpoints_convert.algorithms.smoothing import smooth_with_keys
+from checkpoints_convert.algorithms.smoothing import applicable, smooth_with_keys
 from checkpoints_convert.calibrate import BlockStatistics, Calibrator
 from checkpoints_convert.compensation import Compensator, compensation_operations
 from checkpoints_convert.held_out import HeldOut, Streams, check_amount, log_report, scored
@@ -113,6 +113,12 @@ def convert(
     started = time.perf_counter()
     source = HuggingFaceCheckpoint(options.model)
     config, quantization = source.config, options.quantization
+    if quantization.smoothing is not None:
+        smoothing = applicable(quantization.smoothing, config)
+        if left_out := [name for name, value in vars(smoothing).items() if value != vars(quantization.smoothing)[name]]:
+            logger.info("%s would change what a %s computes: left out", " and ".join(left_out), config.model_type)
+        quantization = dataclasses.replace(quantization, smoothing=smoothing)
+        options = dataclasses.replace(options, quantization=quantization)
     quantization.check_fits(linear_names(config), config.head_dim)
     if tokens is None and needs_calibration(quantization):
         raise ValueError(f"recipe {options.recipe!r} measures keys on text; give calibration text")
@@ -287,9 +293,9 @@ def smoothing_effect(
 
 @jax.jit
 def _column_absmax(block: Mapping[str, Array]) -> dict[str, Float[Array, " K"]]:
-    """Of each linear layer."""
+    """Of each linear layer; of all experts together."""
     return {
-        name.removesuffix(".weight"): formats.finite_absmax(weight, axis=0)
+        name.removesuffix(".weight"): formats.finite_absmax(weight.reshape(-1, weight.shape[-1]), axis=0)
         for name, weight in fuse_block(block).items()
         if name.endswith("proj.weight")
     }

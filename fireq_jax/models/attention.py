@@ -26,6 +26,7 @@ class Attention(nnx.Module):
     """Self-attention of one layer; q, k and v are one matmul.
 
     Attributes:
+        sinks: float32 [heads], a score of each head that joins the softmax without a value. None without.
         q_norm, k_norm: float32 [heads, H] and [kv_heads, H], gains of each head's RMSNorm; None without.
         post_rope_scale: float32 [kv_heads, H], FireQ's S: rotated keys are multiplied and queries
             divided by it. None without post-RoPE scaling.
@@ -41,6 +42,7 @@ class Attention(nnx.Module):
         normed = config.head_norm != "none"
         self.q_norm = nnx.Param(jnp.ones((heads, head_dim), jnp.float32)) if normed else None
         self.k_norm = nnx.Param(jnp.ones((kv_heads, head_dim), jnp.float32)) if normed else None
+        self.sinks = nnx.Param(jnp.zeros((heads,), jnp.float32)) if config.sinks else None
         smoothing = options.quantization.smoothing
         scaled = smoothing is not None and smoothing.post_rope_channels > 0
         self.post_rope_scale = nnx.Param(jnp.ones((kv_heads, head_dim), jnp.float32)) if scaled else None
@@ -159,7 +161,8 @@ class Attention(nnx.Module):
             kv_lengths=lengths,
             scale=config.scale,
             window=self.window,
-            **({} if config.attention_softcap is None else {"softcap": config.attention_softcap}),
+            softcap=config.attention_softcap,
+            sinks=None if self.sinks is None else self.sinks.get_value(),
             out_dtype=E4M3 if quantized else dtype,
             implementation=self.implementation,
         )
