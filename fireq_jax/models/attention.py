@@ -5,7 +5,6 @@ import functools
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
-from pallas_kernels.head_norm import HeadNorm
 
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.kv_cache import LayerCache
@@ -14,6 +13,7 @@ from fireq_jax.models.rope import Tables
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.formats import E4M3, ScaledArray
+from pallas_kernels.head_norm import HeadNorm
 from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.rope_quantize import rope_quantize, rotate_heads, split_heads
 from pallas_kernels.split_sum import SplitSum, finished
