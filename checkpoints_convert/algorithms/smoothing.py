@@ -8,6 +8,7 @@ Here is FireQ's channel-wise scaling (arXiv 2505.20839, Lambda1-3), with exponen
 beyond it; keys are in ``keys``, values in ``values``.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 
@@ -108,6 +109,8 @@ def _rescale(
         result = balance_up_down(result, *options("down_input"))
     if keys is None and not smoothing.measures_keys:
         return result, None
+    if not config.ignores_offsets:
+        smoothing = dataclasses.replace(smoothing, key_offset=False)
     transform = key_transform(keys, smoothing, turn=config.head_norm == "none")
     return smooth_keys(result, transform, config, smoothing), transform
 

@@ -133,6 +133,7 @@ class RopeConfig:
             values[_ORIGINAL] = fields[_ORIGINAL]
         if "rope_theta" in values:
             values["theta"] = values.pop("rope_theta")
+        values = _with_tuples(values)
         check_values(cls, values, _ROPE_RANGES, {"theta": "rope_theta"})
         if values["rope_type"] in ("su", "longrope"):
             values["rope_type"] = "longrope"
@@ -146,8 +147,7 @@ class RopeConfig:
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
         """Read the fields by name; unknown keys are errors."""
         check_names(cls, mapping(fields, "rope"), may_lack=True)
-        factors = {name: tuple(fields[name]) for name in ("short_factor", "long_factor") if name in fields}
-        return cls(**{**fields, **factors})
+        return cls(**_with_tuples(fields))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,6 +255,11 @@ class ModelConfig:
         """Channels of a head that are not padding."""
         return self.head_dim if self.head_width is None else self.head_width
 
+    @property
+    def ignores_offsets(self) -> bool:
+        """Whether attention is the same if one number is added to all scores of a query; not if these are capped."""
+        return self.attention_softcap is None
+
     def window_of(self, layer: int) -> int | None:
         """Tokens that a layer sees, itself included; None means all before it."""
         return self.window if not self.windowed or self.windowed[layer] else None
@@ -305,6 +310,11 @@ class ModelConfig:
 def eos_ids(value: Any) -> tuple[Any, ...]:
     """``eos_token_id`` of a Hugging Face config (an id, several, or null) as ``eos_token_ids``, not checked yet."""
     return () if value is None else tuple(value) if isinstance(value, list) else (value,)
+
+
+def _with_tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON's lists as the tuples that fields are."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
 def _plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
