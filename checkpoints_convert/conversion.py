@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from checkpoints_convert.algorithms.reconstruction import check_sequences
 from checkpoints_convert.algorithms.smoothing import applicable, smooth_with_keys
 from checkpoints_convert.block_effects import smoothing_effect, weight_errors
+from checkpoints_convert.cache_format import fit_cache
 from checkpoints_convert.calibrate import BlockStatistics, Calibrator
 from checkpoints_convert.compensation import Compensator, compensation_operations
 from checkpoints_convert.held_out import HeldOut, Streams, check_amount, log_report, scored
@@ -58,6 +59,8 @@ class ConversionOptions:
         quantization: the recipe's config, with overrides applied.
         dtype: of embeddings, head and unquantized weights in the output.
         batch_size: calibration sequences a step.
+        fit_cache: in a model with biases in attention, take a larger cache format if calibration text asks for it
+            (:mod:`~checkpoints_convert.cache_format`).
     """
 
     model: Path
@@ -66,6 +69,7 @@ class ConversionOptions:
     quantization: QuantizationConfig
     dtype: str = "bfloat16"
     batch_size: int = 8
+    fit_cache: bool = False
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -144,6 +148,8 @@ def convert(
 
     with work.begun(fingerprint, resume=resume):
         first = work.finished_blocks(config.num_layers)
+        options = _with_fitted_cache(source, options, tokens, work)
+        quantization = options.quantization
         rest = None if unseen is None else HeldOut(config, quantization, options.dtype, options.batch_size, unseen)
         if first < 0:
             _convert_globals(source, options, tokens, rest, work)
@@ -163,6 +169,24 @@ def convert(
         report = _finish(source, options, fingerprint, rest, work, time.perf_counter() - started, first)
     work.remove()
     return report
+
+
+def _with_fitted_cache(
+    source: HuggingFaceCheckpoint,
+    options: ConversionOptions,
+    tokens: Int[np.ndarray, "samples T"] | None,
+    work: WorkFolder,
+) -> ConversionOptions:
+    """The options with the cache format that text asks for, once for all runs of a conversion."""
+    if not options.fit_cache:
+        return options
+    if not work.fitted_cache.is_file():
+        kv_format, divergence = fit_cache(source, options.quantization, tokens, options.batch_size)
+        json_files.write_json(work.fitted_cache, {"kv_format": kv_format, "divergence": divergence})
+    kv_format = json_files.read_json(work.fitted_cache)["kv_format"]
+    if kv_format == options.quantization.kv_format:
+        return options
+    return dataclasses.replace(options, quantization=options.quantization.with_kv_format(kv_format))
 
 
 def _convert_globals(
@@ -274,6 +298,7 @@ def _finish(
         "recipe": options.recipe,
         "quantization": options.quantization.to_dict(),
         "calibration_tokens": math.prod((fingerprint["calibration"] or [0])[:2]),
+        "fitted_cache": json_files.read_json(work.fitted_cache) if work.fitted_cache.is_file() else None,
         "held_out": None,
         "bytes_before": source.nbytes,
         "bytes_after": sum(record["report"]["bytes"] for record in records),

@@ -293,6 +293,11 @@ class ModelConfig:
         """Channels of a head that are not padding."""
         return self.head_dim if self.head_width is None else self.head_width
 
+    @property
+    def ignores_offsets(self) -> bool:
+        """Whether attention is the same if one number is added to all scores of a query; not if these are capped."""
+        return self.attention_softcap is None
+
     def window_of(self, layer: int) -> int | None:
         """Tokens that a layer sees, itself included; None means all before it."""
         return self.window if not self.windowed or self.windowed[layer] else None
