@@ -89,11 +89,9 @@ def abstract_layer(config: ModelConfig, quantization: QuantizationConfig, index:
 
     It is called "layers.0" whichever that is, so that layers which compute alike are compiled once.
     """
-
-    def make() -> DecoderLayer:
-        return DecoderLayer("layers.0", index, config, LayerOptions(quantization, jnp.float32, "xla", nnx.Rngs(0)))
-
-    return abstract(make)
+    return abstract(
+        lambda: DecoderLayer("layers.0", index, config, LayerOptions(quantization, jnp.float32, "xla", nnx.Rngs(0)))
+    )
 
 
 def batches_of(samples: int, batch_size: int) -> list[slice]:
@@ -144,9 +142,9 @@ def block_step(
         routed = jnp.moveaxis(seen["expert_weights"] > 0, -1, 0)[..., None]
         seen["down_input"] = jnp.where(routed, seen["down_input"], 0.0)
     inputs = {linear.input: _channel_statistics(seen[linear.input]) for linear in linears_of(config)}
-    first, second = jnp.split(seen["key_before_rope"], 2, axis=-1)
-    pair_max = jnp.max(jnp.hypot(first, second), axis=(0, 1))
     key, value = seen["key_after_rope"], seen["value"]
+    first, second = jnp.split(key, 2, axis=-1)
+    pair_max = jnp.max(jnp.hypot(first, second), axis=(0, 1))
     channel_max = jnp.max(jnp.abs(key), axis=(0, 1))
     query = seen["query_after_rope"].reshape(*key.shape[:3], -1, config.head_dim)
     moments = KeyMoments(
@@ -156,10 +154,10 @@ def block_step(
     assert isinstance(weight, Array)  # of a float layer
     columns = weight.reshape(-1, *query.shape[2:])
     readers = jnp.einsum("dkgi,dkgj->kgij", columns, columns, precision="highest")
-    scale, window, sinks = config.scale, layer.self_attn.window, layer.self_attn.sinks
+    window, sinks = layer.self_attn.window, layer.self_attn.sinks
     sinks = None if sinks is None else sinks.get_value().reshape(config.num_kv_heads, -1)
     sample = jax.lax.map(
-        lambda sequence: _sample_keys(sequence, readers, sinks, scale, window), (query, key, value, indices)
+        lambda sequence: _sample_keys(sequence, readers, sinks, config, window), (query, key, value, indices)
     )
     sample = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), sample)
     values = jnp.einsum("btki,btkj->kij", value, value, precision="highest") / (value.shape[0] * value.shape[1])
@@ -172,13 +170,13 @@ def _sample_keys(
     ],
     readers: Float[Array, "kv_heads group H H"],
     sinks: Float[Array, "kv_heads group"] | None,
-    scale: float,
+    config: ModelConfig,
     window: int | None,
 ) -> KeySample:
     """Some keys of a sequence (its queries, keys, values and number), and how its output depends on them.
 
-    ``readers`` are Gram matrices of o_proj's columns for each query head; see :class:`KeySample`. ``sinks``,
-    ``scale`` and ``window`` are attention's.
+    ``readers`` are Gram matrices of o_proj's columns for each query head; see :class:`KeySample`. ``sinks`` and
+    ``window`` are the layer's.
     """
     query, key, value, index = sequence
     length = key.shape[0]
@@ -189,7 +187,11 @@ def _sample_keys(
 
     def reads_of_head(head: tuple[Array, Array, Array, Array, Array | None]) -> Float[Array, "tokens half"]:
         query, key, value, readers, sinks = head
-        scores = jnp.where(visible, dot("tgh,sh->gts", query, key) * scale, -jnp.inf)
+        scores, slope = dot("tgh,sh->gts", query, key) * config.scale, 1.0
+        if (cap := config.attention_softcap) is not None:
+            scores = cap * jnp.tanh(scores / cap)
+            slope = 1 - jnp.square(scores / cap)
+        scores = jnp.where(visible, scores, -jnp.inf)
         if sinks is not None:
             own = jnp.broadcast_to(sinks[:, None, None], (*scores.shape[:-1], 1))
             scores = jnp.concatenate([scores, own], axis=-1)
@@ -202,7 +204,7 @@ def _sample_keys(
             - 2 * dot("gti,gsi->gts", output, read)
             + dot("gti,gti->gt", dot("gti,gij->gtj", output, readers), output)[..., None]
         )
-        sensitivity = jnp.square(weights[..., positions]) * jnp.maximum(distance, 0.0)
+        sensitivity = jnp.square(weights * slope)[..., positions] * jnp.maximum(distance, 0.0)
         first, second = jnp.split(jnp.square(query), 2, axis=-1)
         return dot("gts,tgp->sp", sensitivity, first + second)
 

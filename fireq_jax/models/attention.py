@@ -124,7 +124,7 @@ class Attention(nnx.Module):
         Returns:
             [B, T, heads * H], in FP8 where ``o_proj`` takes that, and the new cache.
         """
-        self._show(packed, rope, tap)
+        self._show(packed, rope, growth, tap)
         config, dtype = self.config, self.qkv_proj.dtype
         batch, length = rope[0].shape[:2]
         entry = cache
@@ -172,14 +172,14 @@ class Attention(nnx.Module):
         show(tap, "o_input", attention)
         return attention, new_cache
 
-    def _show(self, packed: Float[Array, "B T packed"] | SplitSum, rope: Tables, tap: Tap) -> None:
+    def _show(
+        self, packed: Float[Array, "B T packed"] | SplitSum, rope: Tables, growth: Float[Array, "B T"] | None, tap: Tap
+    ) -> None:
         """What calibration measures on the way; nothing is computed for a tap that nobody reads."""
         if tap is no_tap:
             return
         query, key, value = split_heads(finished(packed), self.config.num_kv_heads, rope[0])
         tap("value", value)
-        rotated_query, rotated_key = rotate_heads(query, key, *rope, self.head_norm)
-        # Of normed keys only the pairs' sizes are wanted, which RoPE keeps.
-        tap("key_before_rope", key if self.head_norm is None else rotated_key)
-        tap("key_after_rope", rotated_key)
-        tap("query_after_rope", rotated_query)
+        query, key = rotate_heads(query, key, *rope, self.head_norm)
+        tap("key_after_rope", key)
+        tap("query_after_rope", query if growth is None else query * growth[..., None, None])
