@@ -23,7 +23,7 @@ from fireq_jax.models.parameters import Block, fuse_block, with_parameters
 from fireq_jax.models.rope import rope_tables
 from fireq_jax.quantization import recipes
 from fireq_jax.quantization.config import QuantizationConfig
-from pallas_kernels.split_sum import finished
+from pallas_kernels.residual_stream import ResidualStream
 
 # One token in so many goes into KeyStatistics.sample, from each sequence with another offset.
 SAMPLE_STRIDE = 13
@@ -103,8 +103,8 @@ def run_layer(layer: DecoderLayer, config: ModelConfig, hidden: Float[Array, "B 
     batch, length, _ = hidden.shape
     start, lengths = jnp.zeros((batch,), jnp.int32), jnp.full((batch,), length, jnp.int32)
     rope = rope_tables(config, jnp.broadcast_to(jnp.arange(length), (batch, length)), lengths)
-    output, _ = layer(hidden, rope, start=start, lengths=lengths, tap=tap)
-    return finished(output)
+    output, _ = layer(ResidualStream(hidden), rope, start=start, lengths=lengths, tap=tap)
+    return output.finish()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=COMPILE_QUICKLY)

@@ -12,22 +12,17 @@ from fireq_jax.quantization.config import QuantizationConfig
 from pallas_kernels import layouts
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.formats import ScaledArray
-from pallas_kernels.matmul import Activation, deferred_matmul, epilogue
+from pallas_kernels.matmul_epilogue import Activation
+from pallas_kernels.norm import Norm
+from pallas_kernels.projection import Projection, project
 from pallas_kernels.quantized_tensor import QuantizedTensor
-from pallas_kernels.row_quantize import quantize_rows, rms_norm_quantize, sum_norm_quantize
-from pallas_kernels.split_sum import SplitSum, finished
+from pallas_kernels.split_sum import finished
 
 Tap = Callable[[str, Array], None]
 
 
 def no_tap(name: str, x: Array) -> None:
     """The tap of a forward pass that nobody watches."""
-
-
-def matmul_float(x: Float[Array, "*rows K"], weight: Float[Array, "N K"]) -> Float[Array, "*rows N"]:
-    """x W^T in float32. float32 operands are multiplied as such, where a GPU's default would be TF32."""
-    precision = "highest" if x.dtype == jnp.float32 else None
-    return jnp.einsum("...k,nk->...n", x, weight, precision=precision, preferred_element_type=jnp.float32)
 
 
 class Linear(nnx.Module):
@@ -70,16 +65,15 @@ class Linear(nnx.Module):
         self.implementation: Implementation = implementation
 
     @property
-    def takes_fp8(self) -> bool:
-        """Whether the weight multiplies FP8 rows."""
-        return self.fp8_activations and isinstance(self.weight.get_value(), QuantizedTensor)
+    def projection(self) -> Projection:
+        """Weight and bias, for ops that multiply by them among other things."""
+        bias = None if self.bias is None else self.bias.get_value()
+        return Projection(self.weight.get_value(), bias, self.fp8_activations)
 
     @property
-    def bare_weight(self) -> QuantizedTensor | None:
-        """The weight, if multiplying FP8 rows by it and rounding to bfloat16 is all that the layer does."""
-        weight = self.weight.get_value()
-        bare = self.fp8_activations and self.bias is None and self.dtype == jnp.bfloat16
-        return weight if bare and isinstance(weight, QuantizedTensor) else None
+    def takes_fp8(self) -> bool:
+        """Whether the weight multiplies FP8 rows."""
+        return self.projection.takes_fp8
 
     def __call__(
         self,
@@ -89,32 +83,16 @@ class Linear(nnx.Module):
         residual: Float[Array, "*rows N_out"] | None = None,
     ) -> Float[Array, "*rows N_out"]:
         """activation(x W^T + bias) + residual; sums in float32. FP8 rows only where it ``takes_fp8``."""
-        return finished(self.deferred(x, activation=activation, residual=residual))
-
-    def deferred(
-        self,
-        x: ScaledArray | Float[Array, "*rows K"],
-        *,
-        activation: Activation = "none",
-        residual: Float[Array, "*rows N_out"] | None = None,
-    ) -> Float[Array, "*rows N_out"] | SplitSum:
-        """The same, maybe with the last sum left to the pass that reads it."""
-        weight = self.weight.get_value()
-        bias = None if self.bias is None else self.bias.get_value()
-        if isinstance(weight, QuantizedTensor):
-            if self.fp8_activations and not isinstance(x, ScaledArray):
-                x = quantize_rows(x, implementation=self.implementation)
-            return deferred_matmul(
+        return finished(
+            project(
                 x,
-                weight,
-                bias=bias,
+                self.projection,
                 activation=activation,
                 residual=residual,
                 out_dtype=self.dtype,
                 implementation=self.implementation,
             )
-        assert not isinstance(x, ScaledArray)
-        return epilogue(matmul_float(x, weight), bias, activation, residual).astype(self.dtype)
+        )
 
 
 class RMSNorm(nnx.Module):
@@ -128,32 +106,22 @@ class RMSNorm(nnx.Module):
         self.eps = eps
         self.implementation: Implementation = implementation
 
+    @property
+    def norm(self) -> Norm:
+        """Weight and eps, for ops that normalize among other things."""
+        return Norm(self.weight.get_value(), self.eps)
+
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         """Normalized rows, in x's dtype."""
-        wide = x.astype(jnp.float32)
-        normalized = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (normalized * self.weight.get_value()).astype(x.dtype)
+        return self.norm(x)
 
     def quantized(self, x: Float[Array, "*rows D"]) -> ScaledArray:
         """Normalized rows in FP8, with no other rounding."""
-        return rms_norm_quantize(x, self.weight.get_value(), self.eps, implementation=self.implementation)
-
-    def input_of(
-        self, linear: Linear, x: Float[Array, "*rows D"] | SplitSum, tap: Tap, name: str
-    ) -> tuple[ScaledArray | Float[Array, "*rows D"], Float[Array, "*rows D"]]:
-        """Normalized rows as ``linear`` takes them, and x; ``tap`` sees them unless they exist only in FP8."""
-        if linear.takes_fp8 and isinstance(x, SplitSum):
-            return sum_norm_quantize(x, self.weight.get_value(), self.eps, implementation=self.implementation)
-        x = finished(x)
-        if linear.takes_fp8:
-            return self.quantized(x), x
-        normalized = self(x)
-        tap(name, normalized)
-        return normalized, x
+        return self.norm.quantized(x, implementation=self.implementation)
 
 
 class MLP(nnx.Module):
-    """down_proj(SiLU(gate) * up); gate and up are one matmul with interleaved rows."""
+    """The weights of down_proj(SiLU(gate) * up); gate and up are one matmul with interleaved rows."""
 
     def __init__(
         self,
@@ -172,12 +140,3 @@ class MLP(nnx.Module):
         )
         self.gate_up_proj = linear(f"{name}.gate_up_proj", hidden_size, layouts.interleaved_rows(intermediate_size))
         self.down_proj = linear(f"{name}.down_proj", intermediate_size, hidden_size)
-        self.intermediate_size = intermediate_size
-
-    def __call__(
-        self, x: ScaledArray | Float[Array, "B T D"], residual: Float[Array, "B T D"], tap: Tap = no_tap
-    ) -> Float[Array, "B T D"] | SplitSum:
-        """MLP of ``x`` (``RMSNorm.input_of`` gate_up_proj), plus ``residual``."""
-        hidden = self.gate_up_proj(x, activation="silu_mul")[..., : self.intermediate_size]
-        tap("down_input", hidden)
-        return self.down_proj.deferred(hidden, residual=residual)

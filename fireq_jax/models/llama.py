@@ -5,7 +5,6 @@ says how many there are. ``__call__`` accepts any 0/1 mask and brings it to that
 """
 
 import functools
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -17,17 +16,18 @@ from jaxtyping import Array, Float, Int
 from fireq_jax.models.attention import Attention
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.kv_cache import KVCache, LayerCache
-from fireq_jax.models.layers import MLP, RMSNorm, Tap, matmul_float, no_tap
+from fireq_jax.models.layers import MLP, RMSNorm, Tap, no_tap
 from fireq_jax.models.parameters import parameters_of, with_parameters
 from fireq_jax.models.rope import rope_tables
 from fireq_jax.quantization import recipes
 from fireq_jax.quantization.config import QuantizationConfig
-from pallas_kernels import formats, matmul_chain
+from pallas_kernels import formats
+from pallas_kernels.decoder_layer import LayerWeights, after_attention, before_attention
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.formats import ScaledArray
 from pallas_kernels.matmul import matmul
+from pallas_kernels.projection import matmul_float
 from pallas_kernels.quantized_tensor import QuantizedTensor
-from pallas_kernels.split_sum import SplitSum, finished
+from pallas_kernels.residual_stream import ResidualStream
 
 if TYPE_CHECKING:
     from fireq_jax.checkpoints.folder import StoredModel
@@ -64,9 +64,21 @@ class DecoderLayer(nnx.Module):
             rngs=rngs,
         )
 
+    @property
+    def weights(self) -> LayerWeights:
+        """All but attention's own."""
+        return LayerWeights(
+            qkv=self.self_attn.qkv_proj.projection,
+            o_proj=self.self_attn.o_proj.projection,
+            gate_up=self.mlp.gate_up_proj.projection,
+            down=self.mlp.down_proj.projection,
+            input_norm=self.input_layernorm.norm,
+            mlp_norm=self.post_attention_layernorm.norm,
+        )
+
     def __call__(
         self,
-        x: Float[Array, "B T D"] | SplitSum,
+        x: ResidualStream,
         rope: tuple[Float[Array, "B T half"], Float[Array, "B T half"]],
         *,
         start: Int[Array, " B"],
@@ -74,44 +86,16 @@ class DecoderLayer(nnx.Module):
         cache: LayerCache | None = None,
         capacity: int | None = None,
         tap: Tap = no_tap,
-    ) -> tuple[Float[Array, "B T D"] | SplitSum, LayerCache | None]:
-        """One block; arguments as in :class:`~fireq_jax.models.attention.Attention`."""
-        if cache is not None and tap is no_tap and (weights := self._chain(x)):
-            return self._in_chains(x, rope, weights, start=start, lengths=lengths, cache=cache)
-        normalized, x = self.input_layernorm.input_of(self.self_attn.qkv_proj, x, tap, "qkv_input")
-        x, new_cache = self.self_attn(
-            normalized, x, rope, start=start, lengths=lengths, cache=cache, capacity=capacity, tap=tap
+    ) -> tuple[ResidualStream, LayerCache | None]:
+        """One block; arguments as in :meth:`~fireq_jax.models.attention.Attention.attend`."""
+        weights, implementation = self.weights, self.self_attn.implementation
+        # None is what ops call nobody.
+        seen = None if tap is no_tap else tap
+        packed, x = before_attention(x, weights, implementation=implementation, tap=seen)
+        attention, new_cache = self.self_attn.attend(
+            packed, x.dtype, rope, start=start, lengths=lengths, cache=cache, capacity=capacity, tap=tap
         )
-        normalized, x = self.post_attention_layernorm.input_of(self.mlp.gate_up_proj, x, tap, "gate_up_input")
-        return self.mlp(normalized, x, tap), new_cache
-
-    def _chain(self, x: Float[Array, "B T D"] | SplitSum) -> tuple[QuantizedTensor, ...] | None:
-        """Weights of qkv, o, gate_up and down, if ``matmul_chain`` can do the layer's matmuls of these rows."""
-        linear = self.self_attn.qkv_proj, self.self_attn.o_proj, self.mlp.gate_up_proj, self.mlp.down_proj
-        weights = tuple(weight for layer in linear if (weight := layer.bare_weight) is not None)
-        rows = math.prod(x.rows if isinstance(x, SplitSum) else x.shape[:-1])
-        if len(weights) < len(linear):
-            return None
-        return weights if matmul_chain.runs(rows, *weights, implementation=self.self_attn.implementation) else None
-
-    def _in_chains(
-        self,
-        x: Float[Array, "B T D"] | SplitSum,
-        rope: tuple[Float[Array, "B T half"], Float[Array, "B T half"]],
-        weights: tuple[QuantizedTensor, ...],
-        *,
-        start: Int[Array, " B"],
-        lengths: Int[Array, " B"],
-        cache: LayerCache,
-    ) -> tuple[SplitSum, LayerCache | None]:
-        """The same by kernels that do several matmuls each."""
-        qkv, o_proj, gate_up, down = weights
-        before, after = self.input_layernorm, self.post_attention_layernorm
-        packed, stream, barrier = matmul_chain.norm_matmul(x, before.weight.get_value(), qkv, before.eps)
-        rows, new_cache = self.self_attn.attend(packed, stream.dtype, rope, start=start, lengths=lengths, cache=cache)
-        assert isinstance(rows, ScaledArray)  # as o_proj takes them
-        norm = after.weight.get_value()
-        return matmul_chain.output_mlp(rows, stream, o_proj, norm, gate_up, down, after.eps, barrier), new_cache
+        return after_attention(attention, x, weights, implementation=implementation, tap=seen), new_cache
 
 
 class LlamaForCausalLM(nnx.Module):
@@ -290,20 +274,20 @@ class LlamaForCausalLM(nnx.Module):
     ) -> tuple[Array, KVCache | None]:
         start = jnp.zeros_like(lengths) if cache is None else cache.lengths
         rope = rope_tables(self.config, start[:, None] + jnp.arange(tokens.shape[1]), start + lengths)
-        x: Array | SplitSum = self.embed_tokens.get_value()[tokens]
+        x = ResidualStream(self.embed_tokens.get_value()[tokens])
         entries: list[LayerCache | None] = []
         for i, layer in enumerate(self.layers):
             entry = None if cache is None else cache.layers[i]
             graph, state = nnx.split(layer)
             x, entry = _run_layer(graph, state, x, rope, start, lengths, entry, capacity)
             entries.append(entry)
-        x = finished(x)
+        hidden = x.finish()
         if positions == "last":
-            x = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+            hidden = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
         new_cache = None
         if cache is not None or capacity is not None:
             new_cache = KVCache(tuple(entry for entry in entries if entry is not None), start + lengths)
-        return self.logits(x), new_cache
+        return self.logits(hidden), new_cache
 
     def logits(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """float32 logits of hidden states that left the last layer."""
@@ -319,13 +303,13 @@ class LlamaForCausalLM(nnx.Module):
 def _run_layer(
     graph: nnx.GraphDef[DecoderLayer],
     state: nnx.State,
-    x: Float[Array, "B T D"] | SplitSum,
+    x: ResidualStream,
     rope: tuple[Float[Array, "B T half"], Float[Array, "B T half"]],
     start: Int[Array, " B"],
     lengths: Int[Array, " B"],
     cache: LayerCache | None,
     capacity: int | None,
-) -> tuple[Float[Array, "B T D"] | SplitSum, LayerCache | None]:
+) -> tuple[ResidualStream, LayerCache | None]:
     layer = nnx.merge(graph, state)
     return layer(x, rope, start=start, lengths=lengths, cache=cache, capacity=capacity)
 
