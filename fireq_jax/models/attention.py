@@ -67,41 +67,6 @@ class Attention(nnx.Module):
             width=self.config.head_width,
         )
 
-    def __call__(
-        self,
-        x: ScaledArray | Float[Array, "B T D"],
-        residual: Float[Array, "B T D"] | None,
-        rope: Tables,
-        *,
-        start: Int[Array, " B"],
-        lengths: Int[Array, " B"],
-        growth: Float[Array, "B T"] | None = None,
-        cache: LayerCache | None = None,
-        capacity: int | None = None,
-        tap: Tap = no_tap,
-    ) -> tuple[Float[Array, "B T D"] | SplitSum, LayerCache | None]:
-        """Attention of a chunk, plus ``residual``.
-
-        Args:
-            x: rows as qkv_proj takes them; sequence b has ``lengths[b]`` valid tokens, first in its row.
-            residual: added to the output, in the model's dtype; None adds nothing.
-            rope: cos and sin of the tokens' positions.
-            growth: what each token's queries are multiplied by; None means 1.
-            start: position of each sequence's first token in ``x``.
-            lengths: valid tokens of each sequence in ``x``.
-            cache: earlier keys and values, to be extended; None for the first chunk.
-            capacity: slots of the cache to make from the first chunk; None makes no cache.
-            tap: sees the intermediate values that calibration measures.
-
-        Returns:
-            [B, T, D], maybe still in parts, and the new cache if ``cache`` or ``capacity`` was given.
-        """
-        packed = self.qkv_proj.deferred(x)
-        attention, new_cache = self.attend(
-            packed, rope, start=start, lengths=lengths, growth=growth, cache=cache, capacity=capacity, tap=tap
-        )
-        return self.o_proj.deferred(attention, residual=residual), new_cache
-
     def attend(
         self,
         packed: Float[Array, "B T packed"] | SplitSum,
@@ -116,13 +81,20 @@ class Attention(nnx.Module):
     ) -> tuple[ScaledArray | Float[Array, "B T heads_H"], LayerCache | None]:
         """What lies between the projections: from ``qkv_proj``'s result to ``o_proj``'s input.
 
-        Args not listed are those of ``__call__``.
-
         Args:
-            packed: queries, keys and values of all heads, side by side.
+            packed: queries, keys and values of all heads, side by side; sequence b has ``lengths[b]`` valid
+                tokens, first in its row.
+            rope: cos and sin of the tokens' positions.
+            start: position of each sequence's first token in ``packed``.
+            lengths: valid tokens of each sequence in ``packed``.
+            growth: what each token's queries are multiplied by; None means 1.
+            cache: earlier keys and values, to be extended; None for the first chunk.
+            capacity: slots of the cache to make from the first chunk; None makes no cache.
+            tap: sees the intermediate values that calibration measures.
 
         Returns:
-            [B, T, heads * H], in FP8 where ``o_proj`` takes that, and the new cache.
+            [B, T, heads * H], in FP8 where ``o_proj`` takes that, and the new cache if ``cache`` or
+            ``capacity`` was given.
         """
         self._show(packed, rope, growth, tap)
         config, dtype = self.config, self.qkv_proj.dtype
