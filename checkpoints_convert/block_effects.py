@@ -51,9 +51,9 @@ def smoothing_effect(
 
 @jax.jit
 def _column_absmax(block: Mapping[str, Array]) -> dict[str, Float[Array, " K"]]:
-    """Of each linear layer."""
+    """Of each linear layer; of all experts together."""
     return {
-        name.removesuffix(".weight"): formats.finite_absmax(weight, axis=0)
+        name.removesuffix(".weight"): formats.finite_absmax(weight.reshape(-1, weight.shape[-1]), axis=0)
         for name, weight in fuse_block(block).items()
         if name.endswith("proj.weight")
     }

@@ -1,14 +1,14 @@
 """Linear, norms and the gated MLP. Whether a Linear is quantized, its weight decides."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from fireq_jax.models.config import ModelConfig
+from fireq_jax.models.config import GateActivation, ModelConfig
 from fireq_jax.quantization.config import QuantizationConfig
 from pallas_kernels import formats, layouts
 from pallas_kernels.dispatch import Implementation
@@ -19,6 +19,9 @@ from pallas_kernels.row_quantize import quantize_rows, rms_norm_quantize, sum_no
 from pallas_kernels.split_sum import SplitSum, finished
 
 Tap = Callable[[str, Array], None]
+_ACTIVATIONS: Mapping[GateActivation, Activation] = {
+    "silu": "silu_mul", "gelu_tanh": "gelu_tanh_mul", "clamped_silu": "clamped_silu_mul"
+}  # fmt: skip
 
 
 def no_tap(name: str, x: Array) -> None:
@@ -166,14 +169,14 @@ class Norm(nnx.Module):
         return rms_norm_quantize(x, self.weight.get_value(), self.eps, implementation=self.implementation)
 
     def input_of(
-        self, linear: Linear, x: Float[Array, "*rows D"] | SplitSum, tap: Tap, name: str
+        self, takes_fp8: bool, x: Float[Array, "*rows D"] | SplitSum, tap: Tap, name: str
     ) -> tuple[ScaledArray | Float[Array, "*rows D"], Float[Array, "*rows D"]]:
-        """Normalized rows as ``linear`` takes them, and x; ``tap`` sees the rows."""
-        if linear.takes_fp8 and self.kind == "rms" and isinstance(x, SplitSum):
+        """Normalized rows, in FP8 for what ``takes_fp8``, and x; ``tap`` sees the rows."""
+        if takes_fp8 and self.kind == "rms" and isinstance(x, SplitSum):
             rows, x = sum_norm_quantize(x, self.weight.get_value(), self.eps, implementation=self.implementation)
         else:
             x = finished(x)
-            rows = self.quantized(x) if linear.takes_fp8 else self(x)
+            rows = self.quantized(x) if takes_fp8 else self(x)
         show(tap, name, rows)
         return rows, x
 
@@ -187,7 +190,12 @@ class MLP(nnx.Module):
         self.gate_up_proj = Linear(f"{name}.gate_up_proj", hidden, rows, options, bias=bias)
         self.down_proj = Linear(f"{name}.down_proj", inner, hidden, options, bias=bias)
         self.intermediate_size = inner
-        self.activation: Activation = "gelu_tanh_mul" if config.activation == "gelu_tanh" else "silu_mul"
+        self.activation: Activation = _ACTIVATIONS[config.activation]
+
+    @property
+    def takes_fp8(self) -> bool:
+        """Whether it is given FP8 rows."""
+        return self.gate_up_proj.takes_fp8
 
     def __call__(
         self,

@@ -17,9 +17,10 @@ from jaxtyping import Array, Float, Int
 from fireq_jax.models.attention import Attention
 from fireq_jax.models.block import linear_names, norm_names
 from fireq_jax.models.config import ModelConfig
+from fireq_jax.models.experts import Experts
 from fireq_jax.models.inputs import on_device
 from fireq_jax.models.kv_cache import KVCache, LayerCache
-from fireq_jax.models.layers import MLP, LayerOptions, Linear, Norm, Tap, matmul_float, no_tap, show
+from fireq_jax.models.layers import MLP, LayerOptions, Norm, Tap, matmul_float, no_tap, show
 from fireq_jax.models.parameters import Parameter, abstract, parameters_of, with_parameters
 from fireq_jax.models.rope import Tables, query_growth, rope_tables
 from fireq_jax.quantization import recipes
@@ -58,7 +59,7 @@ class DecoderLayer(nnx.Module):
         self.self_attn = Attention(f"{name}.self_attn", config, options, config.window_of(index))
         self.attention_output_norm = norm("attention_output_norm")
         self.post_attention_layernorm = norm("post_attention_layernorm")
-        self.mlp = MLP(f"{name}.mlp", config, options)
+        self.mlp = (Experts if config.experts is not None else MLP)(f"{name}.mlp", config, options)
         self.mlp_output_norm = norm("mlp_output_norm")
         self.rope = config.rope_of(index)
 
@@ -81,8 +82,7 @@ class DecoderLayer(nnx.Module):
             self.self_attn, rope=rope, start=start, lengths=lengths, growth=growth, cache=cache, capacity=capacity,
             tap=tap,
         )  # fmt: skip
-        qkv, gate_up = self.self_attn.qkv_proj, self.mlp.gate_up_proj
-        rows, x = _input_of(self.input_layernorm, qkv, x, tap, "qkv_input")
+        rows, x = _input_of(self.input_layernorm, self.self_attn.qkv_proj.takes_fp8, x, tap, "qkv_input")
         if self.post_attention_layernorm is None and self.input_layernorm is not None:
             show(tap, "gate_up_input", rows)
             x, new_cache = attend(rows, x)
@@ -92,13 +92,15 @@ class DecoderLayer(nnx.Module):
         else:
             branch, new_cache = attend(rows, None)
             x = x + self.attention_output_norm(finished(branch))
-        rows, x = _input_of(self.post_attention_layernorm, gate_up, x, tap, "gate_up_input")
+        rows, x = _input_of(self.post_attention_layernorm, self.mlp.takes_fp8, x, tap, "gate_up_input")
         if self.mlp_output_norm is None:
             return self.mlp(rows, x, tap), new_cache
         return x + self.mlp_output_norm(finished(self.mlp(rows, None, tap))), new_cache
 
     def _chain(self, x: Float[Array, "B T D"] | SplitSum) -> tuple[QuantizedTensor, ...] | None:
         """Weights of qkv, o, gate_up and down, if ``matmul_chain`` can do the layer's matmuls of these rows."""
+        if isinstance(self.mlp, Experts):
+            return None
         linear = self.self_attn.qkv_proj, self.self_attn.o_proj, self.mlp.gate_up_proj, self.mlp.down_proj
         plain = self.attention_output_norm is None and self.post_attention_layernorm is not None
         plain &= self.mlp.activation == "silu_mul" and self.self_attn.config.norm_kind == "rms"
@@ -132,11 +134,11 @@ class DecoderLayer(nnx.Module):
 
 
 def _input_of(
-    norm: Norm | None, linear: Linear, x: Float[Array, "B T D"] | SplitSum, tap: Tap, name: str
+    norm: Norm | None, takes_fp8: bool, x: Float[Array, "B T D"] | SplitSum, tap: Tap, name: str
 ) -> tuple[ScaledArray | Float[Array, "B T D"], Float[Array, "B T D"]]:
-    """Rows as ``linear`` takes them, normalized if there is a norm, and x."""
+    """Rows, in FP8 for what ``takes_fp8`` if there is a norm, which normalizes them, and x."""
     if norm is not None:
-        return norm.input_of(linear, x, tap, name)
+        return norm.input_of(takes_fp8, x, tap, name)
     x = finished(x)
     tap(name, x)
     return x, x

@@ -97,14 +97,14 @@ def test_lists_are_taken_and_other_shapes_are_refused():
     model = float_model()
     np.testing.assert_array_equal(model([[1, 2]], [[1, 1]]), model(np.array([[1, 2]]), np.ones((1, 2))))
     for ids, message in (
-        ([1, 2], r"int32 \(2,\); expected integers \[batch, tokens\]"),
-        ([[0.5]], r"float32 \(1, 1\)"),
+        ([1, 2], r"int64 \(2,\); expected integers \[batch, tokens\]"),
+        ([[0.5]], r"float64 \(1, 1\)"),
     ):
         with pytest.raises(ValueError, match=message):
             model(ids)
-    with pytest.raises(ValueError, match=r"shape \(2, 0\); expected at least one token"):
+    with pytest.raises(ValueError, match=r"shape \(2, 0\); expected prompts of at least one token"):
         model(np.zeros((2, 0), np.int32))
-    with pytest.raises(ValueError, match=r"mask has shape \(1, 1\); expected \(1, 2\)"):
+    with pytest.raises(ValueError, match=r"mask has shape \(1, 1\); expected that of input_ids, \(1, 2\)"):
         model([[1, 2]], [[1]])
 
 
