@@ -7,7 +7,7 @@ says how many there are. ``__call__`` accepts any 0/1 mask and brings it to that
 import functools
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -258,7 +258,7 @@ class CausalLM(nnx.Module):
         """
         input_ids, attention_mask = on_device(input_ids, attention_mask, self.config.vocab_size)
         graph, state = nnx.split(self)
-        compute = jax.sharding.auto_axes(
+        compute: Any = jax.sharding.auto_axes(
             lambda state, *inputs: nnx.merge(graph, state)._all_logits(*inputs),
             out_sharding=jax.sharding.PartitionSpec(*jax.typeof(input_ids).sharding.spec[:1]),
         )
