@@ -38,7 +38,11 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--seed", type=int, default=0, help="chooses the windows (default: 0)")
     parse.add_argument("--batch-size", type=int, default=8, help="windows a calibration step (default: 8)")
     parse.add_argument("--dtype", default="bfloat16", help="of what stays unquantized (default: bfloat16)")
-    parse.add_argument("--kv-format", choices=["int4", "fp8", "none"], help="overrides the recipe's cache format")
+    parse.add_argument(
+        "--kv-format",
+        choices=["int4", "fp8", "none"],
+        help="overrides the recipe's cache format, and the choice among them where attention has biases",
+    )
     parse.add_argument("--weight-format", choices=list(formats.CODEBOOKS), help="overrides a recipe's 4-bit weights")
     parse.add_argument("--lm-head-format", choices=["fp8", "none"], help="overrides the recipe's lm_head")
     parse.add_argument(
@@ -76,7 +80,9 @@ def run(args: argparse.Namespace) -> None:
     if args.lm_head_format is not None:
         quantization = dataclasses.replace(quantization, lm_head_format=args.lm_head_format)
     quantization = dataclasses.replace(quantization, keep_float=quantization.keep_float + tuple(args.keep_float))
-    options = ConversionOptions(Path(args.model), args.output, args.recipe, quantization, args.dtype, args.batch_size)
+    options = ConversionOptions(
+        Path(args.model), args.output, args.recipe, quantization, args.dtype, args.batch_size, args.kv_format is None
+    )
     # What costs little comes first: text is read before weights are downloaded, and tokenized after.
     documents = _documents(args, quantization)
     model = resolve_model(args.model, args.revision, check=lambda folder: _check(folder, quantization))

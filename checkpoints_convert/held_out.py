@@ -158,14 +158,17 @@ def scored(held_out: Int[np.ndarray, "windows T"] | None) -> Int[np.ndarray, "wi
 
 def check_amount(config: ModelConfig, quantization: QuantizationConfig, tokens: Int[np.ndarray, "samples T"]) -> None:
     """Warn if these calibration tokens are too few for what the config does with them."""
-    widest = max(config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim)
-    if quantization.reads_text and tokens.size < TOKENS_PER_INPUT * widest:
+    # An expert sees one token in so many.
+    spread = 1 if config.experts is None else config.experts.count / config.experts.per_token
+    inputs = ((config.num_heads * config.head_dim, 1), (config.hidden_size, spread), (config.intermediate_size, spread))
+    expected, width = max((math.ceil(TOKENS_PER_INPUT * width * spread), width) for width, spread in inputs)
+    if quantization.reads_text and tokens.size < expected:
         logger.warning(
             "%d tokens of calibration text are few for layers of %d inputs, and the model may come out worse than by "
             "rounding to nearest; expected %d or more",
             tokens.size,
-            widest,
-            TOKENS_PER_INPUT * widest,
+            width,
+            expected,
         )
 
 

@@ -2,6 +2,7 @@
 
     lock                    held by the process that converts; the kernel lets go of it when that ends
     options.json            what must not change between an interrupted run and its continuation
+    fitted_cache.json       the cache format that text asks for, and what each one costs
     hidden.N.npy ...        calibration text's hidden states that enter block N: all files that end in ``.N.npy``
     smoothing.N.npz         what smoothing did in block N
     globals.json            digests of what is outside the blocks, once it is all there
@@ -132,6 +133,11 @@ class WorkFolder:
     def held_out(self, index: int) -> Path:
         """float32 [3, windows, T, D]: the same of held-out windows, in each of ``held_out.Streams``."""
         return self.path / f"held_out.{index}.npy"
+
+    @property
+    def fitted_cache(self) -> Path:
+        """``kv_format`` and ``divergence``, what ``cache_format.fit_cache`` found."""
+        return self.path / "fitted_cache.json"
 
     def smoothing(self, index: int) -> Path:
         """What ``smoothing_effect`` gave for block ``index``."""

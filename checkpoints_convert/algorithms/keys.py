@@ -50,7 +50,7 @@ class KeySample(NamedTuple):
 class KeyStatistics(NamedTuple):
     """Largest magnitudes of a block's keys over the calibration tokens, their moments, and some keys."""
 
-    pair_max: Float[Array, "kv_heads half"]  # of sqrt(k_i^2 + k_{i + H/2}^2), before RoPE
+    pair_max: Float[Array, "kv_heads half"]  # of sqrt(k_i^2 + k_{i + H/2}^2), which RoPE keeps
     channel_max: Float[Array, "kv_heads H"]  # of |k_i|, after RoPE
     moments: KeyMoments | None = None
     sample: KeySample | None = None

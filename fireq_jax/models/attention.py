@@ -26,6 +26,7 @@ class Attention(nnx.Module):
     """Self-attention of one layer; q, k and v are one matmul.
 
     Attributes:
+        sinks: float32 [heads], a score of each head that joins the softmax without a value. None without.
         q_norm, k_norm: float32 [heads, H] and [kv_heads, H], gains of each head's RMSNorm; None without.
         post_rope_scale: float32 [kv_heads, H], FireQ's S: rotated keys are multiplied and queries
             divided by it. None without post-RoPE scaling.
@@ -41,10 +42,11 @@ class Attention(nnx.Module):
         normed = config.head_norm != "none"
         self.q_norm = nnx.Param(jnp.ones((heads, head_dim), jnp.float32)) if normed else None
         self.k_norm = nnx.Param(jnp.ones((kv_heads, head_dim), jnp.float32)) if normed else None
+        self.sinks = nnx.Param(jnp.zeros((heads,), jnp.float32)) if config.sinks else None
         smoothing = options.quantization.smoothing
         scaled = smoothing is not None and smoothing.post_rope_channels > 0
         self.post_rope_scale = nnx.Param(jnp.ones((kv_heads, head_dim), jnp.float32)) if scaled else None
-        centered = smoothing is not None and smoothing.key_offset
+        centered = smoothing is not None and smoothing.key_offset and config.ignores_offsets
         self.key_offset = nnx.Param(jnp.zeros((kv_heads, head_dim), jnp.float32)) if centered else None
         self.config = config
         self.window = window
@@ -65,41 +67,6 @@ class Attention(nnx.Module):
             width=self.config.head_width,
         )
 
-    def __call__(
-        self,
-        x: ScaledArray | Float[Array, "B T D"],
-        residual: Float[Array, "B T D"] | None,
-        rope: Tables,
-        *,
-        start: Int[Array, " B"],
-        lengths: Int[Array, " B"],
-        growth: Float[Array, "B T"] | None = None,
-        cache: LayerCache | None = None,
-        capacity: int | None = None,
-        tap: Tap = no_tap,
-    ) -> tuple[Float[Array, "B T D"] | SplitSum, LayerCache | None]:
-        """Attention of a chunk, plus ``residual``.
-
-        Args:
-            x: rows as qkv_proj takes them; sequence b has ``lengths[b]`` valid tokens, first in its row.
-            residual: added to the output, in the model's dtype; None adds nothing.
-            rope: cos and sin of the tokens' positions.
-            growth: what each token's queries are multiplied by; None means 1.
-            start: position of each sequence's first token in ``x``.
-            lengths: valid tokens of each sequence in ``x``.
-            cache: earlier keys and values, to be extended; None for the first chunk.
-            capacity: slots of the cache to make from the first chunk; None makes no cache.
-            tap: sees the intermediate values that calibration measures.
-
-        Returns:
-            [B, T, D], maybe still in parts, and the new cache if ``cache`` or ``capacity`` was given.
-        """
-        packed = self.qkv_proj.deferred(x)
-        attention, new_cache = self.attend(
-            packed, rope, start=start, lengths=lengths, growth=growth, cache=cache, capacity=capacity, tap=tap
-        )
-        return self.o_proj.deferred(attention, residual=residual), new_cache
-
     def attend(
         self,
         packed: Float[Array, "B T packed"] | SplitSum,
@@ -114,15 +81,22 @@ class Attention(nnx.Module):
     ) -> tuple[ScaledArray | Float[Array, "B T heads_H"], LayerCache | None]:
         """What lies between the projections: from ``qkv_proj``'s result to ``o_proj``'s input.
 
-        Args not listed are those of ``__call__``.
-
         Args:
-            packed: queries, keys and values of all heads, side by side.
+            packed: queries, keys and values of all heads, side by side; sequence b has ``lengths[b]`` valid
+                tokens, first in its row.
+            rope: cos and sin of the tokens' positions.
+            start: position of each sequence's first token in ``packed``.
+            lengths: valid tokens of each sequence in ``packed``.
+            growth: what each token's queries are multiplied by; None means 1.
+            cache: earlier keys and values, to be extended; None for the first chunk.
+            capacity: slots of the cache to make from the first chunk; None makes no cache.
+            tap: sees the intermediate values that calibration measures.
 
         Returns:
-            [B, T, heads * H], in FP8 where ``o_proj`` takes that, and the new cache.
+            [B, T, heads * H], in FP8 where ``o_proj`` takes that, and the new cache if ``cache`` or
+            ``capacity`` was given.
         """
-        self._show(packed, rope, tap)
+        self._show(packed, rope, growth, tap)
         config, dtype = self.config, self.qkv_proj.dtype
         batch, length = rope[0].shape[:2]
         entry = cache
@@ -159,7 +133,8 @@ class Attention(nnx.Module):
             kv_lengths=lengths,
             scale=config.scale,
             window=self.window,
-            **({} if config.attention_softcap is None else {"softcap": config.attention_softcap}),
+            softcap=config.attention_softcap,
+            sinks=None if self.sinks is None else self.sinks.get_value(),
             out_dtype=E4M3 if quantized else dtype,
             implementation=self.implementation,
         )
@@ -169,14 +144,14 @@ class Attention(nnx.Module):
         show(tap, "o_input", attention)
         return attention, new_cache
 
-    def _show(self, packed: Float[Array, "B T packed"] | SplitSum, rope: Tables, tap: Tap) -> None:
+    def _show(
+        self, packed: Float[Array, "B T packed"] | SplitSum, rope: Tables, growth: Float[Array, "B T"] | None, tap: Tap
+    ) -> None:
         """What calibration measures on the way; nothing is computed for a tap that nobody reads."""
         if tap is no_tap:
             return
         query, key, value = split_heads(finished(packed), self.config.num_kv_heads, rope[0])
         tap("value", value)
-        rotated_query, rotated_key = rotate_heads(query, key, *rope, self.head_norm)
-        # Of normed keys only the pairs' sizes are wanted, which RoPE keeps.
-        tap("key_before_rope", key if self.head_norm is None else rotated_key)
-        tap("key_after_rope", rotated_key)
-        tap("query_after_rope", rotated_query)
+        query, key = rotate_heads(query, key, *rope, self.head_norm)
+        tap("key_after_rope", key)
+        tap("query_after_rope", query if growth is None else query * growth[..., None, None])

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from checkpoints_convert.algorithms.keys import (
     QUERY_EXPONENTS,
@@ -20,7 +19,7 @@ from checkpoints_convert.algorithms.keys import (
 )
 from checkpoints_convert.algorithms.smoothing import column_scale, smooth_block
 from checkpoints_convert.algorithms.values import balance_values, hadamard, rotate_values
-from checkpoints_convert.calibrate import BlockStatistics, Calibrator, run_layer
+from checkpoints_convert.calibrate import BlockStatistics, Calibrator, abstract_layer, run_layer
 from fireq_jax import ModelConfig, QuantizationConfig
 from fireq_jax.models.llama import DecoderLayer
 from fireq_jax.models.parameters import layer_parameters, with_parameters
@@ -61,15 +60,12 @@ def block_of() -> dict[str, jax.Array]:
     return {**block, "self_attn.k_proj.bias": jnp.zeros(32).at[jnp.array([6, 7, 14, 15, 22, 23, 30, 31])].set(6.0)}
 
 
-ATTENTION_CONFIG = dataclasses.replace(CONFIG, attention_bias=True)
+ATTENTION_CONFIG = dataclasses.replace(CONFIG, attention_bias=True, output_bias=True)
+BOUNDED = dataclasses.replace(ATTENTION_CONFIG, attention_softcap=2.0, window=9)
 
 
 def layer_of(block: dict[str, jax.Array], quantization: QuantizationConfig) -> DecoderLayer:
-    abstract = nnx.eval_shape(
-        lambda: DecoderLayer(
-            "layers.0", ATTENTION_CONFIG, quantization, dtype=jnp.float32, implementation="xla", rngs=nnx.Rngs(0)
-        )
-    )
+    abstract = abstract_layer(ATTENTION_CONFIG, quantization, 0)
     parameters = layer_parameters(block, 0, quantization, jnp.float32)
     return with_parameters(abstract, {name.removeprefix("layers.0."): value for name, value in parameters.items()})
 
@@ -90,8 +86,8 @@ def run(block: dict[str, jax.Array], smoothing: SmoothingConfig | None, kv_forma
     return output, taps
 
 
-def statistics_of(block: dict[str, jax.Array]) -> BlockStatistics:
-    return Calibrator(ATTENTION_CONFIG, 2).run(block, 0, np.asarray(HIDDEN))[1]
+def statistics_of(block: dict[str, jax.Array], config: ModelConfig = ATTENTION_CONFIG) -> BlockStatistics:
+    return Calibrator(config, 2).run(block, 0, np.asarray(HIDDEN))[1]
 
 
 PIECES = {
@@ -178,19 +174,24 @@ def test_a_head_that_nobody_reads_is_left_as_it_is(largest: float) -> None:
     np.testing.assert_array_equal(pairs.scale[1], 1.0)
 
 
-def test_reads_predict_what_an_error_in_a_key_does_to_the_output() -> None:
+@pytest.mark.parametrize("config", [ATTENTION_CONFIG, BOUNDED], ids=["plain", "soft cap, window"])
+def test_reads_predict_what_an_error_in_a_key_does_to_the_output(config: ModelConfig) -> None:
     """To first order: the output moves as the sampled sensitivities say, averaged over random errors."""
     block = block_of()
-    sample = statistics_of(block).keys.sample
+    sample = statistics_of(block, config).keys.sample
     assert sample is not None
     _, taps = run(block, None, "none")
     key = taps["key_after_rope"]
     columns = block["self_attn.o_proj.weight"].reshape(32, 2, 2, 16)
     query, value = taps["query_after_rope"].reshape(2, 24, 2, 2, 16), taps["value"]
     visible = jnp.tril(jnp.ones((24, 24), bool))
+    if config.window is not None:
+        visible &= ~jnp.tril(visible, -config.window)
 
     def attention(key: jax.Array) -> jax.Array:
         scores = jnp.einsum("btkgh,bskh->bkgts", query, key) / 4
+        if (cap := config.attention_softcap) is not None:
+            scores = cap * jnp.tanh(scores / cap)
         weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
         return jnp.einsum("bkgts,bskh,dkgh->btkgd", weights, value, columns)
 

@@ -65,8 +65,8 @@ def test_families_that_are_llamas_by_other_names(case, tmp_path):
         renamed[theirs.name] = tensors[ours.name]
     for index in range(config.num_layers):
         prefixes = [table.prefix.format(index=index) for table in tables]
-        for ours, theirs in zip(*(table.block.values() for table in tables), strict=True):
-            renamed[prefixes[1] + theirs.name] = tensors[prefixes[0] + ours.name]
+        for name, source in tables[0].block.items():
+            renamed[prefixes[1] + tables[1].block[name].name] = tensors[prefixes[0] + source.name]
     if config.attention_bias:  # Llama has one of attention's output too
         for index in range(config.num_layers):
             renamed[f"model.layers.{index}.self_attn.o_proj.bias"] = np.zeros(48, np.float32)

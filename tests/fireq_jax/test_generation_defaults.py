@@ -92,9 +92,9 @@ def test_a_prompt_that_fills_max_length_is_refused(tmp_path):
         ({"eos_token_id": {"a": [1]}}, r"eos_token_id is \{'a': \[1\]\}"),
         ({"temperature": [0.5]}, r"temperature is \[0.5\]; expected a number"),
         ({"do_sample": "yes"}, "do_sample is 'yes'; expected true or false"),
-        ({"do_sample": True, "temperature": 10**400}, "temperature is 1000"),
+        ({"do_sample": True, "temperature": 10**400}, "'temperature' is inf"),
         ({"do_sample": True, "top_p": 2}, "top_p is 2; expected a number in"),
-        ({"do_sample": True, "temperature": float("nan")}, "temperature is nan"),
+        ({"do_sample": True, "temperature": float("nan")}, "'temperature' is nan"),
         ({"top_k": 2.5}, "top_k is 2.5; expected a whole number"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0; expected a positive number"),
         ({"max_new_tokens": True}, "max_new_tokens is True; expected a whole number"),
@@ -103,7 +103,7 @@ def test_a_prompt_that_fills_max_length_is_refused(tmp_path):
     ],
 )
 def test_wrong_values_name_the_file_and_the_key(tmp_path, fields, message):
-    with pytest.raises(ValueError, match=rf"{tmp_path}/generation_config\.json: {message}"):
+    with pytest.raises(ValueError, match=rf"{tmp_path}/generation_config\.json.*: {message}"):
         read(tmp_path, fields)
 
 
