@@ -1,6 +1,7 @@
 """Grouped-query attention with rotary embedding, RoPE-aware key scaling and a quantized cache."""
 
 import functools
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -20,6 +21,18 @@ from pallas_kernels.split_sum import SplitSum, finished
 
 # Chunks of at most this many queries go to the decode kernel.
 DECODE_QUERIES = 16
+
+
+class AttentionOutput(NamedTuple):
+    """What :meth:`Attention.attend` returns, with names, without which ``nnx.tabulate`` cannot show it.
+
+    Attributes:
+        rows: [B, T, heads * H], in FP8 where ``o_proj`` takes that.
+        cache: the new one, if ``cache`` or ``capacity`` was given.
+    """
+
+    rows: ScaledArray | Float[Array, "B T heads_H"]
+    cache: LayerCache | None
 
 
 class Attention(nnx.Module):
@@ -78,7 +91,7 @@ class Attention(nnx.Module):
         cache: LayerCache | None = None,
         capacity: int | None = None,
         tap: Tap = no_tap,
-    ) -> tuple[ScaledArray | Float[Array, "B T heads_H"], LayerCache | None]:
+    ) -> AttentionOutput:
         """What lies between the projections: from ``qkv_proj``'s result to ``o_proj``'s input.
 
         Args:
@@ -92,9 +105,6 @@ class Attention(nnx.Module):
             capacity: slots of the cache to make from the first chunk; None makes no cache.
             tap: sees the intermediate values that calibration measures.
 
-        Returns:
-            [B, T, heads * H], in FP8 where ``o_proj`` takes that, and the new cache if ``cache`` or
-            ``capacity`` was given.
         """
         self._show(packed, rope, growth, tap)
         config, dtype = self.config, self.qkv_proj.dtype
@@ -142,7 +152,7 @@ class Attention(nnx.Module):
         if not isinstance(attention, ScaledArray):
             attention = attention.reshape(batch, length, config.num_heads * config.head_dim)
         show(tap, "o_input", attention)
-        return attention, new_cache
+        return AttentionOutput(attention, new_cache)
 
     def _show(
         self, packed: Float[Array, "B T packed"] | SplitSum, rope: Tables, growth: Float[Array, "B T"] | None, tap: Tap

@@ -6,7 +6,7 @@ says how many there are. ``__call__`` accepts any 0/1 mask and brings it to that
 
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,13 @@ class ModelOptions(TypedDict, total=False):
     dtype: jax.typing.DTypeLike
     kv_format: formats.KVFormat | None
     implementation: Implementation
+
+
+class LayerOutput(NamedTuple):
+    """What a decoder layer returns: the stream for the next, and its cache, if it has one."""
+
+    x: ResidualStream
+    cache: LayerCache | None
 
 
 class DecoderLayer(nnx.Module):
@@ -103,17 +110,25 @@ class DecoderLayer(nnx.Module):
         cache: LayerCache | None = None,
         capacity: int | None = None,
         tap: Tap = no_tap,
-    ) -> tuple[ResidualStream, LayerCache | None]:
+    ) -> LayerOutput:
         """One block; arguments as in :meth:`~fireq_jax.models.attention.Attention.attend`."""
         weights, implementation = self.weights, self.self_attn.implementation
         # None is what ops call nobody.
         seen = None if tap is no_tap else tap
         packed, x = before_attention(x, weights, implementation=implementation, tap=seen)
         attention, new_cache = self.self_attn.attend(
-            packed, rope, start=start, lengths=lengths, growth=growth, cache=cache, capacity=capacity, tap=tap
+            packed=packed,
+            rope=rope,
+            start=start,
+            lengths=lengths,
+            growth=growth,
+            cache=cache,
+            capacity=capacity,
+            tap=tap,
         )
         mlp = functools.partial(self.mlp, tap=tap) if isinstance(self.mlp, Experts) else None
-        return after_attention(attention, x, weights, mlp, implementation=implementation, tap=seen), new_cache
+        x = after_attention(attention, x, weights, mlp, implementation=implementation, tap=seen)
+        return LayerOutput(x, new_cache)
 
 
 class CausalLM(nnx.Module):
@@ -232,7 +247,7 @@ class CausalLM(nnx.Module):
         """
         input_ids, attention_mask = on_device(input_ids, attention_mask, self.config.vocab_size)
         graph, state = nnx.split(self)
-        compute = jax.sharding.auto_axes(
+        compute: Any = jax.sharding.auto_axes(
             lambda state, *inputs: nnx.merge(graph, state)._all_logits(*inputs),
             out_sharding=jax.sharding.PartitionSpec(*jax.typeof(input_ids).sharding.spec[:1]),
         )
@@ -367,9 +382,10 @@ def _run_layer(
     growth: Float[Array, "B T"] | None,
     cache: LayerCache | None,
     capacity: int | None,
-) -> tuple[ResidualStream, LayerCache | None]:
+) -> LayerOutput:
     layer = nnx.merge(graph, state)
-    return layer(x, rope, start=start, lengths=lengths, growth=growth, cache=cache, capacity=capacity)
+    # By name, as nnx.tabulate can show what is no array.
+    return layer(x=x, rope=rope, start=start, lengths=lengths, growth=growth, cache=cache, capacity=capacity)
 
 
 def right_pad(
