@@ -91,7 +91,7 @@ class DecoderLayer(nnx.Module):
         weights, implementation = self.weights, self.self_attn.implementation
         # None is what ops call nobody.
         seen = None if tap is no_tap else tap
-        packed, x = before_attention(x, weights, implementation=implementation, tap=seen)
+        packed, x = before_attention(x, weights, decoding=cache is not None, implementation=implementation, tap=seen)
         attention, new_cache = self.self_attn.attend(
             packed, x.dtype, rope, start=start, lengths=lengths, cache=cache, capacity=capacity, tap=tap
         )
