@@ -200,6 +200,9 @@ def test_a_recipe_without_text_quantizes_no_biased_keys_unless_told_to(
     assert report["quantization"] == model.quantization.to_dict()
     assert report["fitted_cache"] == (None if given else {"kv_format": "none", "divergence": None})
     assert ("--kv-format overrides" in caplog.text) != given
+    other = ConversionOptions(source, tmp_path / "out", "test", recipes.rtn(), "float32", 6, fit_cache=given)
+    with pytest.raises(ValueError, match=f"fit_cache was {not given} and is now {given}"):
+        convert(other, None, resume=True)
 
 
 def test_the_chosen_cache_is_in_the_model_and_the_report(tmp_path: Path) -> None:
