@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from checkpoints_convert.algorithms.keys import KeyMoments, KeySample, KeyStatistics
 from fireq_jax.compilation import COMPILE_QUICKLY
-from fireq_jax.models.block import LINEARS, Block, fuse_block
+from fireq_jax.models.block import Block, fuse_block, linears_of
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.layers import LayerOptions, Tap, no_tap
 from fireq_jax.models.llama import DecoderLayer
@@ -24,7 +24,7 @@ from fireq_jax.models.parameters import abstract, with_parameters
 from fireq_jax.models.rope import query_growth, rope_tables
 from fireq_jax.quantization import recipes
 from fireq_jax.quantization.config import QuantizationConfig
-from pallas_kernels.split_sum import finished
+from pallas_kernels.residual_stream import ResidualStream
 
 # One token in so many goes into KeyStatistics.sample, from each sequence with another offset.
 SAMPLE_STRIDE = 13
@@ -32,16 +32,17 @@ Hidden = Float[np.ndarray, "samples T D"]  # of calibration text, between two bl
 
 
 class ChannelStatistics(NamedTuple):
-    """Of each channel of a linear layer's input, over all calibration tokens."""
+    """Of each channel of a linear layer's input, over all calibration tokens; others' tokens are 0 for an expert."""
 
-    absmax: Float[Array, " K"]
-    mean_abs: Float[Array, " K"]
+    absmax: Float[Array, "*experts K"]
+    mean_abs: Float[Array, "*experts K"]
 
 
 class BlockStatistics(NamedTuple):
     """What calibration measures of one block.
 
-    ``inputs`` is keyed by the names of ``LINEARS``' inputs; ``values`` are second moments of each head's values.
+    ``inputs`` is keyed by the names of the inputs of ``models.block.linears_of``; ``values`` are second moments of
+    each head's values.
     """
 
     inputs: dict[str, ChannelStatistics]
@@ -103,10 +104,11 @@ def run_layer(layer: DecoderLayer, config: ModelConfig, hidden: Float[Array, "B 
     """A decoder layer's output for whole sequences that start at position 0."""
     batch, length, _ = hidden.shape
     start, lengths = jnp.zeros((batch,), jnp.int32), jnp.full((batch,), length, jnp.int32)
-    positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
+    positions = jnp.broadcast_to(jnp.arange(length)[None], (batch, length))
     rope = rope_tables(config, layer.rope, positions, lengths)
-    output, _ = layer(hidden, rope, start=start, lengths=lengths, growth=query_growth(config, positions), tap=tap)
-    return finished(output)
+    growth = query_growth(config, positions)
+    output, _ = layer(ResidualStream(hidden), rope, start=start, lengths=lengths, growth=growth, tap=tap)
+    return output.finish()
 
 
 def run_samples(layer: DecoderLayer, config: ModelConfig, hidden: Hidden, batch_size: int) -> Hidden:
@@ -137,7 +139,10 @@ def block_step(
     seen: dict[str, Array] = {}
     layer = nnx.merge(graph, state)
     output = run_layer(layer, config, hidden, seen.__setitem__)
-    inputs = {name: _channel_statistics(seen[name]) for name in [linear.input for linear in LINEARS]}
+    if "expert_weights" in seen:
+        routed = jnp.moveaxis(seen["expert_weights"] > 0, -1, 0)[..., None]
+        seen["down_input"] = jnp.where(routed, seen["down_input"], 0.0)
+    inputs = {linear.input: _channel_statistics(seen[linear.input]) for linear in linears_of(config)}
     key, value = seen["key_after_rope"], seen["value"]
     first, second = jnp.split(key, 2, axis=-1)
     pair_max = jnp.max(jnp.hypot(first, second), axis=(0, 1))
@@ -150,8 +155,11 @@ def block_step(
     assert isinstance(weight, Array)  # of a float layer
     columns = weight.reshape(-1, *query.shape[2:])
     readers = jnp.einsum("dkgi,dkgj->kgij", columns, columns, precision="highest")
-    window = layer.self_attn.window
-    sample = jax.lax.map(lambda sequence: _sample_keys(sequence, readers, config, window), (query, key, value, indices))
+    window, sinks = layer.self_attn.window, layer.self_attn.sinks
+    sinks = None if sinks is None else sinks.get_value().reshape(config.num_kv_heads, -1)
+    sample = jax.lax.map(
+        lambda sequence: _sample_keys(sequence, readers, sinks, config, window), (query, key, value, indices)
+    )
     sample = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), sample)
     values = jnp.einsum("btki,btkj->kij", value, value, precision="highest") / (value.shape[0] * value.shape[1])
     return output, BlockStatistics(inputs, KeyStatistics(pair_max, channel_max, moments, sample), values)
@@ -162,13 +170,14 @@ def _sample_keys(
         Float[Array, "T kv_heads group H"], Float[Array, "T kv_heads H"], Float[Array, "T kv_heads H"], Int[Array, ""]
     ],
     readers: Float[Array, "kv_heads group H H"],
+    sinks: Float[Array, "kv_heads group"] | None,
     config: ModelConfig,
     window: int | None,
 ) -> KeySample:
     """Some keys of a sequence (its queries, keys, values and number), and how its output depends on them.
 
-    ``readers`` are Gram matrices of o_proj's columns for each query head; see :class:`KeySample`. ``window`` is the
-    layer's.
+    ``readers`` are Gram matrices of o_proj's columns for each query head; see :class:`KeySample`. ``sinks`` and
+    ``window`` are the layer's.
     """
     query, key, value, index = sequence
     length = key.shape[0]
@@ -177,13 +186,17 @@ def _sample_keys(
     visible = (behind >= 0) & (behind < (length if window is None else window))
     dot = functools.partial(jnp.einsum, precision="highest")
 
-    def reads_of_head(head: tuple[Array, Array, Array, Array]) -> Float[Array, "tokens half"]:
-        query, key, value, readers = head
+    def reads_of_head(head: tuple[Array, Array, Array, Array, Array | None]) -> Float[Array, "tokens half"]:
+        query, key, value, readers, sinks = head
         scores, slope = dot("tgh,sh->gts", query, key) * config.scale, 1.0
         if (cap := config.attention_softcap) is not None:
             scores = cap * jnp.tanh(scores / cap)
             slope = 1 - jnp.square(scores / cap)
-        weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+        scores = jnp.where(visible, scores, -jnp.inf)
+        if sinks is not None:
+            own = jnp.broadcast_to(sinks[:, None, None], (*scores.shape[:-1], 1))
+            scores = jnp.concatenate([scores, own], axis=-1)
+        weights = jax.nn.softmax(scores, axis=-1)[..., :length]
         output = dot("gts,sh->gth", weights, value)
         # |o_proj (v_s - output_t)|^2, multiplied out.
         read = dot("gij,sj->gsi", readers, value[positions])
@@ -197,13 +210,13 @@ def _sample_keys(
         return dot("gts,tgp->sp", sensitivity, first + second)
 
     # One kv head at a time: all heads' scores need not fit in memory.
-    heads = jnp.moveaxis(query, 1, 0), jnp.moveaxis(key, 1, 0), jnp.moveaxis(value, 1, 0), readers
+    heads = jnp.moveaxis(query, 1, 0), jnp.moveaxis(key, 1, 0), jnp.moveaxis(value, 1, 0), readers, sinks
     return KeySample(key[positions], jnp.moveaxis(jax.lax.map(reads_of_head, heads), 0, 1))
 
 
-def _channel_statistics(x: Float[Array, "B T K"]) -> ChannelStatistics:
+def _channel_statistics(x: Float[Array, "*experts B T K"]) -> ChannelStatistics:
     magnitude = jnp.abs(x)
-    return ChannelStatistics(jnp.max(magnitude, axis=(0, 1)), jnp.mean(magnitude, axis=(0, 1)))
+    return ChannelStatistics(jnp.max(magnitude, axis=(-3, -2)), jnp.mean(magnitude, axis=(-3, -2)))
 
 
 @jax.jit
@@ -214,7 +227,7 @@ def _combine(batches: list[BlockStatistics]) -> BlockStatistics:
             jnp.max(jnp.stack([batch.inputs[name].absmax for batch in batches]), axis=0),
             jnp.mean(jnp.stack([batch.inputs[name].mean_abs for batch in batches]), axis=0),
         )
-        for name in [linear.input for linear in LINEARS]
+        for name in batches[0].inputs
     }
 
     def reduce(function: Callable[..., Array], values: list[Any]) -> Any:

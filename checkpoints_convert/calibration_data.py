@@ -38,11 +38,29 @@ def calibration_batches(
     Raises:
         ValueError: if the source cannot be read or has too few tokens.
     """
+    return calibration_and_held_out(
+        source, tokenizer, samples=samples, sequence_length=sequence_length, seed=seed, text_field=text_field
+    )[0]
+
+
+def calibration_and_held_out(
+    source: str | Path,
+    tokenizer: Any,
+    *,
+    samples: int,
+    sequence_length: int,
+    seed: int = 0,
+    text_field: str = "text",
+) -> tuple[Windows, Windows]:
+    """What :func:`calibration_batches` returns, and :func:`held_out_windows` of the same text.
+
+    Arguments and errors are those of :func:`calibration_batches`.
+    """
     check_sizes(samples=samples, sequence_length=sequence_length, seed=seed)
     documents = read_documents(source, text_field=text_field)
     return calibration_windows(
         documents, tokenizer, source=source, samples=samples, sequence_length=sequence_length, seed=seed
-    )[0]
+    )
 
 
 def calibration_windows(

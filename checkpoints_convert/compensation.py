@@ -19,12 +19,16 @@ from checkpoints_convert.algorithms.gptq import InputMoments, quantize_measured,
 from checkpoints_convert.algorithms.reconstruction import reconstruct, reconstruction_operations
 from checkpoints_convert.calibrate import Hidden, abstract_layer, batches_of, run_layer, run_samples
 from fireq_jax.compilation import COMPILE_QUICKLY
-from fireq_jax.models.block import LINEARS, Block
+from fireq_jax.models.block import Block, FusedLinear, linears_of
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.llama import DecoderLayer
 from fireq_jax.models.parameters import Parameter, layer_parameters, quantize_linear, with_parameters
 from fireq_jax.quantization.config import QuantizationConfig
 from pallas_kernels import formats
+
+# What tokens that do not go to an expert count in its moments: far less than those that do, but they decide for an
+# expert that no token goes to.
+UNROUTED = 1e-6
 
 
 class Compensator:
@@ -61,13 +65,13 @@ class Compensator:
         own = self._own_parameters(index, block)
         exact = self._layer(index, own, {}, self._float)
         done: dict[str, Parameter] = {}
-        for linear in LINEARS:
+        for linear in linears_of(self.config):
             if self.quantization.keeps_float(f"layers.{index}.{linear.name}"):
                 continue
             weight = own[f"{linear.name}.weight"]
             if self.quantization.measures_inputs:
                 seen = self._layer(index, own, done, self.quantization) if self.follows_quantized else exact
-                moments = self._moments(exact, seen, linear.input, hidden, quantized_hidden)
+                moments = self._moments(exact, seen, linear, hidden, quantized_hidden)
                 done[f"{linear.name}.weight"] = quantize_measured(weight, moments, self.quantization)
             else:
                 done[f"{linear.name}.weight"] = quantize_linear(weight, self.quantization)
@@ -100,7 +104,9 @@ class Compensator:
 
     def _staged(self, done: Mapping[str, Parameter], quantization: QuantizationConfig) -> QuantizationConfig:
         """The config of a layer called "layers.0" in which only the linear layers of ``done`` are quantized."""
-        left = tuple(f"layers.0.{linear.name}" for linear in LINEARS if f"{linear.name}.weight" not in done)
+        left = tuple(
+            f"layers.0.{linear.name}" for linear in linears_of(self.config) if f"{linear.name}.weight" not in done
+        )
         return dataclasses.replace(quantization, keep_float=left)
 
     def _own_parameters(self, index: int, block: Block) -> dict[str, Array]:
@@ -109,7 +115,7 @@ class Compensator:
         return {name.split(".", 2)[2]: value for name, value in parameters.items() if isinstance(value, Array)}
 
     def _moments(
-        self, exact: DecoderLayer, seen: DecoderLayer, tap: str, hidden: Hidden, quantized_hidden: Hidden
+        self, exact: DecoderLayer, seen: DecoderLayer, linear: FusedLinear, hidden: Hidden, quantized_hidden: Hidden
     ) -> InputMoments:
         exact_graph, exact_state = nnx.split(exact)
         seen_graph, seen_state = nnx.split(seen)
@@ -121,7 +127,7 @@ class Compensator:
                 exact_graph,
                 seen_graph,
                 self.config,
-                tap,
+                linear,
                 self.follows_quantized,
                 rounds,
                 exact_state,
@@ -142,18 +148,21 @@ def compensation_operations(config: ModelConfig, quantization: QuantizationConfi
     that and cost the memory of all of them.
     """
     heads, kv_heads, width, inner = config.num_heads, config.num_kv_heads, config.hidden_size, config.intermediate_size
+    experts = 1 if config.experts is None else config.experts.count
     shapes = [
-        ((heads + 2 * kv_heads) * config.head_dim, width),
-        (width, heads * config.head_dim),
-        (2 * inner, width),
-        (width, inner),
+        (1, (heads + 2 * kv_heads) * config.head_dim, width),
+        (1, width, heads * config.head_dim),
+        (experts, 2 * inner, width),
+        (experts, width, inner),
     ]
-    sizes = [n * k for n, k in shapes]
+    sizes = [count * n * k for count, n, k in shapes]
     streams = 2 if quantization.calibration_stream == "quantized" else 1
     before = sum(sum(sizes[:i]) for i in range(len(sizes))) if quantization.measures_inputs else 0
     passes = streams * before + (sum(sizes) if streams == 2 else 0)
-    moments = streams * sum(k * k for _, k in shapes) if quantization.measures_inputs else 0
-    rounding = sum(rounding_operations(n, k) for n, k in shapes) if quantization.error_compensation else 0
+    moments = streams * sum(count * k * k for count, _, k in shapes) if quantization.measures_inputs else 0
+    rounding = (
+        sum(count * rounding_operations(n, k) for count, n, k in shapes) if quantization.error_compensation else 0
+    )
     steps = quantization.learned_steps
     learning = reconstruction_operations(sum(sizes), steps, samples, length) if steps else 0
     return 2 * samples * length * (passes + moments) + rounding + learning
@@ -164,7 +173,7 @@ def _moments_step(
     exact_graph: nnx.GraphDef[DecoderLayer],
     seen_graph: nnx.GraphDef[DecoderLayer],
     config: ModelConfig,
-    tap: str,
+    linear: FusedLinear,
     paired: bool,
     rounds: bool,
     exact_state: nnx.State,
@@ -172,19 +181,31 @@ def _moments_step(
     hidden: Float[Array, "B T D"],
     quantized_hidden: Float[Array, "B T D"],
 ) -> InputMoments:
-    def inputs(graph: nnx.GraphDef[DecoderLayer], state: nnx.State, x: Array) -> Float[Array, "BT K"]:
+    def inputs(graph: nnx.GraphDef[DecoderLayer], state: nnx.State, x: Array) -> tuple[Array, Array | None]:
         taps: dict[str, Array] = {}
         run_layer(nnx.merge(graph, state), config, x, taps.__setitem__)
-        return taps[tap].reshape(-1, taps[tap].shape[-1]).astype(jnp.float32)
+        rows = taps[linear.input]
+        rows = rows.reshape(*rows.shape[:-3], -1, rows.shape[-1]).astype(jnp.float32)
+        return rows, taps["expert_weights"].reshape(rows.shape[-2], -1).T if linear.routed else None
 
-    x = inputs(exact_graph, exact_state, hidden)
+    x, weights = inputs(exact_graph, exact_state, hidden)
     if not paired:
-        return InputMoments(_second_moment(x, x))
-    y = inputs(seen_graph, seen_state, quantized_hidden)
+        return InputMoments(_second_moment(x, x, weights))
+    y, weights = inputs(seen_graph, seen_state, quantized_hidden)
     if rounds:
         y = formats.dequantize(formats.quantize_fp8(y))
-    return InputMoments(_second_moment(y, y), _second_moment(x, y))
+    return InputMoments(_second_moment(y, y, weights), _second_moment(x, y, weights))
 
 
-def _second_moment(x: Float[Array, "tokens K"], y: Float[Array, "tokens K"]) -> Float[Array, "K K"]:
-    return jnp.matmul(x.T, y, precision="highest") / len(x)
+def _second_moment(
+    x: Float[Array, "*experts tokens K"], y: Float[Array, "*experts tokens K"], weights: Float[Array, "E tokens"] | None
+) -> Float[Array, "*experts K K"]:
+    """The mean of x y^T; for each expert that of its tokens, by the square of what its output is multiplied by."""
+    if weights is None:
+        return jnp.matmul(x.T, y, precision="highest") / len(x)
+
+    def of_expert(expert: Array) -> Float[Array, "K K"]:
+        rows, others = (z if z.ndim == 2 else z[expert] for z in (x, y))
+        return _second_moment(rows * (jnp.square(weights[expert]) + UNROUTED)[:, None], others, None)
+
+    return jax.lax.map(of_expert, jnp.arange(len(weights)))

@@ -20,12 +20,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 from tqdm.auto import tqdm
 
-from checkpoints_convert.algorithms.keys import KeyStatistics, KeyTransform
 from checkpoints_convert.algorithms.reconstruction import check_sequences
-from checkpoints_convert.algorithms.smoothing import smooth_with_keys
+from checkpoints_convert.algorithms.smoothing import applicable, smooth_with_keys
+from checkpoints_convert.block_effects import smoothing_effect, weight_errors
 from checkpoints_convert.cache_format import fit_cache
 from checkpoints_convert.calibrate import BlockStatistics, Calibrator
 from checkpoints_convert.compensation import Compensator, compensation_operations
@@ -37,13 +37,12 @@ from fireq_jax.checkpoints.huggingface import HuggingFaceCheckpoint
 from fireq_jax.checkpoints.tokenizer import TOKENIZER_FILES
 from fireq_jax.command_line import check_interrupted
 from fireq_jax.config_fields import check_kinds, check_types
-from fireq_jax.models.block import block_shapes, fuse_block, linear_names
+from fireq_jax.models.block import block_shapes, linear_names
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.parameters import Parameter, global_parameters, layer_parameters
 from fireq_jax.quantization.config import QuantizationConfig
 from fireq_jax.whole_files import check_digests, digest, write_whole
 from pallas_kernels import formats
-from pallas_kernels.quantized_tensor import QuantizedTensor
 
 COMPANION_FILES = ("generation_config.json", *TOKENIZER_FILES)
 logger = logging.getLogger(__name__)
@@ -117,6 +116,12 @@ def convert(
     started = time.perf_counter()
     source = HuggingFaceCheckpoint(options.model)
     config, quantization = source.config, options.quantization
+    if quantization.smoothing is not None:
+        smoothing = applicable(quantization.smoothing, config)
+        if left_out := [name for name, value in vars(smoothing).items() if value != vars(quantization.smoothing)[name]]:
+            logger.info("%s would change what a %s computes: left out", " and ".join(left_out), config.model_type)
+        quantization = dataclasses.replace(quantization, smoothing=smoothing)
+        options = dataclasses.replace(options, quantization=quantization)
     quantization.check_fits(linear_names(config), config.head_dim)
     if tokens is None and needs_calibration(quantization):
         raise ValueError(f"recipe {options.recipe!r} measures keys on text; give calibration text")
@@ -249,7 +254,7 @@ def _convert_block(
     if held_out is not None and unseen is not None:
         unseen = held_out.run_quantized(index, parameters, unseen)
         save_array(work.held_out(index + 1), np.stack(unseen))
-    errors = _weight_errors(block, index, parameters)
+    errors = weight_errors(block, index, parameters)
     if broken := [name for name, error in errors.items() if not math.isfinite(error)]:
         raise ValueError(f"block {index}: {broken[0]} became NaN or infinite when it was smoothed or quantized")
     report = {
@@ -272,57 +277,6 @@ def _compensate_block(
     if output is not None:
         save_array(work.quantized_hidden(index + 1), output)
     return parameters
-
-
-def _weight_errors(block: Mapping[str, Array], index: int, parameters: Mapping[str, Parameter]) -> dict[str, float]:
-    """Relative Frobenius error of each quantized linear layer."""
-    fused = fuse_block(block)
-    return {
-        name: round(float(_relative_error(parameters[full], fused[f"{name}.weight"])), 6)
-        for name in sorted(linear.removesuffix(".weight") for linear in fused if linear.endswith("proj.weight"))
-        if isinstance(parameters[full := f"layers.{index}.{name}.weight"], QuantizedTensor)
-    }
-
-
-def smoothing_effect(
-    before: Mapping[str, Array],
-    after: Mapping[str, Array],
-    keys: KeyStatistics | None,
-    transform: KeyTransform | None,
-) -> dict[str, np.ndarray]:
-    """Channel absmax before and after smoothing, for plots.
-
-    Returns:
-        ``<linear>.before`` and ``<linear>.after``, float32 [K]; with measured keys also
-        ``keys.before``, ``keys.pre_rope`` (after N) and ``keys.post_rope`` (after N and S), [kv_heads, H],
-        before pairs are turned.
-    """
-    effect = {}
-    for moment, block in (("before", before), ("after", after)):
-        for name, absmax in _column_absmax(dict(block)).items():
-            effect[f"{name}.{moment}"] = np.asarray(absmax)
-    if keys is not None and transform is not None:
-        pre_rope = jnp.tile(transform.pairs.scale, (1, 2))
-        effect["keys.before"] = np.asarray(keys.channel_max)
-        effect["keys.pre_rope"] = np.asarray(keys.channel_max * pre_rope)
-        effect["keys.post_rope"] = np.asarray(keys.channel_max * pre_rope * transform.post_rope_scale)
-    return effect
-
-
-@jax.jit
-def _column_absmax(block: Mapping[str, Array]) -> dict[str, Float[Array, " K"]]:
-    """Of each linear layer."""
-    return {
-        name.removesuffix(".weight"): formats.finite_absmax(weight, axis=0)
-        for name, weight in fuse_block(block).items()
-        if name.endswith("proj.weight")
-    }
-
-
-@jax.jit
-def _relative_error(quantized: QuantizedTensor, weight: Float[Array, "N K"]) -> Float[Array, ""]:
-    norm = jnp.linalg.norm(weight)
-    return jnp.linalg.norm(quantized.dequantize() - weight) / jnp.where(norm > 0, norm, 1.0)
 
 
 def _finish(

@@ -13,7 +13,6 @@ import jax
 
 # What users can put right: arguments and files, what a named kernel cannot run, packages that are not installed.
 _EXPECTED = ValueError, NotImplementedError, OSError, ImportError
-_INTERRUPTED = 128 + signal.SIGINT
 _interrupted = threading.Event()
 
 
@@ -21,7 +20,7 @@ def exit_code(command: str, run: Callable[[], None]) -> int:
     """``run``'s exit code: 0, 2 for invalid input or too little memory, 130 if interrupted, 141 if stdout is closed."""
     logging.basicConfig(format="%(message)s")
     try:
-        with _interruptible(command):
+        with _interruptible():
             run()
         sys.stdout.flush()  # here, where a closed pipe is caught, and not at exit
     except BrokenPipeError:
@@ -30,7 +29,7 @@ def exit_code(command: str, run: Callable[[], None]) -> int:
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print(f"{command}: interrupted", file=sys.stderr)
-        return _INTERRUPTED
+        return 128 + signal.SIGINT
     except _EXPECTED as error:
         print(f"{command}: {error}", file=sys.stderr)
         return 2
@@ -49,13 +48,12 @@ def check_interrupted() -> None:
 
 
 @contextlib.contextmanager
-def _interruptible(command: str) -> Iterator[None]:
+def _interruptible() -> Iterator[None]:
     """Ctrl-C raises KeyboardInterrupt once; if that gets nowhere, a second one ends the process there and then."""
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
-        if _interrupted.is_set():
-            os.write(2, f"{command}: interrupted twice\n".encode())
-            os._exit(_INTERRUPTED)
+        # Not by a handler of ours, which would wait for a compilation that runs.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         _interrupted.set()
         raise KeyboardInterrupt
 

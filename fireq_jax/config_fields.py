@@ -45,10 +45,11 @@ def check_values(cls: type, values: Mapping[str, Any], ranges: Ranges, names: Ma
         if kind is None or field.name not in values or (values[field.name] is None and type(None) in options):
             continue
         value, name = values[field.name], (names or {}).get(field.name, field.name)
-        several = get_origin(field.type) is tuple
-        if several and not isinstance(value, tuple):
+        always = get_origin(field.type) is tuple
+        several = always or any(get_origin(option) is tuple for option in options)
+        if always and not isinstance(value, tuple):
             raise ValueError(f"{name} is {quote(value)}; expected a tuple")
-        numbers = value if several else (value,)
+        numbers = value if several and isinstance(value, tuple) else (value,)
         if not all(is_a(number, kind) for number in numbers):
             raise ValueError(f"{name} is {quote(value)}; expected {_KINDS[kind]}")
         if field.name in ranges:

@@ -88,8 +88,9 @@ def read_sealed(path: Path, advice: str, *, verify: bool = True) -> dict[str, An
         fields = read_json(path)
     except ValueError as error:
         raise ValueError(f"{error}; {advice}") from error
-    if fields.pop(_SEAL, None) != _checksum(fields) and verify:
-        raise ValueError(f"{path} has changed: its entries do not have the {_SEAL} that it states; {advice}")
+    stated = fields.pop(_SEAL, None)
+    if verify and stated != (found := _checksum(fields)):
+        raise ValueError(f"{path} has changed: SHA-256 of its entries is {found:.12}..., expected {stated}; {advice}")
     return fields
 
 

@@ -27,7 +27,7 @@ def write_whole(path: Path, save: Callable[[IO[bytes]], object]) -> None:
 def digest(path: Path) -> str:
     """SHA-256 of a file, or of a folder: of the names of the files in it, below it, and what they hold.
 
-    Hashing lets other threads run. One core does 1.3 GB/s where it has instructions for SHA-256, else 0.5 GB/s.
+    Hashing lets other threads run. One core does about 1 GB/s where it has instructions for SHA-256, else half.
 
     Raises:
         OSError: naming the file that is missing or cannot be read.

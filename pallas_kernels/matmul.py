@@ -41,9 +41,9 @@ def matmul(
             multiplied as they are (W4A16).
         weight: [N, K].
         bias: added before the activation; [N].
-        activation: "none", or of a gate: "silu_mul" (SiLU(gate) * up) or "gelu_tanh_mul" (GELU's tanh
-            approximation). For these ``weight`` holds gate and up rows interleaved
-            (``layouts.interleave_gate_up``), and N_out = N / 2.
+        activation: "none", or of a gate: "silu_mul" (SiLU(gate) * up), "gelu_tanh_mul" (GELU's tanh
+            approximation) or "clamped_silu_mul" (gpt-oss's, see ``matmul_epilogue``). For these ``weight``
+            holds gate and up rows interleaved (``layouts.interleave_gate_up``), and N_out = N / 2.
         residual: added last, in float32.
         out_dtype: dtype of the result; sums are float32 throughout.
         implementation: see ``dispatch``.
@@ -79,7 +79,8 @@ def deferred_matmul(
 ) -> Float[Array, "*rows N_out"] | SplitSum:
     """``matmul``, or where its kernel cuts K the parts of the result, if kernels that read it can add them up."""
     _validate(x, weight, bias, activation, residual)
-    if dispatch.resolve("matmul", implementation, _unsupported(x, weight, bias, residual, out_dtype)) == "mosaic_gpu":
+    unsupported = _unsupported(x, weight, bias, activation, residual, out_dtype)
+    if dispatch.resolve("matmul", implementation, unsupported) == "mosaic_gpu":
         y = _matmul_sm90(x, weight, bias, activation, residual)
         return finished(y) if isinstance(y, SplitSum) and split_sum.unsupported(y) else y
     return matmul_reference(x, weight, bias=bias, activation=activation, residual=residual, out_dtype=out_dtype)
@@ -89,11 +90,14 @@ def _unsupported(
     x: ScaledArray | Array,
     weight: QuantizedTensor,
     bias: Array | None,
+    activation: Activation,
     residual: Array | None,
     out_dtype: jax.typing.DTypeLike,
 ) -> str | None:
     """Why the Hopper kernel cannot run this, or None."""
     values = x.values if isinstance(x, ScaledArray) else x
+    if activation == "clamped_silu_mul":
+        return f"the kernel's epilogue has no {activation}"
     if weight.format == "fp8":
         return "the weight is FP8, which XLA multiplies at full speed"
     assert weight.group_scale is not None

@@ -9,11 +9,14 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import layouts
 
-Activation = Literal["none", "silu_mul", "gelu_tanh_mul"]
+Activation = Literal["none", "silu_mul", "gelu_tanh_mul", "clamped_silu_mul"]
 
 # gelu_tanh(x) = x / (1 + exp(-GELU_SLOPE (x + GELU_CUBIC x^3)))
 GELU_SLOPE = 2 * math.sqrt(2 / math.pi)
 GELU_CUBIC = 0.044715
+# gpt-oss: what gates and ups are clamped to, and the slope of its SiLU.
+GATE_LIMIT = 7.0
+SILU_SLOPE = 1.702
 
 
 def width_out(n: int, activation: Activation) -> int:
@@ -29,6 +32,12 @@ def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return x * jax.nn.sigmoid(GELU_SLOPE * (x + GELU_CUBIC * x * x * x))
 
 
+def clamped_silu_mul(gate: Float[Array, "..."], up: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x sigmoid(s x) (1 + up) of x = min(gate, c) and |up| <= c, as gpt-oss' experts have it."""
+    gate, up = jnp.minimum(gate, GATE_LIMIT), jnp.clip(up, -GATE_LIMIT, GATE_LIMIT)
+    return gate * jax.nn.sigmoid(SILU_SLOPE * gate) * (1 + up)
+
+
 def epilogue(
     y: Float[Array, "*rows N"],
     bias: Float[Array, " N"] | None,
@@ -40,5 +49,8 @@ def epilogue(
         y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
     if activation != "none":
         gate, up = layouts.split_gate_up(y)
-        y = (jax.nn.silu if activation == "silu_mul" else gelu_tanh)(gate) * up
+        if activation == "clamped_silu_mul":
+            y = clamped_silu_mul(gate, up)
+        else:
+            y = (jax.nn.silu if activation == "silu_mul" else gelu_tanh)(gate) * up
     return y if residual is None else y + residual.astype(jnp.float32)

@@ -1,7 +1,8 @@
 """A quantized weight matrix as a pytree: what the matmul op multiplies by."""
 
 import dataclasses
-from typing import Literal, Self, get_args
+from collections.abc import Callable
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jaxtyping import Array, Float, Key
 from pallas_kernels import formats, layouts
 
 WeightFormat = Literal["int4", "fp4", "nf4", "fp8"]
+T = TypeVar("T")
 
 
 @jax.tree_util.register_dataclass
@@ -26,6 +28,9 @@ class QuantizedTensor:
         format: "int4", or another of ``formats.CODEBOOKS``; or "fp8".
 
     Padded codes are 0 and padded scales 1, so that padding contributes exactly nothing.
+
+    A stack of matrices of one shape, such as a layer's experts, has arrays with one more axis in front; ``jax.vmap``,
+    ``jax.lax.scan`` and :func:`over_stack` take it apart.
     """
 
     values: Array
@@ -39,7 +44,7 @@ class QuantizedTensor:
         """Inputs that share one scale (K for "fp8")."""
         if self.group_scale is None:
             return self.shape[1]
-        return layouts.padded_shape(*self.shape)[1] // self.group_scale.shape[0]
+        return layouts.padded_shape(*self.shape)[1] // self.group_scale.shape[-2]
 
     @property
     def nbytes(self) -> int:
@@ -116,9 +121,24 @@ class QuantizedTensor:
         codes = jnp.pad(weight.codes, ((0, 0), (0, -k % self.group_size)))
         return formats.decode_weight(codes, weight.group_scale, self.format)[:, :k]
 
-    def dequantize(self) -> Float[Array, "N K"]:
-        """float32 matrix that the codes stand for."""
-        return self.unscaled() * self.channel_scale[: self.shape[0], None]
+    def dequantize(self) -> Float[Array, "*stack N K"]:
+        """float32 matrix that the codes stand for, or each of a stack."""
+        return over_stack(lambda matrix: matrix.unscaled() * matrix.channel_scale[: matrix.shape[0], None])(self)
+
+
+def over_stack(function: Callable[..., T]) -> Callable[..., T]:
+    """A function of matrices that takes stacks of them as well, one matrix after the other, and stacks its results.
+
+    What its first argument is, a matrix or a stack, so are all. Neither the program nor the memory for intermediate
+    values grows with the stack.
+    """
+
+    def of_each(*arguments: Any) -> T:
+        first = arguments[0]
+        rank = first.channel_scale.ndim + 1 if isinstance(first, QuantizedTensor) else first.ndim
+        return function(*arguments) if rank == 2 else jax.lax.map(lambda each: function(*each), arguments)
+
+    return of_each
 
 
 def quantize(

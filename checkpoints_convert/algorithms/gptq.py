@@ -23,7 +23,7 @@ from fireq_jax.compilation import COMPILE_QUICKLY
 from fireq_jax.quantization.config import QuantizationConfig
 from pallas_kernels import formats, layouts
 from pallas_kernels.formats import WeightCodes
-from pallas_kernels.quantized_tensor import QuantizedTensor
+from pallas_kernels.quantized_tensor import QuantizedTensor, over_stack
 
 # Ridges, as fractions of the mean diagonal: of H in GPTQ, and of H when a weight is re-fitted to
 # other inputs, where calibration noise could otherwise move the weight itself.
@@ -41,16 +41,22 @@ class InputMoments(NamedTuple):
     """Mean second moments of a linear layer's inputs over the calibration tokens.
 
     ``hessian`` is of the inputs X' that the layer will see; ``cross`` is X^T X' with the float
-    model's inputs X, or None if these are the same.
+    model's inputs X, or None if these are the same. Of experts they are stacked.
     """
 
-    hessian: Float[Array, "K K"]
-    cross: Float[Array, "K K"] | None = None
+    hessian: Float[Array, "*experts K K"]
+    cross: Float[Array, "*experts K K"] | None = None
 
 
 @functools.partial(jax.jit, static_argnums=2, compiler_options=COMPILE_QUICKLY)
-def quantize_measured(weight: Float[Array, "N K"], inputs: InputMoments, config: QuantizationConfig) -> QuantizedTensor:
-    """Quantize and pack a 4-bit weight by ``scale_search`` and ``error_compensation``."""
+def quantize_measured(
+    weight: Float[Array, "*experts N K"], inputs: InputMoments, config: QuantizationConfig
+) -> QuantizedTensor:
+    """Quantize and pack a 4-bit weight, or each of a stack, by ``scale_search`` and ``error_compensation``."""
+    return over_stack(functools.partial(_quantize_matrix, config=config))(weight, inputs)
+
+
+def _quantize_matrix(weight: Float[Array, "N K"], inputs: InputMoments, config: QuantizationConfig) -> QuantizedTensor:
     codebook = config.weight_format
     assert codebook != "fp8"
     assert codebook != "none"

@@ -17,7 +17,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import formats, layouts
-from pallas_kernels.quantized_tensor import QuantizedTensor
+from pallas_kernels.quantized_tensor import QuantizedTensor, over_stack
 
 Parameters = Mapping[str, Array | QuantizedTensor]
 
@@ -31,7 +31,7 @@ EPSILON = 1e-20
 
 
 class Change(NamedTuple):
-    """How far a block is from where learning began, by parameter name: zeros are the start."""
+    """How far a block is from where learning began, by parameter name: zeros are the start; experts are stacked."""
 
     latent: dict[str, Float[Array, "N K"]]  # in group scales; K is whole groups
     channel: dict[str, Float[Array, " N"]]  # of a channel scale, times exp(FACTOR_UNIT * channel)
@@ -42,7 +42,7 @@ def no_change(start: Parameters, origins: Mapping[str, Float[Array, "N K"]]) -> 
     """Zeros, for a block's parameters and the :func:`origin` of each weight."""
     return Change(
         latent={name: jnp.zeros_like(origin) for name, origin in origins.items()},
-        channel={name: jnp.zeros(len(origin), jnp.float32) for name, origin in origins.items()},
+        channel={name: jnp.zeros(origin.shape[:-1], jnp.float32) for name, origin in origins.items()},
         gain={name: jnp.zeros_like(gain) for name, gain in _gains(start)},
     )
 
@@ -64,6 +64,7 @@ def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Arra
 
 
 @jax.jit
+@over_stack
 def origin(tensor: QuantizedTensor, weight: Float[Array, "N K"]) -> Float[Array, "N groups_g"]:
     """Latent weights, in channel scales, that have the tensor's values as their nearest.
 
@@ -93,12 +94,22 @@ def float_parameters(
     """
     result = {**start, **_changed_gains(change, start)}
     for name, tensor in _tensors(start):
-        latent = _latent(change, name, tensor, origins)
-        codes, scale = _codes(tensor, jax.lax.stop_gradient(latent))
-        weight = straight_through(formats.decode_weight(codes, scale, _codebook(tensor)), latent)
-        n, k = tensor.shape
-        result[name] = weight[:, :k] * (tensor.channel_scale[:n] * _factor(change.channel[name]))[:, None]
+        result[name] = _float_weight(tensor, origins[name], change.latent[name], change.channel[name])
     return result
+
+
+@over_stack
+def _float_weight(
+    tensor: QuantizedTensor,
+    origin: Float[Array, "N groups_g"],
+    moved: Float[Array, "N groups_g"],
+    channel: Float[Array, " N"],
+) -> Float[Array, "N K"]:
+    latent = _latent(tensor, origin, moved)
+    codes, scale = _codes(tensor, jax.lax.stop_gradient(latent))
+    weight = straight_through(formats.decode_weight(codes, scale, _codebook(tensor)), latent)
+    n, k = tensor.shape
+    return weight[:, :k] * (tensor.channel_scale[:n] * _factor(channel))[:, None]
 
 
 @jax.jit
@@ -111,13 +122,21 @@ def changed_parameters(
     """
     result: dict[str, Array | QuantizedTensor] = {**_changed_gains(change, start)}
     for name, tensor in _tensors(start):
-        n, k = tensor.shape
-        codes, _ = _codes(tensor, _latent(change, name, tensor, origins))
-        channel_scale = tensor.channel_scale.at[:n].multiply(_factor(change.channel[name]))
-        result[name] = dataclasses.replace(
-            tensor, values=layouts.pack_weight(codes[:, :k]), channel_scale=channel_scale
-        )
+        result[name] = _changed_weight(tensor, origins[name], change.latent[name], change.channel[name])
     return result
+
+
+@over_stack
+def _changed_weight(
+    tensor: QuantizedTensor,
+    origin: Float[Array, "N groups_g"],
+    moved: Float[Array, "N groups_g"],
+    channel: Float[Array, " N"],
+) -> QuantizedTensor:
+    n, k = tensor.shape
+    codes, _ = _codes(tensor, _latent(tensor, origin, moved))
+    channel_scale = tensor.channel_scale.at[:n].multiply(_factor(channel))
+    return dataclasses.replace(tensor, values=layouts.pack_weight(codes[:, :k]), channel_scale=channel_scale)
 
 
 def _tensors(parameters: Parameters) -> list[tuple[str, QuantizedTensor]]:
@@ -146,10 +165,10 @@ def _group_scale(tensor: QuantizedTensor) -> Float[Array, "N G"]:
 
 
 def _latent(
-    change: Change, name: str, tensor: QuantizedTensor, origins: Mapping[str, Float[Array, "N K"]]
-) -> Float[Array, "N K"]:
+    tensor: QuantizedTensor, origin: Float[Array, "N groups_g"], moved: Float[Array, "N groups_g"]
+) -> Float[Array, "N groups_g"]:
     step = jnp.repeat(_group_scale(tensor).astype(jnp.float32), tensor.group_size, axis=1)
-    return origins[name] + change.latent[name] * step
+    return origin + moved * step
 
 
 def _codes(tensor: QuantizedTensor, latent: Float[Array, "N K"]) -> tuple[Int[Array, "N K"], Float[Array, "N G"]]:

@@ -18,16 +18,28 @@ from jaxtyping import Array, Float
 
 from checkpoints_convert.algorithms.keys import KeyStatistics, KeyTransform, key_transform, smooth_keys
 from checkpoints_convert.algorithms.values import balance_values, rotate_values
-from fireq_jax.models.block import Block, norm_names
+from fireq_jax.models.block import Block, mlp_name, norm_names
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.quantization.config import ColumnStatistic, SmoothingConfig
 from pallas_kernels import formats, layouts
+from pallas_kernels.quantized_tensor import over_stack
 
 # Tried by ``search_columns``, besides no balance at all.
 EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+
+
+def applicable(smoothing: SmoothingConfig, config: ModelConfig) -> SmoothingConfig:
+    """``smoothing`` without what would change the function of such a model.
+
+    An offset moves all scores of a query alike, but for a sink's, and a clamped activation is not proportional to up.
+    """
+    return dataclasses.replace(
+        smoothing,
+        key_offset=smoothing.key_offset and not config.sinks,
+        up_down=smoothing.up_down and config.activation != "clamped_silu",
+    )
 
 
 def smooth_block(
@@ -45,9 +57,9 @@ def smooth_block(
         keys: key statistics; needed for pre- and post-RoPE scaling and the key offset only.
         config: the architecture.
         smoothing: which rescalings, with their constants.
-        inputs: mean magnitude of each input channel by ``qkv_input``, ``o_input``,
-            ``gate_up_input`` and ``down_input``; needed for ``activation_exponent`` and
-            ``search_columns`` only.
+        inputs: mean magnitude of each input channel by ``qkv_input``, ``o_input``, ``gate_up_input`` and
+            ``down_input`` ([experts, K] of experts, up to a factor); needed for ``activation_exponent``
+            and ``search_columns`` only.
         values: second moments of each head's values; needed for ``value_basis`` "balanced" only.
 
     Returns:
@@ -57,7 +69,7 @@ def smooth_block(
         from the scaled keys.
 
     Raises:
-        ValueError: if statistics are missing.
+        ValueError: if statistics are missing, or ``smoothing`` is not :func:`applicable`.
     """
     return smooth_with_keys(block, keys, config, smoothing, inputs, values)[0]
 
@@ -71,6 +83,8 @@ def smooth_with_keys(
     values: Float[Array, "kv_heads H H"] | None,
 ) -> tuple[dict[str, Array], KeyTransform | None]:
     """:func:`smooth_block`, and what it did to the keys; None without key statistics."""
+    if smoothing != applicable(smoothing, config):
+        raise ValueError(f"key_offset or up_down would change what a {config.model_type} computes")
     if (smoothing.activation_exponent or smoothing.search_columns) and inputs is None:
         raise ValueError("activation_exponent and search_columns need statistics of the inputs; calibrate first")
     rescaled, transform = _rescale(dict(block), keys, config, smoothing, None if inputs is None else dict(inputs))
@@ -96,17 +110,18 @@ def _rescale(
         exponent = None if smoothing.search_columns else smoothing.activation_exponent
         return smoothing.column_statistic, None if inputs is None else inputs[name], exponent
 
-    result, norms = dict(block), norm_names(config)
+    result, norms, mlp = dict(block), norm_names(config), mlp_name(config)
+    gate_up = (f"{mlp}.gate_proj", f"{mlp}.up_proj")
     # Where one norm feeds both, their columns are balanced together.
-    readers = QKV + GATE_UP if config.norm_order == "parallel" else QKV
+    readers = QKV + gate_up if config.norm_order == "parallel" else QKV
     if smoothing.qkv_input and "input_layernorm" in norms:
         result = balance_norm(result, "input_layernorm.weight", readers, *options("qkv_input"))
     if smoothing.gate_up_input and "post_attention_layernorm" in norms:
-        result = balance_norm(result, "post_attention_layernorm.weight", GATE_UP, *options("gate_up_input"))
+        result = balance_norm(result, "post_attention_layernorm.weight", gate_up, *options("gate_up_input"))
     if smoothing.value_output and smoothing.value_basis != "balanced":
         result = balance_value_output(result, config, *options("o_input"))
     if smoothing.up_down:
-        result = balance_up_down(result, *options("down_input"))
+        result = balance_up_down(result, mlp, *options("down_input"))
     if keys is None and not smoothing.measures_keys:
         return result, None
     if not config.ignores_offsets:
@@ -172,12 +187,17 @@ def balance_norm(
     inputs: Float[Array, " K"] | None = None,
     exponent: float | None = 0.0,
 ) -> dict[str, Array]:
-    """Balance the columns of ``linears``, which share an input, against the RMSNorm gain before them."""
+    """Balance the columns of ``linears``, which share an input, against the RMSNorm gain before them.
+
+    A router of experts among them reads the same input: it is not rounded, and only follows.
+    """
     result = dict(block)
-    weights = jnp.concatenate([block[f"{name}.weight"] for name in linears])
-    scale = column_scale(weights, statistic, inputs, exponent)
+    weights = [block[f"{name}.weight"] for name in linears]
+    columns = jnp.concatenate([weight.reshape(-1, weight.shape[-1]) for weight in weights])
+    scale = column_scale(columns, statistic, inputs, exponent)
     result[norm] = block[norm] / scale
-    for name in linears:
+    routed = any(".experts." in name for name in linears)
+    for name in (*linears, "mlp.router") if routed else linears:
         result[f"{name}.weight"] = block[f"{name}.weight"] * scale
     return result
 
@@ -213,19 +233,28 @@ def _by_kv_head(columns: Float[Array, "*rows K"], config: ModelConfig) -> Float[
 
 
 def balance_up_down(
-    block: Block, statistic: ColumnStatistic, inputs: Float[Array, " K"] | None = None, exponent: float | None = 0.0
+    block: Block,
+    mlp: str,
+    statistic: ColumnStatistic,
+    inputs: Float[Array, "*experts K"] | None = None,
+    exponent: float | None = 0.0,
 ) -> dict[str, Array]:
-    """Lambda3: balance down_proj's columns against up_proj's rows."""
-    scale = column_scale(block["mlp.down_proj.weight"], statistic, inputs, exponent)
+    """Lambda3: balance down_proj's columns against up_proj's rows, of each expert if ``mlp`` names those."""
+    down = block[f"{mlp}.down_proj.weight"]
+
+    def scale_of(weight: Float[Array, "N K"], inputs: Float[Array, " K"] | None) -> Float[Array, " K"]:
+        return column_scale(weight, statistic, inputs, exponent)
+
+    scale = over_stack(scale_of)(down, inputs)
     return {
         **block,
-        "mlp.down_proj.weight": block["mlp.down_proj.weight"] * scale,
-        **_scale_rows(block, "mlp.up_proj", 1 / scale),
+        f"{mlp}.down_proj.weight": down * scale[..., None, :],
+        **_scale_rows(block, f"{mlp}.up_proj", 1 / scale),
     }
 
 
-def _scale_rows(block: Block, linear: str, scale: Float[Array, " N"]) -> dict[str, Array]:
-    scaled = {f"{linear}.weight": block[f"{linear}.weight"] * scale[:, None]}
+def _scale_rows(block: Block, linear: str, scale: Float[Array, "*experts N"]) -> dict[str, Array]:
+    scaled = {f"{linear}.weight": block[f"{linear}.weight"] * scale[..., None]}
     if f"{linear}.bias" in block:
         scaled[f"{linear}.bias"] = block[f"{linear}.bias"] * scale
     return scaled

@@ -17,6 +17,7 @@ import dataclasses
 import logging
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -313,17 +314,23 @@ def _default_sharding() -> jax.sharding.Sharding:
 
 @contextlib.contextmanager
 def _quiet_orbax() -> Iterator[None]:
-    """Drop what Orbax logs of an error beside raising it: a traceback for each of its threads."""
+    """Drop what Orbax says of an error beside raising it: tracebacks of its threads, and of what they abandon."""
 
     def drop(_: logging.LogRecord) -> bool:
         return False
 
-    log = logging.getLogger("absl")
+    def unraisable(args: "sys.UnraisableHookArgs") -> None:
+        if str(args.exc_value) != "Event loop is closed":
+            before(args)
+
+    log, before = logging.getLogger("absl"), sys.unraisablehook
     log.addFilter(drop)
+    sys.unraisablehook = unraisable
     try:
         yield
     finally:
         log.removeFilter(drop)
+        sys.unraisablehook = before
 
 
 def _flatten(parameters: Mapping[str, Parameter]) -> dict[str, Array]:

@@ -106,7 +106,10 @@ class HuggingFaceCheckpoint:
     def block(self, index: int) -> dict[str, np.ndarray]:
         """All tensors of block ``index``, in the form that ``models.block`` describes."""
         prefix = self._table.prefix.format(index=index)
-        return {name: source.read(self.tensor(prefix + source.name)) for name, source in self._table.block.items()}
+        return {
+            ours: source.read(*(self.tensor(prefix + name) for name in source.names))
+            for ours, source in self._table.block.items()
+        }
 
     def global_names(self) -> list[str]:
         """Names, as used here, of the tensors outside the blocks."""

@@ -97,7 +97,7 @@ def read_smoothing(model: str | Path) -> SmoothingEffect:
     if not path.is_file():
         raise ValueError(f"{path} is missing; only a converted model whose recipe smooths can be plotted")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except Exception as error:  # zip's, zlib's and numpy's own, MemoryError for absurd shapes
         raise ValueError(f"{path} cannot be read: {error}; expected arrays as fireq-convert writes them") from error
@@ -131,9 +131,11 @@ def plot_smoothing(effect: SmoothingEffect, folder: str | Path) -> list[Path]:
     for what, moments in sorted(effect.items()):
         paths.append(folder / f"{what}.png")
         if what.endswith("keys"):
-            plot_keys(*(moments[name] for name in _KEY_MOMENTS), what, paths[-1])
+            before, pre_rope, post_rope = (moments[name] for name in _KEY_MOMENTS)
+            plot_keys(before, pre_rope, post_rope, what, paths[-1])
         else:
-            plot_channel_absmax(*(moments[name] for name in _MOMENTS), what, paths[-1])
+            before, after = (moments[name] for name in _MOMENTS)
+            plot_channel_absmax(before, after, what, paths[-1])
     return paths
 
 

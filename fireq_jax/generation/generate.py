@@ -40,6 +40,7 @@ class GenerationOptions(SamplingOptions, total=False):
     pad_token_id: int | None
     key: Key[Array, "..."] | None
     cache_capacity: int | None
+    token_type_ids: jax.typing.ArrayLike | Sequence[Sequence[int]] | None
 
 
 class GenerationOutput(NamedTuple):
@@ -101,6 +102,8 @@ def generate(
             prompt several times, give each copy its own key.
             Keys of the default threefry implementation keep sequences independent of the batch.
         cache_capacity: slots of the cache; None means as many as needed, rounded up.
+        token_type_ids: 0 throughout, for these models have no segments: some tokenizers' results hold them, which
+            may be passed whole, ``generate(model, **tokenizer(texts), ...)``.
         **options: the options above from ``eos_token_ids`` on, and
             :class:`~fireq_jax.generation.sampling.SamplingConfig`'s fields: ``temperature``,
             ``top_k``, ``top_p``, ``min_p`` and ``repetition_penalty``.
@@ -354,11 +357,14 @@ def _prepare(
     pad_token_id: int | None = None,
     key: Key[Array, "..."] | None = None,
     cache_capacity: int | None = None,
+    token_type_ids: Any = None,
     **sampling: Unpack[SamplingOptions],
 ) -> _Request:
     config = model.config
     prompt = as_array("input_ids", input_ids)
     mask = None if attention_mask is None else as_array("attention_mask", attention_mask)
+    if token_type_ids is not None and (types := as_array("token_type_ids", token_type_ids)).any():
+        raise ValueError(f"token_type_ids has values {np.unique(types)[:8]}; expected 0: the model has no segments")
     tokens, lengths = _right_padded(prompt, mask, config.vocab_size)
     if not _is_whole(max_new_tokens) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens!r}; expected a whole number of at least 1")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fireq_jax.config_fields import is_a, quote
-from fireq_jax.models.config import ModelConfig, RopeConfig
+from fireq_jax.models.config import ExpertsConfig, ModelConfig, RopeConfig
 from fireq_jax.models.family import (
     ORIGINAL_POSITIONS,
     Family,
@@ -23,6 +23,7 @@ from fireq_jax.models.family import (
     window_layers,
 )
 from fireq_jax.models.tensor_source import TensorTable
+from pallas_kernels.matmul_epilogue import GATE_LIMIT, SILU_SLOPE
 
 
 def config_from_huggingface(fields: Fields) -> ModelConfig:
@@ -151,6 +152,52 @@ def _hunyuan(fields: Fields) -> dict[str, Any]:
     return options
 
 
+def _experts(fields: Fields, **options: bool) -> ExpertsConfig:
+    count, chosen = fields["num_local_experts"], fields["num_experts_per_tok"]
+    if not (is_a(count, int) and is_a(chosen, int)):
+        raise ValueError(
+            f"num_local_experts is {quote(count)} and num_experts_per_tok {quote(chosen)}; expected whole numbers"
+        )
+    return ExpertsConfig(count, chosen, **options)
+
+
+def _qwen3_moe(fields: Fields) -> dict[str, Any]:
+    if fields["mlp_only_layers"] or fields["decoder_sparse_step"] != 1:
+        raise ValueError(
+            f"mlp_only_layers is {quote(fields['mlp_only_layers'])} and decoder_sparse_step "
+            f"{quote(fields['decoder_sparse_step'])}; only experts in all layers are supported"
+        )
+    if not is_a(fields["norm_topk_prob"], bool):
+        raise ValueError(f"norm_topk_prob is {quote(fields['norm_topk_prob'])}; expected true or false")
+    windows = window_layers(fields, lambda i: True) if fields["use_sliding_window"] else {}
+    return {
+        "intermediate_size": fields["moe_intermediate_size"],
+        "head_norm": "before_rope",
+        "experts": _experts(fields, normalized=fields["norm_topk_prob"]),
+        **windows,
+    }
+
+
+def _gpt_oss(fields: Fields) -> dict[str, Any]:
+    for name, only in (("swiglu_alpha", SILU_SLOPE), ("swiglu_limit", GATE_LIMIT)):
+        if fields[name] != only:
+            raise ValueError(f"{name} is {quote(fields[name])}; only {only} is supported")
+    return {
+        "activation": "clamped_silu",
+        "mlp_bias": True,
+        "sinks": True,
+        "experts": _experts(fields, router_bias=True),
+        **window_layers(fields, lambda i: i % 2 == 0),
+    }
+
+
+# What training alone has a use for.
+_ROUTER: Fields = {"output_router_logits": False, "router_aux_loss_coef": 0.001, "router_jitter_noise": 0.0}
+_EXPERT_KEYS = {"num_experts": "num_local_experts"}
+_GPT_OSS_ROPE = {
+    "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+    ORIGINAL_POSITIONS: 4096,
+}  # fmt: skip
 _QWEN: Fields = {"use_sliding_window": False, "sliding_window": None, "max_window_layers": 28, "layer_types": None}
 _GEMMA: Fields = {"head_dim": 256, "tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"}
 _GEMMA2: Fields = {
@@ -231,6 +278,45 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "qwen3": Family(
         {**_QWEN, "head_dim": 128}, options=lambda fields: {"head_norm": "before_rope", **_qwen_windows(fields)}
+    ),
+    "qwen3_moe": Family(
+        {
+            **_ROUTER, "use_sliding_window": False, "sliding_window": 4096, "layer_types": None,
+            "max_window_layers": None, "num_key_value_heads": 4, "moe_intermediate_size": 768,
+            "num_local_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": False,
+            "decoder_sparse_step": 1, "mlp_only_layers": None,
+        },
+        _EXPERT_KEYS,
+        _qwen3_moe,
+        names={
+            "mlp.router": "mlp.gate",
+            **{f"mlp.experts.{part}_proj": f"mlp.experts.{{expert}}.{part}_proj" for part in ("gate", "up", "down")},
+        },
+    ),
+    "mixtral": Family(
+        {
+            **_ROUTER, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None, "layer_types": None,
+            "num_local_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": 8,
+        },
+        _EXPERT_KEYS,
+        lambda fields: {"experts": _experts(fields), **window_layers(fields, lambda i: True)},
+        names={
+            "mlp.router": "block_sparse_moe.gate",
+            "mlp.experts.gate_proj": "block_sparse_moe.experts.{expert}.w1",
+            "mlp.experts.up_proj": "block_sparse_moe.experts.{expert}.w3",
+            "mlp.experts.down_proj": "block_sparse_moe.experts.{expert}.w2",
+        },
+    ),
+    "gpt_oss": Family(
+        {
+            **_ROUTER, "head_dim": 64, "rms_norm_eps": 1e-5, "rope_theta": 1.5e5, "rope_parameters": _GPT_OSS_ROPE,
+            "attention_bias": True, "sliding_window": 128, "layer_types": None, "num_key_value_heads": 8,
+            "num_local_experts": 128, "num_experts_per_tok": 4, "swiglu_alpha": 1.702, "swiglu_limit": 7.0,
+            "initial_context_length": 4096, "experts_per_token": 4,
+        },
+        _EXPERT_KEYS,
+        _gpt_oss,
+        stacked_experts=True,
     ),
     "smollm3": Family(
         {

@@ -6,6 +6,8 @@ the one form that every family is brought to when it is read (``architectures``)
 - queries and keys have rotary pairs (i, i + H/2), and all heads ``config.head_dim`` channels;
 - ``input_layernorm`` and ``post_attention_layernorm`` come before attention and the MLP, ``attention_output_norm``
   and ``mlp_output_norm`` after them; a family has some of these (``config.norm_order``);
+- a mixture of experts has ``mlp.router.weight`` [experts, D], and ``mlp.experts.gate_proj.weight`` [experts, I, D]
+  and the like in place of ``mlp.gate_proj.weight`` [I, D] (``config.experts``);
 - ``self_attn.q_norm`` [heads, H] and ``self_attn.k_norm`` [kv_heads, H] are norms of each head (``config.head_norm``);
 - gains are what rows are multiplied by.
 
@@ -15,6 +17,7 @@ The model holds q, k, v as one matrix, and gate and up interleaved as another.
 import dataclasses
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -26,35 +29,52 @@ Block = Mapping[str, Array]
 
 @dataclasses.dataclass(frozen=True)
 class FusedLinear:
-    """A linear layer of the model.
+    """A linear layer of the model, or one that every expert of a layer has.
 
     Attributes:
         name: in a decoder layer.
         parts: the checkpoint's linear layers that it computes in one.
         input: what calibration calls its input.
         norm: the norm that its input comes out of in families that have it, or None.
+        routed: whether every expert has its own, for tokens of its own.
     """
 
     name: str
     parts: tuple[str, ...]
     input: str
     norm: str | None = None
+    routed: bool = False
 
 
-# In the order in which data walks through them.
-LINEARS = (
-    FusedLinear(
-        "self_attn.qkv_proj",
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        "qkv_input",
-        "input_layernorm",
-    ),
-    FusedLinear("self_attn.o_proj", ("self_attn.o_proj",), "o_input"),
-    FusedLinear("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"), "gate_up_input", "post_attention_layernorm"),
-    FusedLinear("mlp.down_proj", ("mlp.down_proj",), "down_input"),
-)
+def linears_of(config: ModelConfig) -> tuple[FusedLinear, ...]:
+    """The linear layers of a block, in the order in which data walks through them."""
+    mlp, routed = mlp_name(config), config.experts is not None
+    return (
+        FusedLinear(
+            "self_attn.qkv_proj",
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            "qkv_input",
+            "input_layernorm",
+        ),
+        FusedLinear("self_attn.o_proj", ("self_attn.o_proj",), "o_input"),
+        FusedLinear(
+            f"{mlp}.gate_up_proj",
+            (f"{mlp}.gate_proj", f"{mlp}.up_proj"),
+            "gate_up_input",
+            "post_attention_layernorm",
+            routed,
+        ),
+        FusedLinear(f"{mlp}.down_proj", (f"{mlp}.down_proj",), "down_input", routed=routed),
+    )
+
+
+def mlp_name(config: ModelConfig) -> str:
+    """What names of the MLP's, or of the experts', tensors begin with."""
+    return "mlp" if config.experts is None else "mlp.experts"
+
+
 # Parameters of a layer that are float32 whatever the model's dtype.
-FLOAT32 = ("norm", "post_rope_scale", "key_offset", "sinks")
+FLOAT32 = ("norm", "post_rope_scale", "key_offset", "sinks", "router")
 
 
 def norm_names(config: ModelConfig) -> tuple[str, ...]:
@@ -75,18 +95,27 @@ def block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if config.head_norm != "none":
         shapes["self_attn.q_norm"] = (config.num_heads, config.head_dim)
         shapes["self_attn.k_norm"] = (config.num_kv_heads, config.head_dim)
+    if config.sinks:
+        shapes["self_attn.sinks"] = (config.num_heads,)
+    stack: tuple[int, ...] = ()
+    if config.experts is not None:
+        stack = (config.experts.count,)
+        shapes["mlp.router.weight"] = (*stack, hidden)
+        if config.experts.router_bias:
+            shapes["mlp.router.bias"] = stack
+    mlp = mlp_name(config)
     for name, size, bias in (
         ("self_attn.q_proj", (queries, hidden), config.attention_bias),
         ("self_attn.k_proj", (keys, hidden), config.attention_bias),
         ("self_attn.v_proj", (keys, hidden), config.attention_bias),
         ("self_attn.o_proj", (hidden, queries), config.output_bias),
-        ("mlp.gate_proj", (inner, hidden), config.mlp_bias),
-        ("mlp.up_proj", (inner, hidden), config.mlp_bias),
-        ("mlp.down_proj", (hidden, inner), config.mlp_bias),
+        (f"{mlp}.gate_proj", (*stack, inner, hidden), config.mlp_bias),
+        (f"{mlp}.up_proj", (*stack, inner, hidden), config.mlp_bias),
+        (f"{mlp}.down_proj", (*stack, hidden, inner), config.mlp_bias),
     ):
         shapes[f"{name}.weight"] = size
         if bias:
-            shapes[f"{name}.bias"] = size[:1]
+            shapes[f"{name}.bias"] = size[:-1]
     return shapes
 
 
@@ -99,7 +128,7 @@ def global_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def linear_names(config: ModelConfig) -> list[str]:
     """Names of all linear layers, as ``QuantizationConfig.keep_float`` matches them."""
-    return [f"layers.{i}.{linear.name}" for i in range(config.num_layers) for linear in LINEARS]
+    return [f"layers.{i}.{linear.name}" for i in range(config.num_layers) for linear in linears_of(config)]
 
 
 def fuse_block(block: Block) -> dict[str, Array]:
@@ -111,7 +140,8 @@ def fuse_block(block: Block) -> dict[str, Array]:
             fused[name.replace(".q_proj.", ".qkv_proj.")] = jnp.concatenate(parts)
         elif ".gate_proj." in name:
             up = block[name.replace(".gate_proj.", ".up_proj.")]
-            fused[name.replace(".gate_proj.", ".gate_up_proj.")] = layouts.interleave_gate_up(array, up)
+            interleave = jax.vmap(layouts.interleave_gate_up) if ".experts." in name else layouts.interleave_gate_up
+            fused[name.replace(".gate_proj.", ".gate_up_proj.")] = interleave(array, up)
         elif not any(part in name for part in (".k_proj.", ".v_proj.", ".up_proj.")):
             fused[name] = array
     return fused

@@ -10,7 +10,7 @@ RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 NormOrder = Literal["pre", "post", "sandwich", "parallel"]
 NormKind = Literal["rms", "layer"]
 HeadNorms = Literal["none", "before_rope", "after_rope", "across_heads"]
-GateActivation = Literal["silu", "gelu_tanh"]
+GateActivation = Literal["silu", "gelu_tanh", "clamped_silu"]
 _ORIGINAL = "original_max_position_embeddings"
 # Beyond any real model, and small enough that indices and positions stay within int32 and rotary frequencies
 # and epsilons within float32.
@@ -31,6 +31,7 @@ _ROPE_RANGES: Ranges = {
     "long_factor": (1e-6, 10**6),
     "rotary_dim": (2, 2**12),
 }
+_EXPERT_RANGES: Ranges = {"count": (1, 2**12), "per_token": (1, 2**12)}
 RANGES: Ranges = {
     "vocab_size": (1, LARGEST_VOCABULARY),
     "hidden_size": (1, 2**20),
@@ -123,7 +124,7 @@ class RopeConfig:
         values = forms.get("rope_scaling") or forms.get("rope_parameters") or {}
         if "rope_theta" in fields:
             values.setdefault("rope_theta", fields["rope_theta"])
-        values = {name: value for name, value in values.items() if value is not None}
+        values = {name: _tuple(value) for name, value in values.items() if value is not None}
         former = values.pop("type", "default")
         values.setdefault("rope_type", former)
         # What says how a model came about, and what a family reads itself.
@@ -133,7 +134,6 @@ class RopeConfig:
             values[_ORIGINAL] = fields[_ORIGINAL]
         if "rope_theta" in values:
             values["theta"] = values.pop("rope_theta")
-        values = _with_tuples(values)
         check_values(cls, values, _ROPE_RANGES, {"theta": "rope_theta"})
         if values["rope_type"] in ("su", "longrope"):
             values["rope_type"] = "longrope"
@@ -147,7 +147,39 @@ class RopeConfig:
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
         """Read the fields by name; unknown keys are errors."""
         check_names(cls, mapping(fields, "rope"), may_lack=True)
-        return cls(**_with_tuples(fields))
+        return cls(**{name: _tuple(value) for name, value in fields.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertsConfig:
+    """A mixture of experts: MLPs of which each token goes to the few that a linear router likes most.
+
+    Attributes:
+        count: experts of a layer.
+        per_token: experts that a token goes to.
+        normalized: whether the softmax that weighs their outputs is over the chosen experts alone, rather than
+            over all.
+        router_bias: whether the router adds a number for each expert.
+
+    Raises:
+        ValueError: for a value of another type or out of range.
+    """
+
+    count: int
+    per_token: int
+    normalized: bool = True
+    router_bias: bool = False
+
+    def __post_init__(self) -> None:
+        check_types(self, _EXPERT_RANGES)
+        if self.per_token > self.count:
+            raise ValueError(f"per_token is {self.per_token}; expected at most {self.count}, the number of experts")
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """Read the fields by name; unknown keys are errors, and so are missing ones."""
+        check_names(cls, mapping(fields, "experts"))
+        return cls(**fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +188,7 @@ class ModelConfig:
 
     Attributes:
         model_type: the family, by transformers' name.
+        intermediate_size: channels between an MLP's matmuls; an expert's, where there are ``experts``.
         head_dim: channels of a head, as it is computed with; need not be ``hidden_size // num_heads``.
         head_width: those that are not padding; None means all. The checkpoint's size of a head.
         rope: of layers that see everything, and of all where ``local_rope`` is None.
@@ -169,7 +202,10 @@ class ModelConfig:
         rms_norm_eps: of these norms.
         head_norm: RMSNorm of queries and keys: of each head "before_rope" or "after_rope", or before RoPE
             "across_heads", with one root mean square for all.
-        activation: of the gate.
+        activation: of the gate; "clamped_silu" is gpt-oss's (``matmul_epilogue.clamped_silu_mul``).
+        experts: the mixture of experts in place of each layer's MLP; None means an MLP.
+        mlp_bias: of the MLP's, or of each expert's, linear layers.
+        sinks: whether each head has a score of its own that joins the softmax without a value.
         attention_bias: of q, k and v.
         output_bias: of attention's output.
         attention_scale: factor of the scores; None means width ** -0.5.
@@ -217,6 +253,8 @@ class ModelConfig:
     query_growth: float = 0.0
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
+    sinks: bool = False
+    experts: ExpertsConfig | None = None
 
     def __post_init__(self) -> None:
         check_types(self, RANGES)
@@ -304,6 +342,8 @@ class ModelConfig:
         values["rope"] = RopeConfig.from_dict(values["rope"])
         if values.get("local_rope") is not None:
             values["local_rope"] = RopeConfig.from_dict(values["local_rope"])
+        if values.get("experts") is not None:
+            values["experts"] = ExpertsConfig.from_dict(values["experts"])
         return cls(**values)
 
 
@@ -312,9 +352,9 @@ def eos_ids(value: Any) -> tuple[Any, ...]:
     return () if value is None else tuple(value) if isinstance(value, list) else (value,)
 
 
-def _with_tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON's lists as the tuples that fields are."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+def _tuple(value: Any) -> Any:
+    """A JSON list as a tuple, other values as they are."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -75,6 +75,8 @@ class Family:
         prefix: of a block's tensors in the checkpoint.
         globals: this project's name of a tensor outside the blocks -> the checkpoint's.
         fused_qkv, fused_gate_up: whether the checkpoint holds these as one tensor.
+        stacked_experts: whether it holds all experts' gates and ups as one tensor [experts, D, 2 I], in turns, and
+            all their downs as another [experts, I, D]; else ``names`` have "{expert}" in them.
         interleaved_rope: whether its rotary pairs are (2i, 2i + 1).
         gain_offset: what is added to its norms' weights.
         partial_rope: whether only some channels of a head may turn.
@@ -95,6 +97,7 @@ class Family:
     )
     fused_qkv: bool = False
     fused_gate_up: bool = False
+    stacked_experts: bool = False
     interleaved_rope: bool = False
     gain_offset: float = 0.0
     partial_rope: bool = False
@@ -311,6 +314,8 @@ def _source(
     part = stem.split(".")[-1].removesuffix("_proj")
     if name in ("self_attn.q_norm", "self_attn.k_norm"):
         return _head_norm(name, shape, family, config, channels)
+    if ".experts." in name:
+        return _of_experts(theirs, part, kind, shape, stacked=family.stacked_experts)
     if part in ("q", "k", "v"):
         count = heads if part == "q" else kv_heads
         rows = _of_heads(plain if part == "v" else channels, count, real)
@@ -338,6 +343,20 @@ def _head_norm(
     rows = _of_heads(channels, shape[0], real if each else 0)
     size = (shape[0] * real,) if each else (real,)
     return TensorSource(theirs, size, rows=rows, offset=family.gain_offset, reshaped=shape)
+
+
+def _of_experts(theirs: str, part: str, kind: str, shape: tuple[int, ...], *, stacked: bool) -> TensorSource:
+    """A linear layer's tensor of all experts: one of the checkpoint's for each, unless it holds them ``stacked``."""
+    count, *each = shape
+    if not stacked:
+        return TensorSource(theirs, tuple(each), stack=count)
+    rows = None
+    if part in ("gate", "up"):
+        rows, each[0] = 2 * np.arange(each[0]) + (part == "up"), 2 * each[0]
+    stem = f"mlp.experts.{'down' if part == 'down' else 'gate_up'}_proj"
+    if kind == "bias":
+        return TensorSource(f"{stem}_bias", (count, *each), rows=rows, stack=count)
+    return TensorSource(stem, (count, *reversed(each)), rows=rows, stack=count, transposed=True)
 
 
 def _of_heads(channels: np.ndarray, heads: int, step: int) -> np.ndarray:

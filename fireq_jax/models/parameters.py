@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from fireq_jax.compilation import COMPILE_QUICKLY
 from fireq_jax.models.block import FLOAT32, Block, fuse_block
 from fireq_jax.quantization.config import QuantizationConfig
-from pallas_kernels.quantized_tensor import QuantizedTensor, quantize
+from pallas_kernels.quantized_tensor import QuantizedTensor, over_stack, quantize
 
 Parameter = Array | QuantizedTensor
 ModuleT = TypeVar("ModuleT", bound=nnx.Module)
@@ -52,8 +52,10 @@ def global_parameters(
 
 
 @functools.partial(jax.jit, static_argnums=1, compiler_options=COMPILE_QUICKLY)
-def quantize_linear(weight: Array, quantization: QuantizationConfig) -> QuantizedTensor:
-    """Round one [N, K] matrix to the nearest codes as the config says (jitted: a weight's temporaries fuse away).
+def quantize_linear(weight: Float[Array, "*stack N K"], quantization: QuantizationConfig) -> QuantizedTensor:
+    """Round an [N, K] matrix to the nearest codes as the config says (jitted: a weight's temporaries fuse away).
+
+    A stack of matrices is rounded one by one.
 
     Raises:
         ValueError: if the config has no quantized weights, or measures their inputs first.
@@ -62,14 +64,15 @@ def quantize_linear(weight: Array, quantization: QuantizationConfig) -> Quantize
         raise ValueError("weight_format is 'none'; expected a format of 4 or 8 bits")
     if quantization.measures_inputs:
         raise ValueError("scale_search and error_compensation need the moments of the layer's inputs; calibrate")
-    return quantize(
-        weight,
+    rounded = functools.partial(
+        quantize,
         format=quantization.weight_format,
         group_size=quantization.group_size,
         scale_dtype=quantization.scale_dtype,
         channel_scale=quantization.channel_scale,
         rounding=quantization.rounding,
     )
+    return over_stack(rounded)(weight)
 
 
 def abstract(make: Callable[[], ModuleT]) -> ModuleT:

@@ -14,11 +14,15 @@ class TensorSource:
     """Where a tensor is in a checkpoint, and how it is read: ``scale * (theirs[rows][:, columns] + offset)``.
 
     Attributes:
-        name: in the checkpoint; of a block's tensor without the block's prefix.
+        name: in the checkpoint; of a block's tensor without the block's prefix. With "{expert}" in it one tensor
+            for each of a ``stack``.
         shape: in the checkpoint.
         rows, columns: the checkpoint's index of each row and column, -1 for zeros; None means as they are.
         scale, offset: applied in float32 to all that is not padding.
         reshaped: the final shape, where it is another.
+        stack: how many matrices (or vectors) of which all this holds the tensor is: the checkpoint's tensors of
+            as many names, or its first axis. None means one.
+        transposed: whether the checkpoint's matrices are [columns, rows].
     """
 
     name: str
@@ -28,12 +32,22 @@ class TensorSource:
     scale: float = 1.0
     offset: float = 0.0
     reshaped: tuple[int, ...] | None = None
+    stack: int | None = None
+    transposed: bool = False
 
-    def read(self, tensor: np.ndarray) -> np.ndarray:
-        """The block's tensor; in the checkpoint's dtype where no number changes, else float32."""
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The checkpoint's tensors that it is made of."""
+        return tuple(dict.fromkeys(self.name.format(expert=i) for i in range(self.stack or 1)))
+
+    def read(self, *tensors: np.ndarray) -> np.ndarray:
+        """The block's tensor of those called ``names``; in their dtype where no number changes, else float32."""
+        tensor = np.stack(tensors) if "{expert}" in self.name else tensors[0]
         if self.offset or self.scale != 1:
             tensor = (tensor.astype(np.float32) + np.float32(self.offset)) * np.float32(self.scale)
-        for axis, index in enumerate((self.rows, self.columns)):
+        if self.transposed:
+            tensor = tensor.swapaxes(-2, -1)
+        for axis, index in enumerate((self.rows, self.columns), start=0 if self.stack is None else 1):
             if index is not None:
                 tensor = _take(tensor, index, axis)
         return tensor if self.reshaped is None else tensor.reshape(self.reshaped)
@@ -58,7 +72,7 @@ class TensorTable:
         shapes = {source.name: source.shape for source in self.outside.values()}
         for index in range(layers):
             prefix = self.prefix.format(index=index)
-            shapes |= {prefix + source.name: source.shape for source in self.block.values()}
+            shapes |= {prefix + name: source.shape for source in self.block.values() for name in source.names}
         return shapes
 
 

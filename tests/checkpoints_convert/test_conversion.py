@@ -206,7 +206,7 @@ def test_output_that_holds_something_else_is_never_touched(source: Path, tokens:
 
 def test_complete_output_is_never_overwritten(source: Path, tokens: np.ndarray, converted: Path) -> None:
     with pytest.raises(ValueError, match="already holds a complete model"):
-        convert(options(source, converted), tokens, resume=True, progress=False)
+        convert(options(source, converted), tokens, progress=False)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -317,13 +317,13 @@ def test_unknown_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_smoothing_effect_is_recorded_and_plotted(converted: Path, tmp_path: Path) -> None:
-    from fireq_jax.evaluation.plots import plot_smoothing
+    from fireq_jax.evaluation.plots import plot_smoothing, read_smoothing
 
     effect = np.load(converted / "smoothing.npz")
     assert effect["layers.2.keys.before"].shape == (2, 16)
     # N and S bring every pair's largest key to at most alpha = beta, up to the rounding of a product.
     assert effect["layers.2.keys.post_rope"].max() <= recipes.fireq().smoothing.beta * 1.001
-    figures = plot_smoothing(converted, tmp_path)
+    figures = plot_smoothing(read_smoothing(converted), tmp_path)
     assert len(figures) == 3 * 5
     assert all(path.stat().st_size > 1000 for path in figures)
 

@@ -150,7 +150,7 @@ def test_files_of_one_name_in_two_folders_are_two(source: Path, tmp_path: Path) 
     (model / "model.safetensors").rename(model / "b" / "model.safetensors")
     found = type("Source", (), {"config": conversion.HuggingFaceCheckpoint(source).config})
     found.files = [model / "a/model.safetensors", model / "b/model.safetensors"]
-    fingerprint = conversion._fingerprint(options(model, tmp_path), found, None)  # pyright: ignore
+    fingerprint = conversion._fingerprint(options(model, tmp_path), found, None, None)  # pyright: ignore
     assert {"a/model.safetensors, size and time", "b/model.safetensors, size and time"} <= set(fingerprint)
 
 

@@ -1,5 +1,7 @@
 """Where processes keep compiled programs, and that lowered ones are made once."""
 
+import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,16 +31,50 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
 
 
-@pytest.mark.parametrize("variable", [None, "", "/somewhere/else"])
-def test_a_gpu_keeps_programs(on_gpu, monkeypatch, variable):
-    if variable is None:
-        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    else:
-        monkeypatch.setenv("XDG_CACHE_HOME", variable)
+@pytest.fixture(autouse=True)
+def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    compilation._warn.cache_clear()
+    return tmp_path / "home"
+
+
+@pytest.mark.parametrize("variable", [None, "", "elsewhere"])
+def test_a_gpu_keeps_programs_where_only_this_user_looks(on_gpu, monkeypatch, home, tmp_path, variable):
+    if variable is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", variable and str(tmp_path / variable))
     keep_programs()
-    expected = Path(variable) if variable else Path.home() / ".cache"
-    assert jax.config.values["jax_compilation_cache_dir"] == str(expected / "fireq-jax")
+    expected = (tmp_path / variable if variable else home / ".cache") / "fireq-jax"
+    assert jax.config.values["jax_compilation_cache_dir"] == str(expected)
     assert jax.config.values["jax_persistent_cache_min_compile_time_secs"] == 0.0
+    assert stat.S_IMODE(expected.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
+def test_a_folder_that_others_can_write_to_is_left_alone(on_gpu, home, caplog, mode):
+    cache = home / ".cache" / "fireq-jax"
+    cache.mkdir(parents=True)
+    cache.chmod(mode)
+    for _ in range(2):
+        keep_programs()
+    assert jax.config.values["jax_compilation_cache_dir"] is None
+    [message] = caplog.messages
+    assert f"{cache} can be written to by others (mode {mode:04o}; expected 0700)" in message
+
+
+def test_a_folder_of_another_user_is_left_alone(on_gpu, home, caplog, monkeypatch):
+    (home / ".cache" / "fireq-jax").mkdir(parents=True)
+    owner = (home / ".cache" / "fireq-jax").stat()
+    monkeypatch.setattr(Path, "stat", lambda self, **_: os.stat_result((*owner[:4], 4321, *owner[5:])))
+    assert not compilation._is_private(home / ".cache" / "fireq-jax")
+    assert "belongs to user 4321" in caplog.text
+
+
+def test_a_cache_that_cannot_be_made_is_said(on_gpu, home, caplog):
+    home.write_text("a file")
+    keep_programs()
+    assert jax.config.values["jax_compilation_cache_dir"] is None
+    assert "compiled programs cannot be kept" in caplog.text
 
 
 def test_a_configured_folder_stays(on_gpu):
@@ -82,6 +118,17 @@ def test_a_lowered_program_is_made_once(folder):
         jax.clear_caches()
     assert double.traced == 1
     assert [file.name.split("-")[0] for file in folder.iterdir()] == ["double"]
+
+
+def test_a_lowered_program_is_not_read_where_others_write(folder, caplog):
+    double = Double()
+    double(jnp.arange(3))
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    folder.chmod(0o777)
+    jax.clear_caches()
+    np.testing.assert_array_equal(double(jnp.arange(3)), [0, 2, 4])
+    assert double.traced == 2
+    assert f"{folder} can be written to by others" in caplog.text
 
 
 def test_another_program_is_not_mistaken_for_it(folder, monkeypatch):

@@ -88,8 +88,10 @@ def check_error(arguments, capsys, *parts):
 
 def test_errors_before_anything_is_loaded(tmp_path, text, capsys):
     gone = tmp_path / "gone"
-    check_error(["--model", gone, "--text", text], capsys, f"model is '{gone}'; expected a folder")
-    check_error(["--model", tmp_path, "--text", text], capsys, f"{tmp_path} has no tokenizer")
+    check_error(
+        ["--model", gone, "--text", text], capsys, f"model is '{gone}'; expected an existing folder or a hub id"
+    )
+    check_error(["--model", tmp_path, "--text", text], capsys, f"{tmp_path} has no config.json")
     check_error(["--model", MODEL, "--model", MODEL, "--text", text], capsys, "is named more than once")
     check_error(["--model", MODEL, "--text", tmp_path / "gone.txt"], capsys, "gone.txt: no such file")
     check_error(["--model", MODEL, "--text", text, "--json", gone / "a.json"], capsys, "a folder that exists")

@@ -16,6 +16,7 @@ from tiny_llama import weights_of, write_folder
 from fireq_jax import AutoModelForCausalLM, LlamaForCausalLM, generate
 from fireq_jax.models import architectures
 from fireq_jax.models.architectures import config_from_huggingface, tensor_table
+from fireq_jax.models.config import ExpertsConfig
 
 GOLDEN = np.load(FAMILIES)
 HAS_TORCH = importlib.util.find_spec("torch") is not None
@@ -65,8 +66,8 @@ def test_families_that_are_llamas_by_other_names(case, tmp_path):
         renamed[theirs.name] = tensors[ours.name]
     for index in range(config.num_layers):
         prefixes = [table.prefix.format(index=index) for table in tables]
-        for ours, theirs in zip(*(table.block.values() for table in tables), strict=True):
-            renamed[prefixes[1] + theirs.name] = tensors[prefixes[0] + ours.name]
+        for name, source in tables[0].block.items():
+            renamed[prefixes[1] + tables[1].block[name].name] = tensors[prefixes[0] + source.name]
     if config.attention_bias:  # Llama has one of attention's output too
         for index in range(config.num_layers):
             renamed[f"model.layers.{index}.self_attn.o_proj.bias"] = np.zeros(48, np.float32)
@@ -77,7 +78,16 @@ def test_families_that_are_llamas_by_other_names(case, tmp_path):
     np.testing.assert_array_equal(*(model(family_tokens()) for model in models))
 
 
-WITH_STATE = ("mistral", "phi3 longrope", "qwen3 padded", "gemma2", "gemma3_text", "cohere2", "hunyuan_v1_dense")
+WITH_STATE = (
+    "mistral",
+    "phi3 longrope",
+    "qwen3 padded",
+    "gemma2",
+    "gemma3_text",
+    "cohere2",
+    "hunyuan_v1_dense",
+    "gpt_oss",
+)
 
 
 @pytest.mark.parametrize("case", WITH_STATE)
@@ -124,10 +134,16 @@ def test_padding_and_chunks_change_nothing(case, model_of):
         ("ernie4_5", {"tie_word_embeddings": True, "head_dim": 128}),
         ("cohere2", {"tie_word_embeddings": True, "logit_scale": 0.0625, "rotated": (True, True, True, False)}),
         ("helium", {"rms_norm_eps": 1e-8, "head_dim": 128}),
+        ("mixtral", {"rms_norm_eps": 1e-5, "window": None, "experts": ExpertsConfig(8, 2)}),
+        ("qwen3_moe", {"head_dim": 12, "intermediate_size": 768, "experts": ExpertsConfig(128, 8, normalized=False)}),
+        ("gpt_oss", {"head_dim": 64, "attention_bias": True, "output_bias": True, "mlp_bias": True, "sinks": True,
+                     "window": 128, "windowed": (True, False) * 2, "rms_norm_eps": 1e-5,
+                     "experts": ExpertsConfig(128, 4, router_bias=True)}),
     ],
 )  # fmt: skip
 def test_keys_that_a_config_leaves_out_have_their_familys_defaults(model_type, expected):
     sizes = {name: value for name, value in family_fields("llama").items() if name != "num_key_value_heads"}
+    sizes |= {"num_attention_heads": 8, "hidden_size": 96}  # as many heads as any family's default of kv heads
     config = config_from_huggingface({**sizes, "model_type": model_type})
     assert {name: getattr(config, name) for name in expected} == expected
 
@@ -140,6 +156,8 @@ def test_keys_that_a_config_leaves_out_have_their_familys_defaults(model_type, e
         ("olmo3", 5e5, 5e5),
         ("gemma3_text", 1e6, 1e4),
         ("cohere", 5e5, None),
+        ("mixtral", 1e6, None),
+        ("gpt_oss", 1.5e5, None),
     ],
 )
 def test_default_bases_of_rope(model_type, theta, local):

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from fireq_jax import LlamaForCausalLM, ModelConfig, generate
+from fireq_jax import LlamaForCausalLM, ModelConfig, device_memory, generate
 from fireq_jax.checkpoints.tokenizer import load_tokenizer
-from fireq_jax.generation.command import main, pieces, sampling_options
+from fireq_jax.generation.command import main, pieces
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
 PROMPT = "Once upon"
@@ -124,7 +124,7 @@ def test_template_errors_are_reported(capsys, variant):
     (variant / "chat_template.jinja").write_text("{{ raise_exception('no system role') }}")
     code, _, err = run(capsys, variant, "--prompt", "Hi", "--chat")
     assert code == 2
-    assert "chat template rejects the messages: no system role" in err
+    assert f"fireq-generate: {variant}: the chat template rejects the messages: no system role" in err
 
 
 def test_generation_config_gives_defaults(capsys, variant, model):
@@ -140,46 +140,35 @@ def test_generation_config_gives_defaults(capsys, variant, model):
     assert json.loads(capsys.readouterr().out)[0]["tokens"] == 20
 
 
-@pytest.mark.parametrize(
-    ("defaults", "given", "expected"),
-    [
-        ({}, {}, {}),
-        ({"temperature": 0.6, "top_p": 0.9}, {}, {}),
-        ({"do_sample": False, "top_k": 5, "repetition_penalty": 1.2}, {}, {"repetition_penalty": 1.2}),
-        ({"do_sample": True, "top_p": 0.9}, {}, {"temperature": 1.0, "top_k": 50, "top_p": 0.9}),
-        ({"do_sample": True, "temperature": 0.6, "top_k": 0}, {}, {"temperature": 0.6}),
-        ({"do_sample": True, "temperature": 0.6}, {"temperature": 0.0}, {"temperature": 0.0, "top_k": 50}),
-        (
-            {"do_sample": True, "temperature": None, "top_p": 0.9, "top_k": None},
-            {},
-            {"temperature": 1.0, "top_k": 50, "top_p": 0.9},
-        ),
-        ({"do_sample": True, "top_k": 50}, {"top_k": 0, "top_p": 0.5}, {"temperature": 1.0, "top_p": 0.5}),
-    ],
-)
-def test_given_options_come_before_those_of_the_file(defaults, given, expected):
-    given = {**dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "repetition_penalty")), **given}
-    options = sampling_options(defaults, given)
-    assert {name: value for name, value in options.items() if value is not None} == expected
+def test_a_generation_config_s_max_length_counts_the_prompt(capsys, variant, model):
+    (variant / "generation_config.json").write_text(json.dumps({"max_length": len(PROMPT) + 3}))
+    assert main(["--model", str(variant), "--dtype", "float32", "--prompt", PROMPT, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["tokens"] == 3
+    code, out, err = run(capsys, variant, "--prompt", PROMPT, "--json")
+    assert (code, json.loads(out)[0]["tokens"]) == (0, NEW)
+    assert f"{variant}: a cache of 0.0 MB for {NEW} new tokens a prompt" in err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--prompt", "a", "--temperature", "-1"], "temperature is -1.0; expected 0"),
-        (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens is 0; expected a whole number"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens is 0; expected at least 1"),
         (["--prompt", ""], "prompt '' has no tokens"),
         (["--prompt", "a", "--seed", "99999999999999999999"], "--seed is 99999999999999999999; expected"),
         (["--prompt", "a", "--implementation", "mosaic_gpu"], "Hopper"),
         (["--prompt", "a", "--chat"], "has no chat template; leave out --chat"),
         (["--prompt", "a", "--system", "b"], "--system is given without --chat"),
+        (["--prompt", "a", "--revision", "main"], "revision is 'main', and "),
+        (["--prompt", "a", "--max-new-tokens", "90000000"], "the cache of 1 x "),
     ],
 )
-def test_invalid_input_exits_with_2_and_a_message(capsys, folder, arguments, message):
+def test_invalid_input_exits_with_2_and_a_message(capsys, monkeypatch, folder, arguments, message):
+    monkeypatch.setattr(device_memory, "_room", lambda devices: 2**30)
     code, out, err = run(capsys, folder, *arguments)
     assert (code, out) == (2, "")
-    assert err.startswith("fireq-generate: ")
-    assert message in err
+    assert err.splitlines()[-1].startswith("fireq-generate: ")
+    assert message in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -201,8 +190,8 @@ def test_broken_files_are_named(capsys, variant, name, content, message):
 @pytest.mark.parametrize(
     ("defaults", "message"),
     [
-        ({"do_sample": True, "temperature": "0.6"}, "temperature is '0.6'; expected a finite number"),
-        ({"eos_token_id": [1, None]}, "eos_token_ids is [1, None]; expected ids"),
+        ({"temperature": "0.6"}, "generation_config.json: temperature is '0.6'; expected a number"),
+        ({"eos_token_id": 999}, "generation_config.json: eos_token_id is 999; expected ids from 0 to 257"),
     ],
 )
 def test_wrong_values_of_a_generation_config_are_quoted(capsys, variant, defaults, message):
@@ -216,7 +205,8 @@ def test_options_without_effect_are_said(capsys, variant, caplog):
     options = {"num_beams": 4, "no_repeat_ngram_size": 3, "typical_p": 1.0, "min_length": None}
     (variant / "generation_config.json").write_text(json.dumps(options))
     assert run(capsys, variant, "--prompt", "a")[0] == 0
-    assert "generation_config.json: no_repeat_ngram_size, num_beams: without effect here" in caplog.messages
+    expected = f"{variant / 'generation_config.json'}: no_repeat_ngram_size, num_beams: without effect here"
+    assert caplog.messages.count(expected) == 1
 
 
 def test_a_prompt_that_is_no_text_is_quoted(capsys, folder):
@@ -228,7 +218,7 @@ def test_a_prompt_that_is_no_text_is_quoted(capsys, folder):
 def test_a_bad_call_is_refused_before_the_model_is_read(capsys, folder, monkeypatch):
     monkeypatch.setattr(LlamaForCausalLM, "filled", None)
     assert main(["--model", str(folder), "--prompt", "a", "--max-new-tokens", "0"]) == 2
-    assert "max_new_tokens is 0" in capsys.readouterr().err
+    assert "--max-new-tokens is 0" in capsys.readouterr().err
 
 
 def test_a_prompt_beyond_the_positions_is_said_once(capsys, folder, caplog):

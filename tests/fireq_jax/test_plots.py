@@ -1,10 +1,12 @@
 """The figures are written, show their data, and refuse arrays that are no magnitudes."""
 
+import zipfile
+
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from fireq_jax.evaluation.plots import plot_channel_absmax, plot_keys
+from fireq_jax.evaluation.plots import plot_channel_absmax, plot_keys, plot_smoothing, read_smoothing
 
 
 def magnitudes(*shape):
@@ -61,3 +63,53 @@ def test_errors(tmp_path, before, after, message):
 def test_key_errors(tmp_path):
     with pytest.raises(ValueError, match=r"after_pre_rope has shape \(4,\); expected \[kv_heads, H\]"):
         plot_keys(np.ones((1, 4)), np.ones(4), np.ones((1, 4)), "", tmp_path / "a.png")
+
+
+LINEAR = {f"layers.0.mlp.down_proj.{moment}": np.ones(4, np.float32) for moment in ("before", "after")}
+KEYS = {f"layers.1.keys.{moment}": np.ones((1, 4), np.float32) for moment in ("before", "pre_rope", "post_rope")}
+
+
+def test_what_smoothing_did_is_drawn(tmp_path):
+    np.savez(tmp_path / "smoothing.npz", **LINEAR, **KEYS)
+    paths = plot_smoothing(read_smoothing(tmp_path), tmp_path / "figures")
+    assert [path.name for path in paths] == ["layers.0.mlp.down_proj.png", "layers.1.keys.png"]
+    assert set((tmp_path / "figures").iterdir()) == set(paths)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"../../outside.before": np.ones(4)}, "holds '../../outside.before'; expected names such as"),
+        ({"/tmp/outside.before": np.ones(4)}, "holds '/tmp/outside.before'"),
+        ({"layers.0.mlp.down_proj/../x.before": np.ones(4)}, "holds 'layers.0.mlp.down_proj/../x.before'"),
+        ({"layers.\u0661.keys.before": np.ones(4)}, "expected names such as"),
+        ({"layers.0.mlp.down_proj.before": np.ones(4)}, "expected before, after"),
+        ({**LINEAR, "layers.0.mlp.down_proj.between": np.ones(4)}, "expected before, after"),
+        ({**LINEAR, "layers.0.mlp.down_proj.after": np.ones(5)}, r"expected the same"),
+        ({**LINEAR, "layers.0.mlp.down_proj.after": np.ones((4, 1))}, r"has shape \(4, 1\); expected \[K\]"),
+        ({**LINEAR, "layers.0.mlp.down_proj.after": np.full(4, "a")}, "could not convert"),
+        ({**KEYS, "layers.1.keys.before": np.ones(4)}, r"has shape \(4,\); expected \[kv_heads, H\]"),
+        ({**LINEAR, "layers.0.mlp.down_proj.after": np.asarray([{}] * 4)}, "cannot be read: Object arrays"),
+    ],
+)
+def test_other_arrays_are_refused_by_the_file_s_name(tmp_path, arrays, message):
+    np.savez(tmp_path / "smoothing.npz", **arrays)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/smoothing\.npz.*{message}"):
+        read_smoothing(tmp_path)
+
+
+def test_broken_files_are_named(tmp_path):
+    file = tmp_path / "smoothing.npz"
+    with pytest.raises(ValueError, match=f"{file} is missing"):
+        read_smoothing(tmp_path)
+    np.savez(file, **LINEAR)
+    whole = file.read_bytes()
+    for content in (b"", b"text", whole[:-40], whole[:60] + bytes(40) + whole[100:]):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{file} cannot be read"):
+            read_smoothing(tmp_path)
+    huge = np.lib.format.magic(1, 0) + b"\x76\x00" + b"{'descr': '<f8', 'fortran_order': False, 'shape': (10**15,)}"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("layers.0.mlp.down_proj.before.npy", huge.ljust(128))
+    with pytest.raises(ValueError, match=f"{file} cannot be read"):
+        read_smoothing(tmp_path)

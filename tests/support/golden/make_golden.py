@@ -25,14 +25,19 @@ def reference_model(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
     """transformers' float32 model, with just these tensors."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     described = AutoConfig.for_model(**config)
-    model = AutoModelForCausalLM.from_config(described, dtype=torch.float32, attn_implementation="eager").eval()
-    missing, unexpected = model.load_state_dict({k: torch.from_numpy(v) for k, v in tensors.items()}, strict=False)
-    assert set(missing) <= {"lm_head.weight"}, missing
-    assert not unexpected, unexpected
-    model.tie_weights()
-    return model
+    with torch.device("meta"):
+        family = type(AutoModelForCausalLM.from_config(described))
+    # As from a folder, so that names and shapes become those of its modules as in any checkpoint.
+    model, loading = family.from_pretrained(
+        None, config=described, state_dict={k: torch.from_numpy(v) for k, v in tensors.items()}, dtype=torch.float32,
+        attn_implementation="eager", output_loading_info=True,
+    )  # fmt: skip
+    assert not any(loading.values()), loading
+    return model.eval()
 
 
 def reference_text(model: Any, tokens: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ _YARN = {
     "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16,
     "llama_4_scaling_beta": 0.1, "mscale": 1.0, "mscale_all_dim": 1.0,
 }  # fmt: skip
+_QWEN_EXPERTS = {"head_dim": 16, "moe_intermediate_size": 20, "num_experts": 6, "num_experts_per_tok": 3}
 # Family, case -> changes of the small config, in the form in which checkpoints have them.
 CASES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -54,6 +55,16 @@ CASES: dict[str, dict[str, Any]] = {
     "cohere": {},
     "cohere2": {"head_dim": 16, "sliding_window": 10},
     "helium": {"head_dim": 12},
+    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
+    "qwen3_moe": {**_QWEN_EXPERTS, "norm_topk_prob": False},
+    "qwen3_moe normalized": {**_QWEN_EXPERTS, "norm_topk_prob": True},
+    "gpt_oss": {
+        "head_dim": 16, "intermediate_size": 20, "num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": 10,
+        "rope_theta": 150000, "rope_scaling": {
+            "rope_type": "yarn", "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+            "original_max_position_embeddings": 16,
+        },
+    },
 }  # fmt: skip
 
 
