@@ -24,7 +24,7 @@ from fireq_jax.models.parameters import abstract, with_parameters
 from fireq_jax.models.rope import query_growth, rope_tables
 from fireq_jax.quantization import recipes
 from fireq_jax.quantization.config import QuantizationConfig
-from pallas_kernels.split_sum import finished
+from pallas_kernels.residual_stream import ResidualStream
 
 # One token in so many goes into KeyStatistics.sample, from each sequence with another offset.
 SAMPLE_STRIDE = 13
@@ -104,10 +104,11 @@ def run_layer(layer: DecoderLayer, config: ModelConfig, hidden: Float[Array, "B 
     """A decoder layer's output for whole sequences that start at position 0."""
     batch, length, _ = hidden.shape
     start, lengths = jnp.zeros((batch,), jnp.int32), jnp.full((batch,), length, jnp.int32)
-    positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
+    positions = jnp.broadcast_to(jnp.arange(length)[None], (batch, length))
     rope = rope_tables(config, layer.rope, positions, lengths)
-    output, _ = layer(hidden, rope, start=start, lengths=lengths, growth=query_growth(config, positions), tap=tap)
-    return finished(output)
+    growth = query_growth(config, positions)
+    output, _ = layer(ResidualStream(hidden), rope, start=start, lengths=lengths, growth=growth, tap=tap)
+    return output.finish()
 
 
 def run_samples(layer: DecoderLayer, config: ModelConfig, hidden: Hidden, batch_size: int) -> Hidden:

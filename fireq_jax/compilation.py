@@ -72,7 +72,8 @@ def lowered_once(*static: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]
             if not jax.sharding.get_abstract_mesh().empty:
                 # Another program than without a mesh, which its name would not say. Explicit axes become automatic in
                 # it, for models do not say how each of their arrays is sharded.
-                spread = jax.sharding.auto_axes(lambda x: function(**x, **fixed), out_sharding=jax.P())
+                untyped: Callable[..., Any] = function
+                spread: Any = jax.sharding.auto_axes(lambda x: untyped(**x, **fixed), out_sharding=jax.P())
                 return spread(arrays)
             if (folder := _folder()) is None:
                 return function(*args, **kwargs)

@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     names = [Path(model).resolve().name for model in args.models]
     if args.plots is not None and len(set(names)) < len(names):
         raise ValueError(f"--plots names a folder after each model's, and these are {names}; expected different ones")
-    effects = {} if args.plots is None else _smoothing(args)
+    figures = {} if args.plots is None else _smoothing(args)
     keep_programs()
     results = evaluate(
         args.models,
@@ -94,8 +94,7 @@ def run(args: argparse.Namespace) -> None:
         verify=args.verify,
     )
     print(format_table(results))
-    for model, effect in effects.items():
-        folder = args.plots / Path(model).resolve().name
+    for folder, effect in figures.items():
         print(f"{len(plot_smoothing(effect, folder))} figures in {folder}")
     if args.json is not None:
         fields = {
@@ -105,13 +104,16 @@ def run(args: argparse.Namespace) -> None:
         write_json(args.json, fields)
 
 
-def _smoothing(args: argparse.Namespace) -> dict[str, SmoothingEffect]:
-    """What there is to be drawn of each model that was smoothed, read before hours are spent on numbers."""
-    folders = resolve_models(args.models, args.revision)
-    effects = {name: read_smoothing(folder) for name, folder in folders.items() if was_smoothed(folder)}
-    if not effects:
+def _smoothing(args: argparse.Namespace) -> dict[Path, SmoothingEffect]:
+    """What to draw into which folder, of models that were smoothed; read before hours are spent on numbers."""
+    figures = {
+        args.plots / Path(name).resolve().name: read_smoothing(folder)
+        for name, folder in resolve_models(args.models, args.revision).items()
+        if was_smoothed(folder)
+    }
+    if not figures:
         raise ValueError(f"--plots has nothing to draw: none of {args.models} was smoothed when it was converted")
-    return effects
+    return figures
 
 
 if __name__ == "__main__":

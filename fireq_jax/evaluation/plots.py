@@ -131,9 +131,11 @@ def plot_smoothing(effect: SmoothingEffect, folder: str | Path) -> list[Path]:
     for what, moments in sorted(effect.items()):
         paths.append(folder / f"{what}.png")
         if what.endswith("keys"):
-            plot_keys(*(moments[name] for name in _KEY_MOMENTS), what, paths[-1])
+            before, pre_rope, post_rope = (moments[name] for name in _KEY_MOMENTS)
+            plot_keys(before, pre_rope, post_rope, what, paths[-1])
         else:
-            plot_channel_absmax(*(moments[name] for name in _MOMENTS), what, paths[-1])
+            before, after = (moments[name] for name in _MOMENTS)
+            plot_channel_absmax(before, after, what, paths[-1])
     return paths
 
 

@@ -4,7 +4,7 @@ import contextlib
 import resource
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ class _OutOfTime(BaseException):
     """No Exception: Jinja's compiler takes these for constants that it cannot compute yet."""
 
 
-def render(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[str, str]], where: str | Path) -> str:
+def render(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[dict[str, str]], where: str | Path) -> str:
     """The prompt that a tokenizer's chat template makes of messages.
 
     transformers runs templates in Jinja's sandbox, which keeps them from files and from Python; a template that loops

@@ -1,6 +1,7 @@
 """Grouped-query attention with rotary embedding, RoPE-aware key scaling and a quantized cache."""
 
 import functools
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -20,6 +21,18 @@ from pallas_kernels.split_sum import SplitSum, finished
 
 # Chunks of at most this many queries go to the decode kernel.
 DECODE_QUERIES = 16
+
+
+class AttentionOutput(NamedTuple):
+    """What :meth:`Attention.attend` returns, with names, without which ``nnx.tabulate`` cannot show it.
+
+    Attributes:
+        rows: [B, T, heads * H], in FP8 where ``o_proj`` takes that.
+        cache: the new one, if ``cache`` or ``capacity`` was given.
+    """
+
+    rows: ScaledArray | Float[Array, "B T heads_H"]
+    cache: LayerCache | None
 
 
 class Attention(nnx.Module):
@@ -67,41 +80,6 @@ class Attention(nnx.Module):
             width=self.config.head_width,
         )
 
-    def __call__(
-        self,
-        x: ScaledArray | Float[Array, "B T D"],
-        residual: Float[Array, "B T D"] | None,
-        rope: Tables,
-        *,
-        start: Int[Array, " B"],
-        lengths: Int[Array, " B"],
-        growth: Float[Array, "B T"] | None = None,
-        cache: LayerCache | None = None,
-        capacity: int | None = None,
-        tap: Tap = no_tap,
-    ) -> tuple[Float[Array, "B T D"] | SplitSum, LayerCache | None]:
-        """Attention of a chunk, plus ``residual``.
-
-        Args:
-            x: rows as qkv_proj takes them; sequence b has ``lengths[b]`` valid tokens, first in its row.
-            residual: added to the output, in the model's dtype; None adds nothing.
-            rope: cos and sin of the tokens' positions.
-            growth: what each token's queries are multiplied by; None means 1.
-            start: position of each sequence's first token in ``x``.
-            lengths: valid tokens of each sequence in ``x``.
-            cache: earlier keys and values, to be extended; None for the first chunk.
-            capacity: slots of the cache to make from the first chunk; None makes no cache.
-            tap: sees the intermediate values that calibration measures.
-
-        Returns:
-            [B, T, D], maybe still in parts, and the new cache if ``cache`` or ``capacity`` was given.
-        """
-        packed = self.qkv_proj.deferred(x)
-        attention, new_cache = self.attend(
-            packed, rope, start=start, lengths=lengths, growth=growth, cache=cache, capacity=capacity, tap=tap
-        )
-        return self.o_proj.deferred(attention, residual=residual), new_cache
-
     def attend(
         self,
         packed: Float[Array, "B T packed"] | SplitSum,
@@ -113,16 +91,20 @@ class Attention(nnx.Module):
         cache: LayerCache | None = None,
         capacity: int | None = None,
         tap: Tap = no_tap,
-    ) -> tuple[ScaledArray | Float[Array, "B T heads_H"], LayerCache | None]:
+    ) -> AttentionOutput:
         """What lies between the projections: from ``qkv_proj``'s result to ``o_proj``'s input.
 
-        Args not listed are those of ``__call__``.
-
         Args:
-            packed: queries, keys and values of all heads, side by side.
+            packed: queries, keys and values of all heads, side by side; sequence b has ``lengths[b]`` valid
+                tokens, first in its row.
+            rope: cos and sin of the tokens' positions.
+            start: position of each sequence's first token in ``packed``.
+            lengths: valid tokens of each sequence in ``packed``.
+            growth: what each token's queries are multiplied by; None means 1.
+            cache: earlier keys and values, to be extended; None for the first chunk.
+            capacity: slots of the cache to make from the first chunk; None makes no cache.
+            tap: sees the intermediate values that calibration measures.
 
-        Returns:
-            [B, T, heads * H], in FP8 where ``o_proj`` takes that, and the new cache.
         """
         self._show(packed, rope, growth, tap)
         config, dtype = self.config, self.qkv_proj.dtype
@@ -170,7 +152,7 @@ class Attention(nnx.Module):
         if not isinstance(attention, ScaledArray):
             attention = attention.reshape(batch, length, config.num_heads * config.head_dim)
         show(tap, "o_input", attention)
-        return attention, new_cache
+        return AttentionOutput(attention, new_cache)
 
     def _show(
         self, packed: Float[Array, "B T packed"] | SplitSum, rope: Tables, growth: Float[Array, "B T"] | None, tap: Tap

@@ -13,12 +13,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from fireq_jax.models.config import ExpertsConfig, ModelConfig
-from fireq_jax.models.layers import MLP, LayerOptions, Tap, matmul_float, no_tap
+from fireq_jax.models.layers import MLP, LayerOptions, Tap, no_tap
 from pallas_kernels import formats
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.formats import ScaledArray
+from pallas_kernels.projection import matmul_float
 from pallas_kernels.row_quantize import quantize_rows
-from pallas_kernels.split_sum import finished
 
 
 class Router(nnx.Module):
@@ -89,7 +89,7 @@ class Experts(nnx.Module):
         def add(total: Float[Array, "B T D"], expert: Array) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
             seen: dict[str, Array] = {}
             mlp = nnx.merge(graph, jax.tree.map(lambda stack: stack[expert], state))
-            output = finished(mlp(x, tap=no_tap if tap is no_tap else seen.__setitem__))
+            output = mlp(x, tap=no_tap if tap is no_tap else seen.__setitem__)
             weight = weights[..., expert, None]
             # What an expert makes of others' tokens may be anything, NaN included, and 0 * NaN is NaN.
             return total + jnp.where(weight > 0, weight * output.astype(jnp.float32), 0.0), seen

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Int
 
 
@@ -70,7 +71,8 @@ def on_device(
     ids, mask = given["input_ids"], given.get("attention_mask")
     check_shapes(ids, mask)
     if all(map(_visible, given.values())):
-        check_values(*(None if x is None else np.asarray(jax.device_get(x)) for x in (ids, mask)), vocab_size)
+        here = np.asarray(jax.device_get(ids)), None if mask is None else np.asarray(jax.device_get(mask))
+        check_values(*here, vocab_size)
     if mask is not None:
         mask = _int32(mask)
     # Ids under padding are free, and int32 may not hold them.
@@ -81,7 +83,7 @@ def _visible(numbers: np.ndarray | Array) -> bool:
     """Whether the values are here to be looked at: not traced, nor on other processes' devices."""
     if not isinstance(numbers, jax.Array):
         return True
-    return not isinstance(numbers, jax.core.Tracer) and numbers.is_fully_addressable
+    return not isinstance(numbers, Tracer) and numbers.is_fully_addressable
 
 
 def _int32(numbers: np.ndarray | Array) -> Int[Array, "B T"]:

@@ -10,13 +10,13 @@ from jaxtyping import Array, Float
 
 from fireq_jax.models.config import GateActivation, ModelConfig
 from fireq_jax.quantization.config import QuantizationConfig
-from pallas_kernels import formats, layouts
+from pallas_kernels import formats, layouts, norm
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.formats import ScaledArray
-from pallas_kernels.matmul import Activation, deferred_matmul, epilogue
+from pallas_kernels.matmul_epilogue import Activation
+from pallas_kernels.projection import Projection, project
 from pallas_kernels.quantized_tensor import QuantizedTensor
-from pallas_kernels.row_quantize import quantize_rows, rms_norm_quantize, sum_norm_quantize
-from pallas_kernels.split_sum import SplitSum, finished
+from pallas_kernels.split_sum import finished
 
 Tap = Callable[[str, Array], None]
 _ACTIVATIONS: Mapping[GateActivation, Activation] = {
@@ -49,12 +49,6 @@ class LayerOptions:
     dtype: jax.typing.DTypeLike
     implementation: Implementation
     rngs: nnx.Rngs
-
-
-def matmul_float(x: Float[Array, "*rows K"], weight: Float[Array, "N K"]) -> Float[Array, "*rows N"]:
-    """x W^T in float32. float32 operands are multiplied as such, where a GPU's default would be TF32."""
-    precision = "highest" if x.dtype == jnp.float32 else None
-    return jnp.einsum("...k,nk->...n", x, weight, precision=precision, preferred_element_type=jnp.float32)
 
 
 class Linear(nnx.Module):
@@ -95,16 +89,15 @@ class Linear(nnx.Module):
         self.implementation: Implementation = options.implementation
 
     @property
-    def takes_fp8(self) -> bool:
-        """Whether the weight multiplies FP8 rows."""
-        return self.fp8_activations and isinstance(self.weight.get_value(), QuantizedTensor)
+    def projection(self) -> Projection:
+        """Weight and bias, for ops that multiply by them among other things."""
+        bias = None if self.bias is None else self.bias.get_value()
+        return Projection(self.weight.get_value(), bias, self.fp8_activations)
 
     @property
-    def bare_weight(self) -> QuantizedTensor | None:
-        """The weight, if multiplying FP8 rows by it and rounding to bfloat16 is all that the layer does."""
-        weight = self.weight.get_value()
-        bare = self.fp8_activations and self.bias is None and self.dtype == jnp.bfloat16
-        return weight if bare and isinstance(weight, QuantizedTensor) else None
+    def takes_fp8(self) -> bool:
+        """Whether the weight multiplies FP8 rows."""
+        return self.projection.takes_fp8
 
     def __call__(
         self,
@@ -114,32 +107,16 @@ class Linear(nnx.Module):
         residual: Float[Array, "*rows N_out"] | None = None,
     ) -> Float[Array, "*rows N_out"]:
         """activation(x W^T + bias) + residual; sums in float32. FP8 rows only where it ``takes_fp8``."""
-        return finished(self.deferred(x, activation=activation, residual=residual))
-
-    def deferred(
-        self,
-        x: ScaledArray | Float[Array, "*rows K"],
-        *,
-        activation: Activation = "none",
-        residual: Float[Array, "*rows N_out"] | None = None,
-    ) -> Float[Array, "*rows N_out"] | SplitSum:
-        """The same, maybe with the last sum left to the pass that reads it."""
-        weight = self.weight.get_value()
-        bias = None if self.bias is None else self.bias.get_value()
-        if isinstance(weight, QuantizedTensor):
-            if self.fp8_activations and not isinstance(x, ScaledArray):
-                x = quantize_rows(x, implementation=self.implementation)
-            return deferred_matmul(
+        return finished(
+            project(
                 x,
-                weight,
-                bias=bias,
+                self.projection,
                 activation=activation,
                 residual=residual,
                 out_dtype=self.dtype,
                 implementation=self.implementation,
             )
-        assert not isinstance(x, ScaledArray)
-        return epilogue(matmul_float(x, weight), bias, activation, residual).astype(self.dtype)
+        )
 
 
 class Norm(nnx.Module):
@@ -154,31 +131,18 @@ class Norm(nnx.Module):
         self.kind = config.norm_kind
         self.implementation: Implementation = implementation
 
+    @property
+    def operand(self) -> norm.Norm:
+        """Weight and options, for ops that normalize among other things."""
+        return norm.Norm(self.weight.get_value(), self.eps, self.kind)
+
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         """Normalized rows, in x's dtype."""
-        wide = x.astype(jnp.float32)
-        if self.kind == "layer":
-            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        normalized = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (normalized * jnp.broadcast_to(self.weight.get_value(), x.shape)).astype(x.dtype)
+        return self.operand(x)
 
     def quantized(self, x: Float[Array, "*rows D"]) -> ScaledArray:
         """Normalized rows in FP8, with no other rounding."""
-        if self.kind == "layer":
-            return quantize_rows(self(x.astype(jnp.float32)), implementation=self.implementation)
-        return rms_norm_quantize(x, self.weight.get_value(), self.eps, implementation=self.implementation)
-
-    def input_of(
-        self, takes_fp8: bool, x: Float[Array, "*rows D"] | SplitSum, tap: Tap, name: str
-    ) -> tuple[ScaledArray | Float[Array, "*rows D"], Float[Array, "*rows D"]]:
-        """Normalized rows, in FP8 for what ``takes_fp8``, and x; ``tap`` sees the rows."""
-        if takes_fp8 and self.kind == "rms" and isinstance(x, SplitSum):
-            rows, x = sum_norm_quantize(x, self.weight.get_value(), self.eps, implementation=self.implementation)
-        else:
-            x = finished(x)
-            rows = self.quantized(x) if takes_fp8 else self(x)
-        show(tap, name, rows)
-        return rows, x
+        return self.operand.quantized(x, implementation=self.implementation)
 
 
 class MLP(nnx.Module):
@@ -202,8 +166,8 @@ class MLP(nnx.Module):
         x: ScaledArray | Float[Array, "B T D"],
         residual: Float[Array, "B T D"] | None = None,
         tap: Tap = no_tap,
-    ) -> Float[Array, "B T D"] | SplitSum:
+    ) -> Float[Array, "B T D"]:
         """MLP of ``x``, rows as gate_up_proj takes them, plus ``residual``."""
         hidden = self.gate_up_proj(x, activation=self.activation)[..., : self.intermediate_size]
         tap("down_input", hidden)
-        return self.down_proj.deferred(hidden, residual=residual)
+        return self.down_proj(hidden, residual=residual)

@@ -5,9 +5,8 @@ says how many there are. ``__call__`` accepts any 0/1 mask and brings it to that
 """
 
 import functools
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -20,17 +19,19 @@ from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.experts import Experts
 from fireq_jax.models.inputs import on_device
 from fireq_jax.models.kv_cache import KVCache, LayerCache
-from fireq_jax.models.layers import MLP, LayerOptions, Norm, Tap, matmul_float, no_tap, show
+from fireq_jax.models.layers import MLP, LayerOptions, Norm, Tap, no_tap
 from fireq_jax.models.parameters import Parameter, abstract, parameters_of, with_parameters
 from fireq_jax.models.rope import Tables, query_growth, rope_tables
 from fireq_jax.quantization import recipes
 from fireq_jax.quantization.config import QuantizationConfig
-from pallas_kernels import formats, matmul_chain
+from pallas_kernels import formats
+from pallas_kernels import norm as norm_op
+from pallas_kernels.decoder_layer import LayerWeights, after_attention, before_attention
 from pallas_kernels.dispatch import Implementation, check_implementation
-from pallas_kernels.formats import ScaledArray
 from pallas_kernels.matmul import matmul
+from pallas_kernels.projection import matmul_float
 from pallas_kernels.quantized_tensor import QuantizedTensor
-from pallas_kernels.split_sum import SplitSum, finished
+from pallas_kernels.residual_stream import ResidualStream
 
 if TYPE_CHECKING:
     from fireq_jax.checkpoints.folder import StoredModel
@@ -44,6 +45,13 @@ class ModelOptions(TypedDict, total=False):
     dtype: jax.typing.DTypeLike
     kv_format: formats.KVFormat | None
     implementation: Implementation
+
+
+class LayerOutput(NamedTuple):
+    """What a decoder layer returns: the stream for the next, and its cache, if it has one."""
+
+    x: ResidualStream
+    cache: LayerCache | None
 
 
 class DecoderLayer(nnx.Module):
@@ -62,10 +70,38 @@ class DecoderLayer(nnx.Module):
         self.mlp = (Experts if config.experts is not None else MLP)(f"{name}.mlp", config, options)
         self.mlp_output_norm = norm("mlp_output_norm")
         self.rope = config.rope_of(index)
+        self.parallel = config.norm_order == "parallel"
+
+    @property
+    def weights(self) -> LayerWeights:
+        """All but attention's own."""
+
+        def operand(norm: Norm | None) -> norm_op.Norm | None:
+            return None if norm is None else norm.operand
+
+        own = (
+            {}
+            if isinstance(self.mlp, Experts)
+            else {
+                "gate_up": self.mlp.gate_up_proj.projection,
+                "down": self.mlp.down_proj.projection,
+                "activation": self.mlp.activation,
+            }
+        )
+        return LayerWeights(
+            qkv=self.self_attn.qkv_proj.projection,
+            o_proj=self.self_attn.o_proj.projection,
+            input_norm=operand(self.input_layernorm),
+            attention_output_norm=operand(self.attention_output_norm),
+            mlp_norm=operand(self.post_attention_layernorm),
+            mlp_output_norm=operand(self.mlp_output_norm),
+            parallel=self.parallel,
+            **own,
+        )
 
     def __call__(
         self,
-        x: Float[Array, "B T D"] | SplitSum,
+        x: ResidualStream,
         rope: Tables,
         *,
         start: Int[Array, " B"],
@@ -74,74 +110,25 @@ class DecoderLayer(nnx.Module):
         cache: LayerCache | None = None,
         capacity: int | None = None,
         tap: Tap = no_tap,
-    ) -> tuple[Float[Array, "B T D"] | SplitSum, LayerCache | None]:
-        """One block; arguments as in :class:`~fireq_jax.models.attention.Attention`."""
-        if cache is not None and (weights := self._chain(x)):
-            return self._in_chains(x, rope, weights, start=start, lengths=lengths, growth=growth, cache=cache)
-        attend = functools.partial(
-            self.self_attn, rope=rope, start=start, lengths=lengths, growth=growth, cache=cache, capacity=capacity,
+    ) -> LayerOutput:
+        """One block; arguments as in :meth:`~fireq_jax.models.attention.Attention.attend`."""
+        weights, implementation = self.weights, self.self_attn.implementation
+        # None is what ops call nobody.
+        seen = None if tap is no_tap else tap
+        packed, x = before_attention(x, weights, implementation=implementation, tap=seen)
+        attention, new_cache = self.self_attn.attend(
+            packed=packed,
+            rope=rope,
+            start=start,
+            lengths=lengths,
+            growth=growth,
+            cache=cache,
+            capacity=capacity,
             tap=tap,
-        )  # fmt: skip
-        rows, x = _input_of(self.input_layernorm, self.self_attn.qkv_proj.takes_fp8, x, tap, "qkv_input")
-        if self.post_attention_layernorm is None and self.input_layernorm is not None:
-            show(tap, "gate_up_input", rows)
-            x, new_cache = attend(rows, x)
-            return self.mlp(rows, finished(x), tap), new_cache
-        if self.attention_output_norm is None:
-            x, new_cache = attend(rows, x)
-        else:
-            branch, new_cache = attend(rows, None)
-            x = x + self.attention_output_norm(finished(branch))
-        rows, x = _input_of(self.post_attention_layernorm, self.mlp.takes_fp8, x, tap, "gate_up_input")
-        if self.mlp_output_norm is None:
-            return self.mlp(rows, x, tap), new_cache
-        return x + self.mlp_output_norm(finished(self.mlp(rows, None, tap))), new_cache
-
-    def _chain(self, x: Float[Array, "B T D"] | SplitSum) -> tuple[QuantizedTensor, ...] | None:
-        """Weights of qkv, o, gate_up and down, if ``matmul_chain`` can do the layer's matmuls of these rows."""
-        if isinstance(self.mlp, Experts):
-            return None
-        linear = self.self_attn.qkv_proj, self.self_attn.o_proj, self.mlp.gate_up_proj, self.mlp.down_proj
-        plain = self.attention_output_norm is None and self.post_attention_layernorm is not None
-        plain &= self.mlp.activation == "silu_mul" and self.self_attn.config.norm_kind == "rms"
-        weights = tuple(weight for layer in linear if plain and (weight := layer.bare_weight) is not None)
-        rows = math.prod(x.rows if isinstance(x, SplitSum) else x.shape[:-1])
-        if len(weights) < len(linear):
-            return None
-        return weights if matmul_chain.runs(rows, *weights, implementation=self.self_attn.implementation) else None
-
-    def _in_chains(
-        self,
-        x: Float[Array, "B T D"] | SplitSum,
-        rope: Tables,
-        weights: tuple[QuantizedTensor, ...],
-        *,
-        start: Int[Array, " B"],
-        lengths: Int[Array, " B"],
-        growth: Float[Array, "B T"] | None,
-        cache: LayerCache,
-    ) -> tuple[SplitSum, LayerCache | None]:
-        """The same by kernels that do several matmuls each."""
-        qkv, o_proj, gate_up, down = weights
-        before, after = self.input_layernorm, self.post_attention_layernorm
-        assert before is not None
-        assert after is not None
-        packed, stream, barrier = matmul_chain.norm_matmul(x, before.weight.get_value(), qkv, before.eps)
-        rows, new_cache = self.self_attn.attend(packed, rope, start=start, lengths=lengths, growth=growth, cache=cache)
-        assert isinstance(rows, ScaledArray)  # as o_proj takes them
-        norm = after.weight.get_value()
-        return matmul_chain.output_mlp(rows, stream, o_proj, norm, gate_up, down, after.eps, barrier), new_cache
-
-
-def _input_of(
-    norm: Norm | None, takes_fp8: bool, x: Float[Array, "B T D"] | SplitSum, tap: Tap, name: str
-) -> tuple[ScaledArray | Float[Array, "B T D"], Float[Array, "B T D"]]:
-    """Rows, in FP8 for what ``takes_fp8`` if there is a norm, which normalizes them, and x."""
-    if norm is not None:
-        return norm.input_of(takes_fp8, x, tap, name)
-    x = finished(x)
-    tap(name, x)
-    return x, x
+        )
+        mlp = functools.partial(self.mlp, tap=tap) if isinstance(self.mlp, Experts) else None
+        x = after_attention(attention, x, weights, mlp, implementation=implementation, tap=seen)
+        return LayerOutput(x, new_cache)
 
 
 class CausalLM(nnx.Module):
@@ -260,7 +247,7 @@ class CausalLM(nnx.Module):
         """
         input_ids, attention_mask = on_device(input_ids, attention_mask, self.config.vocab_size)
         graph, state = nnx.split(self)
-        compute = jax.sharding.auto_axes(
+        compute: Any = jax.sharding.auto_axes(
             lambda state, *inputs: nnx.merge(graph, state)._all_logits(*inputs),
             out_sharding=jax.sharding.PartitionSpec(*jax.typeof(input_ids).sharding.spec[:1]),
         )
@@ -327,16 +314,17 @@ class CausalLM(nnx.Module):
         config, places = self.config, start[:, None] + jnp.arange(tokens.shape[1])[None]
         ropes = {rope: rope_tables(config, rope, places, start + lengths) for rope in config.ropes}
         growth = query_growth(config, places)
-        x: Array | SplitSum = self.embed_tokens.get_value()[tokens]
+        x = self.embed_tokens.get_value()[tokens]
         if config.embedding_scale != 1:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
+        stream = ResidualStream(x)
         entries: list[LayerCache | None] = []
         for i, layer in enumerate(self.layers):
             entry = None if cache is None else cache.layers[i]
             graph, state = nnx.split(layer)
-            x, entry = _run_layer(graph, state, x, ropes[layer.rope], start, lengths, growth, entry, capacity)
+            stream, entry = _run_layer(graph, state, stream, ropes[layer.rope], start, lengths, growth, entry, capacity)
             entries.append(entry)
-        x = finished(x)
+        x = stream.finish()
         if positions == "last":
             x = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
         new_cache = None
@@ -387,16 +375,17 @@ class LlamaForCausalLM(CausalLM):
 def _run_layer(
     graph: nnx.GraphDef[DecoderLayer],
     state: nnx.State,
-    x: Float[Array, "B T D"] | SplitSum,
+    x: ResidualStream,
     rope: Tables,
     start: Int[Array, " B"],
     lengths: Int[Array, " B"],
     growth: Float[Array, "B T"] | None,
     cache: LayerCache | None,
     capacity: int | None,
-) -> tuple[Float[Array, "B T D"] | SplitSum, LayerCache | None]:
+) -> LayerOutput:
     layer = nnx.merge(graph, state)
-    return layer(x, rope, start=start, lengths=lengths, growth=growth, cache=cache, capacity=capacity)
+    # By name, as nnx.tabulate can show what is no array.
+    return layer(x=x, rope=rope, start=start, lengths=lengths, growth=growth, cache=cache, capacity=capacity)
 
 
 def right_pad(

@@ -90,7 +90,7 @@ def test_no_window_left_to_hold_out_is_a_warning(source: Path, tmp_path: Path, c
 
 
 @pytest.mark.parametrize(
-    ("recipe", "tokens", "warns"), [("fireq_plus", 383, True), ("fireq_plus", 384, False), ("fireq", 64, False)]
+    ("recipe", "tokens", "warns"), [("fireq_plus", 191, True), ("fireq_plus", 192, False), ("fireq", 64, False)]
 )
 def test_fewer_tokens_than_second_moments_need_are_a_warning(caplog: pytest.LogCaptureFixture, recipe, tokens, warns):
     config = config_from_huggingface(FIELDS)

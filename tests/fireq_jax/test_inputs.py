@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -111,6 +112,14 @@ def test_ids_may_be_sharded_over_explicit_axes(recipe):
     for logits in (plain, masked):
         assert logits.shape == (*IDS.shape, VOCAB)
         assert logits.sharding.spec == jax.P("x", None, None)
+
+
+@pytest.mark.parametrize("recipe", ["none", "fireq"])
+def test_flax_can_tabulate_a_model(recipe):
+    rich = {"console_kwargs": {"force_terminal": False, "width": 200}}
+    table = nnx.tabulate(model_of(recipe), IDS, **rich)
+    for row in ("layers/0 ", "layers/0/self_attn/attend ", "logits ", "Total Parameters"):
+        assert row in table
 
 
 def test_a_cache_s_bytes_are_known_beforehand():

@@ -245,22 +245,6 @@ def test_an_fp8_head_stays_near(tied):
     assert 0.02 < np.linalg.norm(logits - exact) / np.linalg.norm(exact) < 0.05
 
 
-def test_a_norm_quantizes_only_what_is_multiplied_as_fp8():
-    """The tap sees what the linear layer gets: floats, or the FP8 rows that are these floats rounded."""
-    taps = {}
-    for recipe in (recipes.fireq(), recipes.none(), dataclasses.replace(recipes.fireq(), keep_float=("*.qkv_proj",))):
-        layer = build(config_of("gqa"), recipe).layers[0]
-        x = jax.random.normal(jax.random.key(0), (2, 3, layer.input_layernorm.weight.get_value().shape[0]))
-        rows, _ = layer.input_layernorm.input_of(layer.self_attn.qkv_proj, x, taps.__setitem__, str(recipe))
-        expected = layer.input_layernorm(x)
-        if recipe == recipes.fireq():
-            np.testing.assert_array_equal(taps[str(recipe)], formats.dequantize(rows))
-            np.testing.assert_allclose(formats.dequantize(rows), expected, rtol=0.07, atol=2e-5)
-        else:
-            np.testing.assert_array_equal(taps[str(recipe)], expected)
-            np.testing.assert_array_equal(rows, expected)
-
-
 @pytest.mark.parametrize(
     ("recipe", "dtype", "expected"),
     [
@@ -311,7 +295,7 @@ def test_sums_that_matmuls_leave_in_parts_are_added_by_who_reads_them(monkeypatc
         expected = np.asarray(model(tokens))
         left_in_parts: list[tuple[int, int]] = []
         with monkeypatch.context() as patch:
-            patch.setattr("fireq_jax.models.layers.deferred_matmul", in_parts)
+            patch.setattr("pallas_kernels.projection.deferred_matmul", in_parts)
             llama._run_layer.clear_cache()
             found = np.asarray(model(tokens))
         llama._run_layer.clear_cache()

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch, formats, matmul_chain
+from pallas_kernels import dispatch, formats
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.matmul import matmul
@@ -32,7 +32,6 @@ OPERANDS = {
     matmul: {"x": ROWS, "weight": WEIGHT},
     quantize_rows: {"x": ROWS},
     rms_norm_quantize: {"x": ROWS, "weight": jnp.ones(64), "eps": 1e-5},
-    matmul_chain.norm_matmul: {"x": ROWS, "norm": jnp.ones(64), "weight": WEIGHT, "eps": 1e-5},
 }  # fmt: skip
 
 
@@ -59,7 +58,6 @@ OPERANDS = {
         (matmul, "bias", 1.0, "bias is of type float; expected an array or None"),
         (quantize_rows, "x", formats.quantize_fp8(ROWS), "x is of type ScaledArray; expected an array"),
         (rms_norm_quantize, "weight", None, "weight is None; expected an array"),
-        (matmul_chain.norm_matmul, "weight", jnp.ones((64, 64)), "weight is an array .*; expected a QuantizedTensor"),
     ],
 )
 def test_an_operand_of_another_kind_is_named(op, name, wrong, message):
@@ -78,7 +76,7 @@ def test_queries_start_at_0_unless_said():
     np.testing.assert_array_equal(prefill_attention(**operands), expected)
 
 
-@pytest.mark.parametrize("op", [op for op in OPERANDS if op is not matmul_chain.norm_matmul])
+@pytest.mark.parametrize("op", list(OPERANDS))
 def test_another_implementation_is_an_error(op):
     with pytest.raises(ValueError, match=r"implementation is 'triton'; expected one of .*'mosaic_gpu'"):
         op(**OPERANDS[op], implementation="triton")

@@ -1,13 +1,17 @@
 """From a decoder layer's arrays to the chain kernel's operands, and from its results to a ``SplitSum``."""
 
+import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch, formats, layouts
+from pallas_kernels.formats import ScaledArray
 from pallas_kernels.matmul_epilogue import Activation
 from pallas_kernels.quantized_tensor import QuantizedTensor
 from pallas_kernels.sm90 import split_sum
@@ -24,8 +28,8 @@ NORM_MATMUL: tuple[Source, ...] = ("norm",)
 OUTPUT_MLP: tuple[Source, ...] = ("rows", "norm", "hidden")
 
 
-def links_of(
-    weights: Sequence[QuantizedTensor], sources: Sequence[Source], activation: Activation = "silu_mul"
+def _links_of(
+    weights: Sequence[QuantizedTensor], sources: Sequence[Source], activation: Activation
 ) -> tuple[Link, ...]:
     """The links that multiply by some 4-bit weights; gate and up are in the one before "hidden"."""
     links = []
@@ -49,7 +53,7 @@ def unsupported(rows: int, weights: Sequence[QuantizedTensor], sources: Sequence
             return f"group scales are {weight.group_scale.dtype}, not {jnp.dtype(formats.E4M3)}"
         if layouts.padded_shape(*weight.shape) != weight.shape:
             return f"a weight has shape {weight.shape}, not whole tiles of {layouts.TILE_N} x {layouts.TILE_K}"
-    return schedule.unsupported(links_of(weights, sources)) or _unsupported_device()
+    return schedule.unsupported(_links_of(weights, sources, "silu_mul")) or _unsupported_device()
 
 
 def _unsupported_device() -> str | None:
@@ -59,14 +63,81 @@ def _unsupported_device() -> str | None:
     return None if count >= NUM_SMS else f"the device has {count} multiprocessors, not {NUM_SMS}"
 
 
-def run(
+# Equal calls of a program are lowered once.
+@functools.partial(jax.jit, static_argnames="eps")
+def norm_matmul(
+    x: Float[Array, "*rows D"] | SplitSum,
+    norm: Float[Array, " D"],
+    weight: QuantizedTensor,
+    bias: Float[Array, " N"] | None,
+    eps: float,
+) -> tuple[SplitSum, Float[Array, "*rows D"], Int[Array, "1"]]:
+    """RMSNorm, FP8 and a matmul.
+
+    Args:
+        x: bfloat16, or a matmul's parts and a residual of that.
+        norm: the norm's weight, float32.
+        weight: [N, D].
+        bias: float32 or bfloat16, or None.
+        eps: of the norm.
+
+    Returns:
+        The product, in parts; x, added up if it was in parts; and a barrier for one call of ``output_mlp``.
+    """
+    shape = (*x.rows, x.n) if isinstance(x, SplitSum) else x.shape
+    results = _run((weight,), NORM_MATMUL, {0: norm}, eps, _norm_source(x), math.prod(shape[:-1]))
+    y = _left_in_parts(results, 0, weight, bias, None, shape[:-1])
+    return y, results["x0"].reshape(shape) if isinstance(x, SplitSum) else x, results["state"]
+
+
+@functools.partial(jax.jit, static_argnames=("eps", "activation"))
+def output_mlp(
+    attention: ScaledArray,
+    residual: Float[Array, "*rows D"],
+    weights: Sequence[QuantizedTensor],
+    biases: Sequence[Array | None],
+    norm: Float[Array, " D"],
+    barrier: Int[Array, "1"],
+    eps: float,
+    activation: Activation,
+) -> SplitSum:
+    """From a layer's attention to its output.
+
+    Args:
+        attention: FP8 rows [*rows, K] with per-token scales.
+        residual: bfloat16, the layer's input.
+        weights: o_proj [D, K], gate_up [2 I, D], interleaved (``layouts.interleave_gate_up``), and down [D, I].
+        biases: of these, float32 or bfloat16, or None.
+        norm: weight of the norm after attention, float32.
+        barrier: from ``norm_matmul``. The kernel uses it up: a barrier serves one call.
+        eps: of the norm.
+        activation: of the gate.
+
+    Returns:
+        The layer's output in parts, the stream after attention being its residual.
+    """
+    rows, width = residual.shape[:-1], residual.shape[-1]
+    m = math.prod(rows)
+    assert attention.scale is not None
+    source = {
+        "x": attention.values.reshape(m, -1),
+        "x_scale": attention.scale.reshape(m),
+        "residual": residual.reshape(m, width),
+        "state": barrier,
+    }
+    *inner, last = biases
+    results = _run(weights, OUTPUT_MLP, {1: norm}, eps, source, m, activation, dict(enumerate(inner)))
+    return _left_in_parts(results, 2, weights[2], last, results["x1"], rows)
+
+
+def _run(
     weights: Sequence[QuantizedTensor],
     sources: Sequence[Source],
     norms: dict[int, Float[Array, " D"]],
     eps: float,
     source: dict[str, Array],
     m: int,
-    activation: Activation = "silu_mul",
+    activation: Activation = "none",
     biases: Mapping[int, Array | None] | None = None,
 ) -> dict[str, Array]:
     """Launch the kernel; results by the names of ``kernel.outputs``.
@@ -81,7 +152,7 @@ def run(
         activation: of the gate.
         biases: by link, but not of the last.
     """
-    links = links_of(weights, sources, activation)
+    links = _links_of(weights, sources, activation)
     operands: dict[str, Any] = dict(source)
     for i, weight in enumerate(weights):
         assert weight.group_scale is not None
@@ -96,7 +167,7 @@ def run(
     return dict(zip(names, results, strict=True))
 
 
-def norm_source(x: Float[Array, "*rows D"] | SplitSum) -> dict[str, Array]:
+def _norm_source(x: Float[Array, "*rows D"] | SplitSum) -> dict[str, Array]:
     """What a norm at the chain's start reads."""
     if not isinstance(x, SplitSum):
         return {"residual": x.reshape(-1, x.shape[-1])}
@@ -109,7 +180,7 @@ def norm_source(x: Float[Array, "*rows D"] | SplitSum) -> dict[str, Array]:
     }
 
 
-def left_in_parts(
+def _left_in_parts(
     results: dict[str, Array],
     i: int,
     weight: QuantizedTensor,

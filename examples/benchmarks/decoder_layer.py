@@ -1,6 +1,6 @@
-"""A layer's matmuls of a few tokens in two kernels (``matmul_chain``) against a kernel for each step.
+"""A layer's matmuls of a few tokens in two kernels (``pallas_kernels.decoder_layer``) against a kernel for each step.
 
-    PYTHONPATH=. python examples/benchmarks/matmul_chain.py [--rows 1 2 4] [--layer 4096,14336,6144]
+    PYTHONPATH=. python examples/benchmarks/decoder_layer.py [--rows 1 2 4] [--layer 4096,14336,6144]
 
 From attention's output to the next layer's queries, keys and values: O, norm, gate and up, SiLU, down,
 norm, QKV; over rotating weights. Times are the kernels' own (CUPTI), without the gaps between them, of
@@ -16,51 +16,48 @@ import jax
 import jax.numpy as jnp
 from timing import device_time, require_hopper
 
-from pallas_kernels import matmul_chain
-from pallas_kernels.matmul import deferred_matmul, matmul
+from pallas_kernels.decoder_layer import LayerWeights, after_attention, before_attention
+from pallas_kernels.formats import nbytes
+from pallas_kernels.norm import Norm
+from pallas_kernels.projection import Projection, project
 from pallas_kernels.quantized_tensor import QuantizedTensor
-from pallas_kernels.row_quantize import quantize_rows, rms_norm_quantize, sum_norm_quantize
-from pallas_kernels.split_sum import SplitSum
+from pallas_kernels.residual_stream import ResidualStream
+from pallas_kernels.row_quantize import quantize_rows, sum_norm_quantize
+from pallas_kernels.split_sum import SplitSum, finished
 
-EPS = 1e-5
 ROTATED_BYTES = 500_000_000
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def random_layer(seed: jax.Array, hidden: int, intermediate: int, packed: int) -> dict[str, Any]:
+def random_layer(seed: jax.Array, hidden: int, intermediate: int, packed: int) -> LayerWeights:
     """The weights of one layer."""
-    shapes = {
-        "qkv": (packed, hidden),
-        "o_proj": (hidden, hidden),
-        "gate_up": (2 * intermediate, hidden),
-        "down": (hidden, intermediate),
-    }
+    shapes = (packed, hidden), (hidden, hidden), (2 * intermediate, hidden), (hidden, intermediate)
     keys = jax.random.split(jax.random.key(seed), len(shapes))
-    linear = {name: QuantizedTensor.random(key, shapes[name]) for name, key in zip(shapes, keys, strict=True)}
-    return {**linear, "norm": jnp.ones((hidden,))}
+    linear = (Projection(QuantizedTensor.random(*pair)) for pair in zip(keys, shapes, strict=True))
+    norm = Norm(jnp.ones((hidden,)), 1e-5)
+    return LayerWeights(*linear, input_norm=norm, mlp_norm=norm)
 
 
 @jax.jit
-def in_chains(attention: Any, residual: jax.Array, barrier: jax.Array, layer: dict[str, Any]) -> Any:
+def in_chains(attention: Any, x: ResidualStream, layer: LayerWeights) -> Any:
     """Two kernels."""
-    o_proj, gate_up, down = layer["o_proj"], layer["gate_up"], layer["down"]
-    y = matmul_chain.output_mlp(attention, residual, o_proj, layer["norm"], gate_up, down, EPS, barrier)
-    return matmul_chain.norm_matmul(y, layer["norm"], layer["qkv"], EPS)
+    return before_attention(after_attention(attention, x, layer), layer)
 
 
 @jax.jit
-def one_by_one(attention: Any, residual: jax.Array, layer: dict[str, Any]) -> Any:
+def one_by_one(attention: Any, residual: jax.Array, layer: LayerWeights) -> Any:
     """The same by a kernel for each step; what is left in parts stays so, as in the model."""
 
-    def norm(x: jax.Array | SplitSum) -> Any:
+    def normalized(x: jax.Array | SplitSum, norm: Norm | None) -> Any:
+        assert norm is not None
         if isinstance(x, SplitSum):
-            return sum_norm_quantize(x, layer["norm"], EPS)
-        return rms_norm_quantize(x, layer["norm"], EPS), x
+            return sum_norm_quantize(x, norm.weight, norm.eps)
+        return norm.quantized(x), x
 
-    rows, x = norm(deferred_matmul(attention, layer["o_proj"], residual=residual))
-    hidden = matmul(rows, layer["gate_up"], activation="silu_mul")
-    rows, x = norm(deferred_matmul(quantize_rows(hidden), layer["down"], residual=x))
-    return deferred_matmul(rows, layer["qkv"]), x
+    rows, x = normalized(project(attention, layer.o_proj, residual=residual), layer.mlp_norm)
+    hidden = finished(project(rows, layer.gate_up, activation=layer.activation))
+    rows, x = normalized(project(hidden, layer.down, residual=x), layer.input_norm)
+    return project(rows, layer.qkv), x
 
 
 def measure(rows: int, sizes: tuple[int, int, int], bandwidth: float) -> dict[str, float]:
@@ -69,14 +66,14 @@ def measure(rows: int, sizes: tuple[int, int, int], bandwidth: float) -> dict[st
     attention = quantize_rows(jax.random.normal(keys[0], (rows, 1, sizes[0])).astype(jnp.bfloat16))
     residual = jax.random.normal(keys[1], (rows, 1, sizes[0])).astype(jnp.bfloat16)
     first = random_layer(jnp.int32(0), *sizes)
-    size = sum(weight.nbytes for weight in first.values() if isinstance(weight, QuantizedTensor))
+    size = nbytes(first)
     layers = [random_layer(jnp.int32(i), *sizes) for i in range(max(2, -(-ROTATED_BYTES // size)))]
-    # A barrier serves one call, and its low bits are zero again after it, which is all that the next wants of it.
-    _, x, barrier = matmul_chain.norm_matmul(residual, first["norm"], first["qkv"], EPS)
+    # Its barrier serves one call, and its low bits are zero again after it, which is all that the next wants of it.
+    _, x = jax.jit(before_attention)(ResidualStream(residual), first)
     return {
         "rows": rows,
-        "chains_us": device_time(in_chains, [(attention, x, barrier, layer) for layer in layers]),
-        "separate_us": device_time(one_by_one, [(attention, x, layer) for layer in layers]),
+        "chains_us": device_time(in_chains, [(attention, x, layer) for layer in layers]),
+        "separate_us": device_time(one_by_one, [(attention, residual, layer) for layer in layers]),
         "floor_us": 1e6 * size / bandwidth,
     }
 
