@@ -33,7 +33,7 @@ from checkpoints_convert.held_out import HeldOut, Streams, check_amount, log_rep
 from checkpoints_convert.work_folder import REPORT, WorkFolder, save_array, save_arrays
 from fireq_jax import json_files
 from fireq_jax.checkpoints import folder
-from fireq_jax.checkpoints.huggingface import HuggingFaceCheckpoint
+from fireq_jax.checkpoints.reader import CheckpointReader, open_checkpoint
 from fireq_jax.checkpoints.tokenizer import TOKENIZER_FILES
 from fireq_jax.command_line import check_interrupted
 from fireq_jax.config_fields import check_kinds, check_types
@@ -114,7 +114,7 @@ def convert(
         KeyboardInterrupt: if Ctrl-C was pressed; likewise.
     """
     started = time.perf_counter()
-    source = HuggingFaceCheckpoint(options.model)
+    source = open_checkpoint(options.model)
     config, quantization = source.config, options.quantization
     if quantization.smoothing is not None:
         smoothing = applicable(quantization.smoothing, config)
@@ -172,7 +172,7 @@ def convert(
 
 
 def _with_fitted_cache(
-    source: HuggingFaceCheckpoint,
+    source: CheckpointReader,
     options: ConversionOptions,
     tokens: Int[np.ndarray, "samples T"] | None,
     work: WorkFolder,
@@ -190,7 +190,7 @@ def _with_fitted_cache(
 
 
 def _convert_globals(
-    source: HuggingFaceCheckpoint,
+    source: CheckpointReader,
     options: ConversionOptions,
     tokens: Int[np.ndarray, "samples T"] | None,
     held_out: HeldOut | None,
@@ -215,7 +215,7 @@ def _convert_globals(
 
 
 def _convert_block(
-    source: HuggingFaceCheckpoint,
+    source: CheckpointReader,
     options: ConversionOptions,
     index: int,
     calibrator: Calibrator | None,
@@ -280,7 +280,7 @@ def _compensate_block(
 
 
 def _finish(
-    source: HuggingFaceCheckpoint,
+    source: CheckpointReader,
     options: ConversionOptions,
     fingerprint: Mapping[str, Any],
     held_out: HeldOut | None,
@@ -360,7 +360,7 @@ def _check_tokens(name: str, tokens: Int[np.ndarray, "samples T"], config: Model
 
 def _fingerprint(
     options: ConversionOptions,
-    source: HuggingFaceCheckpoint,
+    source: CheckpointReader,
     tokens: Int[np.ndarray, "samples T"] | None,
     held_out: Int[np.ndarray, "windows T"] | None,
 ) -> dict[str, Any]:
@@ -384,7 +384,7 @@ def _fingerprint(
 
 
 def _cost(
-    source: HuggingFaceCheckpoint,
+    source: CheckpointReader,
     quantization: QuantizationConfig,
     tokens: Int[np.ndarray, "samples T"] | None,
     held_out: Int[np.ndarray, "windows T"] | None,
