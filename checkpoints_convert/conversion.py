@@ -368,6 +368,7 @@ def _fingerprint(
         },
         **{f"{name}, SHA-256": digest(path) for name, path in _companions(options.model).items()},
         "quantization": options.quantization.to_dict(),
+        "fit_cache": options.fit_cache and source.config.attention_bias,
         "dtype": options.dtype,
         **{
             name: None if text is None else [*text.shape, hashlib.sha256(text.tobytes()).hexdigest()]

@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 
 from checkpoints_convert.calibration_data import sample_windows
 from checkpoints_convert.conversion import ConversionOptions, convert, needs_calibration
-from fireq_jax import LlamaForCausalLM, QuantizationConfig, recipes
+from fireq_jax import AutoModelForCausalLM, QuantizationConfig, recipes
 from fireq_jax.checkpoints.tokenizer import load_tokenizer
 from fireq_jax.command_line import exit_code
 from fireq_jax.json_files import read_json, write_json
@@ -190,14 +190,14 @@ class FloatReference:
 
     def __init__(self, model: Path, windows: Int[np.ndarray, "W T"]) -> None:
         self.windows = windows
-        graph, state = nnx.split(LlamaForCausalLM.from_pretrained(model, dtype=jnp.float32))
+        graph, state = nnx.split(AutoModelForCausalLM.from_pretrained(model, dtype=jnp.float32))
         self.log_probabilities = np.stack(
             [np.asarray(log_probabilities(graph, state, jnp.asarray(tokens))) for tokens in windows]
         )
         picked = np.take_along_axis(self.log_probabilities[:, :-1], windows[:, 1:, None].astype(np.int64), axis=-1)
         self.perplexity = float(np.exp(-picked.mean(dtype=np.float64)))
 
-    def compare(self, model: LlamaForCausalLM) -> tuple[float, float]:
+    def compare(self, model: AutoModelForCausalLM) -> tuple[float, float]:
         """Perplexity of another model, and its divergence from this one."""
         graph, state = nnx.split(model)
         results = [
@@ -210,7 +210,7 @@ class FloatReference:
 
 @functools.partial(jax.jit, static_argnums=0)
 def log_probabilities(
-    graph: nnx.GraphDef[LlamaForCausalLM], state: nnx.State, tokens: Int[Array, " T"]
+    graph: nnx.GraphDef[AutoModelForCausalLM], state: nnx.State, tokens: Int[Array, " T"]
 ) -> Float[Array, "T V"]:
     """Log-probabilities of the token after each position."""
     return jax.nn.log_softmax(nnx.merge(graph, state)(tokens[None])[0])
@@ -218,7 +218,7 @@ def log_probabilities(
 
 @functools.partial(jax.jit, static_argnums=0)
 def compare_window(
-    graph: nnx.GraphDef[LlamaForCausalLM],
+    graph: nnx.GraphDef[AutoModelForCausalLM],
     state: nnx.State,
     tokens: Int[Array, " T"],
     reference: Float[Array, "T V"],
@@ -237,7 +237,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         options = ConversionOptions(model, Path(folder) / "model", "report", config)
         report = convert(options, samples if needs_calibration(config) else None, progress=False)
-        quantized = LlamaForCausalLM.from_pretrained(options.output, dtype=jnp.float32)
+        quantized = AutoModelForCausalLM.from_pretrained(options.output, dtype=jnp.float32)
     perplexity, divergence = reference.compare(quantized)
     return Measurement(
         perplexity=perplexity,

@@ -85,6 +85,7 @@ def before_attention(
     x: ResidualStream,
     weights: LayerWeights,
     *,
+    decoding: bool = True,
     implementation: dispatch.Implementation = "auto",
     tap: Tap | None = None,
 ) -> tuple[Float[Array, "*rows N"] | SplitSum, ResidualStream]:
@@ -93,6 +94,7 @@ def before_attention(
     Args:
         x: [*rows, D].
         weights: of the layer.
+        decoding: whether the tokens continue sequences; few of these take two kernels, where prompts never do.
         implementation: of whatever kernels it takes, see ``dispatch``; that two cannot do it alone is no reason
             to fall back to XLA.
         tap: called with "qkv_input" and what ``weights.qkv`` multiplies, unless that exists only in FP8. Changes
@@ -106,7 +108,8 @@ def before_attention(
         NotImplementedError: if ``implementation`` names a kernel that cannot run this.
     """
     _validate(x, weights)
-    if not unsupported(x, weights) and dispatch.resolve("decoder_layer", implementation, None) == "mosaic_gpu":
+    chains = decoding and not unsupported(x, weights)
+    if chains and dispatch.resolve("decoder_layer", implementation, None) == "mosaic_gpu":
         assert weights.input_norm is not None
         norm, (qkv,) = weights.input_norm, _quantized(weights.qkv)
         packed, value, barrier = launch.norm_matmul(x.value, norm.weight, qkv, weights.qkv.bias, norm.eps)

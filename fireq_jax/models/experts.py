@@ -38,7 +38,7 @@ class Router(nnx.Module):
         """float32 weights of all experts' outputs, 0 for those that a token does not go to."""
         logits = matmul_float(x.astype(jnp.float32), self.weight.get_value())
         if self.bias is not None:
-            logits = logits + self.bias.get_value()
+            logits = logits + jnp.broadcast_to(self.bias.get_value(), logits.shape)
         largest, chosen = jax.lax.top_k(logits, self.config.per_token)
         if self.config.normalized:
             weights = jax.nn.softmax(largest, axis=-1)

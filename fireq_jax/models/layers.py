@@ -128,7 +128,7 @@ class Norm(nnx.Module):
     def __init__(self, config: ModelConfig, implementation: Implementation) -> None:
         self.weight = nnx.Param(jnp.ones((config.hidden_size,), jnp.float32))
         self.eps = config.rms_norm_eps
-        self.kind = config.norm_kind
+        self.kind: norm.NormKind = config.norm_kind
         self.implementation: Implementation = implementation
 
     @property

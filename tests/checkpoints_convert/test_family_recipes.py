@@ -2,18 +2,23 @@
 
 import dataclasses
 import functools
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_families import CASES, family_fields
-from tiny_llama import weights_of
+from tiny_families import CASES, family_fields, family_tokens
+from tiny_llama import weights_of, write_folder
 
 from checkpoints_convert.algorithms import smoothing
 from checkpoints_convert.algorithms.keys import KeyMoments, KeySample, KeyStatistics
-from checkpoints_convert.calibrate import abstract_layer, run_layer
-from fireq_jax import ModelConfig, recipes
+from checkpoints_convert.cache_format import MOST_DIVERGENCE, fit_cache
+from checkpoints_convert.calibrate import abstract_layer, block_step, run_layer
+from checkpoints_convert.conversion import ConversionOptions, convert, needs_calibration
+from fireq_jax import AutoModelForCausalLM, ModelConfig, QuantizationConfig, recipes
+from fireq_jax.checkpoints.huggingface import HuggingFaceCheckpoint
 from fireq_jax.models.architectures import config_from_huggingface, tensor_table
 from fireq_jax.models.block import Block
 from fireq_jax.models.llama import DecoderLayer
@@ -105,3 +110,111 @@ def test_smoothing_changes_no_familys_function(case: str, index: int, monkeypatc
         assert not np.array_equal(smoothed["self_attn.v_proj.weight"], block["self_attn.v_proj.weight"])
         same = np.asarray(run_layer(layer_of(config, smoothed, index), config, jnp.asarray(HIDDEN)))
         np.testing.assert_allclose(same, exact, rtol=0, atol=1e-5 * np.abs(exact - HIDDEN).max())
+
+
+# --- converting ---------------------------------------------------------------------------------------------
+
+TOKENS = np.random.default_rng(3).integers(3, 67, (6, 40)).astype(np.int32)
+
+
+def convert_to(output: Path, source: Path, quantization: QuantizationConfig, **options: bool) -> dict[str, Any]:
+    tokens = TOKENS if needs_calibration(quantization) else None
+    return convert(
+        ConversionOptions(source, output, "test", quantization, "float32", 6, **options), tokens, progress=False
+    )
+
+
+def divergence_of(model: AutoModelForCausalLM, exact: AutoModelForCausalLM) -> float:
+    """Mean over tokens of one model's next-token distribution from another's, nats."""
+    logs = [np.asarray(jax.nn.log_softmax(each(family_tokens()))) for each in (exact, model)]
+    return float(np.mean(np.sum(np.exp(logs[0]) * (logs[0] - logs[1]), axis=-1)))
+
+
+@pytest.mark.slow
+def test_fireq_plus_on_a_family_unlike_llama(tmp_path: Path) -> None:
+    """Sandwiched norms, normed heads, windows, another activation; GPTQ itself knows of matrices only."""
+    fields = family_fields("gemma3_text", num_hidden_layers=2, layer_types=["sliding_attention"] * 2)
+    source = write_folder(tmp_path / "source", fields)
+    exact = AutoModelForCausalLM.from_pretrained(source, dtype=jnp.float32)
+    convert_to(tmp_path / "out", source, dataclasses.replace(recipes.fireq_plus(), error_compensation=False))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=jnp.float32)
+    assert model.config == exact.config
+    logits, expected = (np.asarray(each(family_tokens())) for each in (model, exact))
+    assert 0 < np.linalg.norm(logits - expected) < 0.2 * np.linalg.norm(expected)  # measured 0.106
+
+
+def test_layers_of_one_kind_are_compiled_once(tmp_path: Path) -> None:
+    """Three with a window and RoPE, one with neither."""
+    source = write_folder(tmp_path / "source", family_fields("cohere2"))
+    block_step.clear_cache()
+    convert_to(tmp_path / "out", source, recipes.fireq().with_float_weights())
+    assert block_step._cache_size() == 2
+
+
+# --- caches of models with biases in attention ----------------------------------------------------------------
+
+
+def biased_source(folder: Path, pair: int, size: float) -> Path:
+    """A qwen2 whose keys have a bias of that size in one of their six rotary pairs, from fast to slow."""
+    fields = family_fields("qwen2", num_hidden_layers=1)
+    tensors = weights_of(fields)
+    for head in range(2):
+        bias = tensors["model.layers.0.self_attn.k_proj.bias"][12 * head : 12 * head + 12]
+        bias *= 0.3
+        bias[[pair, pair + 6]] = size, -size / 2
+    return write_folder(folder, fields, tensors)
+
+
+@pytest.mark.parametrize(
+    ("pair", "size", "expected"),
+    [
+        pytest.param(5, 600.0, "int4", id="slow: key_offset takes it away"),
+        pytest.param(2, 100.0, "fp8", id="middle"),
+        pytest.param(1, 600.0, "none", id="fast and large: beyond FP8 too"),
+    ],
+)
+def test_text_chooses_the_cache_of_biased_keys(
+    pair: int, size: float, expected: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = HuggingFaceCheckpoint(biased_source(tmp_path, pair, size))
+    chosen, divergence = fit_cache(source, recipes.fireq_plus(), TOKENS, 6)
+    assert chosen == expected
+    assert divergence is not None
+    assert [name for name, cost in divergence.items() if cost is None or cost > MOST_DIVERGENCE] == {
+        "int4": [], "fp8": ["int4"], "none": ["int4", "fp8"]
+    }[expected]  # fmt: skip
+    assert ("--kv-format" in caplog.text) == (expected != "int4")
+
+
+def test_nothing_is_chosen_without_biases_or_for_caches_that_are_not_quantized(tmp_path: Path) -> None:
+    plain = HuggingFaceCheckpoint(write_folder(tmp_path / "plain", family_fields("llama", num_hidden_layers=1)))
+    assert fit_cache(plain, recipes.fireq_plus(), TOKENS, 6) == ("int4", None)
+    biased = HuggingFaceCheckpoint(biased_source(tmp_path / "biased", 1, 600.0))
+    assert fit_cache(biased, recipes.w4a16(), None, 6) == ("none", None)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_recipe_without_text_quantizes_no_biased_keys_unless_told_to(
+    given: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = biased_source(tmp_path / "source", 1, 600.0)
+    report = convert_to(tmp_path / "out", source, recipes.rtn(), fit_cache=not given)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=jnp.float32)
+    assert model.quantization == (recipes.rtn() if given else recipes.rtn().with_kv_format("none"))
+    assert report["quantization"] == model.quantization.to_dict()
+    assert report["fitted_cache"] == (None if given else {"kv_format": "none", "divergence": None})
+    assert ("--kv-format overrides" in caplog.text) != given
+    other = ConversionOptions(source, tmp_path / "out", "test", recipes.rtn(), "float32", 6, fit_cache=given)
+    with pytest.raises(ValueError, match=f"fit_cache was {not given} and is now {given}"):
+        convert(other, None, resume=True)
+
+
+def test_the_chosen_cache_is_in_the_model_and_the_report(tmp_path: Path) -> None:
+    source = biased_source(tmp_path / "source", 2, 100.0)
+    quantization = recipes.fireq_plus().with_float_weights()
+    report = convert_to(tmp_path / "out", source, quantization, fit_cache=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=jnp.float32)
+    assert model.quantization.kv_format == report["fitted_cache"]["kv_format"] == "fp8"
+    assert set(report["fitted_cache"]["divergence"]) == {"int4", "fp8"}
+    exact = AutoModelForCausalLM.from_pretrained(source, dtype=jnp.float32)
+    assert divergence_of(model, exact) < MOST_DIVERGENCE
