@@ -24,7 +24,7 @@ from jaxtyping import Array, Int
 from tqdm.auto import tqdm
 
 from checkpoints_convert.algorithms.reconstruction import check_sequences
-from checkpoints_convert.algorithms.smoothing import applicable, smooth_with_keys
+from checkpoints_convert.algorithms.smoothing import smooth_with_keys
 from checkpoints_convert.block_effects import smoothing_effect, weight_errors
 from checkpoints_convert.cache_format import fit_cache
 from checkpoints_convert.calibrate import BlockStatistics, Calibrator
@@ -116,12 +116,6 @@ def convert(
     started = time.perf_counter()
     source = open_checkpoint(options.model)
     config, quantization = source.config, options.quantization
-    if quantization.smoothing is not None:
-        smoothing = applicable(quantization.smoothing, config)
-        if left_out := [name for name, value in vars(smoothing).items() if value != vars(quantization.smoothing)[name]]:
-            logger.info("%s would change what a %s computes: left out", " and ".join(left_out), config.model_type)
-        quantization = dataclasses.replace(quantization, smoothing=smoothing)
-        options = dataclasses.replace(options, quantization=quantization)
     quantization.check_fits(linear_names(config), config.head_dim)
     if tokens is None and needs_calibration(quantization):
         raise ValueError(f"recipe {options.recipe!r} measures keys on text; give calibration text")

@@ -51,7 +51,9 @@ def model_of(case: str):
 def block_of(case: str, index: int) -> tuple[ModelConfig, Block]:
     config, table, tensors = model_of(case)
     prefix = table.prefix.format(index=index)
-    block = {name: source.read(tensors[prefix + source.name]) for name, source in table.block.items()}
+    block = {
+        ours: source.read(*(tensors[prefix + name] for name in source.names)) for ours, source in table.block.items()
+    }
     return config, {name: jnp.asarray(array, jnp.float32) for name, array in block.items()}
 
 
@@ -79,6 +81,8 @@ def statistics_of(config: ModelConfig) -> tuple[KeyStatistics, dict[str, jax.Arr
         "gate_up_input": config.hidden_size, "down_input": config.intermediate_size,
     }  # fmt: skip
     inputs = {name: jnp.asarray(sizes(width)) for name, width in widths.items()}
+    if config.experts is not None:
+        inputs["down_input"] = jnp.asarray(sizes(config.experts.count, config.intermediate_size))
     return KeyStatistics(pairs, channels(), moments, sample), inputs, jnp.asarray(rows.swapaxes(1, 2) @ rows)
 
 
