@@ -206,7 +206,7 @@ def test_output_that_holds_something_else_is_never_touched(source: Path, tokens:
 
 def test_complete_output_is_never_overwritten(source: Path, tokens: np.ndarray, converted: Path) -> None:
     with pytest.raises(ValueError, match="already holds a complete model"):
-        convert(options(source, converted), tokens, resume=True, progress=False)
+        convert(options(source, converted), tokens, progress=False)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
