@@ -156,11 +156,6 @@ class MLP(nnx.Module):
         self.intermediate_size = inner
         self.activation: Activation = _ACTIVATIONS[config.activation]
 
-    @property
-    def takes_fp8(self) -> bool:
-        """Whether it is given FP8 rows."""
-        return self.gate_up_proj.takes_fp8
-
     def __call__(
         self,
         x: ScaledArray | Float[Array, "B T D"],
