@@ -30,7 +30,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import Array
 
 from fireq_jax.checkpoints.reader import CheckpointReader, open_checkpoint
-from fireq_jax.config_fields import mapping
+from fireq_jax.config_fields import mapping, quote
 from fireq_jax.json_files import errors_name, read_json, read_sealed, write_sealed
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.parameters import Parameter, global_parameters, layer_parameters
@@ -158,7 +158,11 @@ def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
     with errors_name(path):
         config = ModelConfig.from_dict(fields["model"])
         quantization = QuantizationConfig.from_dict(fields["quantization"])
-        return Manifest(config, quantization, mapping(fields["sha256"], "sha256") if digested else None)
+        digests = dict(mapping(fields["sha256"], "sha256")) if digested else None
+        for name, sha256 in (digests or {}).items():
+            if not isinstance(sha256, str):
+                raise ValueError(f"sha256 of {name} is {quote(sha256)}; expected 64 hexadecimal digits")
+        return Manifest(config, quantization, digests)
 
 
 def write_manifest(

@@ -17,6 +17,9 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
+_MORE_TEMPLATES = "additional_chat_templates"  # a folder of them, which converted models do not have
+
+
 def load_tokenizer(folder: str | Path, *, verify: bool = True) -> "PreTrainedTokenizerBase":
     """The tokenizer of ``folder``; only local files are read and no code in them is run.
 
@@ -54,7 +57,7 @@ def _verify(folder: Path) -> None:
     digests = read_manifest(folder).digests or {}
     if not any(name in digests for name in TOKENIZER_FILES):
         return
-    for name in TOKENIZER_FILES:
+    for name in (*TOKENIZER_FILES, _MORE_TEMPLATES):
         if name in digests:
             check_digest(folder / name, digests[name], UNVERIFIED)
         elif (folder / name).exists():

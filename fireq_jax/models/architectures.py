@@ -59,8 +59,6 @@ def family_of(fields: Fields) -> Family:
 
 
 def _qwen_windows(fields: Fields) -> dict[str, Any]:
-    if not fields["use_sliding_window"]:
-        return {}
     first = fields["max_window_layers"]
     if not is_a(first, int) or first < 0:
         raise ValueError(f"max_window_layers is {quote(first)}; expected 0 or a positive whole number")
@@ -71,13 +69,15 @@ def _smollm3(fields: Fields) -> dict[str, Any]:
     count, rotated = fields["num_hidden_layers"], fields.get("no_rope_layers")
     if rotated is None:
         rotated = [int(all_but_every(fields["no_rope_layer_interval"])(i)) for i in range(count)]
-    if not isinstance(rotated, list) or len(rotated) != count or not set(rotated) <= {0, 1}:
+    numbers = isinstance(rotated, list) and all(is_a(each, int) and each in (0, 1) for each in rotated)
+    if not numbers or len(rotated) != count:
         raise ValueError(f"no_rope_layers is {quote(rotated)}; expected {count} numbers, 1 for RoPE and 0 for none")
-    windows = window_layers(fields, lambda i: not rotated[i]) if fields["use_sliding_window"] else {}
+    windows = window_layers(fields, lambda i: not rotated[i])
     return {"rotated": tuple(map(bool, rotated)), **windows}
 
 
 def _granite(fields: Fields) -> dict[str, Any]:
+    positive(fields, "residual_multiplier")  # which the branches' last matrices are read with
     return {
         "embedding_scale": positive(fields, "embedding_multiplier"),
         "attention_scale": positive(fields, "attention_multiplier"),
@@ -110,8 +110,11 @@ def _olmo2(fields: Fields) -> dict[str, Any]:
 def _exaone4(fields: Fields) -> dict[str, Any]:
     pattern = fields["sliding_window_pattern"]
     if isinstance(pattern, str):  # such as "LLLG"
+        if pattern.strip("L") != "G" or not pattern.endswith("G"):
+            raise ValueError(f"sliding_window_pattern is {quote(pattern)}; expected a number, or Ls and then a G")
         pattern = len(pattern)
-    windows = {} if fields["sliding_window"] is None else window_layers(fields, all_but_every(pattern))
+    every = (lambda i: False) if fields["sliding_window"] is None else all_but_every(pattern)
+    windows = window_layers(fields, every)
     rotated = () if fields["sliding_window"] is None else _only_in_windows(fields, windows)
     return {**windows, "rotated": rotated, "norm_order": "post", "head_norm": "before_rope"}
 
@@ -147,8 +150,12 @@ def _hunyuan(fields: Fields) -> dict[str, Any]:
     parameters = rope_parameters(fields)
     if parameters.get("rope_type", parameters.get("type")) == "dynamic" and parameters.get("alpha"):
         # A fixed NTK factor under the name of the dynamic one.
-        head_dim, theta = head_dim_of(fields), positive({"rope_theta": 10000.0, **fields, **parameters}, "rope_theta")
-        options["rope"] = RopeConfig(theta=theta * positive(parameters, "alpha") ** (head_dim / (head_dim - 2)))
+        rest = {name: value for name, value in parameters.items() if name != "alpha"}
+        said, head_dim = RopeConfig.from_huggingface({**fields, "rope_scaling": rest}), head_dim_of(fields)
+        if said.factor != 1 or head_dim <= 2:
+            raise ValueError(f"rope factor is {said.factor} and head_dim {head_dim}; beside alpha 1 and more than 2")
+        theta = said.theta * positive(parameters, "alpha") ** (head_dim / (head_dim - 2))
+        options["rope"] = RopeConfig(theta=theta)
     return options
 
 
@@ -162,14 +169,14 @@ def _experts(fields: Fields, **options: bool) -> ExpertsConfig:
 
 
 def _qwen3_moe(fields: Fields) -> dict[str, Any]:
-    if fields["mlp_only_layers"] or fields["decoder_sparse_step"] != 1:
+    if fields["mlp_only_layers"] or not is_a(fields["decoder_sparse_step"], int) or fields["decoder_sparse_step"] != 1:
         raise ValueError(
             f"mlp_only_layers is {quote(fields['mlp_only_layers'])} and decoder_sparse_step "
             f"{quote(fields['decoder_sparse_step'])}; only experts in all layers are supported"
         )
     if not is_a(fields["norm_topk_prob"], bool):
         raise ValueError(f"norm_topk_prob is {quote(fields['norm_topk_prob'])}; expected true or false")
-    windows = window_layers(fields, lambda i: True) if fields["use_sliding_window"] else {}
+    windows = window_layers(fields, lambda i: True)
     return {
         "intermediate_size": fields["moe_intermediate_size"],
         "head_norm": "before_rope",
@@ -179,9 +186,9 @@ def _qwen3_moe(fields: Fields) -> dict[str, Any]:
 
 
 def _gpt_oss(fields: Fields) -> dict[str, Any]:
-    for name, only in (("swiglu_alpha", SILU_SLOPE), ("swiglu_limit", GATE_LIMIT)):
+    for name, only in (("swiglu_alpha", SILU_SLOPE), ("swiglu_limit", GATE_LIMIT), ("hidden_act", "silu")):
         if fields[name] != only:
-            raise ValueError(f"{name} is {quote(fields[name])}; only {only} is supported")
+            raise ValueError(f"{name} is {quote(fields[name])}; only {only!r} is supported")
     return {
         "activation": "clamped_silu",
         "mlp_bias": True,
@@ -198,7 +205,7 @@ _GPT_OSS_ROPE = {
     "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
     ORIGINAL_POSITIONS: 4096,
 }  # fmt: skip
-_QWEN: Fields = {"use_sliding_window": False, "sliding_window": None, "max_window_layers": 28, "layer_types": None}
+_QWEN: Fields = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
 _GEMMA: Fields = {"head_dim": 256, "tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"}
 _GEMMA2: Fields = {
     **_GEMMA, "query_pre_attn_scalar": 256, "sliding_window": 4096, "layer_types": None, "sliding_window_pattern": 2,

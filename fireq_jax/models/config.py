@@ -280,6 +280,12 @@ class ModelConfig:
         if self.width > self.head_dim or self.width % 2:
             raise ValueError(f"head_width is {self.head_width}; expected an even number up to head_dim {self.head_dim}")
         for rope in (self.rope, self.local_rope):
+            if rope is not None and rope.rope_type == "longrope":
+                pairs = (rope.rotary_dim or self.width) // 2
+                if len(rope.short_factor) != pairs:
+                    raise ValueError(
+                        f"short_factor has {len(rope.short_factor)} numbers; expected one for each of {pairs} pairs"
+                    )
             if rope is not None and (rope.rotary_dim or 0) > self.width:
                 raise ValueError(f"rotary_dim is {rope.rotary_dim}; expected at most {self.width}, a head's width")
 

@@ -208,23 +208,27 @@ def _ropes(family: Family, fields: Fields) -> dict[str, Any]:
     """``rope``, and ``local_rope`` where a config has another one for layers with a window."""
     parameters = fields.get("rope_parameters")
     by_layer = isinstance(parameters, Mapping) and ("full_attention" in parameters or _SLIDING in parameters)
-    local_theta = fields.get("rope_local_base_freq")
+    # Of a family that has it, and to others a key without a meaning.
+    local_theta = fields["rope_local_base_freq"] if "rope_local_base_freq" in family.defaults else None
+    if local_theta is None:
+        local_theta = fields.get("rope_theta")
+    else:
+        family = dataclasses.replace(family, plain_local_rope=True)
     if not by_layer:
         rope = _rope(family, fields, fields)
-        if local_theta is None and not family.plain_local_rope:
+        if not family.plain_local_rope:
             return {"rope": rope}
-        return {
-            "rope": rope,
-            "local_rope": _rope(family, fields, {"rope_theta": local_theta or fields.get("rope_theta")}),
-        }
+        return {"rope": rope, "local_rope": _rope(family, fields, {"rope_theta": local_theta})}
     assert isinstance(parameters, Mapping)
+    if odd := sorted(set(parameters) - {"full_attention", _SLIDING}):
+        raise ValueError(f"rope_parameters has {quote(odd[0])} beside layers' own; expected nothing else")
 
     def of_kind(kind: str, theta: float | None) -> RopeConfig:
-        own = mapping(parameters.get(kind) or {}, f"rope_parameters.{kind}")
+        own = mapping({} if parameters.get(kind) is None else parameters[kind], f"rope_parameters.{kind}")
         return _rope(family, fields, {"rope_parameters": {"rope_theta": theta, **own}})
 
     full = of_kind("full_attention", fields.get("rope_theta"))
-    return {"rope": full, "local_rope": of_kind(_SLIDING, local_theta or fields.get("rope_theta"))}
+    return {"rope": full, "local_rope": of_kind(_SLIDING, local_theta)}
 
 
 def _rope(family: Family, fields: Fields, own: Fields) -> RopeConfig:
@@ -253,21 +257,26 @@ def positive(fields: Fields, name: str) -> float:
         ValueError: if it is something else.
     """
     if not is_a(fields.get(name), float) or not 0 < fields[name] < LARGEST_POSITION:
-        raise ValueError(f"{name} is {quote(fields.get(name))}; expected a positive number")
+        raise ValueError(f"{name} is {quote(fields.get(name))}; expected a positive number that a model may have")
     return float(fields[name])
 
 
 def window_layers(fields: Fields, otherwise: Callable[[int], bool]) -> dict[str, Any]:
-    """The window, and which layers have it: as ``layer_types`` says, or else as ``otherwise`` says by index."""
+    """The window, and which layers have it: as ``layer_types`` says, or else as ``otherwise`` says by index.
+
+    There is none where a family that asks for ``use_sliding_window`` is not asked.
+    """
     window, count, kinds = fields.get("sliding_window"), fields["num_hidden_layers"], fields.get("layer_types")
-    if window is None:
-        return {}
-    if not is_a(window, int) or not 1 <= window <= LARGEST_POSITION:
+    if not is_a(used := fields.get("use_sliding_window", True), bool):
+        raise ValueError(f"use_sliding_window is {quote(used)}; expected true or false")
+    if window is not None and (not is_a(window, int) or not 1 <= window <= LARGEST_POSITION):
         raise ValueError(f"sliding_window is {quote(window)}; expected a positive number of tokens, or null")
     if kinds is not None and (not isinstance(kinds, list) or len(kinds) != count):
         raise ValueError(f"layer_types is {quote(kinds)}; expected a list of {count} names")
     if kinds is not None and (odd := [kind for kind in kinds if kind not in (_SLIDING, "full_attention")]):
-        raise ValueError(f"layer_types has {odd[0]!r}; expected {quote(_SLIDING)} or 'full_attention'")
+        raise ValueError(f"layer_types has {quote(odd[0])}; expected {quote(_SLIDING)} or 'full_attention'")
+    if window is None or not used:
+        return {}
     windowed = tuple(otherwise(i) if kinds is None else kinds[i] == _SLIDING for i in range(count))
     return {} if not any(windowed) else {"window": window, "windowed": () if all(windowed) else windowed}
 

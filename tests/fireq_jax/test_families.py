@@ -166,6 +166,37 @@ def test_default_bases_of_rope(model_type, theta, local):
     assert (None if config.local_rope is None else config.local_rope.theta) == local
 
 
+@pytest.mark.parametrize(
+    ("case", "changes", "message"),
+    [
+        ("mistral", {"sliding_window": "x"}, "sliding_window is 'x'"),
+        ("mistral", {"sliding_window": None, "layer_types": ["nonsense"] * 4}, "layer_types has 'nonsense'"),
+        ("qwen2", {"use_sliding_window": "no"}, "use_sliding_window is 'no'"),
+        ("qwen2", {"max_window_layers": "x"}, "max_window_layers is 'x'"),
+        ("smollm3", {"no_rope_layers": [[1]] * 4}, "no_rope_layers is"),
+        ("granite", {"residual_multiplier": 0}, "residual_multiplier is 0"),
+        ("granite", {"logits_scaling": "x"}, "logits_scaling is 'x'"),
+        ("gemma2", {"query_pre_attn_scalar": -1}, "query_pre_attn_scalar is -1"),
+        ("gemma3_text", {"rope_local_base_freq": 0}, "rope_theta is 0"),
+        ("gemma3_text", {"rope_parameters": {"full_attention": {}, "other": {}}}, "rope_parameters has 'other'"),
+        ("phi3 longrope", {"partial_rotary_factor": 1.0}, "short_factor has 3 numbers; expected .* 6 pairs"),
+        ("exaone4", {"sliding_window_pattern": "GGGL"}, "sliding_window_pattern is 'GGGL'"),
+        ("hunyuan_v1_dense", {"head_dim": 2}, "head_dim 2"),
+        ("mixtral", {"num_experts_per_tok": 99}, "per_token is 99"),
+        ("gpt_oss", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    ],
+)
+def test_what_a_familys_config_cannot_mean_is_refused(case, changes, message):
+    with pytest.raises(ValueError, match=message):
+        config_from_huggingface(family_fields(case, **changes))
+
+
+def test_a_window_that_is_asked_for_has_the_familys_size():
+    config = config_from_huggingface(family_fields("qwen2", use_sliding_window=True, max_window_layers=1))
+    assert config.windowed == (False, True, True, True)
+    assert config.window == 4096
+
+
 def test_other_families_are_refused_by_name(tmp_path):
     fields = {**family_fields("llama"), "model_type": "mamba2"}
     folder = write_folder(tmp_path / "m", fields, {"x": np.zeros(1, np.float32)})
