@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from checkpoints_convert.algorithms.smoothing import smooth_block
 from checkpoints_convert.calibrate import Calibrator, Hidden, abstract_layer, run_samples
-from fireq_jax.checkpoints.huggingface import HuggingFaceCheckpoint
+from fireq_jax.checkpoints.reader import CheckpointReader
 from fireq_jax.compilation import COMPILE_QUICKLY
 from fireq_jax.models.block import Block
 from fireq_jax.models.config import ModelConfig
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 def fit_cache(
-    source: HuggingFaceCheckpoint,
+    source: CheckpointReader,
     quantization: QuantizationConfig,
     tokens: Int[np.ndarray, "samples T"] | None,
     batch_size: int,
@@ -83,7 +83,7 @@ def fit_cache(
 
 
 def cache_divergence(
-    source: HuggingFaceCheckpoint,
+    source: CheckpointReader,
     quantization: QuantizationConfig,
     tokens: Int[np.ndarray, "samples T"],
     batch_size: int,

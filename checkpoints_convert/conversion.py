@@ -24,7 +24,7 @@ from jaxtyping import Array, Int
 from tqdm.auto import tqdm
 
 from checkpoints_convert.algorithms.reconstruction import check_sequences
-from checkpoints_convert.algorithms.smoothing import applicable, smooth_with_keys
+from checkpoints_convert.algorithms.smoothing import smooth_with_keys
 from checkpoints_convert.block_effects import smoothing_effect, weight_errors
 from checkpoints_convert.cache_format import fit_cache
 from checkpoints_convert.calibrate import BlockStatistics, Calibrator
@@ -33,7 +33,7 @@ from checkpoints_convert.held_out import HeldOut, Streams, check_amount, log_rep
 from checkpoints_convert.work_folder import REPORT, WorkFolder, save_array, save_arrays
 from fireq_jax import json_files
 from fireq_jax.checkpoints import folder
-from fireq_jax.checkpoints.huggingface import HuggingFaceCheckpoint
+from fireq_jax.checkpoints.reader import CheckpointReader, open_checkpoint
 from fireq_jax.checkpoints.tokenizer import TOKENIZER_FILES
 from fireq_jax.command_line import check_interrupted
 from fireq_jax.config_fields import check_kinds, check_types
@@ -114,14 +114,8 @@ def convert(
         KeyboardInterrupt: if Ctrl-C was pressed; likewise.
     """
     started = time.perf_counter()
-    source = HuggingFaceCheckpoint(options.model)
+    source = open_checkpoint(options.model)
     config, quantization = source.config, options.quantization
-    if quantization.smoothing is not None:
-        smoothing = applicable(quantization.smoothing, config)
-        if left_out := [name for name, value in vars(smoothing).items() if value != vars(quantization.smoothing)[name]]:
-            logger.info("%s would change what a %s computes: left out", " and ".join(left_out), config.model_type)
-        quantization = dataclasses.replace(quantization, smoothing=smoothing)
-        options = dataclasses.replace(options, quantization=quantization)
     quantization.check_fits(linear_names(config), config.head_dim)
     if tokens is None and needs_calibration(quantization):
         raise ValueError(f"recipe {options.recipe!r} measures keys on text; give calibration text")
@@ -172,7 +166,7 @@ def convert(
 
 
 def _with_fitted_cache(
-    source: HuggingFaceCheckpoint,
+    source: CheckpointReader,
     options: ConversionOptions,
     tokens: Int[np.ndarray, "samples T"] | None,
     work: WorkFolder,
@@ -190,7 +184,7 @@ def _with_fitted_cache(
 
 
 def _convert_globals(
-    source: HuggingFaceCheckpoint,
+    source: CheckpointReader,
     options: ConversionOptions,
     tokens: Int[np.ndarray, "samples T"] | None,
     held_out: HeldOut | None,
@@ -215,7 +209,7 @@ def _convert_globals(
 
 
 def _convert_block(
-    source: HuggingFaceCheckpoint,
+    source: CheckpointReader,
     options: ConversionOptions,
     index: int,
     calibrator: Calibrator | None,
@@ -280,7 +274,7 @@ def _compensate_block(
 
 
 def _finish(
-    source: HuggingFaceCheckpoint,
+    source: CheckpointReader,
     options: ConversionOptions,
     fingerprint: Mapping[str, Any],
     held_out: HeldOut | None,
@@ -360,7 +354,7 @@ def _check_tokens(name: str, tokens: Int[np.ndarray, "samples T"], config: Model
 
 def _fingerprint(
     options: ConversionOptions,
-    source: HuggingFaceCheckpoint,
+    source: CheckpointReader,
     tokens: Int[np.ndarray, "samples T"] | None,
     held_out: Int[np.ndarray, "windows T"] | None,
 ) -> dict[str, Any]:
@@ -384,7 +378,7 @@ def _fingerprint(
 
 
 def _cost(
-    source: HuggingFaceCheckpoint,
+    source: CheckpointReader,
     quantization: QuantizationConfig,
     tokens: Int[np.ndarray, "samples T"] | None,
     held_out: Int[np.ndarray, "windows T"] | None,

@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from checkpoints_convert.calibration_data import calibration_windows, check_sizes
 from checkpoints_convert.conversion import ConversionOptions, convert, needs_calibration
@@ -13,7 +14,7 @@ from fireq_jax.checkpoints.folder import MANIFEST
 from fireq_jax.checkpoints.hub import check_config, resolve_model
 from fireq_jax.checkpoints.huggingface import read_config
 from fireq_jax.checkpoints.tokenizer import load_tokenizer
-from fireq_jax.command_line import exit_code
+from fireq_jax.command_line import exit_code, leave
 from fireq_jax.compilation import keep_programs
 from fireq_jax.models.llama import linear_names
 from fireq_jax.quantization import recipes
@@ -124,5 +125,10 @@ def _check(folder: Path, quantization: QuantizationConfig) -> None:
     quantization.check_fits(linear_names(config), config.head_dim)
 
 
+def command() -> NoReturn:
+    """:func:`main` as a process."""
+    leave(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

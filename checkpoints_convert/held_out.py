@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from checkpoints_convert.calibrate import Hidden, abstract_layer, run_samples
-from fireq_jax.checkpoints.huggingface import HuggingFaceCheckpoint
+from fireq_jax.checkpoints.reader import CheckpointReader
 from fireq_jax.compilation import COMPILE_QUICKLY
 from fireq_jax.models.block import Block
 from fireq_jax.models.config import ModelConfig
@@ -89,7 +89,7 @@ class HeldOut:
         """Block ``index`` as it is stored, by full name."""
         return hidden._replace(quantized=self._run(self.quantization, index, parameters, hidden.quantized))
 
-    def report(self, source: HuggingFaceCheckpoint, hidden: Streams) -> dict[str, Any]:
+    def report(self, source: CheckpointReader, hidden: Streams) -> dict[str, Any]:
         """What the three models lose.
 
         Args:

@@ -8,11 +8,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import NoReturn
 
 import jax
 
 # What users can put right: arguments and files, what a named kernel cannot run, packages that are not installed.
 _EXPECTED = ValueError, NotImplementedError, OSError, ImportError
+_INTERRUPTED = 128 + signal.SIGINT
 _interrupted = threading.Event()
 
 
@@ -29,7 +31,7 @@ def exit_code(command: str, run: Callable[[], None]) -> int:
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print(f"{command}: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return _INTERRUPTED
     except _EXPECTED as error:
         print(f"{command}: {error}", file=sys.stderr)
         return 2
@@ -39,6 +41,19 @@ def exit_code(command: str, run: Callable[[], None]) -> int:
         print(f"{command}: {message.splitlines()[0]}", file=sys.stderr)
         return 2
     return 0
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with a command's exit code.
+
+    If it was interrupted, at once: threads of XLA's and Orbax's go on, and crash in an interpreter that is torn down.
+    """
+    if code == _INTERRUPTED:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def check_interrupted() -> None:

@@ -49,7 +49,7 @@ def check_values(cls: type, values: Mapping[str, Any], ranges: Ranges, names: Ma
         several = always or any(get_origin(option) is tuple for option in options)
         if always and not isinstance(value, tuple):
             raise ValueError(f"{name} is {quote(value)}; expected a tuple")
-        numbers = value if several and isinstance(value, tuple) else (value,)
+        numbers: tuple[Any, ...] = value if several and isinstance(value, tuple) else (value,)
         if not all(is_a(number, kind) for number in numbers):
             raise ValueError(f"{name} is {quote(value)}; expected {_KINDS[kind]}")
         if field.name in ranges:

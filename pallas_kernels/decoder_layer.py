@@ -85,6 +85,7 @@ def before_attention(
     x: ResidualStream,
     weights: LayerWeights,
     *,
+    decoding: bool = True,
     implementation: dispatch.Implementation = "auto",
     tap: Tap | None = None,
 ) -> tuple[Float[Array, "*rows N"] | SplitSum, ResidualStream]:
@@ -93,6 +94,7 @@ def before_attention(
     Args:
         x: [*rows, D].
         weights: of the layer.
+        decoding: whether the tokens continue sequences; few of these take two kernels, where prompts never do.
         implementation: of whatever kernels it takes, see ``dispatch``; that two cannot do it alone is no reason
             to fall back to XLA.
         tap: called with "qkv_input" and what ``weights.qkv`` multiplies, unless that exists only in FP8. Changes
@@ -106,12 +108,16 @@ def before_attention(
         NotImplementedError: if ``implementation`` names a kernel that cannot run this.
     """
     _validate(x, weights)
-    if not unsupported(x, weights) and dispatch.resolve("decoder_layer", implementation, None) == "mosaic_gpu":
+    chains = decoding and not unsupported(x, weights)
+    if chains and dispatch.resolve("decoder_layer", implementation, None) == "mosaic_gpu":
         assert weights.input_norm is not None
         norm, (qkv,) = weights.input_norm, _quantized(weights.qkv)
         packed, value, barrier = launch.norm_matmul(x.value, norm.weight, qkv, weights.qkv.bias, norm.eps)
         return packed, ResidualStream(value, barrier=barrier)
-    rows, value = _rows_for(weights.qkv, x, weights.input_norm, implementation, "qkv_input", tap)
+    # Rows that the MLP begins with as well are in FP8 only if both take that.
+    shared = weights.parallel and not (weights.gate_up is not None and weights.gate_up.takes_fp8)
+    reader = None if shared else weights.qkv
+    rows, value = _rows_for(reader, x, weights.input_norm, implementation, "qkv_input", tap)
     packed = project(rows, weights.qkv, out_dtype=x.dtype, implementation=implementation)
     return packed, ResidualStream(value, normalized=rows if weights.parallel else None)
 

@@ -161,7 +161,7 @@ def add_post_norm(
     """
     _validate_branch(branch, post_weight, residual, eps)
     wide = finished(branch).astype(jnp.float32)
-    normalized = wide * post_weight * _inverse_rms(wide, eps)
+    normalized = wide * jnp.broadcast_to(post_weight, wide.shape) * _inverse_rms(wide, eps)
     return (normalized + residual.astype(jnp.float32)).astype(residual.dtype)
 
 

@@ -30,18 +30,6 @@ EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
-def applicable(smoothing: SmoothingConfig, config: ModelConfig) -> SmoothingConfig:
-    """``smoothing`` without what would change the function of such a model.
-
-    An offset moves all scores of a query alike, but for a sink's, and a clamped activation is not proportional to up.
-    """
-    return dataclasses.replace(
-        smoothing,
-        key_offset=smoothing.key_offset and not config.sinks,
-        up_down=smoothing.up_down and config.activation != "clamped_silu",
-    )
-
-
 def smooth_block(
     block: Block,
     keys: KeyStatistics | None,
@@ -69,7 +57,7 @@ def smooth_block(
         from the scaled keys.
 
     Raises:
-        ValueError: if statistics are missing, or ``smoothing`` is not :func:`applicable`.
+        ValueError: if statistics are missing.
     """
     return smooth_with_keys(block, keys, config, smoothing, inputs, values)[0]
 
@@ -83,8 +71,6 @@ def smooth_with_keys(
     values: Float[Array, "kv_heads H H"] | None,
 ) -> tuple[dict[str, Array], KeyTransform | None]:
     """:func:`smooth_block`, and what it did to the keys; None without key statistics."""
-    if smoothing != applicable(smoothing, config):
-        raise ValueError(f"key_offset or up_down would change what a {config.model_type} computes")
     if (smoothing.activation_exponent or smoothing.search_columns) and inputs is None:
         raise ValueError("activation_exponent and search_columns need statistics of the inputs; calibrate first")
     rescaled, transform = _rescale(dict(block), keys, config, smoothing, None if inputs is None else dict(inputs))
@@ -120,7 +106,7 @@ def _rescale(
         result = balance_norm(result, "post_attention_layernorm.weight", gate_up, *options("gate_up_input"))
     if smoothing.value_output and smoothing.value_basis != "balanced":
         result = balance_value_output(result, config, *options("o_input"))
-    if smoothing.up_down:
+    if smoothing.up_down and config.activation != "clamped_silu":  # which is not proportional to up
         result = balance_up_down(result, mlp, *options("down_input"))
     if keys is None and not smoothing.measures_keys:
         return result, None

@@ -54,6 +54,8 @@ def one_by_one(attention: Any, residual: jax.Array, layer: LayerWeights) -> Any:
             return sum_norm_quantize(x, norm.weight, norm.eps)
         return norm.quantized(x), x
 
+    assert layer.gate_up is not None
+    assert layer.down is not None
     rows, x = normalized(project(attention, layer.o_proj, residual=residual), layer.mlp_norm)
     hidden = finished(project(rows, layer.gate_up, activation=layer.activation))
     rows, x = normalized(project(hidden, layer.down, residual=x), layer.input_norm)

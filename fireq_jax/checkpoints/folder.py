@@ -29,7 +29,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array
 
-from fireq_jax.checkpoints.huggingface import HuggingFaceCheckpoint
+from fireq_jax.checkpoints.reader import CheckpointReader, open_checkpoint
 from fireq_jax.config_fields import mapping
 from fireq_jax.json_files import errors_name, read_json, read_sealed, write_sealed
 from fireq_jax.models.config import ModelConfig
@@ -80,7 +80,7 @@ class StoredModel:
     folder: Path
     config: ModelConfig
     quantization: QuantizationConfig
-    source: HuggingFaceCheckpoint | None
+    source: CheckpointReader | None
     digests: Mapping[str, str] | None = None
 
     @property
@@ -109,7 +109,7 @@ class StoredModel:
                 _check_there(folder, f"layers.{index}")
             return cls(folder, config, quantization, None, digests if verify else None)
         check_finished(folder)
-        source = HuggingFaceCheckpoint(folder)
+        source = open_checkpoint(folder)
         return cls(folder, source.config, recipes.none(), source)
 
     def read(self, expected: Mapping[str, Parameter], dtype: jax.typing.DTypeLike) -> dict[str, Parameter]:

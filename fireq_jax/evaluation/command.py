@@ -1,12 +1,11 @@
 """``fireq-evaluate``: perplexity of one or several models on a text, as a table and as JSON."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import NoReturn, get_args
 
-from fireq_jax.command_line import exit_code
+from fireq_jax.command_line import exit_code, leave
 from fireq_jax.compilation import keep_programs
 from fireq_jax.evaluation.comparison import evaluate, format_table, resolve_models
 from fireq_jax.evaluation.perplexity import check_windows
@@ -116,5 +115,10 @@ def _smoothing(args: argparse.Namespace) -> dict[Path, SmoothingEffect]:
     return figures
 
 
+def command() -> NoReturn:
+    """:func:`main` as a process."""
+    leave(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

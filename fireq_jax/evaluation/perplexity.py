@@ -85,10 +85,11 @@ def perplexity(
     windows = windows if max_windows is None else min(windows, max_windows)
     batch_size = min(batch_size, windows)
     arrays, structure = jax.tree.flatten(model)
-    logits = batch_size * window * model.config.vocab_size * np.dtype(np.float32).itemsize
-    check_fits(f"the logits of batch_size {batch_size} x window {window} tokens", logits, arrays)
+    width = min(window, len(tokens))
+    logits = batch_size * width * model.config.vocab_size * np.dtype(np.float32).itemsize
+    check_fits(f"the logits of batch_size {batch_size} x window {width} tokens", logits, arrays)
     # Where rotations depend on a sequence's length, padding must not count.
-    masked = model.config.rope.rope_type == "dynamic"
+    masked = model.config.rope.rope_type in ("dynamic", "longrope")
 
     nll, scored = 0.0, 0
     with tqdm(total=windows, desc=description, unit="window", disable=not progress) as bar:
@@ -96,7 +97,7 @@ def perplexity(
             count = min(batch_size, windows - first)
             # All batches have one shape, so that there is one compilation. Padding comes after a
             # window's tokens, where causal attention lets nothing see it.
-            batch = np.zeros((batch_size, window), np.int32)
+            batch = np.zeros((batch_size, width), np.int32)
             mask = np.zeros_like(batch) if masked else None
             for row in range(count):
                 part = tokens[(first + row) * stride :][:window]

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from fireq_jax.checkpoints.folder import StoredModel
 from fireq_jax.checkpoints.hub import check_config, resolve_model
 from fireq_jax.checkpoints.tokenizer import load_tokenizer
-from fireq_jax.command_line import exit_code
+from fireq_jax.command_line import exit_code, leave
 from fireq_jax.compilation import keep_programs
 from fireq_jax.generation import chat
 from fireq_jax.generation.defaults import SAMPLING, GenerationDefaults
@@ -240,5 +240,10 @@ def _report(prompt_tokens: int, count: int, seconds: float, speed: str) -> None:
     print(f"{prompt_tokens} prompt tokens, {count} new ones in {seconds:.2f} s ({speed})", file=sys.stderr)
 
 
+def command() -> NoReturn:
+    """:func:`main` as a process."""
+    leave(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

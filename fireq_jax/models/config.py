@@ -295,8 +295,11 @@ class ModelConfig:
 
     @property
     def ignores_offsets(self) -> bool:
-        """Whether attention is the same if one number is added to all scores of a query; not if these are capped."""
-        return self.attention_softcap is None
+        """Whether attention is the same if one number is added to all scores of a query.
+
+        Not if these are capped, or have a sink beside them.
+        """
+        return self.attention_softcap is None and not self.sinks
 
     def window_of(self, layer: int) -> int | None:
         """Tokens that a layer sees, itself included; None means all before it."""

@@ -14,9 +14,7 @@ from jaxtyping import Array, Float
 
 from fireq_jax.models.config import ExpertsConfig, ModelConfig
 from fireq_jax.models.layers import MLP, LayerOptions, Tap, no_tap
-from pallas_kernels import formats
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.formats import ScaledArray
 from pallas_kernels.projection import matmul_float
 from pallas_kernels.row_quantize import quantize_rows
 
@@ -38,7 +36,7 @@ class Router(nnx.Module):
         """float32 weights of all experts' outputs, 0 for those that a token does not go to."""
         logits = matmul_float(x.astype(jnp.float32), self.weight.get_value())
         if self.bias is not None:
-            logits = logits + self.bias.get_value()
+            logits = logits + jnp.broadcast_to(self.bias.get_value(), logits.shape)
         largest, chosen = jax.lax.top_k(logits, self.config.per_token)
         if self.config.normalized:
             weights = jax.nn.softmax(largest, axis=-1)
@@ -55,8 +53,6 @@ class Experts(nnx.Module):
         experts: an MLP whose parameters have one more axis in front, the expert's.
     """
 
-    takes_fp8 = False  # the router reads rows that are not rounded
-
     def __init__(self, name: str, config: ModelConfig, options: LayerOptions) -> None:
         assert config.experts is not None
 
@@ -72,32 +68,29 @@ class Experts(nnx.Module):
 
     def __call__(
         self,
-        x: ScaledArray | Float[Array, "B T D"],
+        x: Float[Array, "B T D"],
         residual: Float[Array, "B T D"] | None = None,
         tap: Tap = no_tap,
     ) -> Float[Array, "B T D"]:
-        """The mixture for rows ``x``, plus ``residual``.
+        """The mixture for rows ``x``, which only experts round, plus ``residual``.
 
         ``tap`` sees "expert_weights" [B, T, experts], and "down_input" [experts, B, T, I] of all tokens, whether an
         expert's or not.
         """
-        weights = self.router(formats.dequantize(x) if isinstance(x, ScaledArray) else x)
-        if self.experts.takes_fp8 and not isinstance(x, ScaledArray):
-            x = quantize_rows(x, implementation=self.implementation)
+        weights = self.router(x)
+        takes_fp8 = self.experts.gate_up_proj.takes_fp8
+        rows = quantize_rows(x, implementation=self.implementation) if takes_fp8 else x
         graph, state = nnx.split(self.experts)
 
         def add(total: Float[Array, "B T D"], expert: Array) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
             seen: dict[str, Array] = {}
             mlp = nnx.merge(graph, jax.tree.map(lambda stack: stack[expert], state))
-            output = mlp(x, tap=no_tap if tap is no_tap else seen.__setitem__)
+            output = mlp(rows, tap=no_tap if tap is no_tap else seen.__setitem__)
             weight = weights[..., expert, None]
             # What an expert makes of others' tokens may be anything, NaN included, and 0 * NaN is NaN.
             return total + jnp.where(weight > 0, weight * output.astype(jnp.float32), 0.0), seen
 
-        hidden = self.router.weight.get_value().shape[-1]
-        total = jnp.zeros((*weights.shape[:-1], hidden), jnp.float32)
-        if residual is not None:
-            total = residual.astype(jnp.float32)
+        total = jnp.zeros(x.shape, jnp.float32) if residual is None else residual.astype(jnp.float32)
         total, seen = jax.lax.scan(add, total, self._visited(weights, everything=tap is not no_tap))
         tap("expert_weights", weights)
         for name, values in seen.items():

@@ -128,7 +128,7 @@ class Norm(nnx.Module):
     def __init__(self, config: ModelConfig, implementation: Implementation) -> None:
         self.weight = nnx.Param(jnp.ones((config.hidden_size,), jnp.float32))
         self.eps = config.rms_norm_eps
-        self.kind = config.norm_kind
+        self.kind: norm.NormKind = config.norm_kind
         self.implementation: Implementation = implementation
 
     @property
@@ -155,11 +155,6 @@ class MLP(nnx.Module):
         self.down_proj = Linear(f"{name}.down_proj", inner, hidden, options, bias=bias)
         self.intermediate_size = inner
         self.activation: Activation = _ACTIVATIONS[config.activation]
-
-    @property
-    def takes_fp8(self) -> bool:
-        """Whether it is given FP8 rows."""
-        return self.gate_up_proj.takes_fp8
 
     def __call__(
         self,

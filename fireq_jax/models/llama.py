@@ -115,7 +115,7 @@ class DecoderLayer(nnx.Module):
         weights, implementation = self.weights, self.self_attn.implementation
         # None is what ops call nobody.
         seen = None if tap is no_tap else tap
-        packed, x = before_attention(x, weights, implementation=implementation, tap=seen)
+        packed, x = before_attention(x, weights, decoding=cache is not None, implementation=implementation, tap=seen)
         attention, new_cache = self.self_attn.attend(
             packed=packed,
             rope=rope,

@@ -30,7 +30,8 @@ class SmoothingConfig:
             gate/up_proj read the same norm, together with theirs.
         value_output: balance v_proj rows against o_proj columns (Lambda1).
         gate_up_input: balance gate/up_proj columns against the gain of a norm of their own before them (Lambda2).
-        up_down: balance up_proj rows against down_proj columns (Lambda3).
+        up_down: balance up_proj rows against down_proj columns (Lambda3); not in models whose activation is clamped,
+            which is not proportional to up.
         column_statistic: what is balanced: the mean or the largest magnitude of a weight column.
         pre_rope: N: equalise rotary pairs of the keys; folded into q_proj and k_proj, or into the gains of a norm of
             each head.
@@ -45,7 +46,8 @@ class SmoothingConfig:
         query_exponent: let N favour the pairs that queries read most:
             queries**exponent / keys**(1 - exponent). 0 flattens the keys whatever reads them.
         key_offset: store keys minus their mean after RoPE, by channel. Scores of a query then all
-            change by the same number, which softmax ignores; not in models that cap scores, which have no offset.
+            change by the same number, which softmax ignores; not in models that cap scores or have sinks beside
+            them, which have no offset.
         fit_pairs: take N only as a start: N, and an angle by which each pair is turned, by gradient
             descent on the error of scores; no angles where heads are normed. Needs ``pre_rope`` without S.
         value_basis: each head's values as their "channels" are, rotated by a "hadamard" matrix, or

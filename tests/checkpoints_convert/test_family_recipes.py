@@ -51,7 +51,9 @@ def model_of(case: str):
 def block_of(case: str, index: int) -> tuple[ModelConfig, Block]:
     config, table, tensors = model_of(case)
     prefix = table.prefix.format(index=index)
-    block = {name: source.read(tensors[prefix + source.name]) for name, source in table.block.items()}
+    block = {
+        ours: source.read(*(tensors[prefix + name] for name in source.names)) for ours, source in table.block.items()
+    }
     return config, {name: jnp.asarray(array, jnp.float32) for name, array in block.items()}
 
 
@@ -74,20 +76,23 @@ def statistics_of(config: ModelConfig) -> tuple[KeyStatistics, dict[str, jax.Arr
     moments = KeyMoments(channels() - channels(), channels() + 20 * real, channels())
     sample = KeySample(channels(7) * jnp.asarray(random.choice([-1, 1], (7, 1, head_dim))), channels(7)[..., :half])
     rows = sizes(kv_heads, head_dim, head_dim) * (np.arange(head_dim) < config.width)
-    hidden, experts = (config.hidden_size,), () if config.experts is None else (config.experts.count,)
     widths = {
-        "qkv_input": hidden, "o_input": (config.num_heads * head_dim,), "gate_up_input": hidden,
-        "down_input": (*experts, config.intermediate_size),
+        "qkv_input": config.hidden_size, "o_input": config.num_heads * head_dim,
+        "gate_up_input": config.hidden_size, "down_input": config.intermediate_size,
     }  # fmt: skip
-    inputs = {name: jnp.asarray(sizes(*width)) for name, width in widths.items()}
+    inputs = {name: jnp.asarray(sizes(width)) for name, width in widths.items()}
+    if config.experts is not None:
+        inputs["down_input"] = jnp.asarray(sizes(config.experts.count, config.intermediate_size))
     return KeyStatistics(pairs, channels(), moments, sample), inputs, jnp.asarray(rows.swapaxes(1, 2) @ rows)
 
 
 def layer_of(config: ModelConfig, block: Block, index: int) -> DecoderLayer:
-    """A float layer that takes S and an offset."""
+    """A float layer that takes S and, in models that may have one, an offset."""
     quantization = dataclasses.replace(recipes.none(), smoothing=SCALED)
     shape = (config.num_kv_heads, config.head_dim)
-    neutral = {"self_attn.post_rope_scale": jnp.ones(shape), "self_attn.key_offset": jnp.zeros(shape)}
+    neutral = {"self_attn.post_rope_scale": jnp.ones(shape)}
+    if config.ignores_offsets:
+        neutral["self_attn.key_offset"] = jnp.zeros(shape)
     parameters = layer_parameters({**neutral, **block}, index, quantization, jnp.float32)
     own = {name.removeprefix(f"layers.{index}."): value for name, value in parameters.items()}
     return with_parameters(abstract_layer(config, quantization, index), own)
@@ -101,8 +106,7 @@ def test_smoothing_changes_no_familys_function(case: str, index: int, monkeypatc
     keys, inputs, values = statistics_of(config)
     exact = np.asarray(run_layer(layer_of(config, block, index), config, jnp.asarray(HIDDEN)))
     for wanted in (SCALED, FITTED):
-        applied = smoothing.applicable(wanted, config)
-        smoothed = smoothing.smooth_block(block, keys, config, applied, inputs, values)
+        smoothed = smoothing.smooth_block(block, keys, config, wanted, inputs, values)
         assert not np.array_equal(smoothed["self_attn.v_proj.weight"], block["self_attn.v_proj.weight"])
         same = np.asarray(run_layer(layer_of(config, smoothed, index), config, jnp.asarray(HIDDEN)))
         np.testing.assert_allclose(same, exact, rtol=0, atol=1e-5 * np.abs(exact - HIDDEN).max())
@@ -127,16 +131,17 @@ def divergence_of(model: AutoModelForCausalLM, exact: AutoModelForCausalLM) -> f
 
 
 @pytest.mark.slow
-def test_fireq_plus_on_a_family_unlike_llama(tmp_path: Path) -> None:
-    """Sandwiched norms, normed heads, windows, another activation; GPTQ itself knows of matrices only."""
-    fields = family_fields("gemma3_text", num_hidden_layers=2, layer_types=["sliding_attention"] * 2)
+@pytest.mark.parametrize(("case", "bound"), [("gemma3_text", 0.2), ("cohere2", 0.6)])  # measured 0.11 and 0.35
+def test_fireq_plus_on_families_unlike_llama(case: str, bound: float, tmp_path: Path) -> None:
+    """Sandwiched norms, normed heads and another activation; parallel branches. GPTQ itself knows of matrices only."""
+    fields = family_fields(case, num_hidden_layers=2, layer_types=["sliding_attention"] * 2)
     source = write_folder(tmp_path / "source", fields)
     exact = AutoModelForCausalLM.from_pretrained(source, dtype=jnp.float32)
     convert_to(tmp_path / "out", source, dataclasses.replace(recipes.fireq_plus(), error_compensation=False))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=jnp.float32)
     assert model.config == exact.config
     logits, expected = (np.asarray(each(family_tokens())) for each in (model, exact))
-    assert 0 < np.linalg.norm(logits - expected) < 0.2 * np.linalg.norm(expected)  # measured 0.106
+    assert 0 < np.linalg.norm(logits - expected) < bound * np.linalg.norm(expected)
 
 
 def test_layers_of_one_kind_are_compiled_once(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -148,9 +150,9 @@ def test_files_of_one_name_in_two_folders_are_two(source: Path, tmp_path: Path) 
         (model / name).mkdir()
     shutil.copy(model / "model.safetensors", model / "a")
     (model / "model.safetensors").rename(model / "b" / "model.safetensors")
-    found = type("Source", (), {"config": conversion.HuggingFaceCheckpoint(source).config})
-    found.files = [model / "a/model.safetensors", model / "b/model.safetensors"]
-    fingerprint = conversion._fingerprint(options(model, tmp_path), found, None, None)  # pyright: ignore
+    files = [model / "a/model.safetensors", model / "b/model.safetensors"]
+    found: Any = SimpleNamespace(config=conversion.open_checkpoint(source).config, files=files)
+    fingerprint = conversion._fingerprint(options(model, tmp_path), found, None, None)
     assert {"a/model.safetensors, size and time", "b/model.safetensors, size and time"} <= set(fingerprint)
 
 

@@ -103,3 +103,13 @@ def test_interruptions_are_left_to_whom_they_belong():
     finally:
         signal.signal(signal.SIGINT, before)
     assert found == [before, signal.SIG_IGN]
+
+
+@pytest.mark.parametrize(("code", "printed"), [(0, "text\ntorn down\n"), (2, "text\ntorn down\n"), (130, "text\n")])
+def test_an_interrupted_process_is_left_as_it_is(code, printed):
+    program = (
+        "import atexit; from fireq_jax.command_line import leave; atexit.register(print, 'torn down'); "
+        f"print('text'); leave({code})"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (code, printed)

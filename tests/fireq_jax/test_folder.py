@@ -1,6 +1,7 @@
 """Saved models come back bit for bit, or not at all."""
 
 import dataclasses
+import functools
 import gc
 import json
 import os
@@ -259,21 +260,26 @@ def flip_bit(path, at=0.5, bit=0):
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.data())
-def test_no_flipped_bit_loads(copy, data):
+@given(data=st.data())
+def test_no_flipped_bit_loads(saved, copy, data):
     """Of any file that belongs to the model."""
-    files = sorted(path for path in copy.rglob("*") if path.is_file())
-    path = data.draw(st.sampled_from(files))
+    path = data.draw(st.sampled_from(sorted(path for path in copy.rglob("*") if path.is_file())))
     content = path.read_bytes()
     flip_bit(path, data.draw(st.floats(0, 1, exclude_max=True)), data.draw(st.integers(0, 7)))
     try:
-        model = LlamaForCausalLM.from_pretrained(copy)
+        stored = checkpoint.StoredModel.open(copy)
+        stored.read(expected_parameters(), jnp.bfloat16)
     except ValueError as error:
         assert str(copy) in str(error)  # noqa: PT017
     else:  # another way to write the same JSON
         assert path.name == checkpoint.MANIFEST
-        assert_same(parameters_of(model), parameters_of(LlamaForCausalLM.from_pretrained(copy)))
+        assert checkpoint.read_manifest(copy) == checkpoint.read_manifest(saved)
     path.write_bytes(content)
+
+
+@functools.cache
+def expected_parameters():
+    return parameters_of(nnx.eval_shape(lambda: LlamaForCausalLM(CONFIG, recipes.fireq())))
 
 
 @pytest.mark.parametrize(

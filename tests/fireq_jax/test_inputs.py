@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from tiny_families import family_fields
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fireq_jax import LlamaForCausalLM, ModelConfig, device_memory, generate, recipes
 from fireq_jax.evaluation import perplexity
 from fireq_jax.generation import check_call, stream
+from fireq_jax.models.architectures import config_from_huggingface
+from fireq_jax.models.llama import CausalLM
 
 VOCAB = 67
 IDS = np.arange(1, 13, dtype=np.int32).reshape(2, 6)
@@ -99,6 +102,13 @@ def test_models_broadcast_explicitly(recipe):
     model, ids = model_of(recipe), jax.ShapeDtypeStruct(IDS.shape, jnp.int32)
     with jax.numpy_rank_promotion("raise"):
         assert jax.eval_shape(model, ids, ids).shape == (*IDS.shape, VOCAB)
+
+
+@pytest.mark.parametrize("family", ["olmo3", "gemma2", "phi3 longrope", "cohere2", "gpt_oss"])
+def test_families_broadcast_explicitly(family):
+    config, ids = config_from_huggingface(family_fields(family)), jax.ShapeDtypeStruct(IDS.shape, jnp.int32)
+    with jax.numpy_rank_promotion("raise"):
+        jax.eval_shape(CausalLM(config, recipes.none()), ids, ids)
 
 
 @pytest.mark.parametrize("recipe", ["none", "fireq"])

@@ -98,9 +98,20 @@ def test_text_shorter_than_a_window(model, tokens):
     assert short.nll == pytest.approx(float64_nll(model, tokens[:10]).sum(), rel=1e-5)
 
 
-def test_padding_does_not_count_where_rotations_depend_on_the_length(tokens):
+@pytest.mark.parametrize(
+    "rope",
+    [
+        RopeConfig(rope_type="dynamic", factor=2.0),
+        RopeConfig(
+            rope_type="longrope", short_factor=(1.0,) * 16, long_factor=(8.0,) * 16,
+            original_max_position_embeddings=48,
+        ),
+    ],
+    ids=["dynamic", "longrope"],
+)  # fmt: skip
+def test_padding_does_not_count_where_rotations_depend_on_the_length(tokens, rope):
     """The last of these windows is longer than the model's positions, and shorter than the others."""
-    dynamic = small_model(recipes.none(), RopeConfig(rope_type="dynamic", factor=2.0))
+    dynamic = small_model(recipes.none(), rope)
     packed = dynamic.layers[0].self_attn.qkv_proj.weight
     packed.set_value(packed.get_value() * 20)  # so that where a token stands matters
     result = perplexity(dynamic, tokens[:104], window=64, progress=False)

@@ -138,6 +138,15 @@ def test_other_layers_take_one_for_each_step(name, kernels, monkeypatch):
     assert kernels_of(name, monkeypatch) == kernels
 
 
+@pytest.mark.parametrize("decoding", [True, False])
+def test_a_short_prompt_takes_a_kernel_for_each_step(decoding, monkeypatch):
+    monkeypatch.setattr(dispatch, "_not_hopper", lambda: None)
+    (_, residual), layer = jax.eval_shape(lambda: case_of("four-rows"))
+    first = functools.partial(before_attention, decoding=decoding)
+    _, x = jax.eval_shape(lambda x, layer: first(ResidualStream(x), layer), residual, layer)
+    assert (x.barrier is not None) == decoding
+
+
 def test_a_watched_layer_takes_the_same_kernels(monkeypatch):
     """What a tap sees is computed beside them."""
     monkeypatch.setattr(dispatch, "_not_hopper", lambda: None)

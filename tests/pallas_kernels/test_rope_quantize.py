@@ -397,7 +397,11 @@ def test_a_sum_is_read_as_what_it_adds_up_to():
 def test_sums_that_the_kernel_cannot_add_up_have_a_reason():
     packed, cos, sin, key, value, *_ = operands(CASES["a sum"])
     assert sm90.unsupported(packed, cos, sin, key, value, True) is None
-    for changes, reason in (({"x_scale": None}, "FP8"), ({"residual": cos}, "residual")):
+    for changes, reason in (
+        ({"x_scale": None}, "FP8"),
+        ({"bias": cos.astype(jnp.float16)}, "bias"),
+        ({"residual": cos}, "residual"),
+    ):
         assert reason in str(sm90.unsupported(dataclasses.replace(packed, **changes), cos, sin, key, value, True))
 
 

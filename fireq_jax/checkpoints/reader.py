@@ -1,0 +1,53 @@
+"""Where a model's tensors come from: what converting and loading ask of a checkpoint, whatever its files are."""
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from fireq_jax.checkpoints.huggingface import HuggingFaceCheckpoint
+from fireq_jax.models.config import ModelConfig
+
+
+class CheckpointReader(Protocol):
+    """A checkpoint that was checked against its config when it was opened, and is read a block at a time."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The architecture, tied only if the stored tensors are."""
+        ...
+
+    @property
+    def files(self) -> list[Path]:
+        """The weight files."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Their bytes."""
+        ...
+
+    def block(self, index: int) -> dict[str, np.ndarray]:
+        """All tensors of block ``index``, in the form that ``models.block`` describes."""
+        ...
+
+    def global_names(self) -> list[str]:
+        """Names, as in ``models.block.global_shapes``, of the tensors outside the blocks."""
+        ...
+
+    def global_tensor(self, name: str) -> np.ndarray:
+        """One of ``global_names``."""
+        ...
+
+    def check_finite(self, *, progress: bool = True) -> None:
+        """Read everything once; ValueError names the first tensor with a NaN or an infinity."""
+        ...
+
+
+def open_checkpoint(folder: Path) -> CheckpointReader:
+    """The reader of a folder with a ``config.json`` and weights.
+
+    Raises:
+        ValueError: naming the file, if there is none for it, or its tensors do not fit its config.
+    """
+    return HuggingFaceCheckpoint(folder)
