@@ -114,7 +114,10 @@ def before_attention(
         norm, (qkv,) = weights.input_norm, _quantized(weights.qkv)
         packed, value, barrier = launch.norm_matmul(x.value, norm.weight, qkv, weights.qkv.bias, norm.eps)
         return packed, ResidualStream(value, barrier=barrier)
-    rows, value = _rows_for(weights.qkv, x, weights.input_norm, implementation, "qkv_input", tap)
+    # Rows that the MLP begins with as well are in FP8 only if both take that.
+    shared = weights.parallel and not (weights.gate_up is not None and weights.gate_up.takes_fp8)
+    reader = None if shared else weights.qkv
+    rows, value = _rows_for(reader, x, weights.input_norm, implementation, "qkv_input", tap)
     packed = project(rows, weights.qkv, out_dtype=x.dtype, implementation=implementation)
     return packed, ResidualStream(value, normalized=rows if weights.parallel else None)
 

@@ -131,16 +131,17 @@ def divergence_of(model: AutoModelForCausalLM, exact: AutoModelForCausalLM) -> f
 
 
 @pytest.mark.slow
-def test_fireq_plus_on_a_family_unlike_llama(tmp_path: Path) -> None:
-    """Sandwiched norms, normed heads, windows, another activation; GPTQ itself knows of matrices only."""
-    fields = family_fields("gemma3_text", num_hidden_layers=2, layer_types=["sliding_attention"] * 2)
+@pytest.mark.parametrize(("case", "bound"), [("gemma3_text", 0.2), ("cohere2", 0.6)])  # measured 0.11 and 0.35
+def test_fireq_plus_on_families_unlike_llama(case: str, bound: float, tmp_path: Path) -> None:
+    """Sandwiched norms, normed heads and another activation; parallel branches. GPTQ itself knows of matrices only."""
+    fields = family_fields(case, num_hidden_layers=2, layer_types=["sliding_attention"] * 2)
     source = write_folder(tmp_path / "source", fields)
     exact = AutoModelForCausalLM.from_pretrained(source, dtype=jnp.float32)
     convert_to(tmp_path / "out", source, dataclasses.replace(recipes.fireq_plus(), error_compensation=False))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=jnp.float32)
     assert model.config == exact.config
     logits, expected = (np.asarray(each(family_tokens())) for each in (model, exact))
-    assert 0 < np.linalg.norm(logits - expected) < 0.2 * np.linalg.norm(expected)  # measured 0.106
+    assert 0 < np.linalg.norm(logits - expected) < bound * np.linalg.norm(expected)
 
 
 def test_layers_of_one_kind_are_compiled_once(tmp_path: Path) -> None:

@@ -65,6 +65,20 @@ def error(x, exact):
     return np.linalg.norm(np.asarray(x, np.float64) - exact) / np.linalg.norm(exact)
 
 
+@pytest.mark.parametrize("float_part", ["qkv", "gate_up", "o_proj", "down"])
+@pytest.mark.parametrize("order", ["pre", "parallel"])
+def test_any_projection_may_be_float_beside_quantized_ones(order, float_part):
+    """What a norm's two readers take decides in what form both get its rows."""
+    layer = random_layer(*SIZES, order=order)
+    plain = getattr(layer, float_part)
+    weight = plain.weight.dequantize().astype(jnp.float32)
+    layer = dataclasses.replace(layer, **{float_part: dataclasses.replace(plain, weight=weight)})
+    inputs = random_inputs(3, 64, jnp.float32)
+    results, _ = expected(*inputs, layer)
+    for found, exact in zip(two_layers(*inputs, layer), results, strict=True):
+        assert error(found, exact) < 0.05  # FP8 rows
+
+
 @pytest.mark.parametrize("weights", ["float", "int4, float rows"])
 @pytest.mark.parametrize("activation", GATES)
 @pytest.mark.parametrize("bias", [None, jnp.float32])
