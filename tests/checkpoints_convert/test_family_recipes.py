@@ -131,7 +131,7 @@ def divergence_of(model: AutoModelForCausalLM, exact: AutoModelForCausalLM) -> f
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "bound"), [("gemma3_text", 0.2), ("cohere2", 0.6)])  # measured 0.11 and 0.35
+@pytest.mark.parametrize(("case", "bound"), [("gemma3_text", 0.2), ("cohere2", 0.4)])  # measured 0.11 and 0.25
 def test_fireq_plus_on_families_unlike_llama(case: str, bound: float, tmp_path: Path) -> None:
     """Sandwiched norms, normed heads and another activation; parallel branches. GPTQ itself knows of matrices only."""
     fields = family_fields(case, num_hidden_layers=2, layer_types=["sliding_attention"] * 2)
