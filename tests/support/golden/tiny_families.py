@@ -1,5 +1,6 @@
 """A tiny model of every family, and what it is compared with."""
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -78,7 +79,7 @@ RENAMED: dict[str, dict[str, Any]] = {
 
 def family_fields(case: str, **changes: Any) -> dict[str, Any]:
     """``config.json`` of a case, which says no more than published ones do."""
-    return {**_SMALL, **(CASES | RENAMED)[case], **changes, "model_type": case.split()[0]}
+    return copy.deepcopy({**_SMALL, **(CASES | RENAMED)[case], **changes, "model_type": case.split()[0]})
 
 
 def family_tokens(rows: int = 2, length: int = 40) -> np.ndarray:
