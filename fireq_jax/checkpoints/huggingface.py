@@ -18,6 +18,7 @@ from fireq_jax.config_fields import quote
 from fireq_jax.json_files import errors_name, is_file, read_json
 from fireq_jax.models.architectures import config_from_huggingface, tensor_table
 from fireq_jax.models.config import ModelConfig, eos_ids
+from fireq_jax.models.family import HEAD
 from fireq_jax.models.tensor_source import TensorTable
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,6 @@ T = TypeVar("T")
 
 # What a checkpoint of the model without its head leaves out of its names.
 _MODEL_PREFIX = "model."
-_HEAD = "lm_head.weight"
 _LARGEST = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Whose buffers old exports carry; RoPE is computed from the config.
@@ -86,11 +86,12 @@ class HuggingFaceCheckpoint:
         self.folder = folder
         fields, config = _read_fields_and_config(folder)
         found, absent = _locate_tensors(folder)
-        prefixed = tensor_table(fields, config).prefix.startswith(_MODEL_PREFIX)
+        table = tensor_table(fields, config)
+        prefixed = table.prefix.startswith(_MODEL_PREFIX)
         self._tensors = _with_prefix(found, [*found, *absent]) if prefixed else found
         self._reader = TensorReader()
-        self.config = self._resolve_head(config, tensor_table(fields, config))
-        self._table = tensor_table(fields, self.config)
+        self.config = self._resolve_head(config, table)
+        self._table = table if self.config == config else tensor_table(fields, self.config)
         self._check_names(_with_prefix(absent, [*found, *absent]) if prefixed else absent)
 
     @property
@@ -142,10 +143,10 @@ class HuggingFaceCheckpoint:
     def _resolve_head(self, config: ModelConfig, table: TensorTable) -> ModelConfig:
         """The config, tied only if the stored tensors are; a tied matrix goes by the embedding's name."""
         embedding = table.outside["embed_tokens"].name
-        if not config.tie_word_embeddings or _HEAD not in self._tensors:
+        if not config.tie_word_embeddings or HEAD not in self._tensors:
             return config
-        if embedding not in self._tensors or _equal(self._tensors[embedding], self._tensors[_HEAD]):
-            self._tensors.setdefault(embedding, self._tensors.pop(_HEAD))
+        if embedding not in self._tensors or _equal(self._tensors[embedding], self._tensors[HEAD]):
+            self._tensors.setdefault(embedding, self._tensors.pop(HEAD))
             return config
         logger.warning(
             "%s: config.json ties head and embeddings, but the weights hold two that differ: not tied", self.folder
@@ -160,7 +161,7 @@ class HuggingFaceCheckpoint:
                 raise ValueError(absent[missing[0]])
             raise ValueError(
                 f"{self.folder} lacks tensor {missing[0]}{_and_more(missing)}, which its config.json asks for"
-                + (" (tie_word_embeddings is false)" if missing[0] == _HEAD else "")
+                + (" (tie_word_embeddings is false)" if missing[0] == HEAD else "")
             )
         if extra := sorted(found - set(expected)):
             raise ValueError(
@@ -202,7 +203,7 @@ def _with_prefix(tensors: Mapping[str, T], names: Iterable[str]) -> dict[str, T]
     """By the names of a model with a head: what is saved from one without leaves out their first part."""
     if any(name.startswith(_MODEL_PREFIX) for name in names):
         return dict(tensors)
-    return {name if name == _HEAD else _MODEL_PREFIX + name: value for name, value in tensors.items()}
+    return {name if name == HEAD else _MODEL_PREFIX + name: value for name, value in tensors.items()}
 
 
 def _locate_tensors(folder: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from fireq_jax.config_fields import is_a, quote
-from fireq_jax.models.config import ExpertsConfig, ModelConfig, RopeConfig
+from fireq_jax.models.config import ORIGINAL_POSITIONS, ExpertsConfig, ModelConfig, RopeConfig
 from fireq_jax.models.family import (
-    ORIGINAL_POSITIONS,
+    HEAD,
     Family,
     Fields,
     all_but_every,
@@ -277,7 +277,7 @@ FAMILIES: Mapping[str, Family] = {
         prefix="transformer.h.{index}.",
         globals={
             "embed_tokens": "transformer.wte.weight", "norm.weight": "transformer.ln_f.weight",
-            "lm_head": "lm_head.weight",
+            "lm_head": HEAD,
         },
     ),
     "qwen2": Family(

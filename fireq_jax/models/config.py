@@ -11,7 +11,7 @@ NormOrder = Literal["pre", "post", "sandwich", "parallel"]
 NormKind = Literal["rms", "layer"]
 HeadNorms = Literal["none", "before_rope", "after_rope", "across_heads"]
 GateActivation = Literal["silu", "gelu_tanh", "clamped_silu"]
-_ORIGINAL = "original_max_position_embeddings"
+ORIGINAL_POSITIONS = "original_max_position_embeddings"
 # Beyond any real model, and small enough that indices and positions stay within int32 and rotary frequencies
 # and epsilons within float32.
 LARGEST_VOCABULARY = 2**24
@@ -19,7 +19,7 @@ LARGEST_POSITION = 2**31 - 1
 _ROPE_RANGES: Ranges = {
     "theta": (1, 10**15),
     "factor": (1, 2**20),
-    _ORIGINAL: (1, LARGEST_POSITION),
+    ORIGINAL_POSITIONS: (1, LARGEST_POSITION),
     "low_freq_factor": (1e-6, 10**6),
     "high_freq_factor": (1e-6, 10**6),
     "beta_fast": (1e-6, 10**6),
@@ -130,14 +130,14 @@ class RopeConfig:
         # What says how a model came about, and what a family reads itself.
         for name in ("finetuned", "partial_rotary_factor", "llama_4_scaling_beta", "max_position_embeddings"):
             values.pop(name, None)
-        if fields.get(_ORIGINAL) is not None:
-            values[_ORIGINAL] = fields[_ORIGINAL]
+        if fields.get(ORIGINAL_POSITIONS) is not None:
+            values[ORIGINAL_POSITIONS] = fields[ORIGINAL_POSITIONS]
         if "rope_theta" in values:
             values["theta"] = values.pop("rope_theta")
         check_values(cls, values, _ROPE_RANGES, {"theta": "rope_theta"})
         if values["rope_type"] in ("su", "longrope"):
             values["rope_type"] = "longrope"
-            if (original := values.get(_ORIGINAL)) and (longest := fields.get("max_position_embeddings")):
+            if (original := values.get(ORIGINAL_POSITIONS)) and (longest := fields.get("max_position_embeddings")):
                 values["factor"] = longest / original
         if values["rope_type"] not in ("default", "longrope") and "factor" not in values:
             raise ValueError(f"rope_type {quote(values['rope_type'])} needs a factor; the config gives none")

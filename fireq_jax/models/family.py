@@ -9,13 +9,22 @@ import numpy as np
 
 from fireq_jax.config_fields import check_values, is_a, mapping, quote
 from fireq_jax.models.block import block_shapes, global_shapes, norm_names
-from fireq_jax.models.config import LARGEST_POSITION, LARGEST_VOCABULARY, RANGES, ModelConfig, RopeConfig, eos_ids
+from fireq_jax.models.config import (
+    LARGEST_POSITION,
+    LARGEST_VOCABULARY,
+    ORIGINAL_POSITIONS,
+    RANGES,
+    ModelConfig,
+    RopeConfig,
+    eos_ids,
+)
 from fireq_jax.models.tensor_source import TensorSource, TensorTable
 
 Fields = Mapping[str, Any]
 logger = logging.getLogger(__name__)
 
-ORIGINAL_POSITIONS = "original_max_position_embeddings"
+# The one name that checkpoints of all families give the head.
+HEAD = "lm_head.weight"
 _SLIDING = "sliding_attention"
 
 # transformers' name -> ours.
@@ -92,7 +101,7 @@ class Family:
         default_factory=lambda: {
             "embed_tokens": "model.embed_tokens.weight",
             "norm.weight": "model.norm.weight",
-            "lm_head": "lm_head.weight",
+            "lm_head": HEAD,
         }
     )
     fused_qkv: bool = False
