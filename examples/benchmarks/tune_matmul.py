@@ -24,7 +24,7 @@ from pallas_kernels import formats, layouts
 from pallas_kernels.matmul import matmul_reference
 from pallas_kernels.quantized_tensor import QuantizedTensor
 from pallas_kernels.sm90 import row_quantize
-from pallas_kernels.sm90.hardware import NUM_SMS, SMEM_BYTES
+from pallas_kernels.sm90.common.hardware import NUM_SMS, SMEM_BYTES
 from pallas_kernels.sm90.matmul import launch
 from pallas_kernels.sm90.matmul.config import (
     MOST_BY_RULE,

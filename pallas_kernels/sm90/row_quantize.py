@@ -31,8 +31,9 @@ from pallas_kernels import formats
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.sm90 import split_sum
 from pallas_kernels.sm90.attention.combine import combine_channels
-from pallas_kernels.sm90.hardware import NUM_SMS
-from pallas_kernels.sm90.inline import (
+from pallas_kernels.sm90.common.hardware import NUM_SMS
+from pallas_kernels.sm90.common.memory import address, load, load_floats, offset, pack, store, unpack
+from pallas_kernels.sm90.common.ptx import (
     SCALAR,
     WARPGROUP,
     absmax_scale,
@@ -44,8 +45,14 @@ from pallas_kernels.sm90.inline import (
     reciprocal,
     to_e4m3,
 )
-from pallas_kernels.sm90.memory import address, load, load_floats, offset, pack, store, unpack
-from pallas_kernels.sm90.reduction import inverse_rms, larger, over_block, own_units, start_over_cluster, weighted
+from pallas_kernels.sm90.common.reduction import (
+    inverse_rms,
+    larger,
+    over_block,
+    own_units,
+    start_over_cluster,
+    weighted,
+)
 from pallas_kernels.split_sum import SplitSum
 
 CHUNK = 8  # elements of a load

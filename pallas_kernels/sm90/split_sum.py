@@ -9,8 +9,8 @@ from jaxlib.mlir.dialects import arith
 from jaxtyping import Array
 
 from pallas_kernels.matmul_epilogue import Activation
-from pallas_kernels.sm90.inline import f32, i32
-from pallas_kernels.sm90.memory import address, load, load_floats, offset, pack, unpack
+from pallas_kernels.sm90.common.memory import address, load, load_floats, offset, pack, unpack
+from pallas_kernels.sm90.common.ptx import f32, i32
 from pallas_kernels.split_sum import SplitSum
 
 EIGHT = 8  # channels that a thread adds up at once

@@ -18,7 +18,7 @@ from pallas_kernels.matmul import matmul
 from pallas_kernels.residual_stream import ResidualStream
 from pallas_kernels.row_quantize import quantize_rows
 from pallas_kernels.sm90.chain.schedule import Link
-from pallas_kernels.sm90.hardware import NUM_SMS
+from pallas_kernels.sm90.common.hardware import NUM_SMS
 from pallas_kernels.split_sum import SplitSum, finished
 
 GELU = {"activation": "gelu_tanh_mul"}

@@ -18,7 +18,7 @@ from pallas_kernels.formats import ScaledArray
 from pallas_kernels.matmul import matmul
 from pallas_kernels.matmul_epilogue import width_out
 from pallas_kernels.quantized_tensor import QuantizedTensor
-from pallas_kernels.sm90.hardware import SMEM_BYTES
+from pallas_kernels.sm90.common.hardware import SMEM_BYTES
 from pallas_kernels.sm90.matmul import config as matmul_config
 from pallas_kernels.sm90.matmul import launch
 from pallas_kernels.sm90.matmul.config import Config, DecodeConfig, choose, heuristic, smem_bytes

@@ -16,8 +16,8 @@ from jaxlib.mlir.dialects import arith, llvm, scf, vector
 
 from pallas_kernels import formats
 from pallas_kernels.sm90.attention.registers import CODE_UNIT
-from pallas_kernels.sm90.inline import const, number
-from pallas_kernels.sm90.inline import element as element_of
+from pallas_kernels.sm90.common.ptx import const, number
+from pallas_kernels.sm90.common.ptx import element as element_of
 
 
 def combine_head(

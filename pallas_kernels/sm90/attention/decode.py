@@ -30,7 +30,7 @@ from pallas_kernels.formats import ScaledArray
 from pallas_kernels.sm90 import row_quantize
 from pallas_kernels.sm90.attention import registers
 from pallas_kernels.sm90.attention.decode_device import COPY_ROW, combine_kernel, kernel, swizzled
-from pallas_kernels.sm90.hardware import NUM_SMS
+from pallas_kernels.sm90.common.hardware import NUM_SMS
 
 HEAD_DIMS = (64, 128, 256)
 PAGE_MULTIPLE = 256  # a page holds whole tiles

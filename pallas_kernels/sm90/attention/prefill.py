@@ -52,7 +52,7 @@ from pallas_kernels.sm90.attention.prefill_device import BLOCK_Q, PRODUCT_KEYS, 
 from pallas_kernels.sm90.attention.prefill_registers import PREPARED_TOKENS, SUM_COLUMNS
 from pallas_kernels.sm90.attention.registers import CODE_UNIT
 from pallas_kernels.sm90.attention.schedule import Schedule, causal_schedule
-from pallas_kernels.sm90.hardware import NUM_SMS
+from pallas_kernels.sm90.common.hardware import NUM_SMS
 
 _LOG2E = math.log2(math.e)
 

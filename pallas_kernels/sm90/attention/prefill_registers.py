@@ -22,8 +22,8 @@ from pallas_kernels.sm90.attention.registers import (
     thread_position,
     transpose_bytes,
 )
-from pallas_kernels.sm90.inline import asm, const, f32, number, to_e4m3
-from pallas_kernels.sm90.inline import element as element_of
+from pallas_kernels.sm90.common.ptx import asm, const, f32, number, to_e4m3
+from pallas_kernels.sm90.common.ptx import element as element_of
 
 PREPARED_TOKENS = 128  # of a block of the preparation, one a thread
 # Rows of the columns' numbers; the last is one or the other.

@@ -24,8 +24,8 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf, vector
 
-from pallas_kernels.sm90.inline import const, raw_array, to_e4m3
-from pallas_kernels.sm90.inline import element as element_of
+from pallas_kernels.sm90.common.ptx import const, raw_array, to_e4m3
+from pallas_kernels.sm90.common.ptx import element as element_of
 
 # E4M3 value of the byte that code 1 turns into.
 CODE_UNIT = 2.0**-9

@@ -13,9 +13,10 @@ from jaxlib.mlir.dialects import arith, scf
 
 from pallas_kernels import layouts
 from pallas_kernels.matmul_epilogue import Activation
-from pallas_kernels.sm90 import sync
 from pallas_kernels.sm90.chain.schedule import AHEAD, CHUNK, THREADS, TILE_BYTES, TILE_M, WARPGROUPS, Link
-from pallas_kernels.sm90.inline import (
+from pallas_kernels.sm90.common import sync
+from pallas_kernels.sm90.common.memory import address, offset, store, wide
+from pallas_kernels.sm90.common.ptx import (
     SCALAR,
     WARPGROUP,
     asm,
@@ -30,7 +31,6 @@ from pallas_kernels.sm90.inline import (
     to_float,
 )
 from pallas_kernels.sm90.matmul import epilogue
-from pallas_kernels.sm90.memory import address, offset, store, wide
 
 _SUM = plgpu.Layout.WG_STRIDED((layouts.TILE_N * TILE_M,), vec_size=1)
 

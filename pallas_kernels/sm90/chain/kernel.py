@@ -25,7 +25,6 @@ from jax import lax
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import formats, layouts
-from pallas_kernels.sm90 import sync
 from pallas_kernels.sm90.chain import device, rows
 from pallas_kernels.sm90.chain.schedule import (
     AHEAD,
@@ -37,8 +36,9 @@ from pallas_kernels.sm90.chain.schedule import (
     Link,
     held_tiles,
 )
-from pallas_kernels.sm90.hardware import NUM_SMS
-from pallas_kernels.sm90.inline import SCALAR, const, inlined
+from pallas_kernels.sm90.common import sync
+from pallas_kernels.sm90.common.hardware import NUM_SMS
+from pallas_kernels.sm90.common.ptx import SCALAR, const, inlined
 from pallas_kernels.sm90.matmul import epilogue, weights
 
 # A thread's of the feeding warpgroup and of the computing ones.

@@ -17,7 +17,7 @@ from pallas_kernels.quantized_tensor import QuantizedTensor
 from pallas_kernels.sm90 import split_sum
 from pallas_kernels.sm90.chain import kernel, schedule
 from pallas_kernels.sm90.chain.schedule import Link, Source
-from pallas_kernels.sm90.hardware import NUM_SMS
+from pallas_kernels.sm90.common.hardware import NUM_SMS
 from pallas_kernels.split_sum import SplitSum
 
 MAX_ROWS = 4  # every block makes all rows of an input: more are faster made once, by kernels of their own

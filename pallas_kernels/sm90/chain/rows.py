@@ -17,7 +17,8 @@ from pallas_kernels import formats, layouts
 from pallas_kernels.sm90 import split_sum
 from pallas_kernels.sm90.chain.device import emit_barrier
 from pallas_kernels.sm90.chain.schedule import CHUNK_K, THREADS, TILE_M, WARPGROUPS
-from pallas_kernels.sm90.inline import (
+from pallas_kernels.sm90.common.memory import address, load, load_floats, offset, store, unpack, wide
+from pallas_kernels.sm90.common.ptx import (
     absmax_scale,
     asm,
     const,
@@ -28,8 +29,7 @@ from pallas_kernels.sm90.inline import (
     shared_address,
     to_e4m3,
 )
-from pallas_kernels.sm90.memory import address, load, load_floats, offset, store, unpack, wide
-from pallas_kernels.sm90.reduction import inverse_rms, over_block, own_units, weighted
+from pallas_kernels.sm90.common.reduction import inverse_rms, over_block, own_units, weighted
 from pallas_kernels.sm90.split_sum import EIGHT
 
 Refs = Mapping[str, ir.Value]

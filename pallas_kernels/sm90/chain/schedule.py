@@ -10,7 +10,7 @@ from typing import Literal
 
 from pallas_kernels import formats, layouts
 from pallas_kernels.matmul_epilogue import Activation, width_out
-from pallas_kernels.sm90.hardware import NUM_SMS, SMEM_BYTES
+from pallas_kernels.sm90.common.hardware import NUM_SMS, SMEM_BYTES
 from pallas_kernels.sm90.matmul.config import CHUNK, Problem
 
 WARPGROUPS = 4

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch, formats, layouts
 from pallas_kernels.matmul_epilogue import Activation, width_out
-from pallas_kernels.sm90.hardware import NUM_SMS, SMEM_BYTES
+from pallas_kernels.sm90.common.hardware import NUM_SMS, SMEM_BYTES
 from pallas_kernels.split_sum import MAX_PARTS
 
 Values = Literal["e4m3", "bf16"]

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import formats, jax_compat, layouts
-from pallas_kernels.sm90 import sync
+from pallas_kernels.sm90.common import sync
 from pallas_kernels.sm90.matmul import epilogue as outputs
 from pallas_kernels.sm90.matmul import weights
 from pallas_kernels.sm90.matmul.config import CHUNK, STORE_BUFFERS, DecodeConfig, Problem, decode_stages, word_slots

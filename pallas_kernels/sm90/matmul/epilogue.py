@@ -15,7 +15,7 @@ from jaxlib.mlir.dialects import math as math_ops
 
 from pallas_kernels import layouts
 from pallas_kernels.matmul_epilogue import GELU_CUBIC, GELU_SLOPE, Activation, width_out
-from pallas_kernels.sm90.inline import (
+from pallas_kernels.sm90.common.ptx import (
     ROWS,
     SCALAR,
     WARPGROUP,

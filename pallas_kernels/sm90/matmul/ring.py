@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import formats, jax_compat, layouts
-from pallas_kernels.sm90 import sync
-from pallas_kernels.sm90.hardware import NUM_SMS
+from pallas_kernels.sm90.common import sync
+from pallas_kernels.sm90.common.hardware import NUM_SMS
 from pallas_kernels.sm90.matmul import epilogue as outputs
 from pallas_kernels.sm90.matmul.config import STORE_BUFFERS, Config, Problem
 from pallas_kernels.sm90.matmul.output import Operands

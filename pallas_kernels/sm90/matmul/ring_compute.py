@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import layouts
-from pallas_kernels.sm90 import sync
+from pallas_kernels.sm90.common import sync
 from pallas_kernels.sm90.matmul import epilogue as outputs
 from pallas_kernels.sm90.matmul import weights
 from pallas_kernels.sm90.matmul.config import Config, Problem

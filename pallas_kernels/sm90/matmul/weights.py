@@ -17,7 +17,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels import formats, jax_compat, layouts
-from pallas_kernels.sm90.inline import (
+from pallas_kernels.sm90.common.ptx import (
     SCALAR,
     WARPGROUP,
     asm,

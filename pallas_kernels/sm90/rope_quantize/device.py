@@ -15,8 +15,9 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, scf
 
 from pallas_kernels import formats
-from pallas_kernels.sm90 import memory, split_sum
-from pallas_kernels.sm90.inline import (
+from pallas_kernels.sm90 import split_sum
+from pallas_kernels.sm90.common import memory
+from pallas_kernels.sm90.common.ptx import (
     SCALAR,
     absmax_scale,
     const,
@@ -26,7 +27,7 @@ from pallas_kernels.sm90.inline import (
     number,
     to_e4m3,
 )
-from pallas_kernels.sm90.reduction import inverse_rms
+from pallas_kernels.sm90.common.reduction import inverse_rms
 from pallas_kernels.sm90.rope_quantize import registers as emit
 
 CACHE = ("key", "key_scale", "value", "value_scale")

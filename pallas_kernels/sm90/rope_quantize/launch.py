@@ -27,7 +27,7 @@ from pallas_kernels import formats
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.head_norm import HeadNorm
 from pallas_kernels.sm90 import split_sum
-from pallas_kernels.sm90.hardware import NUM_SMS
+from pallas_kernels.sm90.common.hardware import NUM_SMS
 from pallas_kernels.sm90.rope_quantize import device
 from pallas_kernels.split_sum import SplitSum
 

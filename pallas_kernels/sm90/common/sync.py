@@ -13,7 +13,7 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
-from pallas_kernels.sm90.inline import SCALAR, asm, const, inlined, shared_address
+from pallas_kernels.sm90.common.ptx import SCALAR, asm, const, inlined, shared_address
 
 
 def init_barriers(ref: Any, arrivals: int, *, cluster: bool) -> None:

@@ -6,7 +6,7 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_kernels.sm90.inline import asm, const, f32, i32
+from pallas_kernels.sm90.common.ptx import asm, const, f32, i32
 
 
 def address(ref: ir.Value, row: ir.Value | None = None, row_bytes: int = 0) -> ir.Value:

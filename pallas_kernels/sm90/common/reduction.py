@@ -9,8 +9,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu
 from jaxlib.mlir.dialects import math as math_ops
 
-from pallas_kernels.sm90.inline import asm, const, f32, i32, number, shared_address
-from pallas_kernels.sm90.sync import emit_wait
+from pallas_kernels.sm90.common.ptx import asm, const, f32, i32, number, shared_address
+from pallas_kernels.sm90.common.sync import emit_wait
 
 
 def own_units(units: int, threads: int, thread: ir.Value | None = None) -> tuple[list[ir.Value], ir.Value | None]:
