@@ -400,5 +400,5 @@ def _finite_absmax(words: list[ir.Value]) -> ir.Value:
     }"""
     largest = const(0)
     for word in words:
-        (largest,) = asm([i32()], [largest, word], code, "=r,r,r", volatile=False)
+        (largest,) = asm([i32()], [largest, word], code, volatile=False)
     return larger(*unpack([largest]))

@@ -22,6 +22,7 @@ from pallas_kernels.sm90.common.ptx import (
     asm,
     const,
     element,
+    f32,
     fragment_position,
     i32,
     inlined,
@@ -115,7 +116,6 @@ def _copy_chunk(
         [],
         [barrier, arith.addi(size, const(count * layouts.TILE_N))],
         "mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;",
-        "r,r",
         volatile=True,
     )
     _copy_bulk(to_words, offset(address(words), tile, TILE_BYTES), size, barrier)
@@ -130,7 +130,7 @@ def _copy_chunk(
 
 def _copy_bulk(target: ir.Value, source: ir.Value, size: ir.Value, barrier: ir.Value) -> None:
     code = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];"
-    asm([], [target, source, size, barrier], code, "r,l,r,r", volatile=True)
+    asm([], [target, source, size, barrier], code, volatile=True)
 
 
 def take(ring: Ring, wg: jax.Array, slot: jax.Array, groups: int) -> tuple[list[jax.Array], list[jax.Array]]:
@@ -176,7 +176,7 @@ def take(ring: Ring, wg: jax.Array, slot: jax.Array, groups: int) -> tuple[list[
     @inlined()
     def meet(_: Any) -> None:
         # One lane will say for all that the slot has been read.
-        asm([], [], "bar.warp.sync 0xffffffff;", "", volatile=True)
+        asm([], [], "bar.warp.sync 0xffffffff;", volatile=True)
 
     sets = [scales(first) for first in range(0, groups, 4)]
     packed = [words(t) for t in range(CHUNK)]
@@ -186,7 +186,7 @@ def take(ring: Ring, wg: jax.Array, slot: jax.Array, groups: int) -> tuple[list[
 
 def emit_loads_started() -> None:
     """The computing warpgroups have started an input's loads; the feeding one has nothing left to copy before it."""
-    asm([], [], f"bar.sync 2, {THREADS + WARPGROUP};", "", volatile=True)
+    asm([], [], f"bar.sync 2, {THREADS + WARPGROUP};", volatile=True)
 
 
 def barrier() -> None:
@@ -196,7 +196,7 @@ def barrier() -> None:
 
 def emit_barrier() -> None:
     """``barrier``, in device code."""
-    asm([], [], f"bar.sync 1, {THREADS};", "", volatile=True)
+    asm([], [], f"bar.sync 1, {THREADS};", volatile=True)
 
 
 def store_hidden(
@@ -238,8 +238,7 @@ def store_hidden(
             biases = [to_float(element(v, 0), bias_bits) for v in by_channel["bias"].registers.flat]
         sums = [element(v, 0) for v in total.registers]  # [r][token of two]
         own = arith.addi(shared_address(tokens), arith.muli(lane4, const(8)))
-        f32 = ir.F32Type.get()
-        by_token = asm([f32, f32], [own], "ld.shared.v2.f32 {$0, $1}, [$2];", "=f,=f,r", volatile=True)
+        by_token = asm([f32(), f32()], [own], "ld.shared.v2.f32 {$0, $1}, [$2];", volatile=True)
         lane = arith.andi(thread(), const(31))
         column = arith.addi(arith.muli(warp, const(8)), arith.shrui(lane, const(2)))
         column = arith.addi(arith.muli(tile.registers.item(), const(layouts.TILE_N // 2)), column)
@@ -251,7 +250,6 @@ def store_hidden(
                 [i32()],
                 [value],
                 "{\n.reg .b16 h;\ncvt.rn.bf16.f32 h, $1;\nmov.b32 $0, {h, h};\n}",
-                "=r,f",
                 volatile=False,
             )
             token = arith.addi(arith.muli(lane4, const(2)), const(i))
@@ -259,7 +257,7 @@ def store_hidden(
             with utils.when(inside):
                 place = offset(address(hidden), arith.addi(arith.muli(token, const(n_out)), column), 2)
                 code = "{\n.reg .b16 h, g;\nmov.b32 {h, g}, $1;\nst.global.b16 [$0], h;\n}"
-                asm([], [place, bits], code, "l,r", volatile=True)
+                asm([], [place, bits], code, volatile=True)
             magnitude = arith.shli(arith.andi(bits, const(0x7FFF)), const(16))
             finite = arith.cmpi(arith.CmpIPredicate.ult, magnitude, const(0x7F800000))
             magnitude = arith.select(finite, magnitude, const(0))
@@ -267,7 +265,7 @@ def store_hidden(
                 magnitude = arith.maxui(magnitude, utils.shfl_bfly(magnitude, distance))
             with utils.when(arith.cmpi(arith.CmpIPredicate.ult, lane, const(4))):
                 place = arith.addi(shared_address(absmax), arith.muli(token, const(4)))
-                asm([], [place, magnitude], "red.shared.max.u32 [$0], $1;", "r,r", volatile=True)
+                asm([], [place, magnitude], "red.shared.max.u32 [$0], $1;", volatile=True)
 
     inline(total, *rows, *refs, tile)
 
@@ -283,7 +281,7 @@ def store_zeros(parts_ref: Any, part: jax.Array, tile: jax.Array) -> None:
         place = offset(address(parts), start, 4)
         with utils.when(arith.cmpi(arith.CmpIPredicate.ult, thread(), const(layouts.TILE_N))):
             for token in range(m):
-                asm([], [place], f"st.global.b32 [$0 + {4 * token * n}], 0;", "l", volatile=True)
+                asm([], [place], f"st.global.b32 [$0 + {4 * token * n}], 0;", volatile=True)
 
     inline(parts_ref, part, tile)
 
@@ -295,7 +293,7 @@ def clear(absmax_ref: Any) -> None:
     def inline(_: Any, absmax: ir.Value) -> None:
         with utils.when(arith.cmpi(arith.CmpIPredicate.ult, utils.thread_idx(), const(TILE_M))):
             place = arith.addi(shared_address(absmax), arith.muli(utils.thread_idx(), const(4)))
-            asm([], [place], "st.shared.b32 [$0], 0;", "r", volatile=True)
+            asm([], [place], "st.shared.b32 [$0], 0;", volatile=True)
 
     inline(absmax_ref)
 
@@ -309,7 +307,7 @@ def publish(absmax_ref: Any, blocks_ref: Any, block: jax.Array) -> None:
         with utils.when(arith.cmpi(arith.CmpIPredicate.ult, utils.thread_idx(), const(TILE_M))):
             own = arith.muli(utils.thread_idx(), const(4))
             place = arith.addi(shared_address(absmax), own)
-            (bits,) = asm([i32()], [place], "ld.shared.b32 $0, [$1];", "=r,r", volatile=True)
+            (bits,) = asm([i32()], [place], "ld.shared.b32 $0, [$1];", volatile=True)
             target = arith.addi(address(blocks, block.registers.item(), 4 * TILE_M), wide(own))
             store(target, [bits])
 
@@ -323,7 +321,7 @@ def init_state(state_ref: Any, block: jax.Array) -> None:
     def inline(_: Any, state: ir.Value, block: Any) -> None:
         index = arith.addi(arith.muli(block.registers.item(), const(THREADS)), utils.thread_idx())
         with utils.when(arith.cmpi(arith.CmpIPredicate.eq, index, const(0))):
-            asm([], [address(state)], "st.global.b32 [$0], 0;", "l", volatile=True)
+            asm([], [address(state)], "st.global.b32 [$0], 0;", volatile=True)
 
     inline(state_ref, block)
 
@@ -357,7 +355,6 @@ def grid_barrier(state_ref: Any, block: jax.Array, blocks: int, number: int) -> 
             @p bra wait;
             done:
             }}""",
-            "l,r,r",
             volatile=True,
         )
         emit_barrier()
@@ -370,7 +367,7 @@ def fence_operand() -> None:
 
     @inlined()
     def inline(_: Any) -> None:
-        asm([], [], "fence.proxy.async.shared::cta;", "", volatile=True)
+        asm([], [], "fence.proxy.async.shared::cta;", volatile=True)
         emit_barrier()
 
     inline()

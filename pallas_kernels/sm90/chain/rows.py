@@ -57,7 +57,7 @@ def copy_rows(refs: Refs, first: ir.Value, columns: int, after_loads: Callable[[
     for (row, unit), (inside, words) in zip(spread, loaded, strict=True):
         words = [arith.select(inside, word, const(0)) for word in words]
         place = _place(refs["tile"], row, arith.muli(unit, const(16)))
-        asm([], [place, *words], "st.shared.v4.b32 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", volatile=True)
+        asm([], [place, *words], "st.shared.v4.b32 [$0], {$1, $2, $3, $4};", volatile=True)
     with utils.when(arith.cmpi(arith.CmpIPredicate.ult, utils.thread_idx(), const(m))):
         (scale,) = load(address(refs["x_scale"], utils.thread_idx(), 4), f32(), 1)
         _store_scale(refs["tokens"], utils.thread_idx(), scale)
@@ -97,7 +97,7 @@ def quantize_hidden(refs: Refs, first: ir.Value, columns: int, blocks: int, lead
         place = offset(address(refs["absmax"]), arith.addi(arith.muli(block, const(TILE_M)), token), 4)
         found += load(place, i32(), 1, written=True)
     largest = functools.reduce(arith.maxui, found)
-    (largest,) = asm([i32()], [largest], "redux.sync.max.u32 $0, $1, 0xffffffff;", "=r,r", volatile=True)
+    (largest,) = asm([i32()], [largest], "redux.sync.max.u32 $0, $1, 0xffffffff;", volatile=True)
     scale = absmax_scale(arith.bitcast(f32(), largest), number(1 / formats.E4M3_MAX))
     with utils.when(arith.cmpi(arith.CmpIPredicate.eq, lane, const(0))):
         _store_scale(refs["tokens"], token, scale)
@@ -108,7 +108,7 @@ def quantize_hidden(refs: Refs, first: ir.Value, columns: int, blocks: int, lead
         for (row, unit), (inside, words) in zip(batch, ahead if i == 0 else loaded(batch), strict=True):
             words = [arith.select(inside, word, const(0)) for word in words]
             place = arith.addi(shared_address(refs["tokens"]), arith.muli(row, const(4)))
-            (scale,) = asm([f32()], [place], "ld.shared.f32 $0, [$1];", "=f,r", volatile=True)
+            (scale,) = asm([f32()], [place], "ld.shared.f32 $0, [$1];", volatile=True)
             _store_codes(refs["tile"], row, unit, unpack(words), reciprocal(scale))
 
 
@@ -194,9 +194,9 @@ def _store_codes(
     scaled = [arith.mulf(e, inverse) for e in elements]
     codes = [to_e4m3(scaled[j : j + 4]) for j in range(0, EIGHT, 4)]
     place = _place(tile, row, arith.muli(unit, const(EIGHT)))
-    asm([], [place, *codes], "st.shared.v2.b32 [$0], {$1, $2};", "r,r,r", volatile=True)
+    asm([], [place, *codes], "st.shared.v2.b32 [$0], {$1, $2};", volatile=True)
 
 
 def _store_scale(tokens: ir.Value, token: ir.Value, scale: ir.Value) -> None:
     place = arith.addi(shared_address(tokens), arith.muli(token, const(4)))
-    asm([], [place, scale], "st.shared.f32 [$0], $1;", "r,f", volatile=True)
+    asm([], [place, scale], "st.shared.f32 [$0], $1;", volatile=True)

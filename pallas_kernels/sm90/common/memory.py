@@ -6,23 +6,23 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_kernels.sm90.common.ptx import asm, const, f32, i32
+from pallas_kernels.sm90.common.ptx import asm, const, f32, i32, i64
 
 
 def address(ref: ir.Value, row: ir.Value | None = None, row_bytes: int = 0) -> ir.Value:
     """Where row ``row`` of ``ref`` begins; 64 bits, which a large array needs."""
-    start = llvm.ptrtoint(_i64(), utils.memref_ptr(ref))
+    start = llvm.ptrtoint(i64(), utils.memref_ptr(ref))
     return start if row is None else offset(start, row, row_bytes)
 
 
 def offset(start: ir.Value, index: ir.Value, size: int) -> ir.Value:
     """start + index * size; ``index`` of 32 or 64 bits."""
-    return arith.addi(start, arith.muli(wide(index), arith.constant(_i64(), ir.IntegerAttr.get(_i64(), size))))
+    return arith.addi(start, arith.muli(wide(index), arith.constant(i64(), ir.IntegerAttr.get(i64(), size))))
 
 
 def wide(x: ir.Value) -> ir.Value:
     """An unsigned number as 64 bits."""
-    return x if x.type == _i64() else arith.extui(_i64(), x)
+    return x if x.type == i64() else arith.extui(i64(), x)
 
 
 def load(
@@ -37,14 +37,14 @@ def load(
         offset: in bytes.
         written: whether this kernel writes that memory.
     """
-    kind, register = ("f32", "=f") if element == f32() else ("b32", "=r")
+    kind = "f32" if element == f32() else "b32"
     space = "global" if written else "global.nc"
     if count == 1:
-        return asm([element], [address], f"ld.{space}.{kind} $0, [$1 + {offset}];", f"{register},l", volatile=True)
+        return asm([element], [address], f"ld.{space}.{kind} $0, [$1 + {offset}];", volatile=True)
     assert count in (2, 4)
     results = ", ".join(f"${i}" for i in range(count))
     code = f"ld.{space}.v{count}.{kind} {{{results}}}, [${count} + {offset}];"
-    return asm([element] * count, [address], code, ",".join([register] * count + ["l"]), volatile=True)
+    return asm([element] * count, [address], code, volatile=True)
 
 
 def load_floats(address: ir.Value, count: int, offset: int = 0, *, written: bool = False) -> list[ir.Value]:
@@ -55,11 +55,11 @@ def load_floats(address: ir.Value, count: int, offset: int = 0, *, written: bool
 
 def store(address: ir.Value, numbers: Sequence[ir.Value]) -> None:
     """One, two or four 32-bit numbers of one type."""
-    kind, register = ("f32", "f") if numbers[0].type == f32() else ("b32", "r")
+    kind = "f32" if numbers[0].type == f32() else "b32"
     values = ", ".join(f"${i + 1}" for i in range(len(numbers)))
     vector, values = ("", values) if len(numbers) == 1 else (f".v{len(numbers)}", f"{{{values}}}")
     code = f"st.global{vector}.{kind} [$0], {values};"
-    asm([], [address, *numbers], code, ",".join(["l"] + [register] * len(numbers)), volatile=True)
+    asm([], [address, *numbers], code, volatile=True)
 
 
 def unpack(words: Sequence[ir.Value]) -> list[ir.Value]:
@@ -72,8 +72,4 @@ def pack(elements: Sequence[ir.Value]) -> list[ir.Value]:
     """The inverse; rounds to nearest even."""
     pairs = zip(elements[::2], elements[1::2], strict=True)
     code = "cvt.rn.bf16x2.f32 $0, $2, $1;"
-    return [asm([i32()], [low, high], code, "=r,f,f", volatile=False)[0] for low, high in pairs]
-
-
-def _i64() -> ir.Type:
-    return ir.IntegerType.get_signless(64)
+    return [asm([i32()], [low, high], code, volatile=False)[0] for low, high in pairs]

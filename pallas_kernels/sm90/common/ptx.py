@@ -30,6 +30,11 @@ def i32() -> ir.Type:
     return ir.IntegerType.get_signless(32)
 
 
+def i64() -> ir.Type:
+    """The type of addresses in global memory."""
+    return ir.IntegerType.get_signless(64)
+
+
 def f32() -> ir.Type:
     """float32."""
     return ir.F32Type.get()
@@ -54,8 +59,24 @@ def fragment_position() -> tuple[ir.Value, ir.Value, ir.Value]:
     return row, arith.andi(lane, const(3)), warp
 
 
-def asm(results: list[ir.Type], args: list[ir.Value], code: str, constraints: str, *, volatile: bool) -> list[Any]:
-    """Inline PTX; one value for each of ``results``."""
+def asm(
+    results: list[ir.Type], args: list[ir.Value], code: str, constraints: str | None = None, *, volatile: bool
+) -> list[Any]:
+    """Inline PTX: the one place that makes it.
+
+    Args:
+        results: 32-bit types, of ``$0`` and so on.
+        args: 32-bit values and 64-bit addresses, numbered on after the results.
+        code: PTX; more than one instruction that needs registers of its own stands in braces.
+        constraints: of the operands; by their types unless given, which early clobbers ("=&r") need: results that
+            are written before all arguments have been read.
+        volatile: whether it must run once, where it stands: stores, barriers, loads of what others write.
+
+    Returns:
+        A value for each of ``results``.
+    """
+    if constraints is None:
+        constraints = ",".join([*(f"={_register(ty)}" for ty in results), *(_register(arg.type) for arg in args)])
     if not results:
         llvm.inline_asm(ir.Type.parse("!llvm.void"), args, code, constraints, has_side_effects=volatile)
         return []
@@ -66,7 +87,12 @@ def asm(results: list[ir.Type], args: list[ir.Value], code: str, constraints: st
     return [llvm.extractvalue(ty, struct, [i]) for i, ty in enumerate(results)]
 
 
-def load(ref: ir.Value, index: ir.Value, element: ir.Type, result: ir.Type) -> ir.Value:
+def _register(ty: ir.Type) -> str:
+    """The kind of register that holds a value."""
+    return {"i32": "r", "i64": "l", "f32": "f"}[str(ty)]
+
+
+def load_at(ref: ir.Value, index: ir.Value, element: ir.Type, result: ir.Type) -> ir.Value:
     """A ``result`` read from ``ref``'s memory at ``index``, counted in ``element``."""
     return llvm.load(result, utils.getelementptr(utils.memref_ptr(ref), [index], element))
 
@@ -80,8 +106,8 @@ def load_word(ref: ir.Value, index: ir.Value) -> ir.Value:
     element = ir.MemRefType(ref.type).element_type
     bits = utils.bitwidth(element)
     pointer = utils.getelementptr(utils.memref_ptr(ref), [index], ir.IntegerType.get_signless(bits))
-    address = llvm.ptrtoint(ir.IntegerType.get_signless(64), pointer)
-    return asm([i32()], [address], f"ld.global.nc.b{bits} $0, [$1];", "=r,l", volatile=True)[0]
+    address = llvm.ptrtoint(i64(), pointer)
+    return asm([i32()], [address], f"ld.global.nc.b{bits} $0, [$1];", volatile=True)[0]
 
 
 def to_float(word: ir.Value, bits: int) -> ir.Value:
@@ -101,7 +127,7 @@ def number(value: float) -> ir.Value:
 
 def reciprocal(x: ir.Value) -> ir.Value:
     """1 / x of a float32, rounded to nearest."""
-    return asm([f32()], [x], "rcp.rn.f32 $0, $1;", "=f,f", volatile=False)[0]
+    return asm([f32()], [x], "rcp.rn.f32 $0, $1;", volatile=False)[0]
 
 
 def absmax_scale(absmax: ir.Value, factor: ir.Value) -> ir.Value:
@@ -120,7 +146,7 @@ def to_e4m3(elements: Sequence[ir.Value]) -> ir.Value:
         cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
         mov.b32 $0, {low, high};
     }"""
-    return asm([i32()], list(elements), code, "=r,f,f,f,f", volatile=False)[0]
+    return asm([i32()], list(elements), code, volatile=False)[0]
 
 
 def shared_address(ref: ir.Value) -> ir.Value:

@@ -75,7 +75,7 @@ def over_block(
     with utils.when(arith.cmpi(arith.CmpIPredicate.eq, arith.andi(thread, const(31)), const(0))):
         place = arith.addi(shared, arith.muli(arith.shrui(thread, const(5)), const(4)))
         for i, number in enumerate(found):
-            asm([], [place, number], f"st.shared.f32 [$0 + {4 * warps * i}], $1;", "r,f", volatile=True)
+            asm([], [place, number], f"st.shared.f32 [$0 + {4 * warps * i}], $1;", volatile=True)
     barrier()
     results = []
     for i, combine in zip(range(len(found)), (larger, arith.addf), strict=False):
@@ -123,7 +123,7 @@ def start_over_cluster(
         {"".join(inits)}fence.mbarrier_init.release.cluster;
         barrier.cluster.arrive.relaxed.aligned;
     }}"""
-    asm([], [barrier, thread], code, "r,r", volatile=True)
+    asm([], [barrier, thread], code, volatile=True)
 
     def finish(
         largest: ir.Value, total: ir.Value | None, *, time: int, shared: ir.Value
@@ -133,7 +133,7 @@ def start_over_cluster(
         found = _over_warp(largest, total)
         counted = arith.addi(barrier, const(8 * time)) if time else barrier
         if time == 0:
-            asm([], [], "barrier.cluster.wait.acquire.aligned;", "", volatile=True)
+            asm([], [], "barrier.cluster.wait.acquire.aligned;", volatile=True)
         for i, own in enumerate(found):
             # Each of a warp's first lanes sends to another block.
             code = f"""{{
@@ -144,7 +144,7 @@ def start_over_cluster(
                 @p mapa.shared::cluster.u32 counted, $3, $2;
                 @p st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [to + {4 * all_warps * i}], $1, [counted];
             }}"""
-            asm([], [place, own, lane, counted], code, "r,f,r,r", volatile=True)
+            asm([], [place, own, lane, counted], code, volatile=True)
         emit_wait(arrived, const(time), const(0))
         quads = all_warps // 4
         quad = arith.addi(shared, arith.muli(arith.minui(lane, const(quads - 1)), const(16)))
@@ -162,7 +162,7 @@ def start_over_cluster(
 def _over_warp(largest: ir.Value, total: ir.Value | None) -> list[ir.Value]:
     """The maximum (of numbers that are not negative) over a warp, and the sum where there is one."""
     # Such floats order as their bits do.
-    bits = asm([i32()], [largest], "redux.sync.max.u32 $0, $1, 0xffffffff;", "=r,f", volatile=True)
+    bits = asm([i32()], [largest], "redux.sync.max.u32 $0, $1, 0xffffffff;", volatile=True)
     found: list[ir.Value] = [arith.bitcast(f32(), bits[0])]
     if total is not None:
         for distance in (16, 8, 4, 2, 1):
@@ -174,7 +174,7 @@ def _over_warp(largest: ir.Value, total: ir.Value | None) -> list[ir.Value]:
 def _four(place: ir.Value, offset: int = 0) -> list[ir.Value]:
     """float32 in shared memory."""
     code = f"ld.shared.v4.f32 {{$0, $1, $2, $3}}, [$4 + {offset}];"
-    return asm([f32()] * 4, [place], code, "=f,=f,=f,=f,r", volatile=True)
+    return asm([f32()] * 4, [place], code, volatile=True)
 
 
 def sum_of_squares(elements: list[ir.Value]) -> ir.Value:
@@ -188,9 +188,7 @@ def sum_of_squares(elements: list[ir.Value]) -> ir.Value:
 def inverse_rms(total: ir.Value, width: int, eps: float) -> ir.Value:
     """1 / sqrt(total / width + eps), within 2 ulp; NaN if ``total`` is not finite."""
     mean_square = arith.mulf(total, number(1 / width))
-    (inverse,) = asm(
-        [f32()], [arith.addf(mean_square, number(eps))], "rsqrt.approx.f32 $0, $1;", "=f,f", volatile=False
-    )
+    (inverse,) = asm([f32()], [arith.addf(mean_square, number(eps))], "rsqrt.approx.f32 $0, $1;", volatile=False)
     return math_ops.fma(mean_square, number(0.0), inverse)
 
 

@@ -32,7 +32,6 @@ def init_barriers(ref: Any, arrivals: int, *, cluster: bool) -> None:
             [],
             [shared_address(barriers), utils.thread_idx()],
             f"{{\n.reg .pred p;\nsetp.eq.u32 p, $1, 0;\n{code}fence.mbarrier_init.release.cluster;\n{sync}\n}}",
-            "r,r",
             volatile=True,
         )
 
@@ -56,7 +55,6 @@ def arrive(ref: Any, slot: jax.Array, *, cluster_size: int) -> None:
             [],
             [address, lane],
             f"{{\n.reg .pred p;\n.reg .b32 a;\nsetp.lt.u32 p, $1, {cluster_size};\n{code}\n}}",
-            "r,r",
             volatile=True,
         )
 
@@ -82,7 +80,6 @@ def emit_wait(barriers: ir.Value, slot: ir.Value, parity: ir.Value) -> None:
         "{\n.reg .pred p;\nretry:\n"
         "mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1, 10000000;\n"
         "@p bra.uni done;\nbra.uni retry;\ndone:\n}",
-        "r,r",
         volatile=True,
     )
 
@@ -92,6 +89,6 @@ def cta_barrier() -> None:
 
     @inlined()
     def inline(_: Any) -> None:
-        asm([], [], "bar.sync 0;", "", volatile=True)
+        asm([], [], "bar.sync 0;", volatile=True)
 
     inline()

@@ -22,10 +22,12 @@ from pallas_kernels.sm90.common.ptx import (
     asm,
     const,
     element,
+    f32,
     fragment_position,
     i32,
+    i64,
     inlined,
-    load,
+    load_at,
     load_word,
     raw_array,
     shared_address,
@@ -58,7 +60,7 @@ def read_group_scale(ref: Any) -> jax.Array:
     def inline(_: Any, scales: ir.Value) -> mgpu.FragmentedArray:
         i16 = ir.IntegerType.get_signless(16)
         row, _lane, _warp = fragment_position()
-        words = [load(scales, arith.addi(row, const(8 * r)), i16, i16) for r in range(2)]
+        words = [load_at(scales, arith.addi(row, const(8 * r)), i16, i16) for r in range(2)]
         return raw_array([arith.extui(i32(), word) for word in words], ROWS, (64,))
 
     return inline(ref)
@@ -113,9 +115,8 @@ def add_to_sum(total: jax.Array, acc: jax.Array, scale: jax.Array | None) -> jax
 
     @inlined(arg_types=types, return_type=plgpu.ShapeDtypeStruct(total.shape, jnp.float32, layout=layout))
     def inline(_: Any, total: mgpu.FragmentedArray, acc: mgpu.FragmentedArray, *scales: Any) -> Any:
-        f32 = ir.F32Type.get()
         factors = [to_float(element(v, 0), 16) for v in scales[0].registers.flat] if scales else None
-        one = ir.VectorType.get((1,), f32)
+        one = ir.VectorType.get((1,), f32())
         summed = []
         for i, old in enumerate(total.registers):
             pair, column = divmod(i, 2)
@@ -137,7 +138,7 @@ def raw_sum(acc: jax.Array) -> jax.Array:
 
     @inlined(arg_types=(plgpu.Layout.WGMMA,), return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layout))
     def inline(_: Any, acc: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
-        one = ir.VectorType.get((1,), ir.F32Type.get())
+        one = ir.VectorType.get((1,), f32())
         values = [vector.broadcast(one, element(pair, i)) for pair in acc.registers.flat for i in range(2)]
         return mgpu.FragmentedArray(_registers=np.array(values, object), _layout=layout.to_mgpu(), _is_signed=None)
 
@@ -154,7 +155,7 @@ def sum_to_accumulator(total: jax.Array) -> jax.Array:
     )
     def inline(_: Any, total: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
         layout = plgpu.Layout.WGMMA.to_mgpu()
-        pair = ir.VectorType.get((2,), ir.F32Type.get())
+        pair = ir.VectorType.get((2,), f32())
         values = [element(v, 0) for v in total.registers]
         pairs = [vector.from_elements(pair, values[i : i + 2]) for i in range(0, len(values), 2)]
         return mgpu.FragmentedArray(
@@ -175,7 +176,7 @@ def leave_sum(total: jax.Array, ref: Any) -> None:
         address = arith.addi(shared_address(ref), arith.muli(thread(), const(16)))
         for i in range(0, len(values), 4):
             code = f"st.shared.v4.f32 [$0 + {4 * WARPGROUP * i}], {{$1, $2, $3, $4}};"
-            asm([], [address, *values[i : i + 4]], code, "r,f,f,f,f", volatile=True)
+            asm([], [address, *values[i : i + 4]], code, volatile=True)
 
     inline(total, ref)
 
@@ -189,12 +190,11 @@ def add_left_sum(total: jax.Array, ref: Any) -> jax.Array:
         return_type=plgpu.ShapeDtypeStruct(total.shape, jnp.float32, layout=layout),
     )
     def inline(_: Any, total: mgpu.FragmentedArray, ref: ir.Value) -> mgpu.FragmentedArray:
-        f32 = ir.F32Type.get()
-        quad, one = ir.VectorType.get((4,), f32), ir.VectorType.get((1,), f32)
+        quad, one = ir.VectorType.get((4,), f32()), ir.VectorType.get((1,), f32())
         registers = list(total.registers)
         summed = []
         for i in range(0, len(registers), 4):
-            other = load(ref, arith.addi(thread(), const(WARPGROUP * i // 4)), quad, quad)
+            other = load_at(ref, arith.addi(thread(), const(WARPGROUP * i // 4)), quad, quad)
             for j in range(4):
                 value = arith.addf(element(registers[i + j], 0), element(other, j))
                 summed.append(vector.broadcast(one, value))
@@ -217,8 +217,8 @@ def store_partial(total: jax.Array, ref: Any, part: jax.Array, token: jax.Array,
         token = arith.addi(token.registers.item(), arith.muli(lane4, const(2)))
         first = arith.addi(arith.muli(part.registers.item(), const(m)), token)
         index = arith.addi(arith.muli(first, const(n)), channel)
-        pointer = utils.getelementptr(utils.memref_ptr(ref), [index], ir.F32Type.get())
-        address = llvm.ptrtoint(ir.IntegerType.get_signless(64), pointer)
+        pointer = utils.getelementptr(utils.memref_ptr(ref), [index], f32())
+        address = llvm.ptrtoint(i64(), pointer)
         # A tile past the last channel has no tokens.
         tokens = arith.select(
             arith.cmpi(arith.CmpIPredicate.slt, channel, const(n)), arith.subi(const(m), token), const(0)
@@ -230,7 +230,6 @@ def store_partial(total: jax.Array, ref: Any, part: jax.Array, token: jax.Array,
                 [],
                 [address, element(value, 0), tokens],
                 f"{{\n.reg .pred p;\nsetp.gt.s32 p, $2, {8 * j + column};\n@p st.global.f32 [$0 + {offset}], $1;\n}}",
-                "l,f,r",
                 volatile=True,
             )
 
@@ -249,7 +248,7 @@ def activated(gate: ir.Value, activation: Activation) -> ir.Value:
         fma.rn.f32 e, e, {_literal(slope * GELU_CUBIC)}, {_literal(slope)};
         mul.f32 e, e, $1;"""
     (result,) = asm(
-        [ir.F32Type.get()],
+        [f32()],
         [gate],
         f"""{{
         .reg .f32 e;
@@ -259,7 +258,6 @@ def activated(gate: ir.Value, activation: Activation) -> ir.Value:
         rcp.approx.ftz.f32 e, e;
         mul.f32 $0, $1, e;
         }}""",
-        "=f,f",
         volatile=False,
     )
     return result
@@ -304,13 +302,12 @@ def store_outputs(
 
     @inlined(arg_types=types)
     def inline(_: Any, acc: mgpu.FragmentedArray, channel: mgpu.FragmentedArray, *rest: Any) -> None:
-        f32 = ir.F32Type.get()
         bias_rows = rest[0] if bias is not None else None
         out, *tokens_in = rest[1:] if bias is not None else rest
         _row, lane4, warp = fragment_position()
         lane = arith.andi(thread(), const(31))
         values = acc.registers.reshape(tokens // 8, 2)
-        pair = ir.VectorType.get((2,), f32)
+        pair = ir.VectorType.get((2,), f32())
         scales = [to_float(element(v, 0), 32) for v in channel.registers.flat]
         biases = None if bias_rows is None else [to_float(element(v, 0), bias_bits) for v in bias_rows.registers.flat]
 
@@ -318,7 +315,7 @@ def store_outputs(
             """[r][two tokens] after scales, bias and activation; one r of a gate and its up."""
             by_token = None
             if tokens_in:
-                by_token = load(tokens_in[0], arith.addi(lane4, const(4 * j)), pair, pair)
+                by_token = load_at(tokens_in[0], arith.addi(lane4, const(4 * j)), pair, pair)
             result = []
             for r in range(2):
                 row_values = []
@@ -357,7 +354,6 @@ def store_outputs(
                         [i32()] * width,
                         [address],
                         f"ldmatrix.{suffix} {{{outputs}}}, [${width} + {byte}];",
-                        ",".join(["=r"] * width + ["r"]),
                         volatile=True,
                     )
                 )
@@ -367,14 +363,13 @@ def store_outputs(
                 low, high = done[j][block]
                 if residual is not None:
                     bits = arith.shli(residual, const(16)), arith.andi(residual, const(0xFFFF0000))
-                    low, high = (arith.addf(v, arith.bitcast(f32, b)) for v, b in zip((low, high), bits, strict=True))
-                packed += asm([i32()], [high, low], "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", volatile=False)
+                    low, high = (arith.addf(v, arith.bitcast(f32(), b)) for v, b in zip((low, high), bits, strict=True))
+                packed += asm([i32()], [high, low], "cvt.rn.bf16x2.f32 $0, $1, $2;", volatile=False)
             inputs = ", ".join(f"${i + 1}" for i in range(width))
             asm(
                 [],
                 [address, *packed],
                 f"stmatrix.{suffix} [$0 + {byte}], {{{inputs}}};",
-                ",".join(["r"] * (width + 1)),
                 volatile=True,
             )
 

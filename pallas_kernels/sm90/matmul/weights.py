@@ -25,8 +25,9 @@ from pallas_kernels.sm90.common.ptx import (
     const,
     fragment_position,
     i32,
+    i64,
     inlined,
-    load,
+    load_at,
     load_word,
     raw_array,
     shared_address,
@@ -69,7 +70,6 @@ def _table(sigma: ir.Value, codebook: formats.Codebook) -> tuple[ir.Value, ir.Va
         mov.b32 $0, {{p0, p2}};
         mov.b32 $1, {{p4, p6}};
         }}""",
-        "=r,=r,r",
         volatile=False,
     )
     return low, high
@@ -81,7 +81,7 @@ def _look_up(word: ir.Value, table: tuple[ir.Value, ir.Value]) -> list[ir.Value]
     values = []
     for selector, signs in ((select, word), (arith.shrui(select, const(16)), arith.shli(word, const(4)))):
         code = "prmt.b32 $0, $1, $2, $3;"
-        (magnitude,) = asm([i32()], [*table, selector], code, "=r,r,r,r", volatile=False)
+        (magnitude,) = asm([i32()], [*table, selector], code, volatile=False)
         values.append(arith.ori(magnitude, arith.andi(signs, const(0x80808080))))
     return values
 
@@ -94,10 +94,10 @@ def _to_bf16(word: ir.Value) -> tuple[ir.Value, ir.Value]:
     """
     pairs = []
     for selector in (0x1404, 0x3424):
-        (spread,) = asm([i32()], [word, const(0)], f"prmt.b32 $0, $1, $2, {selector};", "=r,r,r", volatile=False)
+        (spread,) = asm([i32()], [word, const(0)], f"prmt.b32 $0, $1, $2, {selector};", volatile=False)
         magnitude = arith.andi(arith.shrui(spread, const(4)), const(0x07F007F0))
         bits = arith.ori(magnitude, arith.andi(spread, const(0x80008000)))
-        (pair,) = asm([i32()], [bits, const(0x7B807B80)], "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", volatile=False)
+        (pair,) = asm([i32()], [bits, const(0x7B807B80)], "mul.rn.bf16x2 $0, $1, $2;", volatile=False)
         pairs.append(pair)
     return pairs[0], pairs[1]
 
@@ -112,7 +112,7 @@ def load_words(words_ref: Any) -> jax.Array:
     )
     def inline(_: Any, words: ir.Value) -> mgpu.FragmentedArray:
         quad = ir.VectorType.get((4,), i32())
-        loads = [load(words, arith.addi(thread(), const(WARPGROUP * i)), quad, quad) for i in range(2)]
+        loads = [load_at(words, arith.addi(thread(), const(WARPGROUP * i)), quad, quad) for i in range(2)]
         return raw_array([llvm.extractelement(loads[i], const(j)) for i in range(2) for j in range(4)], layout)
 
     return inline(words_ref)
@@ -138,7 +138,7 @@ def copy_tile(source_ref: Any, tile: jax.Array, ring_ref: Any, slot: jax.Array, 
             [],
             [
                 _slot_address(ring, slot),
-                llvm.ptrtoint(ir.IntegerType.get_signless(64), pointer),
+                llvm.ptrtoint(i64(), pointer),
                 wanted.registers.item(),
             ],
             """{
@@ -148,7 +148,6 @@ def copy_tile(source_ref: Any, tile: jax.Array, ring_ref: Any, slot: jax.Array, 
             @p cp.async.cg.shared.global [$0 + 2048], [$1 + 2048], 16;
             cp.async.commit_group;
             }""",
-            "r,l,r",
             volatile=True,
         )
 
@@ -219,7 +218,7 @@ def read_four_scales(ref: Any) -> jax.Array:
         strides, _ = ir.MemRefType(scales.type).get_strides_and_offset()
         row, lane4, _warp = fragment_position()
         index = arith.addi(row, arith.muli(arith.minsi(lane4, const(groups - 1)), const(strides[0])))
-        words = [load(scales, arith.addi(index, const(8 * r)), i8, i8) for r in range(2)]
+        words = [load_at(scales, arith.addi(index, const(8 * r)), i8, i8) for r in range(2)]
         return raw_array([arith.extui(i32(), word) for word in words], _TWO)
 
     return inline(ref)
@@ -243,7 +242,7 @@ def _from_lane(tables: mgpu.FragmentedArray, lane4: int) -> list[tuple[ir.Value,
     """[r]: the tables that the ``lane4``-th thread of each four has built."""
     code = f"shfl.sync.idx.b32 $0, $1, {lane4}, 0x1c1f, 0xffffffff;"
     words = [llvm.extractelement(v, const(0)) for v in tables.registers]
-    words = [asm([i32()], [word], code, "=r,r", volatile=True)[0] for word in words]
+    words = [asm([i32()], [word], code, volatile=True)[0] for word in words]
     return [(words[0], words[1]), (words[2], words[3])]
 
 
