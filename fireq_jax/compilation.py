@@ -48,7 +48,7 @@ def keep_programs() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def lowered_once(*static: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+def cached_export(*static: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Decorator of a function that is to be jitted: one process traces and lowers it for all.
 
     JAX's compilation cache spares XLA's work, and not Python's: tracing, and building the kernels' MLIR, take longer

@@ -13,11 +13,11 @@ from pallas_kernels.formats import ScaledArray
 from pallas_kernels.head_norm import HeadNorm
 from pallas_kernels.operands import check_operands
 from pallas_kernels.sm90.rope_quantize import launch as sm90
-from pallas_kernels.split_sum import SplitSum, finished
+from pallas_kernels.split_k import SplitKPartials, reduced
 
 
 def rope_quantize(
-    packed: Float[Array, "B T packed"] | SplitSum,
+    packed: Float[Array, "B T packed"] | SplitKPartials,
     cos: Float[Array, "B T half"],
     sin: Float[Array, "B T half"],
     key: ScaledArray,
@@ -76,7 +76,7 @@ def rope_quantize(
             unbiased_keys=unbiased_keys,
         )  # fmt: skip
     return rope_quantize_reference(
-        finished(packed), cos, sin, key, value, start=start, lengths=lengths, norm=norm,
+        reduced(packed), cos, sin, key, value, start=start, lengths=lengths, norm=norm,
         post_rope_scale=post_rope_scale, key_offset=key_offset, query_factor=query_factor, key_clip=key_clip,
         value_clip=value_clip, unbiased_keys=unbiased_keys, quantize_query=quantize_query,
     )  # fmt: skip
@@ -182,7 +182,7 @@ def _append(entry: ScaledArray, rows: ScaledArray, start: Int[Array, " B"], leng
 
 
 def _validate(
-    packed: Array | SplitSum,
+    packed: Array | SplitKPartials,
     cos: Array,
     sin: Array,
     key: ScaledArray,
@@ -196,11 +196,11 @@ def _validate(
     clips: tuple[float, float],
 ) -> None:
     """Raise ValueError unless the operands fit together."""
-    check_operands(Array | SplitSum, packed=packed)
+    check_operands(Array | SplitKPartials, packed=packed)
     check_operands(ScaledArray, key=key, value=value)
     check_operands(Array, cos=cos, sin=sin, start=start, lengths=lengths)
     check_operands(Array | None, post_rope_scale=post_rope_scale, key_offset=key_offset)
-    shape = (*packed.rows, packed.n) if isinstance(packed, SplitSum) else packed.shape
+    shape = (*packed.rows, packed.n) if isinstance(packed, SplitKPartials) else packed.shape
     if len(shape) != 3:
         raise ValueError(f"packed has shape {shape}; expected [B, T, (heads + 2 kv_heads) * H]")
     batch, length, columns = shape

@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Array, Float32, Int, Int32
 from tqdm import tqdm
 
-from fireq_jax.compilation import lowered_once
+from fireq_jax.compilation import cached_export
 from fireq_jax.device_memory import check_fits
 from fireq_jax.models import CausalLM
 
@@ -129,7 +129,7 @@ def scored_range(index: int, length: int, window: int, stride: int) -> tuple[int
 
 
 @functools.partial(jax.jit, static_argnames="structure")
-@lowered_once("structure")
+@cached_export("structure")
 def _token_nll(
     structure: Any, arrays: list[Array], tokens: Int32[Array, "B T"], mask: Int32[Array, "B T"] | None
 ) -> Float32[Array, "B T-1"]:

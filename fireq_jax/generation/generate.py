@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from fireq_jax.compilation import lowered_once
+from fireq_jax.compilation import cached_export
 from fireq_jax.device_memory import check_fits
 from fireq_jax.generation.sampling import SamplingArrays, SamplingConfig, SamplingOptions, sample
 from fireq_jax.models.inputs import as_array, check_shapes, check_values
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class GenerationOptions(SamplingOptions, total=False):
-    """Further options of :func:`generate`, which says what they mean, :func:`stream` and :func:`compile_ahead`."""
+    """Further options of :func:`generate`, which says what they mean, :func:`stream` and :func:`warmup`."""
 
     eos_token_ids: int | Sequence[int] | None
     pad_token_id: int | None
@@ -161,7 +161,7 @@ def check_call(
     return _prepare(model, input_ids, attention_mask, max_new_tokens, **options).cache_bytes
 
 
-def compile_ahead(
+def warmup(
     model: CausalLM,
     input_ids: jax.typing.ArrayLike | Sequence[Sequence[int]],
     attention_mask: jax.typing.ArrayLike | Sequence[Sequence[int]] | None = None,
@@ -274,7 +274,7 @@ jax.export.register_pytree_node_serialization(
 
 
 @functools.partial(jax.jit, static_argnames=("structure", "capacity"))
-@lowered_once("structure", "capacity")
+@cached_export("structure", "capacity")
 def _prefill(
     structure: Any,
     arrays: list[Array],
@@ -295,7 +295,7 @@ def _prefill(
 
 
 @functools.partial(jax.jit, static_argnames="structure", donate_argnames="cache")
-@lowered_once("structure")
+@cached_export("structure")
 def _decode(
     structure: Any,
     arrays: list[Array],

@@ -17,7 +17,7 @@ from pallas_kernels.formats import E4M3, ScaledArray
 from pallas_kernels.head_norm import HeadNorm
 from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.rope_quantize import rope_quantize, rotate_heads, split_heads
-from pallas_kernels.split_sum import SplitSum, finished
+from pallas_kernels.split_k import SplitKPartials, reduced
 
 # Chunks of at most this many queries go to the decode kernel.
 DECODE_QUERIES = 16
@@ -82,7 +82,7 @@ class Attention(nnx.Module):
 
     def attend(
         self,
-        packed: Float[Array, "B T packed"] | SplitSum,
+        packed: Float[Array, "B T packed"] | SplitKPartials,
         rope: Tables,
         *,
         start: Int[Array, " B"],
@@ -155,12 +155,16 @@ class Attention(nnx.Module):
         return AttentionOutput(attention, new_cache)
 
     def _show(
-        self, packed: Float[Array, "B T packed"] | SplitSum, rope: Tables, growth: Float[Array, "B T"] | None, tap: Tap
+        self,
+        packed: Float[Array, "B T packed"] | SplitKPartials,
+        rope: Tables,
+        growth: Float[Array, "B T"] | None,
+        tap: Tap,
     ) -> None:
         """What calibration measures on the way; nothing is computed for a tap that nobody reads."""
         if tap is no_tap:
             return
-        query, key, value = split_heads(finished(packed), self.config.num_kv_heads, rope[0])
+        query, key, value = split_heads(reduced(packed), self.config.num_kv_heads, rope[0])
         tap("value", value)
         query, key = rotate_heads(query, key, *rope, self.head_norm)
         tap("key_after_rope", key)

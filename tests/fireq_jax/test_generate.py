@@ -13,7 +13,7 @@ from tiny_llama import config_of
 
 from fireq_jax import LlamaForCausalLM, ModelConfig, generate, recipes
 from fireq_jax.checkpoints.folder import StoredModel
-from fireq_jax.generation import check_call, compile_ahead, stream
+from fireq_jax.generation import check_call, stream, warmup
 from fireq_jax.generation.generate import BUCKET, GLANCE, _decode, _next_count, _prefill, _prepare, _round_up
 
 VOCAB = 97
@@ -209,10 +209,10 @@ def test_what_was_compiled_ahead_is_not_compiled_again(kind, tmp_path, caplog):
     options = {"max_new_tokens": NEW, "temperature": 0.9, "key": jax.random.key(0)}
     prompts = [[5] * 3] * 7  # a batch that no other test has
     with jax.log_compiles():
-        compile_ahead(described, prompts, **options, only_prefill=True)
+        warmup(described, prompts, **options, only_prefill=True)
         assert programs(caplog) == {"_prefill"}
         caplog.clear()
-        compile_ahead(described, prompts, **options)
+        warmup(described, prompts, **options)
         assert programs(caplog) == {"_decode"}
         caplog.clear()
         generate(model, prompts, **options)
@@ -355,7 +355,7 @@ def test_unknown_options_are_errors(model):
         generate(model, [[1]], max_new_tokens=4, topp=0.9)
 
 
-@pytest.mark.parametrize("function", [generate, stream, compile_ahead])
+@pytest.mark.parametrize("function", [generate, stream, warmup])
 def test_the_number_of_new_tokens_is_no_option(model, function):
     with pytest.raises(TypeError, match=rf"{function.__name__}\(\) missing .*'max_new_tokens'"):
         function(model, [[1]])

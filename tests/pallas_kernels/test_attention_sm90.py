@@ -14,10 +14,10 @@ from pallas_kernels import formats
 from pallas_kernels.decode_attention import decode_attention, gather_pages
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.prefill_attention import prefill_attention
-from pallas_kernels.sm90 import row_quantize
 from pallas_kernels.sm90.attention import decode, prefill
 from pallas_kernels.sm90.attention.schedule import Schedule, causal_schedule
 from pallas_kernels.sm90.common.hardware import NUM_SMS
+from pallas_kernels.sm90.row_quantize import launch as row_quantize
 
 DECODE = {
     "one token": Case(heads=4, kv_heads=1, slots=128, lengths=(1,)),

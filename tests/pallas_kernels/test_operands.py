@@ -49,7 +49,7 @@ OPERANDS = {
         (decode_attention, "query_start", None, "query_start is None; expected an array"),
         (decode_attention, "key", CACHE.values, "key is an array float32.*; expected a ScaledArray"),
         (decode_attention, "page_table", [[0]], "page_table is of type list; expected an array or None"),
-        (rope_quantize, "packed", QUERY, "packed is of type ScaledArray; expected an array or a SplitSum"),
+        (rope_quantize, "packed", QUERY, "packed is of type ScaledArray; expected an array or a SplitKPartials"),
         (rope_quantize, "key", CACHE.values, "key is an array float32.*; expected a ScaledArray"),
         (rope_quantize, "start", 0, "start is of type int; expected an array"),
         (rope_quantize, "key_offset", 0.0, "key_offset is of type float; expected an array or None"),
@@ -66,7 +66,7 @@ def test_an_operand_of_another_kind_is_named(op, name, wrong, message):
 
 
 def test_a_plain_array_is_no_sum_in_parts():
-    with pytest.raises(ValueError, match=r"total is an array float32\[2, 64\]; expected a SplitSum"):
+    with pytest.raises(ValueError, match=r"partials is an array float32\[2, 64\]; expected a SplitKPartials"):
         sum_norm_quantize(ROWS, jnp.ones(64), 1e-5)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from poisoned_memory import poison
-from random_sum import random_sum
+from random_partials import random_partials
 from simulated import can_simulate, simulated
 
 from pallas_kernels import formats
@@ -19,7 +19,7 @@ from pallas_kernels.formats import ScaledArray
 from pallas_kernels.head_norm import HeadNorm, Placement
 from pallas_kernels.rope_quantize import rope_quantize, rope_quantize_reference
 from pallas_kernels.sm90.rope_quantize import launch as sm90
-from pallas_kernels.split_sum import finished
+from pallas_kernels.split_k import reduced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +148,7 @@ def operands(case: Case, kv_format: formats.KVFormat = "int4", group: int | None
     shape = (case.batch, case.kv_heads, case.slots, case.head_dim)
     cache = [formats.quantize_kv(jax.random.normal(key, shape, dtype), kv_format, group) for key in keys[2:4]]
     if case.parts:
-        packed = random_sum((case.batch, case.length), columns, columns + 64, case.parts)
+        packed = random_partials((case.batch, case.length), columns, columns + 64, case.parts)
     return packed, cos, sin, *cache, jnp.asarray(case.starts, jnp.int32), jnp.asarray(case.lengths, jnp.int32)
 
 
@@ -389,7 +389,7 @@ def test_unsupported_operands_have_a_reason():
 
 def test_a_sum_is_read_as_what_it_adds_up_to():
     packed, *others = operands(CASES["a sum"])
-    whole, parts = (run(rope_quantize, x, *others, implementation="xla") for x in (packed.finish(), packed))
+    whole, parts = (run(rope_quantize, x, *others, implementation="xla") for x in (packed.reduce(), packed))
     for one, two in zip(*map(arrays, (whole, parts)), strict=True):
         np.testing.assert_array_equal(one, two)
 
@@ -444,7 +444,7 @@ def compare(case: Case, inputs: Any, runner: Any = jitted) -> None:
     may be off by one too, so what must be equal is compared with the reference on the CPU.
     """
     packed, *others = inputs
-    given = (finished(packed), *others)
+    given = (reduced(packed), *others)
     if case.quarter_turns:
         given = jax.device_put(given, jax.devices("cpu")[0])
     reference = jax.jit(functools.partial(run, rope_quantize_reference, **case.options))(*given)

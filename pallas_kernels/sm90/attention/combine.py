@@ -64,7 +64,7 @@ def combine_channels(refs: Mapping[str, ir.Value], token: ir.Value, index: ir.Va
         index: counts them.
         count: of a head's channels.
     """
-    partial, peak, total = (refs[name] for name in ("partial", "peak", "total"))
+    partial, peak, total = (refs[name] for name in ("partial", "row_max", "row_sum"))
     _, kv_heads, splits, rows = ir.MemRefType(peak.type).shape
     head_dim, (_, width) = ir.MemRefType(partial.type).shape[-1], ir.MemRefType(refs["values"].type).shape
     group, units = width // (kv_heads * head_dim), head_dim // count

@@ -27,10 +27,10 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import formats
 from pallas_kernels.formats import ScaledArray
-from pallas_kernels.sm90 import row_quantize
 from pallas_kernels.sm90.attention import registers
 from pallas_kernels.sm90.attention.decode_device import COPY_ROW, combine_kernel, kernel, swizzled
 from pallas_kernels.sm90.common.hardware import NUM_SMS
+from pallas_kernels.sm90.row_quantize import launch as row_quantize
 
 HEAD_DIMS = (64, 128, 256)
 PAGE_MULTIPLE = 256  # a page holds whole tiles

@@ -1,5 +1,4 @@
-"""What an H100 or H200 (SXM) has."""
+"""Sizes of an H100 or H200 (SXM)."""
 
-NUM_SMS = 132
-# Shared memory that a thread block can have.
-SMEM_BYTES = 227 * 1024
+NUM_SMS = 132  # streaming multiprocessors
+SMEM_BYTES = 227 * 1024  # the most shared memory of a thread block

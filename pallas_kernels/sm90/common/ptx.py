@@ -1,4 +1,6 @@
-"""Device code that the Hopper kernels need and Pallas has no operation for: the pieces to write it with.
+"""The pieces of device code that Pallas has no operations for: inline PTX, and MLIR's arithmetic around it.
+
+Functions that take and return ``ir.Value`` emit code where they are called, inside a function under ``inlined``.
 
 Register fragments follow PTX's ``wgmma``: thread ``t = 32 * warp + lane`` of a warpgroup holds, of
 a 64 x M accumulator, rows ``n = 16 * warp + 8 * r + lane // 4`` (r = 0, 1) and columns
@@ -21,12 +23,12 @@ SCALAR = plgpu.Layout.WG_SPLAT(())
 
 
 def inlined(*, arg_types: tuple[Any, ...] = (), return_type: Any = None) -> Callable[..., Callable[..., Any]]:
-    """``plgpu.inline_mgpu``; the decorated function takes other types than it is called with."""
+    """``plgpu.inline_mgpu``, typed so that the decorated function is called with arrays and takes MLIR values."""
     return plgpu.inline_mgpu(arg_types=arg_types, return_type=return_type)
 
 
 def i32() -> ir.Type:
-    """The type that most values have here."""
+    """The type of most values here."""
     return ir.IntegerType.get_signless(32)
 
 
@@ -36,7 +38,7 @@ def i64() -> ir.Type:
 
 
 def f32() -> ir.Type:
-    """float32."""
+    """The type float32."""
     return ir.F32Type.get()
 
 
@@ -51,7 +53,7 @@ def thread() -> ir.Value:
 
 
 def fragment_position() -> tuple[ir.Value, ir.Value, ir.Value]:
-    """(row of r = 0, lane % 4, warp) of this thread."""
+    """This thread's (row for r = 0, lane % 4, warp) in a fragment."""
     index = thread()
     warp = arith.shrui(index, const(5))
     lane = arith.andi(index, const(31))
@@ -93,15 +95,15 @@ def _register(ty: ir.Type) -> str:
 
 
 def load_at(ref: ir.Value, index: ir.Value, element: ir.Type, result: ir.Type) -> ir.Value:
-    """A ``result`` read from ``ref``'s memory at ``index``, counted in ``element``."""
+    """Load a ``result`` from ``ref``'s memory, ``index`` times the size of ``element`` from its beginning."""
     return llvm.load(result, utils.getelementptr(utils.memref_ptr(ref), [index], element))
 
 
 def load_word(ref: ir.Value, index: ir.Value) -> ir.Value:
-    """ref[index] from GMEM (1, 2 or 4 bytes), zero-extended to 32 bits by the load itself.
+    """Load ref[index] from GMEM (1, 2 or 4 bytes), zero-extended to 32 bits by the load itself.
 
-    Nothing is done to the word here, so that nothing waits for it: a value that is read ahead must
-    not be converted, or even extended, before it is used.
+    Nothing else is done to the word, so that nothing waits for it: a value that is loaded ahead must not be converted,
+    or even extended, before it is used.
     """
     element = ir.MemRefType(ref.type).element_type
     bits = utils.bitwidth(element)
@@ -111,7 +113,7 @@ def load_word(ref: ir.Value, index: ir.Value) -> ir.Value:
 
 
 def to_float(word: ir.Value, bits: int) -> ir.Value:
-    """float32 of a word that holds a float32 or (16 bits) a bfloat16."""
+    """A word that holds a float32, or (16 ``bits``) a bfloat16 in its low half, as float32."""
     return arith.bitcast(f32(), word if bits == 32 else arith.shli(word, const(16)))
 
 
@@ -150,12 +152,12 @@ def to_e4m3(elements: Sequence[ir.Value]) -> ir.Value:
 
 
 def shared_address(ref: ir.Value) -> ir.Value:
-    """Where ref begins in shared memory, as PTX wants it: 32 bits."""
+    """Address of ref in shared memory, in 32 bits as PTX takes it."""
     return llvm.ptrtoint(i32(), utils.memref_ptr(ref))
 
 
 def clamped_index(ref: ir.Value, i: ir.Value, j: ir.Value) -> ir.Value:
-    """Index of element (i, j) of a row-major matrix, both clamped to its end."""
+    """Index of element (i, j) of a row-major matrix, with i and j clamped to its last row and column."""
     rows, columns = ir.MemRefType(ref.type).shape
     i, j = arith.minsi(i, const(rows - 1)), arith.minsi(j, const(columns - 1))
     return arith.addi(arith.muli(i, const(columns)), j)

@@ -1,7 +1,8 @@
-"""Barriers in shared memory: those of the rings, and a block's.
+"""Barriers in shared memory: a block's, and raw mbarriers for what Pallas' barriers cannot count.
 
-"Slot free" barriers are raw mbarriers: one arrival a warp instead of Pallas' one a thread, and in
-a cluster every warp speaks for itself, so no warp's reads can be overtaken by another's arrival.
+Consumers say with a raw mbarrier that a stage's slot is free: one arrival a warp, where Pallas has one a thread or a
+warpgroup. In a cluster every warp arrives for itself on both CTAs' barriers, so none of its reads can still be under
+way when the slot is written again.
 """
 
 from typing import Any
@@ -17,7 +18,10 @@ from pallas_kernels.sm90.common.ptx import SCALAR, asm, const, inlined, shared_a
 
 
 def init_barriers(ref: Any, arrivals: int, *, cluster: bool) -> None:
-    """Make mbarriers of ref, int32 [count, 2] in SMEM; all threads of the CTA (or cluster) call this."""
+    """Initialize mbarriers for ``arrivals`` each in ref, int32 [count, 2] in SMEM.
+
+    All threads of the CTA (or cluster) call this, and wait for one another.
+    """
 
     @inlined(arg_types=(plgpu.RefType(),))
     def inline(_: Any, barriers: ir.Value) -> None:
@@ -48,8 +52,8 @@ def arrive(ref: Any, slot: jax.Array, *, cluster_size: int) -> None:
         if cluster_size == 1:
             code = "@p mbarrier.arrive.release.cta.shared::cta.b64 _, [$0];"
         else:
-            # No qualifiers: a release for the cluster would be a fence of all memory, and what this
-            # orders are reads whose values have arrived.
+            # Not a release for the cluster, which would be a fence for all memory: what comes before are only reads,
+            # whose values are already in registers.
             code = "mapa.shared::cluster.u32 a, $0, $1;\n@p mbarrier.arrive.shared::cluster.b64 _, [a];"
         asm(
             [],
@@ -72,7 +76,7 @@ def wait(ref: Any, slot: jax.Array, parity: jax.Array) -> None:
 
 
 def emit_wait(barriers: ir.Value, slot: ir.Value, parity: ir.Value) -> None:
-    """``wait``, in device code."""
+    """``wait``, for device code: emitted where it is called."""
     address = arith.addi(shared_address(barriers), arith.muli(slot, const(8)))
     asm(
         [],
@@ -85,7 +89,7 @@ def emit_wait(barriers: ir.Value, slot: ir.Value, parity: ir.Value) -> None:
 
 
 def cta_barrier() -> None:
-    """All threads of the CTA meet; writes to SMEM before it are seen after it."""
+    """All threads of the CTA wait for one another; writes to SMEM before it are seen after it."""
 
     @inlined()
     def inline(_: Any) -> None:

@@ -15,8 +15,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, scf
 
 from pallas_kernels import formats
-from pallas_kernels.sm90 import split_sum
-from pallas_kernels.sm90.common import memory
+from pallas_kernels.sm90.common import memory, split_k
 from pallas_kernels.sm90.common.ptx import (
     SCALAR,
     absmax_scale,
@@ -228,7 +227,7 @@ class _Warp:
             arith.addi(arith.muli(arith.addi(halves, const(half)), const(self.problem.lanes)), self.part)
             for half in (0, 1)
         ]
-        sums = [split_sum.add_up(self.refs, token, place, self.problem.pairs) for place in places]
+        sums = [split_k.reduce(self.refs, token, place, self.problem.pairs) for place in places]
         return [word for half in sums for word in memory.pack(half)]
 
     def floats(self, name: str, row: ir.Value, columns: int, first: int) -> list[ir.Value]:

@@ -4,7 +4,7 @@ A lane holds eight pairs (i, i + H/2) of a row (one head of one token): 16 bytes
 that RoPE and the packing of two codes into a byte need no other lane, and only the row's largest
 magnitude is shuffled, and for a norm the sum of its squares. A warp takes 512 / H heads of a token
 at a time: a group. It keeps the token's cos and sin in registers, goes through its groups and loads
-one ahead. What a matmul left in parts (``SplitSum``) is added up as it is loaded.
+one ahead. What a matmul left in parts (``SplitKPartials``) is added up as it is loaded.
 
 With few tokens a warp waits for memory once and then for its own instructions, which are as many as
 its lanes have elements: there they have half of them.
@@ -26,10 +26,10 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import formats
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.head_norm import HeadNorm
-from pallas_kernels.sm90 import split_sum
+from pallas_kernels.sm90.common import split_k
 from pallas_kernels.sm90.common.hardware import NUM_SMS
 from pallas_kernels.sm90.rope_quantize import device
-from pallas_kernels.split_sum import SplitSum
+from pallas_kernels.split_k import SplitKPartials
 
 HEAD_DIMS = (64, 128, 256)
 # Warps for each multiprocessor: so few wait for memory, and for each instruction's result; up to so many, each with one
@@ -73,7 +73,7 @@ def default_config(tokens: int, groups: int, *, unbiased_keys: bool = False) -> 
 
 
 def unsupported(
-    packed: Array | SplitSum,
+    packed: Array | SplitKPartials,
     cos: Array,
     sin: Array,
     key: ScaledArray,
@@ -82,10 +82,10 @@ def unsupported(
     norm: HeadNorm | None = None,
 ) -> str | None:
     """Why the kernel cannot run these operands, or None."""
-    if isinstance(packed, SplitSum):
+    if isinstance(packed, SplitKPartials):
         if packed.residual is not None:
             return "the sum has a residual"
-        if reason := split_sum.unsupported(packed):
+        if reason := split_k.unsupported(packed):
             return reason
     elif packed.dtype != jnp.bfloat16:
         return f"packed is {packed.dtype}, not bfloat16"
@@ -107,7 +107,7 @@ def unsupported(
 
 @functools.partial(jax.jit, static_argnames=("key_clip", "value_clip", "unbiased_keys", "config"))
 def rope_quantize(
-    packed: Float[Array, "B T packed"] | SplitSum,
+    packed: Float[Array, "B T packed"] | SplitKPartials,
     cos: Float[Array, "B T half"],
     sin: Float[Array, "B T half"],
     key: ScaledArray,
@@ -148,7 +148,7 @@ def rope_quantize(
     if norm is not None:
         optional |= {"query_norm": norm.query, "key_norm": norm.key}
     optional = {name: x.astype(jnp.float32) for name, x in optional.items() if x is not None}
-    source = split_sum.operands(packed) if isinstance(packed, SplitSum) else {"packed": packed}
+    source = split_k.operands(packed) if isinstance(packed, SplitKPartials) else {"packed": packed}
     names = (*source, "cos", "sin", "start", "lengths", *optional, *device.CACHE, "query", "query_scale")
 
     def kernel(*refs):

@@ -1,9 +1,9 @@
-"""A matmul's result whose sum over K is still in parts, for the next pass over its rows to add up.
+"""Split-K partials: a matmul's result before the sum over the parts of K that its thread blocks computed.
 
     y[m, n] = activation(x_scale[m] * channel_scale[n] * sum_p parts[p, m, n] + bias[n]) + residual[m, n]
 
-With few tokens several CTAs share a tile's K. A kernel that only adds their sums costs as much as
-one that reads the result anyway: ``row_quantize`` and ``rope_quantize`` add on their way.
+With few tokens several thread blocks share a tile's K. A kernel that only reduced their partial sums would take
+as long as one that reads the result anyway, so ``row_quantize`` and ``rope_quantize`` reduce them as they load.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.matmul_epilogue import Activation, epilogue
 
-MAX_PARTS = 8  # a row's are all on their way to registers at once
+MAX_PARTS = 8  # largest split_k: the kernels that reduce a row load all of its parts before the first sum
 
 
 @functools.partial(
@@ -24,11 +24,11 @@ MAX_PARTS = 8  # a row's are all on their way to registers at once
     meta_fields=("rows", "n", "activation"),
 )
 @dataclasses.dataclass(frozen=True)
-class SplitSum:
-    """The operands of y; made by ``matmul`` with ``deferred=True``.
+class SplitKPartials:
+    """The operands of y, left unreduced by ``matmul.unreduced_matmul``.
 
     Attributes:
-        parts: float32 [P, M, N], unscaled sums over parts of K; M is the product of ``rows``.
+        parts: float32 [P, M, N], unscaled partial sums, each over a part of K; M is the product of ``rows``.
         channel_scale: float32 [N].
         x_scale: float32 [M], or None.
         bias: [n], or None.
@@ -47,9 +47,9 @@ class SplitSum:
     n: int
     activation: Activation
 
-    def finish(self) -> Float[Array, "*rows n_out"]:
-        """y in bfloat16, summed by XLA."""
-        # One addition after the other, which XLA fuses with anything; a reduction it might not.
+    def reduce(self) -> Float[Array, "*rows n_out"]:
+        """y in bfloat16, reduced by XLA."""
+        # A chain of additions, which XLA fuses with what follows; a reduction it might not.
         parts = (self.parts[i, :, : self.n] for i in range(self.parts.shape[0]))
         y = functools.reduce(jnp.add, parts) * self.channel_scale[: self.n]
         if self.x_scale is not None:
@@ -58,6 +58,6 @@ class SplitSum:
         return y.astype(jnp.bfloat16).reshape(*self.rows, -1)
 
 
-def finished(x: Array | SplitSum) -> Array:
-    """x, summed if it is in parts."""
-    return x.finish() if isinstance(x, SplitSum) else x
+def reduced(x: Array | SplitKPartials) -> Array:
+    """x, or y of split-K partials."""
+    return x.reduce() if isinstance(x, SplitKPartials) else x

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from poisoned_memory import poison
-from random_sum import random_sum
+from random_partials import random_partials
 
 from pallas_kernels import dispatch, formats
-from pallas_kernels.matmul import deferred_matmul
+from pallas_kernels.matmul import unreduced_matmul
 from pallas_kernels.quantized_tensor import QuantizedTensor
 from pallas_kernels.rope_quantize import rope_quantize
-from pallas_kernels.split_sum import SplitSum
+from pallas_kernels.split_k import SplitKPartials
 
 BIASES = [jnp.bfloat16, jnp.float32]
 
@@ -22,7 +22,7 @@ BIASES = [jnp.bfloat16, jnp.float32]
 def rope_operands(dtype):
     """Biased parts of q, k and v of 3 sequences with 4 + 2 + 2 heads, and what else RoPE reads."""
     keys = jax.random.split(jax.random.key(0), 3)
-    packed = random_sum((3, 1), 1024, 1024, 4, bias=(3 * jax.random.normal(keys[0], (1024,))).astype(dtype))
+    packed = random_partials((3, 1), 1024, 1024, 4, bias=(3 * jax.random.normal(keys[0], (1024,))).astype(dtype))
     angles = jax.random.uniform(keys[1], (3, 1, 64), maxval=100.0)
     cache = formats.quantize_kv(jax.random.normal(keys[2], (3, 2, 40, 128), jnp.bfloat16), "int4")
     lengths = jnp.ones((3,), jnp.int32)
@@ -30,11 +30,13 @@ def rope_operands(dtype):
 
 
 def test_bias_is_added_in_float32_before_the_residual():
-    total = random_sum((6,), 48, 64, 4, bias=jnp.linspace(-3, 3, 48), residual=jnp.full((6, 48), 0.5, jnp.bfloat16))
+    total = random_partials(
+        (6,), 48, 64, 4, bias=jnp.linspace(-3, 3, 48), residual=jnp.full((6, 48), 0.5, jnp.bfloat16)
+    )
     y = np.asarray(total.parts, np.float64).sum(0)[:, :48] * np.asarray(total.channel_scale, np.float64)[:48]
     y = y * np.asarray(total.x_scale, np.float64)[:, None] + np.asarray(total.bias, np.float64) + 0.5
     # bf16's half step, and float32 sums of parts that are larger than what is left of them.
-    np.testing.assert_allclose(total.finish().astype(np.float32), y, rtol=2**-8, atol=1e-3)
+    np.testing.assert_allclose(total.reduce().astype(np.float32), y, rtol=2**-8, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [None, *BIASES])
@@ -43,8 +45,8 @@ def test_a_matmul_with_a_bias_may_leave_its_sum_in_parts(dtype, monkeypatch):
     weight = jax.eval_shape(lambda: QuantizedTensor.random(jax.random.key(0), (4096, 14336)))
     rows = jax.eval_shape(lambda: formats.quantize_fp8(jnp.ones((128, 14336))))
     bias = None if dtype is None else jax.ShapeDtypeStruct((4096,), dtype)
-    y = jax.eval_shape(lambda *operands: deferred_matmul(*operands[:2], bias=operands[2]), rows, weight, bias)
-    assert isinstance(y, SplitSum)
+    y = jax.eval_shape(lambda *operands: unreduced_matmul(*operands[:2], bias=operands[2]), rows, weight, bias)
+    assert isinstance(y, SplitKPartials)
 
 
 @pytest.mark.parametrize("dtype", BIASES)

@@ -1,8 +1,8 @@
-"""The Hopper matmul for many tokens, and for wide weights: a ring of shared memory between copies and products.
+"""The warp-specialized Hopper matmul, for many tokens and for wide weights: the kernel and its producer.
 
-Each CTA has one warpgroup that feeds the ring's stages through TMA and ``warpgroups`` that compute, each
-64 output channels of the same tokens (``ring_compute``). Dequantization of one step overlaps the
-WGMMA of the step before it.
+Each CTA has a producer warpgroup, which fills the stages of shared memory through TMA, and ``config.warpgroups``
+consumers (``mainloop``), each of which computes 64 output channels of the same tokens. A persistent grid: CTAs take
+one tile after the other, and the producer is already at the next while the consumers finish the last.
 """
 
 from typing import Any
@@ -16,15 +16,14 @@ from jax import lax
 from pallas_kernels import formats, jax_compat, layouts
 from pallas_kernels.sm90.common import sync
 from pallas_kernels.sm90.common.hardware import NUM_SMS
-from pallas_kernels.sm90.matmul import epilogue as outputs
-from pallas_kernels.sm90.matmul.config import STORE_BUFFERS, Config, Problem
-from pallas_kernels.sm90.matmul.output import Operands
-from pallas_kernels.sm90.matmul.ring_compute import Consumer, Scratch, Tile
+from pallas_kernels.sm90.matmul.config import STORE_BUFFERS, Config, Operands, Problem
+from pallas_kernels.sm90.matmul.epilogue import token_slots
+from pallas_kernels.sm90.matmul.mainloop import Consumer, Scratch, Tile
 
 
 def kernel(problem: Problem, config: Config, present: tuple[str, ...]) -> Any:
     """The Pallas call; its arguments are the ``present`` operands, its result is ``problem.result``."""
-    tiles = -(-problem.m // config.tile_m), -(-problem.n // (config.tile_n * config.multicast))
+    tiles = pl.cdiv(problem.m, config.tile_m), pl.cdiv(problem.n, config.tile_n * config.multicast)
     clusters = min(tiles[0] * tiles[1] * config.split_k, NUM_SMS // config.multicast)
     whole = config.split_k == 1
     x_dtype = formats.E4M3 if problem.values == "e4m3" else jnp.bfloat16
@@ -33,12 +32,12 @@ def kernel(problem: Problem, config: Config, present: tuple[str, ...]) -> Any:
     swizzle = plgpu.SwizzleTransform(x_columns * jnp.dtype(x_dtype).itemsize)
     y_shape = config.warpgroups, STORE_BUFFERS, min(config.store_m, config.tile_m), problem.rows_out
     scale_shape = config.stages, config.k_tiles * problem.groups, config.tile_n
-    # Scales come with the weights where steps are long; where they are short, those that go into
-    # tables are read far ahead.
-    in_ring = config.k_tiles > 1 or not problem.scale_in_table
+    # The producer copies the scales where a step has several tiles of K. Where it has one, the consumers load those
+    # that go into tables themselves, further ahead than the stages reach.
+    scales_by_tma = config.k_tiles > 1 or not problem.scale_in_table
     has_residual = "residual" in present
     scratch = Scratch(
-        # One memory, two descriptions: TMA has rows, any number of them; WGMMA wants tiles of eight.
+        # One memory, two views: TMA writes rows, any number of them; WGMMA reads tiles of eight rows.
         x=plgpu.RefUnion(
             plgpu.SMEM(x_shape, x_dtype, transforms=(swizzle,)),
             plgpu.SMEM(x_shape, x_dtype, transforms=(plgpu.TilingTransform((8, x_columns)), swizzle)),
@@ -47,9 +46,9 @@ def kernel(problem: Problem, config: Config, present: tuple[str, ...]) -> Any:
         y=plgpu.SMEM(y_shape, jnp.bfloat16, transforms=(plgpu.SwizzleTransform(2 * problem.rows_out),))
         if whole
         else None,
-        tokens=plgpu.SMEM((config.warpgroups, outputs.token_slots(config.tile_m)), jnp.int32) if whole else None,
-        scales=plgpu.SMEM(scale_shape, problem.scale_dtype) if in_ring else None,
-        full=plgpu.Barrier(num_barriers=config.stages, num_arrivals=2 + in_ring),
+        tokens=plgpu.SMEM((config.warpgroups, token_slots(config.tile_m)), jnp.int32) if whole else None,
+        scales=plgpu.SMEM(scale_shape, problem.scale_dtype) if scales_by_tma else None,
+        full=plgpu.Barrier(num_barriers=config.stages, num_arrivals=2 + scales_by_tma),
         free=plgpu.SMEM((config.stages, 2), jnp.int32),
         residual_full=plgpu.Barrier(num_barriers=STORE_BUFFERS * config.warpgroups) if has_residual else None,
     )
@@ -83,14 +82,14 @@ def _cta(
     tile_counts: tuple[int, int],
     clusters: int,
 ) -> None:
-    """One CTA: the last warpgroup feeds the ring, the others compute."""
+    """One CTA: the last warpgroup is the producer, the others are consumers."""
     m_tiles, n_tiles = tile_counts
     total = m_tiles * n_tiles * config.split_k
     wg, peer, cluster = lax.axis_index("wg"), lax.axis_index("peer"), lax.axis_index("cluster")
     sync.init_barriers(scratch.free, 4 * config.warpgroups * config.multicast, cluster=config.multicast > 1)
 
     def tile(i: jax.Array | int) -> Tile:
-        """This CTA's i-th."""
+        """This CTA's i-th tile; past its last any, of which only scales are loaded, in vain."""
         at = jnp.minimum(cluster + i * clusters, total - 1)
         part = jnp.int32(0)
         if config.split_k > 1:
@@ -114,7 +113,7 @@ def _cta(
     def _() -> None:
         if registers:
             plgpu.set_max_registers(registers[0], action="decrease")
-        _feed(problem, config, operands, scratch, tiles)
+        _produce(problem, config, operands, scratch, tiles)
 
     @pl.when(wg < config.warpgroups)
     def _() -> None:
@@ -123,14 +122,14 @@ def _cta(
         Consumer(problem, config, operands, scratch, wg).run(tiles)
 
 
-def _feed(
+def _produce(
     problem: Problem,
     config: Config,
     operands: Operands,
     scratch: Scratch,
     tiles: Any,
 ) -> None:
-    """Keep the ring full: x and packed weights of one step after the other, tile after tile."""
+    """The producer: copy x and packed weights of one step after the other, tile after tile, as stages become free."""
     halves, k_tiles, steps = problem.halves, config.k_tiles, config.steps(problem.k)
     x_rows, _ = scratch.x
 
@@ -142,7 +141,7 @@ def _feed(
         def step(i: jax.Array, carry: Any) -> Any:
             slot, parity = carry
             sync.wait(scratch.free, slot, parity)
-            # Beyond the end of K TMA fills with zeros.
+            # Past the end of K TMA fills with zeros.
             k_tile = (tile.part * steps + i) * k_tiles
             plgpu.copy_gmem_to_smem(
                 operands.x.at[pl.ds(tile.token, config.tile_m), pl.ds(k_tile * halves, k_tiles * halves)],
@@ -166,10 +165,10 @@ def _feed(
 
         return lax.fori_loop(0, steps, step, carry)
 
-    # A barrier's phase before its first has parity 1, and counts as completed.
+    # A new barrier counts as having completed a phase of parity 1, so the first wait for a free slot returns at once.
     carry = tiles(visit, lambda _: (jnp.int32(0), jnp.int32(1)))
     if config.multicast > 1:
-        # The other CTA may still arrive on this one's barriers: stay until it has.
+        # The cluster's other CTA may still arrive on this one's barriers: do not exit before it has.
         def drain(_: jax.Array, carry: Any) -> Any:
             sync.wait(scratch.free, *carry)
             return advance(*carry)
@@ -178,7 +177,7 @@ def _feed(
 
 
 def _registers(config: Config) -> tuple[int, int] | None:
-    """Registers a thread of the feeding and of the computing warpgroups, where the even share is too few."""
+    """Registers for each thread of the producer and of the consumers; None where an even share is enough."""
     if config.warpgroups == 2 and config.tile_m >= 128:
         return 24, 240
     if config.warpgroups == 4 and config.tile_m > 32:

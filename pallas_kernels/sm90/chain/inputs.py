@@ -1,22 +1,22 @@
-"""A chain's inputs: rows brought into shared memory as WGMMA's FP8 operand, by all threads of a block.
+"""The inputs of a chain's links: rows written to shared memory as WGMMA's FP8 operand, by all consumers of a block.
 
-A block holds ``columns`` of a row's columns from ``first`` on, which go on at the row's start where it
-ends. In shared memory each 128 of them are a tile of eight rows of 128 bytes, 16-byte pieces
-exchanged by the 128-byte swizzle. Rows beyond the last token are left as they are: they become
-columns of the output that nobody reads.
+A block holds ``columns`` of a row's columns from ``first`` on, wrapping round at the row's end. In shared memory each
+128 of them are a tile of eight rows of 128 bytes, whose 16-byte pieces the 128-byte swizzle permutes. Rows past the
+last token are not written: they become columns of the output that nobody reads.
 """
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
 
+import jax.experimental.pallas as pl
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import formats, layouts
-from pallas_kernels.sm90 import split_sum
-from pallas_kernels.sm90.chain.device import emit_barrier
+from pallas_kernels.sm90.chain.barriers import emit_barrier
 from pallas_kernels.sm90.chain.schedule import CHUNK_K, THREADS, TILE_M, WARPGROUPS
+from pallas_kernels.sm90.common import split_k
 from pallas_kernels.sm90.common.memory import address, load, load_floats, offset, store, unpack, wide
 from pallas_kernels.sm90.common.ptx import (
     absmax_scale,
@@ -30,12 +30,12 @@ from pallas_kernels.sm90.common.ptx import (
     to_e4m3,
 )
 from pallas_kernels.sm90.common.reduction import inverse_rms, over_block, own_units, weighted
-from pallas_kernels.sm90.split_sum import EIGHT
+from pallas_kernels.sm90.common.split_k import EIGHT
 
 Refs = Mapping[str, ir.Value]
 
 WARPS = THREADS // 32
-# Elements of all rows that a thread has on their way at once, in units of eight.
+# Units of eight elements, of all rows, that a thread loads at once.
 UNITS = 4
 
 
@@ -46,7 +46,7 @@ def copy_rows(refs: Refs, first: ir.Value, columns: int, after_loads: Callable[[
         refs: these in global memory; in shared memory ``tile`` and, for the scales, ``tokens``.
         first: column, a multiple of 128.
         columns: how many the block holds.
-        after_loads: what to do while they are on their way.
+        after_loads: called between the loads and what waits for them.
     """
     m, k = ir.MemRefType(refs["x"].type).shape
     spread, loaded = _spread(m, columns // 16), []
@@ -64,14 +64,14 @@ def copy_rows(refs: Refs, first: ir.Value, columns: int, after_loads: Callable[[
 
 
 def quantize_hidden(refs: Refs, first: ir.Value, columns: int, blocks: int, leader: ir.Value) -> None:
-    """bf16 rows ``hidden`` [M, K], as blocks left them, with ``absmax`` [blocks, TILE_M] of each.
+    """bf16 rows ``hidden`` [M, K] to FP8, with the ``absmax`` [blocks, TILE_M] that each block found of its columns.
 
     Args:
         refs: these in global memory and ``scale`` [M], which the leader writes; ``tile`` and ``tokens``
             in shared memory.
         first: column, a multiple of 128.
         columns: how many the block holds.
-        blocks: that left numbers.
+        blocks: that wrote an absmax.
         leader: whether this is the block that writes the scales.
     """
     m, k = ir.MemRefType(refs["hidden"].type).shape
@@ -88,7 +88,7 @@ def quantize_hidden(refs: Refs, first: ir.Value, columns: int, blocks: int, lead
         return words
 
     ahead = loaded(batches[0])
-    # A warp a token, and those beyond the last do it once more.
+    # A warp reduces a token's absmax over the blocks; warps past the last token repeat it.
     token = arith.minui(arith.shrui(thread, const(5)), const(m - 1))
     lane = arith.andi(thread, const(31))
     found = []
@@ -96,9 +96,9 @@ def quantize_hidden(refs: Refs, first: ir.Value, columns: int, blocks: int, lead
         block = arith.minui(arith.addi(lane, const(start)), const(blocks - 1))
         place = offset(address(refs["absmax"]), arith.addi(arith.muli(block, const(TILE_M)), token), 4)
         found += load(place, i32(), 1, written=True)
-    largest = functools.reduce(arith.maxui, found)
-    (largest,) = asm([i32()], [largest], "redux.sync.max.u32 $0, $1, 0xffffffff;", volatile=True)
-    scale = absmax_scale(arith.bitcast(f32(), largest), number(1 / formats.E4M3_MAX))
+    absmax = functools.reduce(arith.maxui, found)
+    (absmax,) = asm([i32()], [absmax], "redux.sync.max.u32 $0, $1, 0xffffffff;", volatile=True)
+    scale = absmax_scale(arith.bitcast(f32(), absmax), number(1 / formats.E4M3_MAX))
     with utils.when(arith.cmpi(arith.CmpIPredicate.eq, lane, const(0))):
         _store_scale(refs["tokens"], token, scale)
         with utils.when(leader):
@@ -113,16 +113,16 @@ def quantize_hidden(refs: Refs, first: ir.Value, columns: int, blocks: int, lead
 
 
 def norm_rows(refs: Refs, eps: float, leader: ir.Value, after_loads: Callable[[], None], *, written: bool) -> None:
-    """RMSNorm of all columns of ``residual`` [M, D], to which a sum in ``parts`` is added where there is one.
+    """RMSNorm of all columns of ``residual`` [M, D], plus the sum of split-K partials where there are ``parts``.
 
     Args:
-        refs: in global memory ``residual``, ``weight`` float32 [D], ``split_sum.operands``, and to
-            be written by the leader ``x`` [M, D] (only of a sum) and ``scale`` [M]; ``tile``, ``tokens``
-            and ``partials``, float32 [UNITS * 2 * WARPS], in shared memory.
+        refs: in global memory ``residual``, ``weight`` float32 [D], ``split_k.operands``, and for the leader to
+            write ``x`` [M, D] (where there are parts) and ``scale`` [M]; ``tile``, ``tokens`` and ``partials``,
+            float32 [UNITS * 2 * WARPS], in shared memory.
         eps: of the norm.
         leader: whether this is the block that writes x and the scales.
-        after_loads: what to do while the first rows are on their way.
-        written: whether the parts are of this kernel.
+        after_loads: called between the first rows' loads and what waits for them.
+        written: whether this kernel wrote the parts.
     """
     m, width = ir.MemRefType(refs["residual"].type).shape
     index, inside = own_units(width // EIGHT, THREADS)
@@ -130,25 +130,25 @@ def norm_rows(refs: Refs, eps: float, leader: ir.Value, after_loads: Callable[[]
     at_once = max(1, UNITS // len(index))
     for start in range(0, m, at_once):
         rows = [const(row) for row in range(start, min(start + at_once, m))]
-        loaded = [[split_sum.start_row(refs, row, i, written=written) for i in index] for row in rows]
+        loaded = [[split_k.load_row(refs, row, i, written=written) for i in index] for row in rows]
         if start == 0:
             after_loads()
-        for n, (row, unfinished) in enumerate(zip(rows, loaded, strict=True)):
-            words = [finish() for finish in unfinished]
+        for n, (row, units) in enumerate(zip(rows, loaded, strict=True)):
+            words = [reduce() for reduce in units]
             if "parts" in refs:
                 with utils.when(leader):
                     for i, four in zip(index, words, strict=True):
                         store(offset(address(refs["x"], row, 2 * width), i, 2 * EIGHT), four)
-            scaled, largest, squares = weighted([unpack(four) for four in words], factors, inside)
-            # In turns, so that nobody still reads what the next row writes.
+            scaled, absmax, square_sum = weighted([unpack(four) for four in words], factors, inside)
+            # Rows take turns at the buffers, so that none writes where a slower warp still reads the row before.
             turn = 2 * WARPS * ((start + n) % UNITS)
             partials = utils.memref_slice(refs["partials"], slice(turn, turn + 2 * WARPS))
-            largest, total = over_block(largest, squares, partials, WARPGROUPS, emit_barrier)
-            assert total is not None
-            scale = absmax_scale(largest, number(1 / formats.E4M3_MAX))
+            absmax, square_sum = over_block(absmax, square_sum, partials, WARPGROUPS, emit_barrier)
+            assert square_sum is not None
+            scale = absmax_scale(absmax, number(1 / formats.E4M3_MAX))
             for i, elements in zip(index, scaled, strict=True):
                 _store_codes(refs["tile"], row, i, elements, reciprocal(scale))
-            scale = arith.mulf(scale, inverse_rms(total, width, eps))
+            scale = arith.mulf(scale, inverse_rms(square_sum, width, eps))
             with utils.when(arith.cmpi(arith.CmpIPredicate.eq, utils.thread_idx(), const(0))):
                 _store_scale(refs["tokens"], row, scale)
                 with utils.when(leader):
@@ -156,7 +156,7 @@ def norm_rows(refs: Refs, eps: float, leader: ir.Value, after_loads: Callable[[]
 
 
 def _spread(m: int, units: int) -> list[tuple[ir.Value, ir.Value]]:
-    """(row, unit) of this thread, one of ``units`` of each row; the last threads may repeat the last."""
+    """(row, unit) pairs of this thread among ``units`` of each row; threads past the last pair repeat it."""
     result = []
     for start in range(0, m * units, THREADS):
         index = arith.addi(utils.thread_idx(), const(start))
@@ -166,8 +166,8 @@ def _spread(m: int, units: int) -> list[tuple[ir.Value, ir.Value]]:
 
 
 def _column(first: ir.Value, unit: ir.Value, size: int, k: int) -> tuple[ir.Value, ir.Value]:
-    """Where a unit begins in its row of k columns, and whether it lies within; if not, it begins at 0."""
-    padded = -(-k // CHUNK_K) * CHUNK_K
+    """Where a unit begins in its row of k columns, and whether it lies in the row; 0 if it does not."""
+    padded = pl.cdiv(k, CHUNK_K) * CHUNK_K
     column = arith.remui(arith.addi(first, arith.muli(unit, const(size))), const(padded))
     inside = arith.cmpi(arith.CmpIPredicate.ult, column, const(k))
     return arith.select(inside, column, const(0)), inside
@@ -190,7 +190,7 @@ def _place(tile: ir.Value, row: ir.Value, column: ir.Value) -> ir.Value:
 def _store_codes(
     tile: ir.Value, row: ir.Value, unit: ir.Value, elements: Sequence[ir.Value], inverse: ir.Value
 ) -> None:
-    """Eight numbers times ``inverse`` in FP8, to the ``unit``-th eight held columns of a row."""
+    """Store eight numbers times ``inverse`` in FP8, as a row's ``unit``-th eight held columns."""
     scaled = [arith.mulf(e, inverse) for e in elements]
     codes = [to_e4m3(scaled[j : j + 4]) for j in range(0, EIGHT, 4)]
     place = _place(tile, row, arith.muli(unit, const(EIGHT)))

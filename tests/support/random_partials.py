@@ -5,10 +5,10 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.split_sum import SplitSum
+from pallas_kernels.split_k import SplitKPartials
 
 
-def random_sum(rows: tuple[int, ...], n: int, padded: int, parts: int, **changes: object) -> SplitSum:
+def random_partials(rows: tuple[int, ...], n: int, padded: int, parts: int, **changes: object) -> SplitKPartials:
     """Sums of size 1 of parts that are larger; what pads them is NaN. ``changes`` replace fields."""
     keys = jax.random.split(jax.random.key(parts), 3)
     count = math.prod(rows)
@@ -23,4 +23,4 @@ def random_sum(rows: tuple[int, ...], n: int, padded: int, parts: int, **changes
         "n": n,
         "activation": "none",
     }
-    return SplitSum(**(operands | changes))
+    return SplitKPartials(**(operands | changes))

@@ -1,4 +1,8 @@
-"""The computing warpgroups of the Hopper matmul's ring: the main loops."""
+"""The consumers of the warp-specialized Hopper matmul: the main loops.
+
+Each step dequantizes a tile of weights in registers and multiplies it by x in shared memory; dequantization of one
+step overlaps the WGMMA of the step before it.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,12 +16,12 @@ from jax import lax
 
 from pallas_kernels import layouts
 from pallas_kernels.sm90.common import sync
-from pallas_kernels.sm90.matmul import epilogue as outputs
-from pallas_kernels.sm90.matmul import weights
-from pallas_kernels.sm90.matmul.config import Config, Problem
-from pallas_kernels.sm90.matmul.output import Operands, Output
+from pallas_kernels.sm90.matmul import sums, weights
+from pallas_kernels.sm90.matmul.config import Config, Operands, Problem
+from pallas_kernels.sm90.matmul.epilogue import Epilogue
 
-# Steps an iteration of the overlapped main loop. More hide more: at an iteration's end nothing is in flight.
+# Steps unrolled in an iteration of the overlapped main loop. At an iteration's end no WGMMA is in flight, so more
+# steps hide more; they also take longer to lower.
 UNROLL = 8
 
 
@@ -29,29 +33,31 @@ class Scratch(NamedTuple):
     scales: Any | None  # [stages, k_tiles * groups, tile_n]
     y: Any | None  # bf16 [warpgroups, STORE_BUFFERS, tokens, rows_out]; None with split K
     tokens: Any | None  # float32, as int32 [warpgroups, token_slots]
-    full: Any  # [stages], TMA arrives
-    free: Any  # raw mbarriers [stages, 2]; see ``sync``
+    full: Any  # [stages], the producer's TMA arrives on these
+    free: Any  # raw mbarriers [stages, 2], the consumers' warps arrive on these; see ``sync``
     residual_full: Any | None  # [warpgroups * STORE_BUFFERS]
 
 
 class Tile(NamedTuple):
-    """Where a tile begins, and which part of K it has."""
+    """First token and channel of a tile of y, and which part of K it is to be summed over."""
 
     token: jax.Array
     channel: jax.Array
     part: jax.Array
 
 
-Carry: TypeAlias = tuple[jax.Array, tuple[jax.Array, ...]]  # slot of the ring, scales on their way
+Carry: TypeAlias = tuple[jax.Array, tuple[jax.Array, ...]]  # next slot (of ``stages``), scales that are being loaded
 Visit: TypeAlias = Callable[[Tile, Tile, Carry], Carry]  # of a tile and the one after it
 
 
 @dataclasses.dataclass(frozen=True)
 class Consumer:
-    """One computing warpgroup: 64 output channels of each of its CTA's tiles.
+    """A warpgroup that computes 64 output channels of each of its CTA's tiles.
 
     Attributes:
-        wg: index of the warpgroup.
+        problem, config, operands: of the call.
+        scratch: the CTA's memory.
+        wg: index of the warpgroup among the consumers.
     """
 
     problem: Problem
@@ -68,21 +74,21 @@ class Consumer:
     def run(self, tiles: Callable[[Visit, Callable[[Tile], Carry]], Carry]) -> None:
         """All tiles; ``tiles(visit, begin)`` folds ``visit`` over them, from ``begin(first tile)``."""
         scratch = self.scratch
-        output = Output(
+        epilogue = Epilogue(
             self.problem, self.operands, self.config.tile_m, self.wg, scratch.y, scratch.tokens, scratch.residual_full
         )
 
         def visit_whole(tile: Tile, next_tile: Tile, carry: Carry) -> Carry:
-            epilogue = output.begin(tile.token, self._rows(tile.channel))
-            output.begin_residual(epilogue)
+            loaded = epilogue.load(tile.token, self._rows(tile.channel))
+            epilogue.load_residual(loaded)
             acc, carry = self._sum(tile, next_tile, carry)
-            output.finish(acc, epilogue)
+            epilogue.store(acc, loaded)
             return carry
 
         def visit_part(tile: Tile, next_tile: Tile, carry: Carry) -> Carry:
             acc, carry = self._sum(tile, next_tile, carry)
             n_tile = lax.div(self._rows(tile.channel), jnp.int32(layouts.TILE_N))
-            outputs.store_partial(outputs.raw_sum(acc), self.operands.y, tile.part, tile.token, n_tile)
+            sums.store_partial(sums.sum_from_accumulator(acc), self.operands.y, tile.part, tile.token, n_tile)
             return carry
 
         whole = self.config.split_k == 1
@@ -107,18 +113,18 @@ class Consumer:
 
     @property
     def _unit(self) -> int:
-        """Tiles whose tables are built together."""
+        """Tiles of K whose tables are built together."""
         return self.config.promote or (UNROLL if self.config.k_tiles == 1 else self.config.k_tiles)
 
     @property
     def _table_sets(self) -> int:
-        return -(-self._unit * self.problem.groups // 4)
+        return pl.cdiv(self._unit * self.problem.groups, 4)
 
     def _load_scales(self, tile: Tile, step: jax.Array | int) -> tuple[jax.Array, ...]:
-        """Start to load from GMEM the scales of a unit that begins with ``step``; () if they come through the ring.
+        """Start to load from GMEM the scales of a unit that begins with ``step``; () if the producer copies them.
 
-        They are wanted a unit later. Nothing may be done to them until then, not even a move to
-        another register, or everything waits for them.
+        They are needed a unit later. Until then nothing may be done to them, not even a move to another register,
+        or all of the warp waits for the load.
         """
         if self.scratch.scales is not None:
             return ()
@@ -129,27 +135,27 @@ class Consumer:
             for i in range(self._table_sets)
         )
 
-    def _ring_scales(self, slot: jax.Array, first: int, count: int = 1) -> Any:
-        """Scales of ``count`` groups of a step for this warpgroup's channels."""
+    def _copied_scales(self, slot: jax.Array, first: int, count: int = 1) -> Any:
+        """What the producer has copied: scales of ``count`` groups of a step for this warpgroup's channels."""
         assert self.scratch.scales is not None
         return self.scratch.scales.at[slot, pl.ds(first, count), pl.ds(self.wg * layouts.TILE_N, layouts.TILE_N)]
 
     def _build(self, scales: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        """The table sets of a unit's scales."""
+        """Sets of four tables from a unit's scales."""
         return tuple(weights.build_tables(four, self.problem.codebook) for four in scales)
 
     def _tables(self, sets: tuple[jax.Array, ...]) -> weights.Tables | None:
         return weights.tables_by_tile(sets, self._unit, self.problem.groups) if sets else None
 
     def _fetch(self, slot: jax.Array) -> jax.Array:
-        """Await a step's operands and read its (first) packed tile."""
+        """Wait for a step's operands and read its (first) packed tile."""
         plgpu.barrier_wait(self.scratch.full.at[slot])
         return weights.load_words(self.scratch.words.at[slot, self.wg, 0])
 
     def _multiply(
         self, words: jax.Array, tables: Any, slot: jax.Array, acc_ref: Any, tile: int = 0, half: int | None = None
     ) -> None:
-        """Dequantize a tile (or half of it), issue its WGMMAs and await nothing."""
+        """Dequantize a tile (or half of it) and issue its WGMMAs, without waiting for them."""
         _, x_tiles = self.scratch.x
         first = tile * self.problem.halves
         weights.multiply(self.problem, words, tables, lambda i: x_tiles.at[slot, first + i], acc_ref, half)
@@ -167,9 +173,9 @@ class Consumer:
     def _issue(
         self, words: jax.Array, tables: Any, slot: jax.Array, count: int, acc_ref: Any, half: int | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """``count`` steps from ``words`` on, each dequantized while the tensor cores have the one before it.
+        """Issue ``count`` steps from ``words`` on, each dequantized while the tensor cores multiply the one before.
 
-        Returns the next slot, and the last step's, which is in flight: for the caller to await and release.
+        Returns the next slot, and the last step's, which is in flight: the caller waits for it and releases it.
         """
         previous = slot
         for i in range(count):
@@ -183,7 +189,7 @@ class Consumer:
         return slot, previous
 
     def _overlapped(self, tile: Tile, next_tile: Tile, slot: jax.Array, scales: Any) -> tuple[jax.Array, Carry]:
-        """``_sum`` in steps of one tile of K each, dequantized under the products of the one before."""
+        """``_sum`` in steps of one tile of K, each dequantized while the tensor cores multiply the one before."""
         iterations, rest = divmod(self.steps - 1, UNROLL)
 
         def body(acc_ref: Any) -> tuple[jax.Array, Carry]:
@@ -191,8 +197,8 @@ class Consumer:
                 words, slot, sets = carry
                 scales = self._load_scales(tile, (i + 1) * UNROLL)
                 following, used = self._issue(words, self._tables(sets), slot, UNROLL, acc_ref)
-                # What the next iteration begins with is made while this one's last step is in
-                # flight. The compiler serializes WGMMAs in flight at a loop's end, so none is.
+                # The next iteration's first operands are made while this one's last step is in flight. It must end
+                # here: the compiler serializes all WGMMAs of a loop that leaves one in flight.
                 sets = self._build(scales)
                 words = self._fetch(following)
                 plgpu.wgmma_wait(0)
@@ -210,7 +216,7 @@ class Consumer:
         return self._accumulate(body)
 
     def _batched(self, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """As ``_overlapped`` with several tiles a step: fewer waits, for few tokens."""
+        """As ``_overlapped`` with several tiles a step: fewer waits, for few tokens, where WGMMAs take little time."""
         k_tiles, groups = self.config.k_tiles, self.config.k_tiles * self.problem.groups
 
         def body(acc_ref: Any) -> tuple[jax.Array, jax.Array]:
@@ -218,7 +224,7 @@ class Consumer:
                 plgpu.barrier_wait(self.scratch.full.at[slot])
                 tables = None
                 if self.problem.scale_in_table:
-                    parts = [self._ring_scales(slot, g, min(4, groups)) for g in range(0, groups, 4)]
+                    parts = [self._copied_scales(slot, g, min(4, groups)) for g in range(0, groups, 4)]
                     tables = self._tables(self._build(tuple(weights.read_four_scales(part) for part in parts)))
                 for t in range(k_tiles):
                     words = weights.load_words(self.scratch.words.at[slot, self.wg, t])
@@ -235,7 +241,10 @@ class Consumer:
         return self._accumulate(body)
 
     def _promoted(self, tile: Tile, next_tile: Tile, slot: jax.Array, scales: Any) -> tuple[jax.Array, Carry]:
-        """As ``_overlapped``, but a float32 sum of the (scaled) sums of ``config.promote`` steps."""
+        """As ``_overlapped``, but every ``config.promote`` steps their (scaled) sum is added to a float32 sum.
+
+        WGMMA's own accumulator has fewer bits.
+        """
         count = self.config.promote
         by_half = self.problem.groups == 2 and not self.problem.scale_in_table
         blocks = (self.steps - 1) // count
@@ -243,7 +252,7 @@ class Consumer:
         def factor(slot: jax.Array, half: int) -> jax.Array | None:
             if self.problem.scale_in_table:
                 return None
-            return outputs.read_group_scale(self._ring_scales(slot, half).at[0])
+            return sums.read_group_scale(self._copied_scales(slot, half).at[0])
 
         def block(carry: Any, count: int, next_scales: Any, *, last: bool = False) -> Any:
             words, slot, scales, total = carry
@@ -252,7 +261,7 @@ class Consumer:
             def first_half(acc_ref: Any) -> jax.Array:
                 self._multiply(words, None, slot, acc_ref, half=0)
                 scale = factor(slot, 0)
-                return outputs.add_to_sum(total, acc_ref[...], scale)
+                return sums.add_to_sum(total, acc_ref[...], scale)
 
             def body(acc_ref: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
                 following, used = self._issue(words, tables, slot, count, acc_ref, half=1 if by_half else None)
@@ -260,17 +269,17 @@ class Consumer:
                 after = words if last else self._fetch(following)
                 acc = acc_ref[...]
                 self._release(used)
-                return after, following, outputs.add_to_sum(total, acc, scale)
+                return after, following, sums.add_to_sum(total, acc, scale)
 
             if by_half:
                 total = self._accumulate(first_half)
             words, slot, total = self._accumulate(body)
             return words, slot, next_scales, total
 
-        carry = self._fetch(slot), slot, scales, outputs.zero_sum(self.config.tile_m)
+        carry = self._fetch(slot), slot, scales, sums.zero_sum(self.config.tile_m)
         carry = lax.fori_loop(
             0, blocks, lambda i, carry: block(carry, count, self._load_scales(tile, (i + 1) * count)), carry
         )
         next_scales = self._load_scales(next_tile, 0)
         _, slot, scales, total = block(carry, self.steps - blocks * count, next_scales, last=True)
-        return outputs.sum_to_accumulator(total), (slot, scales)
+        return sums.sum_to_accumulator(total), (slot, scales)
