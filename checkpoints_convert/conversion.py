@@ -9,15 +9,12 @@ import hashlib
 import logging
 import math
 import os
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
@@ -28,8 +25,9 @@ from checkpoints_convert.algorithms.smoothing import smooth_with_keys
 from checkpoints_convert.block_effects import smoothing_effect, weight_errors
 from checkpoints_convert.cache_format import fit_cache
 from checkpoints_convert.calibrate import BlockStatistics, Calibrator
-from checkpoints_convert.compensation import Compensator, compensation_operations
+from checkpoints_convert.compensation import Compensator
 from checkpoints_convert.held_out import HeldOut, Streams, check_amount, log_report, scored
+from checkpoints_convert.report import cost_of, report_of
 from checkpoints_convert.work_folder import REPORT, WorkFolder, save_array, save_arrays
 from fireq_jax import json_files
 from fireq_jax.checkpoints import folder
@@ -37,7 +35,7 @@ from fireq_jax.checkpoints.reader import CheckpointReader, open_checkpoint
 from fireq_jax.checkpoints.tokenizer import TOKENIZER_FILES
 from fireq_jax.command_line import check_interrupted
 from fireq_jax.config_fields import check_kinds, check_types
-from fireq_jax.models.block import block_shapes, linear_names
+from fireq_jax.models.block import linear_names
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.parameters import Parameter, global_parameters, layer_parameters
 from fireq_jax.quantization.config import QuantizationConfig
@@ -117,15 +115,7 @@ def convert(
     source = open_checkpoint(options.model)
     config, quantization = source.config, options.quantization
     quantization.check_fits(linear_names(config), config.head_dim)
-    if tokens is None and needs_calibration(quantization):
-        raise ValueError(f"recipe {options.recipe!r} measures keys on text; give calibration text")
-    for name, text in (("calibration", tokens), ("held-out", held_out)):
-        if text is not None:
-            _check_tokens(name, text, config)
-    if tokens is not None and not tokens.size:
-        raise ValueError(f"calibration tokens have shape {tokens.shape}; expected one sample or more")
-    if tokens is not None and quantization.learned_steps:
-        check_sequences(len(tokens))
+    _check_text(options, config, tokens, held_out)
     tokens, unseen = (tokens, scored(held_out)) if needs_calibration(quantization) else (None, None)
     work, fingerprint = WorkFolder(options.output), _fingerprint(options, source, tokens, unseen)
     if work.check(fingerprint, resume=resume):
@@ -133,7 +123,7 @@ def convert(
         work.remove()
         logger.info("%s is complete", options.output)
         return json_files.read_json(options.output / REPORT)
-    logger.info("%s", _cost(source, quantization, tokens, unseen))
+    logger.info("%s", cost_of(source, quantization, tokens, unseen))
     if tokens is not None:
         check_amount(config, quantization, tokens)
         if held_out is not None and unseen is None:
@@ -147,19 +137,9 @@ def convert(
         rest = None if unseen is None else HeldOut(config, quantization, options.dtype, options.batch_size, unseen)
         if first < 0:
             _convert_globals(source, options, tokens, rest, work)
-        calibrator = Calibrator(config, options.batch_size) if tokens is not None else None
-        compensator = Compensator(config, quantization, options.batch_size) if quantization.reads_text else None
         first = max(first, 0)
-        for index in tqdm(
-            range(first, config.num_layers),
-            initial=first,
-            total=config.num_layers,
-            desc="converting",
-            unit="block",
-            disable=not progress,
-        ):
-            check_interrupted()
-            _convert_block(source, options, index, calibrator, compensator, rest, work)
+        calibrator = Calibrator(config, options.batch_size) if tokens is not None else None
+        _convert_blocks(source, options, first, calibrator, rest, work, progress=progress)
         report = _finish(source, options, fingerprint, rest, work, time.perf_counter() - started, first)
     work.remove()
     return report
@@ -206,6 +186,31 @@ def _convert_globals(
         digests[f"params/{part}"] = folder.save_part(options.output, part, parameters)
         nbytes += formats.nbytes(parameters)
     work.finish(-1, digests, {"bytes": nbytes})
+
+
+def _convert_blocks(
+    source: CheckpointReader,
+    options: ConversionOptions,
+    first: int,
+    calibrator: Calibrator | None,
+    held_out: HeldOut | None,
+    work: WorkFolder,
+    *,
+    progress: bool,
+) -> None:
+    """All blocks from ``first`` on."""
+    config, quantization = source.config, options.quantization
+    compensator = Compensator(config, quantization, options.batch_size) if quantization.reads_text else None
+    for index in tqdm(
+        range(first, config.num_layers),
+        initial=first,
+        total=config.num_layers,
+        desc="converting",
+        unit="block",
+        disable=not progress,
+    ):
+        check_interrupted()
+        _convert_block(source, options, index, calibrator, compensator, held_out, work)
 
 
 def _convert_block(
@@ -285,24 +290,8 @@ def _finish(
     """The report; this run took ``seconds`` and began with block ``first``."""
     config, output = source.config, options.output
     records = [record for index in range(-1, config.num_layers) if (record := work.record(index)) is not None]
-    blocks = {f"layers.{index}": record["report"] for index, record in enumerate(records[1:])}
-    seconds += sum(blocks[f"layers.{i}"]["seconds"] for i in range(first))
-    report = {
-        "model": str(options.model),
-        "recipe": options.recipe,
-        "quantization": options.quantization.to_dict(),
-        "calibration_tokens": math.prod((fingerprint["calibration"] or [0])[:2]),
-        "fitted_cache": json_files.read_json(work.fitted_cache) if work.fitted_cache.is_file() else None,
-        "held_out": None,
-        "bytes_before": source.nbytes,
-        "bytes_after": sum(record["report"]["bytes"] for record in records),
-        "seconds": round(seconds, 3),
-        "peak_host_bytes": _peak_memory(),
-        "jax": jax.__version__,
-        "device": jax.devices()[0].device_kind,
-        "layers": blocks,
-        "options": dict(fingerprint),
-    }
+    seconds += sum(record["report"]["seconds"] for record in records[1 : first + 1])
+    report = report_of(options.model, options.recipe, options.quantization, source, fingerprint, records, work, seconds)
     if held_out is not None:
         report["held_out"] = held_out.report(source, Streams(*np.load(work.held_out(config.num_layers))))
         log_report(report["held_out"], options.recipe)
@@ -334,6 +323,25 @@ def _copy(source: Path, target: Path) -> str:
     with source.open("rb") as file:
         write_whole(target, lambda copy: shutil.copyfileobj(file, copy))
     return digest(target)
+
+
+def _check_text(
+    options: ConversionOptions,
+    config: ModelConfig,
+    tokens: Int[np.ndarray, "samples T"] | None,
+    held_out: Int[np.ndarray, "windows T"] | None,
+) -> None:
+    """Raise ValueError unless the text is what the recipe and the model take."""
+    quantization = options.quantization
+    if tokens is None and needs_calibration(quantization):
+        raise ValueError(f"recipe {options.recipe!r} measures keys on text; give calibration text")
+    for name, text in (("calibration", tokens), ("held-out", held_out)):
+        if text is not None:
+            _check_tokens(name, text, config)
+    if tokens is not None and not tokens.size:
+        raise ValueError(f"calibration tokens have shape {tokens.shape}; expected one sample or more")
+    if tokens is not None and quantization.learned_steps:
+        check_sequences(len(tokens))
 
 
 def _check_tokens(name: str, tokens: Int[np.ndarray, "samples T"], config: ModelConfig) -> None:
@@ -375,34 +383,3 @@ def _fingerprint(
             for name, text in (("calibration", tokens), ("held_out", held_out))
         },
     }
-
-
-def _cost(
-    source: CheckpointReader,
-    quantization: QuantizationConfig,
-    tokens: Int[np.ndarray, "samples T"] | None,
-    held_out: Int[np.ndarray, "windows T"] | None,
-) -> str:
-    config = source.config
-    text = f"reads {source.nbytes / 1e9:.2f} GB twice (check, convert) in {config.num_layers} blocks"
-    if tokens is None:
-        return text + "; no calibration"
-    parameters = sum(int(np.prod(shape)) for shape in block_shapes(config).values())
-    operations = 2 * parameters * tokens.size
-    states = 2 * tokens.size * config.hidden_size * 4
-    unseen = 0 if held_out is None else held_out.size
-    if quantization.reads_text:
-        operations += compensation_operations(config, quantization, *tokens.shape)
-        states *= 2 if quantization.calibration_stream == "quantized" else 1
-    operations += 2 * parameters * unseen * len(Streams._fields)
-    states += 2 * unseen * config.hidden_size * 4 * len(Streams._fields)
-    return (
-        f"{text}; calibration on {tokens.size} tokens, {unseen} held out: "
-        f"{operations * config.num_layers / 1e12:.2f} TFLOP and {states / 1e9:.2f} GB of hidden states on disk"
-    )
-
-
-def _peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

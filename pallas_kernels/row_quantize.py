@@ -120,7 +120,7 @@ def post_norm_quantize(
     """The end of a branch whose norm comes after it, and the start of the next: ``add_post_norm``, then FP8 rows.
 
     Args:
-        branch: what attention or the MLP adds, bfloat16, float16 or float32, or D sums a row in parts (without
+        branch: what attention or the MLP adds, bfloat16, float16 or float32, or split-K partials (without
             a residual of their own).
         post_weight: of the branch's norm, float32 [D].
         residual: what it is added to, bfloat16, float16 or float32.
@@ -192,7 +192,7 @@ def _validate_branch(branch: Array | SplitKPartials, post_weight: Array, residua
     if isinstance(branch, SplitKPartials):
         shape = *branch.rows, width_out(branch.n, branch.activation)
         if branch.residual is not None:
-            raise ValueError("the branch in parts has a residual of its own; expected none, for its norm comes first")
+            raise ValueError("the branch has a residual of its own; expected none, for its norm comes first")
     else:
         _validate_rows(branch)
         shape = branch.shape
