@@ -123,25 +123,30 @@ class Worker:
                 lambda _, refs, first, leader: inputs.quantize_hidden(refs, first, columns, blocks, _true(leader)),
             )
         else:
-            refs = {"weight": memory[f"weight{i}"], "scale": memory[f"scale{i}"]}
-            before = [f"x{j}" for j in range(i) if f"x{j}" in memory]
-            refs["residual"] = memory[before[-1]] if before else memory["residual"]
-            if i > 0:
-                refs |= {"parts": memory[f"parts{i - 1}"], "channel_scale": memory[f"channel_scale{i - 1}"]}
-                refs["x_scale"] = memory[f"scale{i - 1}"] if f"scale{i - 1}" in memory else memory["x_scale"]
-                if f"bias{i - 1}" in memory:
-                    refs["bias"] = memory[f"bias{i - 1}"]
-            elif "parts" in memory:
-                names = ("channel_scale", "x_scale", "bias")
-                refs |= {name: memory[f"parts_{name}"] for name in names if f"parts_{name}" in memory}
-                refs["parts"] = memory["parts"]
-            if "parts" in refs:
-                refs["x"] = memory[f"x{i}"]
             self._inline_rows(
-                refs,
+                self._norm_refs(i),
                 (leader,),
                 lambda after, refs, leader: inputs.norm_rows(refs, self.eps, _true(leader), after, written=i > 0),
             )
+
+    def _norm_refs(self, i: int) -> dict[str, Any]:
+        """What the norm of link i reads and writes in GMEM, by the names of ``inputs.norm_rows``."""
+        memory = self.memory
+        refs = {"weight": memory[f"weight{i}"], "scale": memory[f"scale{i}"]}
+        before = [f"x{j}" for j in range(i) if f"x{j}" in memory]
+        refs["residual"] = memory[before[-1]] if before else memory["residual"]
+        if i > 0:
+            refs |= {"parts": memory[f"parts{i - 1}"], "channel_scale": memory[f"channel_scale{i - 1}"]}
+            refs["x_scale"] = memory[f"scale{i - 1}"] if f"scale{i - 1}" in memory else memory["x_scale"]
+            if f"bias{i - 1}" in memory:
+                refs["bias"] = memory[f"bias{i - 1}"]
+        elif "parts" in memory:
+            names = ("channel_scale", "x_scale", "bias")
+            refs |= {name: memory[f"parts_{name}"] for name in names if f"parts_{name}" in memory}
+            refs["parts"] = memory["parts"]
+        if "parts" in refs:
+            refs["x"] = memory[f"x{i}"]
+        return refs
 
     def _inline_rows(self, refs: dict[str, Any], scalars: tuple[jax.Array, ...], emit: Any) -> None:
         """Call ``emit(after_loads, refs, *scalars)`` in device code."""
