@@ -18,7 +18,8 @@ from pallas_kernels.prefill_attention import (
     validate,
     validate_softmax,
 )
-from pallas_kernels.sm90.attention import decode as sm90
+from pallas_kernels.sm90.decode_attention import config as sm90_config
+from pallas_kernels.sm90.decode_attention import launch as sm90
 
 
 def decode_attention(
@@ -48,7 +49,7 @@ def decode_attention(
     rows = (key, value) if page_table is None else jax.eval_shape(gather_pages, key, value, page_table)
     validate(query, rows[0], rows[1], query_start, kv_lengths, window)
     validate_softmax(query, softcap, sinks)
-    unsupported = sm90.unsupported(query, key, value, page_table)
+    unsupported = sm90_config.unsupported(query, key, value, page_table)
     if dispatch.resolve("decode_attention", implementation, unsupported) == "mosaic_gpu":
         return sm90.decode_attention(
             query, key, value, query_start=query_start, kv_lengths=kv_lengths, scale=scale, window=window,

@@ -15,7 +15,8 @@ from pallas_kernels import dispatch, formats
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.operands import check_operands
 from pallas_kernels.row_quantize import quantize_rows
-from pallas_kernels.sm90.attention import prefill as sm90
+from pallas_kernels.sm90.prefill_attention import config as sm90_config
+from pallas_kernels.sm90.prefill_attention import launch as sm90
 
 # Queries of a sequence that the reference scores at a time.
 QUERIES_AT_ONCE = 1024
@@ -78,7 +79,7 @@ def prefill_attention(
         return as_output(out, out_dtype, implementation)
     options |= {"query_start": query_start, "causal": causal, "window": window, "out_dtype": floats}
     options |= {"softcap": softcap, "sinks": sinks}
-    unsupported = sm90.unsupported(query, key, value, scale, floats)
+    unsupported = sm90_config.unsupported(query, key, value, scale, floats)
     if dispatch.resolve("prefill_attention", implementation, unsupported) == "mosaic_gpu":
         out = sm90.prefill_attention(query, key, value, slots=slots, **options)
     else:

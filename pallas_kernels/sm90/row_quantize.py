@@ -30,7 +30,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import formats
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.sm90 import split_sum
-from pallas_kernels.sm90.attention.combine import combine_channels
+from pallas_kernels.sm90.decode_attention.combine import combine_channels
 from pallas_kernels.sm90.hardware import NUM_SMS
 from pallas_kernels.sm90.inline import (
     SCALAR,
@@ -198,8 +198,8 @@ def post_norm_quantize(
 @functools.partial(jax.jit, static_argnames=("group", "config"))
 def combine_quantize(
     partial: Float[Array, "B kv_heads splits 1 rows H"],
-    peak: Float[Array, "B kv_heads splits rows"],
-    total: Float[Array, "B kv_heads splits rows"],
+    row_max: Float[Array, "B kv_heads splits rows"],
+    row_sum: Float[Array, "B kv_heads splits rows"],
     *,
     group: int,
     config: Config | None = None,
@@ -211,7 +211,7 @@ def combine_quantize(
     """
     batch, kv_heads, splits, _, rows, head_dim = partial.shape
     length, width = rows // group, kv_heads * group * head_dim
-    operands = {"partial": partial, "peak": peak, "total": total}
+    operands = {"partial": partial, "row_max": row_max, "row_sum": row_sum}
     return _launch((batch, length, width), operands, config or parts_config(batch * length, width, splits))[0]
 
 

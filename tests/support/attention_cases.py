@@ -12,7 +12,8 @@ import pytest
 from pallas_kernels import formats
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.prefill_attention import attention_reference
-from pallas_kernels.sm90.attention import decode, prefill
+from pallas_kernels.sm90.decode_attention.config import Config as DecodeConfig
+from pallas_kernels.sm90.prefill_attention.config import Config as PrefillConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Case:
     falling: float = 0.0  # nats by which scores fall from one key to the next
     softcap: float | None = None
     sinks: bool = False
-    config: decode.Config | prefill.Config | None = None
+    config: DecodeConfig | PrefillConfig | None = None
 
     @property
     def batch(self) -> int:

@@ -35,72 +35,22 @@ becomes 128 to 256.
 FireQ (arXiv 2505.20839), attention; FlashAttention-3 (arXiv 2407.08608).
 """
 
-import dataclasses
 import functools
-import math
 
 import jax
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import formats
 from pallas_kernels.formats import ScaledArray
-from pallas_kernels.sm90.attention.decode import unsupported_formats
-from pallas_kernels.sm90.attention.decode_device import swizzled
-from pallas_kernels.sm90.attention.prefill_device import BLOCK_Q, PRODUCT_KEYS, WARPGROUPS, kernel, prepare_kernel
-from pallas_kernels.sm90.attention.prefill_registers import PREPARED_TOKENS, SUM_COLUMNS
-from pallas_kernels.sm90.attention.registers import CODE_UNIT
-from pallas_kernels.sm90.attention.schedule import Schedule, causal_schedule
+from pallas_kernels.sm90.attention.operands import Softmax, sinks_in_log2
 from pallas_kernels.sm90.hardware import NUM_SMS
-
-_LOG2E = math.log2(math.e)
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Tile configuration of the prefill kernel.
-
-    Attributes:
-        pipeline: how products and softmax overlap (see the module): 1, or 2 for head_dim up to 128.
-        block_kv: keys of a tile: 64 or 128; pipeline 2 needs 128.
-        stages: tiles in the shared-memory ring, at least 2.
-    """
-
-    pipeline: int = 2
-    block_kv: int = 128
-    stages: int = 3
-
-    def __post_init__(self):
-        if self.pipeline not in (1, 2):
-            raise ValueError(f"pipeline is {self.pipeline}; expected 1 or 2")
-        if self.block_kv not in (64, 128):
-            raise ValueError(f"block_kv is {self.block_kv}; expected 64 or 128")
-        if self.pipeline == 2 and self.block_kv != 128:
-            raise ValueError(f"block_kv is {self.block_kv}; expected 128 in pipeline 2")
-        if self.stages < 2:
-            raise ValueError(f"stages is {self.stages}; expected at least 2")
-
-    @property
-    def sum_columns(self) -> int:
-        """Columns of V that the softmax's denominators take."""
-        return SUM_COLUMNS if self.pipeline == 2 else 0
-
-
-def default_config(head_dim: int) -> Config:
-    """Pipeline 2; a head of 256 leaves no registers for it."""
-    return Config(pipeline=1, block_kv=64) if head_dim == 256 else Config()
-
-
-def unsupported(
-    query: ScaledArray, key: ScaledArray, value: ScaledArray, scale: float, out_dtype: jax.typing.DTypeLike
-) -> str | None:
-    """Why the kernel cannot run these operands, or None."""
-    if jnp.dtype(out_dtype) != jnp.bfloat16:
-        return f"out_dtype is {jnp.dtype(out_dtype)}, not bfloat16"
-    if scale <= 0:
-        return f"scale is {scale}, not positive"
-    return unsupported_formats(query, key, value)
+from pallas_kernels.sm90.prefill_attention.config import WARPGROUPS, Config, default_config
+from pallas_kernels.sm90.prefill_attention.kernel import BLOCK_ROWS, kernel, scratch_types
+from pallas_kernels.sm90.prefill_attention.mainloop import Operands
+from pallas_kernels.sm90.prefill_attention.prepare import prepare
+from pallas_kernels.sm90.prefill_attention.schedule import Schedule, causal_schedule
 
 
 @functools.partial(jax.jit, static_argnames=("slots", "scale", "causal", "window", "softcap", "out_dtype", "config"))
@@ -144,46 +94,6 @@ def prefill_attention(
     return out[:, :length]
 
 
-def prepare(
-    key: ScaledArray,
-    value: ScaledArray,
-    kv_lengths: Int[Array, " B"],
-    config: Config | None = None,
-    *,
-    slots: int | None = None,
-) -> tuple[
-    Float[Array, "B kv_heads columns H"],
-    Float[Array, "B kv_heads H_sums columns"],
-    Float[Array, "B kv_heads 3 columns"],
-]:
-    """The kernel's K, V^T and their columns' numbers, by one pass over the cache's first ``slots`` (None: all).
-
-    ``columns`` is the number of these rounded up to whole tiles, and H_sums is H and the config's
-    ``sum_columns``. The columns' numbers are the key's scale, the logarithm of the value's and one
-    over it, or where V has columns for that their unit.
-    """
-    assert key.scale is not None
-    assert value.scale is not None
-    batch, kv_heads, capacity, stored = key.values.shape
-    blocks = -(-(capacity if slots is None else slots) // PREPARED_TOKENS)
-    columns = blocks * PREPARED_TOKENS
-    sum_columns = (config or default_config(2 * stored)).sum_columns
-    return plgpu.kernel(
-        prepare_kernel,
-        out_type=(
-            jax.ShapeDtypeStruct((batch, kv_heads, columns, 2 * stored), formats.E4M3),
-            jax.ShapeDtypeStruct((batch, kv_heads, 2 * stored + sum_columns, columns), formats.E4M3),
-            jax.ShapeDtypeStruct((batch, kv_heads, 3, columns), jnp.float32),
-        ),
-        grid=(blocks, kv_heads, batch),
-        grid_names=("block", "head", "batch"),
-        num_threads=1,
-        thread_name="warpgroup",
-        kernel_name="prepare_attention",
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-    )(key.values, key.scale[..., 0], value.values, value.scale[..., 0], kv_lengths.astype(jnp.int32))
-
-
 def launch(
     q: Float[Array, "B T8 heads H"],
     q_scale: Float[Array, "B T heads"],
@@ -207,34 +117,27 @@ def launch(
         raise ValueError(f"head_dim is {head_dim}; expected at most 128 in pipeline 2")
     if v.shape[2] != head_dim + config.sum_columns:
         raise ValueError(f"v has {v.shape[2]} rows; expected {head_dim + config.sum_columns} in this config")
-    block_kv, stages = config.block_kv, config.stages
-    row_blocks = -(-length // (WARPGROUPS * BLOCK_Q))
-    copies = heads * batch
+    own_sinks = None if sinks is None else sinks_in_log2(sinks)
+    operands = Operands(q, q_scale, k, v, columns, query_start, kv_lengths, own_sinks)
+    inputs, structure = jax.tree.flatten(operands)
+    row_blocks, copies = pl.cdiv(length, BLOCK_ROWS), heads * batch
     ctas = min(NUM_SMS, row_blocks * copies)
     schedule = causal_schedule(row_blocks, copies, ctas) if causal else Schedule(row_blocks * copies, ctas)
-    options = {"causal": causal, "window": window, "pipeline": config.pipeline}
-    options["softcap"] = None if softcap is None else softcap * _LOG2E
-    to_scores = scale * (_LOG2E if softcap is None else 1 / softcap) / CODE_UNIT
-    own = () if sinks is None else (sinks.astype(jnp.float32) * _LOG2E,)
+    softmax = Softmax.of(scale, softcap=softcap, window=window, causal=causal)
+
+    def body(*refs):
+        *inputs_gmem, out_gmem, scratch = refs
+        operands_gmem = jax.tree.unflatten(structure, inputs_gmem)
+        kernel(operands_gmem, out_gmem, scratch, config=config, schedule=schedule, softmax=softmax)
+
     return plgpu.kernel(
-        functools.partial(kernel, schedule=schedule, to_scores=to_scores, **options),
+        body,
         out_type=jax.ShapeDtypeStruct(q.shape, out_dtype),
         grid=(ctas,),
         grid_names=("cta",),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
-        scratch_types={
-            "q_smem": swizzled((WARPGROUPS, BLOCK_Q, head_dim), formats.E4M3),
-            "out_smem": swizzled((WARPGROUPS, BLOCK_Q, head_dim), out_dtype),
-            "k_smem": swizzled((stages, block_kv, head_dim), formats.E4M3),
-            "v_smem": swizzled((stages, v.shape[2], block_kv), formats.E4M3, PRODUCT_KEYS),
-            "columns_smem": plgpu.SMEM((stages, 3, block_kv), jnp.float32),
-            "q_full": plgpu.Barrier(num_barriers=WARPGROUPS),
-            "q_free": plgpu.Barrier(num_barriers=WARPGROUPS),
-            "full": plgpu.Barrier(num_arrivals=3, num_barriers=stages),
-            "free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
-            "turns": plgpu.Barrier(num_barriers=WARPGROUPS),
-        },
+        scratch_types=(scratch_types(config, head_dim, out_dtype),),
         kernel_name="prefill_attention",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-    )(q, q_scale, k, v, columns, query_start, kv_lengths, *own)
+    )(*inputs)
