@@ -12,6 +12,7 @@ from pallas_kernels import dispatch, formats
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.head_norm import HeadNorm
 from pallas_kernels.operands import check_operands
+from pallas_kernels.sm90.rope_quantize import config as sm90_config
 from pallas_kernels.sm90.rope_quantize import launch as sm90
 from pallas_kernels.split_sum import SplitSum, finished
 
@@ -68,7 +69,7 @@ def rope_quantize(
         packed, cos, sin, key, value, start, lengths, norm, post_rope_scale, key_offset, query_factor,
         (key_clip, value_clip),
     )  # fmt: skip
-    unsupported = sm90.unsupported(packed, cos, sin, key, value, quantize_query, norm)
+    unsupported = sm90_config.unsupported(packed, cos, sin, key, value, quantize_query, norm)
     if dispatch.resolve("rope_quantize", implementation, unsupported) == "mosaic_gpu":
         return sm90.rope_quantize(
             packed, cos, sin, key, value, start=start, lengths=lengths, norm=norm, post_rope_scale=post_rope_scale,

@@ -19,6 +19,7 @@ from timing import device_time, kernel_times, require_hopper
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.rope_quantize import rope_quantize_reference
 from pallas_kernels.sm90.rope_quantize import launch as sm90
+from pallas_kernels.sm90.rope_quantize.config import Config
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 COPY_BYTES_PER_US = 4.28e6
@@ -65,7 +66,7 @@ def measure(batch: int, length: int, slots: int, groups: Sequence[int]) -> str:
     plain = device_time(reference, arguments)
     line += f" | {plain:8.2f} ({kernels} kernels) | {plain / us:5.2f}"
     for count in groups:
-        step = functools.partial(sm90.rope_quantize, config=sm90.Config(count))
+        step = functools.partial(sm90.rope_quantize, config=Config(count))
         line += f" | {count}: {device_time(donating(step, cache), arguments):.2f}"
     return line
 

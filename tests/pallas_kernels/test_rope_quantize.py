@@ -19,6 +19,7 @@ from pallas_kernels.formats import ScaledArray
 from pallas_kernels.head_norm import HeadNorm, Placement
 from pallas_kernels.rope_quantize import rope_quantize, rope_quantize_reference
 from pallas_kernels.sm90.rope_quantize import launch as sm90
+from pallas_kernels.sm90.rope_quantize.config import Config, default_config, unsupported
 from pallas_kernels.split_sum import finished
 
 
@@ -46,7 +47,7 @@ class Case:
     norm: Placement | None = None
     width: int | None = None
     factor: bool = False
-    config: sm90.Config | None = None
+    config: Config | None = None
 
     @property
     def batch(self) -> int:
@@ -91,20 +92,20 @@ CASES = {
     "S": Case(4, scaled=True, lengths=(4, 3)),
     "offset, clips": Case(4, centered=True, clips=(0.97, 0.91), lengths=(4, 3)),
     "unbiased keys": Case(4, centered=True, clips=(0.97, 0.91), unbiased=True, lengths=(4, 3)),
-    "S and offset, all groups in a warp": Case(4, scaled=True, centered=True, lengths=(4, 3), config=sm90.Config(99)),
-    "three groups a warp": Case(7, heads=32, kv_heads=8, lengths=(7, 6), config=sm90.Config(3)),
-    "six groups a warp": Case(7, heads=32, kv_heads=8, lengths=(7, 6), scaled=True, config=sm90.Config(6)),
-    "eight pairs a lane": Case(heads=32, kv_heads=8, starts=(0, 39, 5), lengths=(1, 1, 1), config=sm90.Config(1)),
+    "S and offset, all groups in a warp": Case(4, scaled=True, centered=True, lengths=(4, 3), config=Config(99)),
+    "three groups a warp": Case(7, heads=32, kv_heads=8, lengths=(7, 6), config=Config(3)),
+    "six groups a warp": Case(7, heads=32, kv_heads=8, lengths=(7, 6), scaled=True, config=Config(6)),
+    "eight pairs a lane": Case(heads=32, kv_heads=8, starts=(0, 39, 5), lengths=(1, 1, 1), config=Config(1)),
     "four pairs a lane, three groups a warp": Case(
-        7, heads=32, kv_heads=8, lengths=(7, 6), scaled=True, unbiased=True, config=sm90.Config(3, pairs=4)
+        7, heads=32, kv_heads=8, lengths=(7, 6), scaled=True, unbiased=True, config=Config(3, pairs=4)
     ),
     "prompts": Case(700, slots=720, starts=(0, 0, 30), lengths=(700, 12, 699), clips=(0.97, 0.91), unbiased=True),
     "a sum": Case(heads=32, kv_heads=8, starts=(0, 39, 5), lengths=(1, 1, 1), parts=2),
     "a sum, S and offset": Case(5, 9, 3, 64, scaled=True, centered=True, lengths=(5, 4), parts=8, quarter_turns=True),
     "a sum, eight pairs a lane, S, offset": Case(
-        5, scaled=True, centered=True, lengths=(5, 4), parts=3, quarter_turns=True, config=sm90.Config(1)
+        5, scaled=True, centered=True, lengths=(5, 4), parts=3, quarter_turns=True, config=Config(1)
     ),
-    "a sum, three groups a warp": Case(7, heads=32, kv_heads=8, lengths=(7, 6), parts=4, config=sm90.Config(3)),
+    "a sum, three groups a warp": Case(7, heads=32, kv_heads=8, lengths=(7, 6), parts=4, config=Config(3)),
     "quarter turns": Case(64, slots=64, starts=(0, 0), lengths=(64, 64), quarter_turns=True),
     "quarter turns, S, offset": Case(
         64, slots=64, starts=(0, 0), lengths=(64, 64), scaled=True, centered=True, quarter_turns=True
@@ -116,13 +117,13 @@ CASES = {
     "norm, head_dim 256": Case(3, 6, 3, 256, starts=(0, 1), lengths=(3, 2), norm="before_rope"),
     "norm, padded heads": Case(4, lengths=(4, 3), norm="before_rope", width=80),
     "norm, S, offset, factor, eight pairs": Case(
-        4, scaled=True, centered=True, lengths=(4, 3), norm="before_rope", factor=True, config=sm90.Config(1)
+        4, scaled=True, centered=True, lengths=(4, 3), norm="before_rope", factor=True, config=Config(1)
     ),
     "norm, unbiased keys, three groups a warp": Case(
-        7, 32, 8, centered=True, unbiased=True, lengths=(7, 6), norm="before_rope", config=sm90.Config(3)
+        7, 32, 8, centered=True, unbiased=True, lengths=(7, 6), norm="before_rope", config=Config(3)
     ),
     "norm behind RoPE, a sum, factor": Case(
-        5, scaled=True, lengths=(5, 4), parts=3, norm="after_rope", factor=True, config=sm90.Config(99)
+        5, scaled=True, lengths=(5, 4), parts=3, norm="after_rope", factor=True, config=Config(99)
     ),
     "norm, prompts": Case(700, slots=720, starts=(0, 0, 30), lengths=(700, 12, 699), norm="before_rope"),
     "factor": Case(5, lengths=(5, 4), factor=True),
@@ -374,17 +375,17 @@ def test_kernel_lowers_for_cuda_and_writes_into_the_caches_it_is_given(case):
 
 def test_unsupported_operands_have_a_reason():
     packed, cos, sin, key, value, *_ = operands(Case())
-    assert sm90.unsupported(packed, cos, sin, key, value, True) is None
-    assert "float32" in str(sm90.unsupported(packed.astype(jnp.float32), cos, sin, key, value, True))
-    assert "head_dim is 96" in str(sm90.unsupported(packed, cos[..., :48], sin[..., :48], key, value, True))
-    assert "query" in str(sm90.unsupported(packed, cos, sin, key, value, False))
+    assert unsupported(packed, cos, sin, key, value, True) is None
+    assert "float32" in str(unsupported(packed.astype(jnp.float32), cos, sin, key, value, True))
+    assert "head_dim is 96" in str(unsupported(packed, cos[..., :48], sin[..., :48], key, value, True))
+    assert "query" in str(unsupported(packed, cos, sin, key, value, False))
     for across_heads, reason in ((False, "None"), (True, "all heads together")):
         norm = random_norm(8, 2, 128, across_heads=across_heads)
-        assert reason in str(sm90.unsupported(packed, cos, sin, key, value, True, norm))
-    assert "sin bfloat16" in str(sm90.unsupported(packed, cos, sin.astype(jnp.bfloat16), key, value, True))
+        assert reason in str(unsupported(packed, cos, sin, key, value, True, norm))
+    assert "sin bfloat16" in str(unsupported(packed, cos, sin.astype(jnp.bfloat16), key, value, True))
     for kv_format, group, reason in (("fp8", None, "INT4"), ("none", None, "INT4"), ("int4", 64, "scales")):
         _, _, _, key, value, *_ = operands(Case(), kv_format, group)
-        assert reason in str(sm90.unsupported(packed, cos, sin, key, value, True))
+        assert reason in str(unsupported(packed, cos, sin, key, value, True))
 
 
 def test_a_sum_is_read_as_what_it_adds_up_to():
@@ -396,13 +397,13 @@ def test_a_sum_is_read_as_what_it_adds_up_to():
 
 def test_sums_that_the_kernel_cannot_add_up_have_a_reason():
     packed, cos, sin, key, value, *_ = operands(CASES["a sum"])
-    assert sm90.unsupported(packed, cos, sin, key, value, True) is None
+    assert unsupported(packed, cos, sin, key, value, True) is None
     for changes, reason in (
         ({"x_scale": None}, "FP8"),
         ({"bias": cos.astype(jnp.float16)}, "bias"),
         ({"residual": cos}, "residual"),
     ):
-        assert reason in str(sm90.unsupported(dataclasses.replace(packed, **changes), cos, sin, key, value, True))
+        assert reason in str(unsupported(dataclasses.replace(packed, **changes), cos, sin, key, value, True))
 
 
 def test_a_named_kernel_never_falls_back():
@@ -414,11 +415,11 @@ def test_a_named_kernel_never_falls_back():
     ("tokens", "groups", "pairs"), [(1, 1, 4), (64, 1, 4), (256, 1, 8), (768, 1, 8), (1024, 6, 8), (16384, 12, 8)]
 )
 def test_a_warp_takes_more_where_there_are_many_tokens(tokens, groups, pairs):
-    assert sm90.default_config(tokens, 12) == sm90.Config(groups, pairs=pairs)
-    assert sm90.default_config(tokens, 12, unbiased_keys=True) == sm90.Config(groups)
+    assert default_config(tokens, 12) == Config(groups, pairs=pairs)
+    assert default_config(tokens, 12, unbiased_keys=True) == Config(groups)
 
 
-@pytest.mark.parametrize("make", [functools.partial(sm90.Config, 0), functools.partial(sm90.Config, 1, warpgroups=0)])
+@pytest.mark.parametrize("make", [functools.partial(Config, 0), functools.partial(Config, 1, warpgroups=0)])
 def test_configs_quote_what_is_wrong(make):
     with pytest.raises(ValueError, match="is 0; expected a positive number"):
         make()
@@ -426,7 +427,7 @@ def test_configs_quote_what_is_wrong(make):
 
 def test_configs_quote_pairs_that_make_no_whole_word():
     with pytest.raises(ValueError, match="pairs is 6; expected 4 or 8"):
-        sm90.Config(1, pairs=6)
+        Config(1, pairs=6)
 
 
 # --- the kernel in numpy, and on a GPU ------------------------------------------------------------------------------
@@ -476,7 +477,7 @@ def test_a_norm_is_the_same_however_many_pairs_a_lane_has(norm):
     case = Case(2, lengths=(2, 2), norm=norm)
     few, many = (
         simulated(functools.partial(run, sm90.rope_quantize, config=config, **case.options), *operands(case))
-        for config in (sm90.Config(1, pairs=4), sm90.Config(1, pairs=8))
+        for config in (Config(1, pairs=4), Config(1, pairs=8))
     )
     for one, two in zip(*map(arrays, (few, many)), strict=True):
         np.testing.assert_array_equal(one, two)
