@@ -125,7 +125,7 @@ def attention_reference(
     At most ``QUERIES_AT_ONCE`` queries of a sequence are in flight, so that the scores of a long
     prompt need not fit in memory.
     """
-    if query.scale is None and key.scale is None:
+    if query.format == key.format == "none":
         q, k, v = query.values, key.values, value.values
     else:
         q, k, v = (formats.dequantize(rows) for rows in (query, key, value))
@@ -150,7 +150,7 @@ def attention_reference(
             own = sinks.astype(jnp.float32).reshape(1, kv_heads, -1, 1)
             total += jnp.exp(own - peak[..., 0])
         total = jnp.moveaxis(total, -1, 1)[..., None]
-        if query.scale is not None:
+        if query.format == "fp8":
             weights = formats.quantize_probabilities(weights)
         out = _multiply("bkgts,bksh->btkgh", weights.astype(v.dtype), v)
         # A query without a visible slot has a total of 0; a NaN stays one.
@@ -187,7 +187,9 @@ def _multiply(equation: str, a: Array, b: Array) -> Float[Array, "..."]:
 def _cudnn_runs(query: ScaledArray, key: ScaledArray, value: ScaledArray) -> bool:
     """Whether the operands are plain halves on a GPU (Ampere or later), for which cuDNN has a flash attention."""
     head_dim = query.values.shape[-1]
-    plain = all(rows.scale is None and rows.values.dtype in (jnp.bfloat16, jnp.float16) for rows in (query, key, value))
+    plain = all(
+        rows.format == "none" and rows.values.dtype in (jnp.bfloat16, jnp.float16) for rows in (query, key, value)
+    )
     return plain and head_dim % 8 == 0 and head_dim <= 128 and dispatch.compute_capability() >= (8, 0)
 
 
@@ -235,7 +237,7 @@ def validate(
     if query.values.ndim != 4:
         raise ValueError(f"query has shape {query.values.shape}; expected [B, T, heads, H]")
     batch, _, heads, head_dim = query.values.shape
-    stored = head_dim // 2 if key.values.dtype == jnp.uint8 else head_dim
+    stored = formats.stored_width(key.format, head_dim)
     if key.values.ndim != 4 or key.values.shape[0] != batch or key.values.shape[3] != stored:
         raise ValueError(
             f"key has shape {key.values.shape} ({key.values.dtype}); expected [{batch}, kv_heads, S, {stored}] "
@@ -246,9 +248,7 @@ def validate(
         if scale is not None and (scale.shape[:-1] != rows.values.shape[:-1] or head_dim % scale.shape[-1]):
             expected = (*rows.values.shape[:-1], "groups")
             raise ValueError(f"{name} scale has shape {scale.shape}; expected {expected}, groups dividing {head_dim}")
-        if scale is None and not jnp.issubdtype(rows.values.dtype, jnp.floating):
-            raise ValueError(f"{name} has dtype {rows.values.dtype} and no scale")
-    if (key.values.shape, key.values.dtype) != (value.values.shape, value.values.dtype):
+    if (key.format, key.values.shape, key.values.dtype) != (value.format, value.values.shape, value.values.dtype):
         raise ValueError(
             f"key has shape {key.values.shape} ({key.values.dtype}) and value {value.values.shape} "
             f"({value.values.dtype}); expected the same"

@@ -4,6 +4,8 @@ Everything between the packed input and the stored codes is float32; nothing is 
 FireQ (arXiv 2505.20839), RoPE-aware quantization; RoPE: arXiv 2104.09864.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -154,7 +156,7 @@ def _query(
     """The query in ``dtype``, or E4M3 for None; the factor is in its scale there."""
     factors = None if factor is None else factor.astype(jnp.float32)[..., None, None]
     if dtype is not None:
-        return ScaledArray((queries if factors is None else queries * factors).astype(dtype), None)
+        return ScaledArray((queries if factors is None else queries * factors).astype(dtype), None, "none")
     values, scale = formats.quantize_fp8(queries)
     assert scale is not None
     return ScaledArray(values, scale if factors is None else scale * factors)
@@ -165,9 +167,8 @@ def _quantize_as(
 ) -> ScaledArray:
     """``rows`` in the format of a cache entry."""
     if entry.scale is None:
-        return ScaledArray(rows.astype(entry.values.dtype), None)
-    kv_format: formats.KVFormat = "int4" if entry.values.dtype == jnp.uint8 else "fp8"
-    return formats.quantize_kv(rows, kv_format, rows.shape[-1] // entry.scale.shape[-1], clip, unbiased=unbiased)
+        return dataclasses.replace(entry, values=rows.astype(entry.values.dtype))
+    return formats.quantize_kv(rows, entry.format, rows.shape[-1] // entry.scale.shape[-1], clip, unbiased=unbiased)
 
 
 def _append(entry: ScaledArray, rows: ScaledArray, start: Int[Array, " B"], lengths: Int[Array, " B"]) -> ScaledArray:
@@ -208,7 +209,7 @@ def _validate(
     if cos.shape != sin.shape or cos.shape[:2] != (batch, length) or cos.ndim != 3:
         raise ValueError(f"cos has shape {cos.shape} and sin {sin.shape}; expected ({batch}, {length}, H / 2)")
     head_dim = 2 * cos.shape[-1]
-    stored = head_dim // 2 if key.values.dtype == jnp.uint8 else head_dim
+    stored = formats.stored_width(key.format, head_dim)
     if key.values.ndim != 4 or key.values.shape[0] != batch or key.values.shape[3] != stored:
         raise ValueError(
             f"key has shape {key.values.shape} ({key.values.dtype}); expected [{batch}, kv_heads, S, {stored}]"

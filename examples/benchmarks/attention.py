@@ -95,7 +95,9 @@ def check(slots: int, length: int, outliers: bool) -> str:
     run = decode.decode_attention if length == 1 else prefill.prefill_attention
     out = run(q, k, v, **options)
     with jax.default_matmul_precision("highest"):
-        exact = attention_reference(ScaledArray(formats.dequantize(q), None), k, v, out_dtype=jnp.float32, **options)
+        exact = attention_reference(
+            ScaledArray(formats.dequantize(q), None, "none"), k, v, out_dtype=jnp.float32, **options
+        )
         reference = attention_reference(q, k, v, **options)
     error, own = (
         float(jnp.linalg.norm(x.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)) for x in (out, reference)
@@ -136,7 +138,8 @@ def random_cache(seed: int, batch: int, slots: int, head_dim: int = HEAD_DIM) ->
     def make(key):
         codes, scales = jax.random.split(key)
         scale = jnp.exp(0.2 * jax.random.normal(scales, (*shape, 1))) / formats.INT4_MAX
-        return ScaledArray(jax.random.bits(codes, (*shape, head_dim // 2), jnp.uint8), scale.astype(jnp.bfloat16))
+        values = jax.random.bits(codes, (*shape, head_dim // 2), jnp.uint8)
+        return ScaledArray(values, scale.astype(jnp.bfloat16), "int4")
 
     keys = jax.random.split(jax.random.key(seed))
     return make(keys[0]), make(keys[1])

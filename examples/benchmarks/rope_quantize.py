@@ -30,7 +30,8 @@ SHAPES = ((1, 1, 8192), (16, 1, 8192), (64, 1, 8192), (256, 1, 8192), (1, 1024, 
 def random_cache(key: jax.Array, batch: int, slots: int) -> ScaledArray:
     """A cache entry of random codes."""
     shape = (batch, KV_HEADS, slots)
-    return ScaledArray(jax.random.bits(key, (*shape, HEAD_DIM // 2), jnp.uint8), jnp.ones((*shape, 1), jnp.bfloat16))
+    values = jax.random.bits(key, (*shape, HEAD_DIM // 2), jnp.uint8)
+    return ScaledArray(values, jnp.ones((*shape, 1), jnp.bfloat16), "int4")
 
 
 def donating(step: Callable[..., Any], cache: tuple[ScaledArray, ScaledArray]) -> Callable[..., Any]:

@@ -266,10 +266,16 @@ class _Progress(NamedTuple):
 
 
 # What programs of ``_prefill`` and ``_decode`` are kept with.
-for _kind in (ScaledArray, LayerCache, SamplingArrays, _Choice, _Progress):
+for _kind in (LayerCache, SamplingArrays, _Choice, _Progress):
     jax.export.register_namedtuple_serialization(_kind, serialized_name=f"fireq_jax.{_kind.__name__}")
 jax.export.register_pytree_node_serialization(
     KVCache, serialized_name="fireq_jax.KVCache", serialize_auxdata=lambda _: b"", deserialize_auxdata=lambda _: ()
+)
+jax.export.register_pytree_node_serialization(
+    ScaledArray,
+    serialized_name="fireq_jax.ScaledArray",
+    serialize_auxdata=lambda static: static[0].encode(),
+    deserialize_auxdata=lambda data: (data.decode(),),
 )
 
 

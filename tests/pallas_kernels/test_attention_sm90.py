@@ -1,5 +1,6 @@
 """The Hopper attention kernels: their numbers on a GPU, their lowering for CUDA and their host code anywhere."""
 
+import dataclasses
 import functools
 
 import jax
@@ -320,7 +321,9 @@ def abstract_operands(case: Case):
 
 def abstract_cache(shape: tuple[int, ...], head_dim: int) -> ScaledArray:
     return ScaledArray(
-        jax.ShapeDtypeStruct((*shape, head_dim // 2), jnp.uint8), jax.ShapeDtypeStruct((*shape, 1), jnp.bfloat16)
+        jax.ShapeDtypeStruct((*shape, head_dim // 2), jnp.uint8),
+        jax.ShapeDtypeStruct((*shape, 1), jnp.bfloat16),
+        "int4",
     )
 
 
@@ -428,11 +431,13 @@ def test_unsupported_operands_have_a_reason():
     assert decode_unsupported(query, key, value) is None
     assert prefill_unsupported(query, key, value, 0.1, jnp.bfloat16) is None
     table = jnp.zeros((1, 1), jnp.int32)
-    short = ScaledArray(key.values[:, :, :4], key.scale)
+    short = dataclasses.replace(key, values=key.values[:, :, :4])
     assert "4 slots" in str(decode_unsupported(query, short, value))
     assert prefill_unsupported(query, short, value, 0.1, jnp.bfloat16) is None
-    assert "page" in str(decode_unsupported(query, ScaledArray(key.values[:, :, :128], key.scale), value, table))
-    assert "E4M3" in str(decode_unsupported(ScaledArray(formats.dequantize(query), None), key, value))
+    assert "page" in str(
+        decode_unsupported(query, dataclasses.replace(key, values=key.values[:, :, :128]), value, table)
+    )
+    assert "E4M3" in str(decode_unsupported(ScaledArray(formats.dequantize(query), None, "none"), key, value))
     for scale in (query.scale.astype(jnp.bfloat16), jnp.tile(query.scale, (1, 1, 1, 2)), query.scale[:, :, :1]):
         assert "not one float32 a token" in str(decode_unsupported(ScaledArray(query.values, scale), key, value))
     empty = jax.tree.map(lambda x: x[:, :0], query)
@@ -448,7 +453,7 @@ def test_unsupported_operands_have_a_reason():
 @pytest.mark.parametrize("op", [decode_attention, prefill_attention])
 def test_a_named_kernel_never_falls_back(op):
     query, key, value, start, lengths = operands(Case())
-    plain = ScaledArray(formats.dequantize(query), None)
+    plain = ScaledArray(formats.dequantize(query), None, "none")
     with pytest.raises(NotImplementedError, match="not E4M3"):
         op(plain, key, value, query_start=start, kv_lengths=lengths, scale=0.1, implementation="mosaic_gpu")
 

@@ -218,7 +218,7 @@ def test_nothing_is_rounded_between_the_steps():
     """bf16 input, plain float32 cache: rotated, scaled and shifted in float32."""
     case = Case(scaled=True, centered=True)
     packed, cos, sin, *_, start, lengths = operands(case)
-    empty = ScaledArray(jnp.zeros((2, 2, 40, 128)), None)
+    empty = ScaledArray(jnp.zeros((2, 2, 40, 128)), None, "none")
     options = {**case.options, "implementation": "xla", "quantize_query": False}
     fine, coarse = (
         run(rope_quantize, x, cos, sin, empty, empty, start, lengths, **options)[1].values
@@ -243,7 +243,7 @@ def test_norm_and_factor_against_float64(placement, across_heads, factor):
     cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
     norm = random_norm(heads, kv_heads, 2 * half, placement, across_heads=across_heads, width=2 * real)
     factors = random.uniform(1, 2, (batch, length)).astype(np.float32) if factor else None
-    empty = ScaledArray(jnp.zeros((batch, kv_heads, length, 2 * half)), None)
+    empty = ScaledArray(jnp.zeros((batch, kv_heads, length, 2 * half)), None, "none")
     query, key, value = rope_quantize(
         jnp.asarray(rows.reshape(batch, length, -1)), jnp.asarray(cos), jnp.asarray(sin), empty, empty,
         start=jnp.zeros(batch, jnp.int32), lengths=jnp.full(batch, length), norm=norm,
@@ -284,7 +284,7 @@ def test_factors_of_keys_fold_into_the_norm():
     """FireQ's N, one factor for both channels of a pair: smaller keys, and the scores that they had."""
     case = Case(4, lengths=(4, 4), starts=(0, 0), slots=4, norm="before_rope")
     packed, cos, sin, *_, start, lengths = operands(case)
-    empty = ScaledArray(jnp.zeros((2, 2, 4, 128)), None)
+    empty = ScaledArray(jnp.zeros((2, 2, 4, 128)), None, "none")
     n = jnp.tile(2.0 ** np.random.default_rng(0).integers(-3, 4, (2, 64)), (1, 2)).astype(jnp.float32)
     norm = random_norm(8, 2, 128)
     folded = dataclasses.replace(norm, query=norm.query / jnp.repeat(n, 4, axis=0), key=norm.key * n)
@@ -351,7 +351,8 @@ def test_errors_quote_the_offending_value(changes, quoted):
     arguments = {}
     for name, shape in (shapes | {name: x for name, x in changes.items() if isinstance(x, tuple)}).items():
         if name in ("key", "value"):
-            arguments[name] = ScaledArray(jnp.zeros(shape, jnp.uint8), jnp.ones((*shape[:3], 1), jnp.bfloat16))
+            scale = jnp.ones((*shape[:3], 1), jnp.bfloat16)
+            arguments[name] = ScaledArray(jnp.zeros(shape, jnp.uint8), scale, "int4")
         else:
             arguments[name] = jnp.zeros(shape, jnp.bfloat16 if name == "packed" else jnp.float32)
     arguments |= {name: x for name, x in changes.items() if not isinstance(x, tuple)}
@@ -513,7 +514,7 @@ def compare_broken_rows(name: str, runner: Any = jitted) -> None:
     for kind, number in ((3, np.nan), (4, np.inf), (5, -np.inf)):
         rows[np.where((kinds == kind)[..., None], random.random(rows.shape) < 0.02, False)] = number
     packed = jnp.asarray(rows.reshape(packed.shape), jnp.bfloat16)
-    key, value = (ScaledArray(x.values, jnp.full_like(x.scale, jnp.nan)) for x in (key, value))
+    key, value = (dataclasses.replace(x, scale=jnp.full_like(x.scale, jnp.nan)) for x in (key, value))
     compare(case, (packed, cos, sin, key, value, start, lengths), runner)
 
 

@@ -63,7 +63,7 @@ def assert_near(out, query, key, value, start, lengths, case: Case):
         "out_dtype": jnp.float32, **case.softmax,
     }  # fmt: skip
     with jax.default_matmul_precision("highest"):
-        exact = attention_reference(ScaledArray(formats.dequantize(query), None), key, value, **options)
+        exact = attention_reference(ScaledArray(formats.dequantize(query), None, "none"), key, value, **options)
         reference = attention_reference(query, key, value, **options)
     norm = functools.partial(np.linalg.norm, axis=-1)
     exact, reference, out = (np.asarray(x, np.float32).reshape(case.batch, -1) for x in (exact, reference, out))
@@ -84,7 +84,7 @@ def operands(case: Case):
     start = jnp.maximum(lengths - case.length, 0) if case.starts is None else jnp.asarray(case.starts, jnp.int32)
     empty = (jnp.arange(case.slots) >= lengths[:, None])[:, None, :, None]
     cache = [formats.quantize_kv(x, "int4") for x in (k, v)]
-    cache = [ScaledArray(x.values, jnp.where(empty, jnp.nan, x.scale)) for x in cache]
+    cache = [dataclasses.replace(x, scale=jnp.where(empty, jnp.nan, x.scale)) for x in cache]
     return formats.quantize_fp8(q), *cache, start, lengths
 
 

@@ -20,7 +20,7 @@ _LOG2E = math.log2(math.e)
 def unsupported_operands(query: ScaledArray, key: ScaledArray, value: ScaledArray) -> str | None:
     """Why the attention kernels cannot take these formats or sizes, or None."""
     head_dim = query.values.shape[-1]
-    if query.values.dtype != formats.E4M3 or query.scale is None:
+    if query.format != "fp8" or query.scale is None:
         return f"the query is {query.values.dtype}, not E4M3 with scales"
     if query.scale.dtype != jnp.float32 or query.scale.shape != (*query.values.shape[:-1], 1):
         return f"the query scales are {query.scale.dtype} {query.scale.shape}, not one float32 a token and head"
@@ -36,8 +36,8 @@ def unsupported_operands(query: ScaledArray, key: ScaledArray, value: ScaledArra
 def unsupported_cache(key: ScaledArray, value: ScaledArray) -> str | None:
     """Why the kernels cannot read or write a cache in this format, or None."""
     for name, rows in (("key", key), ("value", value)):
-        if rows.values.dtype != jnp.uint8:
-            return f"the {name} cache is {rows.values.dtype}, not INT4 (uint8)"
+        if rows.format != "int4":
+            return f"the {name} cache is in format {rows.format!r}, not INT4"
         if rows.scale is None or rows.scale.dtype != jnp.bfloat16 or rows.scale.shape[-1] != 1:
             return f"the {name} scales are not one bf16 number a token and head"
     return None

@@ -105,4 +105,5 @@ def _launch(
     caches = [jax.new_ref(x) for x in (key.values, key.scale, value.values, value.scale)]
     query, query_scale = launch(*operands.values(), *caches)
     key_values, key_scale, value_values, value_scale = (jax.freeze(ref) for ref in caches)
-    return ScaledArray(query, query_scale), ScaledArray(key_values, key_scale), ScaledArray(value_values, value_scale)
+    new_key = dataclasses.replace(key, values=key_values, scale=key_scale)
+    return ScaledArray(query, query_scale), new_key, dataclasses.replace(value, values=value_values, scale=value_scale)
