@@ -5,6 +5,7 @@ FireQ (arXiv 2505.20839), RoPE-aware quantization; RoPE: arXiv 2104.09864.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,22 +68,17 @@ def rope_quantize(
         ValueError: if shapes do not fit together or a clip is not positive.
         NotImplementedError: if ``implementation`` names a kernel that cannot run this.
     """
-    _validate(
-        packed, cos, sin, key, value, start, lengths, norm, post_rope_scale, key_offset, query_factor,
-        (key_clip, value_clip),
-    )  # fmt: skip
+    operands: dict[str, Any] = {
+        "start": start, "lengths": lengths, "norm": norm, "post_rope_scale": post_rope_scale, "key_offset": key_offset,
+        "query_factor": query_factor,
+    }  # fmt: skip
+    clips = {"key_clip": key_clip, "value_clip": value_clip}
+    _validate(packed, cos, sin, key, value, **operands, clips=clips)
     unsupported = sm90_config.unsupported(packed, cos, sin, key, value, quantize_query, norm)
+    options = {**operands, **clips, "unbiased_keys": unbiased_keys}
     if dispatch.resolve("rope_quantize", implementation, unsupported) == "mosaic_gpu":
-        return sm90.rope_quantize(
-            packed, cos, sin, key, value, start=start, lengths=lengths, norm=norm, post_rope_scale=post_rope_scale,
-            key_offset=key_offset, query_factor=query_factor, key_clip=key_clip, value_clip=value_clip,
-            unbiased_keys=unbiased_keys,
-        )  # fmt: skip
-    return rope_quantize_reference(
-        finished(packed), cos, sin, key, value, start=start, lengths=lengths, norm=norm,
-        post_rope_scale=post_rope_scale, key_offset=key_offset, query_factor=query_factor, key_clip=key_clip,
-        value_clip=value_clip, unbiased_keys=unbiased_keys, quantize_query=quantize_query,
-    )  # fmt: skip
+        return sm90.rope_quantize(packed, cos, sin, key, value, **options)
+    return rope_quantize_reference(finished(packed), cos, sin, key, value, **options, quantize_query=quantize_query)
 
 
 def rope_quantize_reference(
@@ -189,13 +185,14 @@ def _validate(
     sin: Array,
     key: ScaledArray,
     value: ScaledArray,
+    *,
     start: Array,
     lengths: Array,
     norm: HeadNorm | None,
     post_rope_scale: Array | None,
     key_offset: Array | None,
     query_factor: Array | None,
-    clips: tuple[float, float],
+    clips: dict[str, float],
 ) -> None:
     """Raise ValueError unless the operands fit together."""
     check_operands(Array | SplitSum, packed=packed)
@@ -236,6 +233,6 @@ def _validate(
     ):
         if array is not None and array.shape != expected:
             raise ValueError(f"{name} has shape {array.shape}; expected {expected}")
-    for name, clip in zip(("key_clip", "value_clip"), clips, strict=True):
+    for name, clip in clips.items():
         if clip <= 0:
             raise ValueError(f"{name} is {clip}; expected a positive number")

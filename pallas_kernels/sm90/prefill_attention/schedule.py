@@ -5,6 +5,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.experimental.pallas as pl
 import jax.numpy as jnp
 import numpy as np
 
@@ -43,7 +44,7 @@ def causal_schedule(row_blocks: int, copies: int, ctas: int) -> Schedule:
     before it a tile less.
     """
     costs = np.repeat(np.arange(row_blocks, 0, -1) + _VISIT_COST, copies)
-    rows = -(-costs.size // ctas)
+    rows = pl.cdiv(costs.size, ctas)
     costs = np.pad(costs, (0, rows * ctas - costs.size)).reshape(rows, ctas)
     costs[1::2] = costs[1::2, ::-1]
     row, cta = np.indices(costs.shape)
