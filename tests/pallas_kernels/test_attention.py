@@ -50,9 +50,9 @@ def brute_force(query, key, value, start, lengths, *, causal=True, window=None, 
             if softcap is not None:
                 scores = softcap * np.tanh(scores / softcap)
             sink = -np.inf if sinks is None else float(sinks[h])
-            peak = max(scores.max(), sink)
-            weights = np.exp(scores - peak)
-            out[b, t, h] = weights / (weights.sum() + np.exp(sink - peak)) @ v[b, h // group, slots]
+            row_max = max(scores.max(), sink)
+            weights = np.exp(scores - row_max)
+            out[b, t, h] = weights / (weights.sum() + np.exp(sink - row_max)) @ v[b, h // group, slots]
     return out
 
 

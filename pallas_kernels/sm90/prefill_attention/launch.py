@@ -1,14 +1,14 @@
 """FP8 flash attention over the INT4 cache on Hopper: the kernel behind ``prefill_attention``.
 
-A pass over the cache first writes what WGMMA wants: the codes as E4M3 (exactly: a code is the
-mantissa of a subnormal), keys as they lie and values head_dim-major, because FP8 WGMMA takes no
+A pass over the cache (``prepare``) first writes what WGMMA wants: the codes as E4M3 (exactly: a code is
+the mantissa of a subnormal), keys as they lie and values head_dim-major, because FP8 WGMMA takes no
 transposed operand. The token scales stay apart: the key's multiplies a column of the scores, the
 value's joins it as a logarithm, so that P is cast to FP8 with it.
 
-A thread block is two compute warpgroups of 64 queries of one head each, and one that issues TMA
-copies into a ring of tiles: keys, values and the numbers of their columns, which arrive and are
-freed together. There is one block on each multiprocessor; it goes from one block of queries to the
-next, whose copies run under the end of the last. Inside a compute warpgroup (``Config.pipeline``):
+A thread block is two consumers, warpgroups that compute attention of 64 queries of one head each, and
+a producer, which issues TMA copies into a ring of tiles: keys, values and the numbers of their columns,
+which arrive and are freed together. There is one thread block on each multiprocessor; it goes from one
+block of queries to the next, whose copies run under the end of the last. In a consumer (``Config.pipeline``):
 
 1  Q.K^T, softmax and P.V of a tile run one after the other: head_dim 256, whose output and its
    product leave no registers for more.
@@ -16,7 +16,7 @@ next, whose copies run under the end of the last. Inside a compute warpgroup (``
    follows to the tensor cores at once, into the registers of the scores that have become P; the
    addition of P.V to the output runs under it.
 
-In pipeline 2 the warpgroups take turns: one starts its products of a tile (P.V and the next Q.K^T)
+In pipeline 2 the consumers take turns: one starts its products of a tile (P.V and the next Q.K^T)
 when the other has its P.V, and only the Q.K^T behind that is still in flight. So the softmax of one runs
 under the products of the other, where without an order both would wait for the tensor cores at the
 same time and then for the exponentials.
@@ -28,9 +28,9 @@ away the many others, and the output changes its unit from tile to tile, within 
 
 A row's denominator is the sum of P / v_scale. Pipeline 1 sums P in float32. In pipeline 2 the tensor
 cores do, and sum P in E4M3 as they multiply it: V has ``SUM_COLUMNS`` more columns, whose E4M3 numbers
-add up to 1 / v_scale, each of a unit ``SUM_STEP`` times finer than the one before. The first unit is
-a tile's, which is a block of the preparation: the power of two for which the inverse of its least scale
-becomes 128 to 256.
+add up to 1 / v_scale, each of a unit ``SUM_STEP`` times finer than the one before. The first column's
+unit is one number for a tile (and so for a thread block of the preparation): the power of two in units of
+which the inverse of the tile's least scale is 128 to 256.
 
 FireQ (arXiv 2505.20839), attention; FlashAttention-3 (arXiv 2407.08608).
 """

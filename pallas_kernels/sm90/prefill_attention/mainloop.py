@@ -91,25 +91,29 @@ class Tiles:
         """The tile's place in the ring."""
         return lax.rem(self.done + tile - self.first, jnp.int32(self.scratch.k.shape[0]))
 
-    # Before a product's zeros are made: between them and the product a branch would make the compiler write them out.
+    # Waiting is a branch. Callers wait before they start a product from zeros: a branch between these and the product
+    # would make the compiler write all of the zeros to registers.
     def wait(self, tile) -> None:
         """Until the tile has arrived."""
         plgpu.barrier_wait(self.scratch.full.at[self.stage(tile)])
 
     def release(self, tile) -> None:
+        """Let the producer fill the tile's place again."""
         plgpu.barrier_arrive(self.scratch.free.at[self.stage(tile)])
 
     def release_queries(self) -> None:
+        """Let the producer load the next block's queries."""
         plgpu.barrier_arrive(self.q_free)
 
-    # Turns cannot hang: both warpgroups take one in each tile of the thread block, also where the queries of one see
-    # nothing of it or do not exist, and between taking a turn and passing it on a warpgroup waits for its own products
-    # alone. The tiles and queries that it waits for in front of a turn depend on what was released after earlier turns.
+    # Turns cannot deadlock: both consumers take one in each tile, even if none of their queries sees it or exists, and
+    # between taking a turn and passing it on a consumer waits for its own products alone. The tiles and queries that
+    # it waits for before a turn depend only on what was released after earlier turns.
     def take_turn(self) -> None:
-        """Wait until the other warpgroup has its product P V."""
+        """Wait until the other consumer has its product P V."""
         plgpu.barrier_wait(self.turn)
 
     def pass_turn(self) -> None:
+        """Let the other consumer start its products."""
         plgpu.barrier_arrive(self.other_turn)
 
     def start_scores(self, tile):
@@ -133,9 +137,9 @@ class Tiles:
         return plgpu.inline_mgpu(arg_types=(_MATRIX,), return_type=matrix(product.shape[1]))(finish)(product)
 
     def exponents(self, scores, tile, row_max: RowMax, key_scale, *, masked: bool):
-        """log2 of P, the new row_max and the decay of what was summed before.
+        """log2 of P, the new row_max, and the factor that brings what was summed before to the new unit.
 
-        P = exp2(score + log2 v_scale - peak) * PROBABILITY_SCALE, so that the largest term of a
+        P = exp2(score + log2(v_scale) - row_max) * PROBABILITY_SCALE, so that the largest term of a
         tile is exact in E4M3 whatever other tiles hold.
         """
         scores *= over_rows(key_scale, self.shape)
@@ -171,7 +175,7 @@ class Tiles:
 
 
 def one_by_one(tiles: Tiles, begin, full_end, end):
-    """Pipeline 1: the products of a tile wait for its softmax. Returns sums' units as row_max, row sums and output."""
+    """Pipeline 1: the products of a tile wait for its softmax. Returns each row's unit, row sum and output."""
 
     def step(tile, carry, *, masked: bool):
         row_max, row_sum, out = carry
@@ -250,7 +254,7 @@ def matrix(columns: int):
 
 
 def _lowest():
-    """Peaks before the first tile."""
+    """Maxima before the first tile."""
     lowest = plgpu.layout_cast(jnp.full((BLOCK_Q,), -jnp.inf, jnp.float32), ROWS)
     return RowMax(lowest, lowest)
 
