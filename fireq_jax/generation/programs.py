@@ -29,10 +29,16 @@ class Progress(NamedTuple):
 
 
 # The export cache stores arguments' and results' types by these names.
-for _kind in (ScaledArray, LayerCache, SamplingArrays, Choice, Progress):
+for _kind in (LayerCache, SamplingArrays, Choice, Progress):
     jax.export.register_namedtuple_serialization(_kind, serialized_name=f"fireq_jax.{_kind.__name__}")
 jax.export.register_pytree_node_serialization(
     KVCache, serialized_name="fireq_jax.KVCache", serialize_auxdata=lambda _: b"", deserialize_auxdata=lambda _: ()
+)
+jax.export.register_pytree_node_serialization(
+    ScaledArray,
+    serialized_name="fireq_jax.ScaledArray",
+    serialize_auxdata=lambda static: static[0].encode(),
+    deserialize_auxdata=lambda data: (data.decode(),),
 )
 
 

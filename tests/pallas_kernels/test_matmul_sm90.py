@@ -375,7 +375,7 @@ def test_extreme_scales_and_codes(config, sigma, sign):
 @pytest.mark.gpu
 def test_nan_stays_in_its_row():
     x, weight, _ = _operands(16, 256, 256)
-    x = x._replace(values=x.values.at[3, 7].set(jnp.nan))
+    x = dataclasses.replace(x, values=x.values.at[3, 7].set(jnp.nan))
     y = np.asarray(matmul(x, weight, implementation="mosaic_gpu"), np.float32)
     assert np.isnan(y[3]).all()
     assert np.isfinite(np.delete(y, 3, axis=0)).all()
@@ -385,7 +385,7 @@ def test_nan_stays_in_its_row():
 def test_promotion_removes_the_error_of_the_long_sum():
     """The tensor cores' FP8 sum drops low bits; of positive terms over a long K the loss has a sign."""
     x, weight, _ = _operands(64, 256, 14336)
-    x = x._replace(values=jnp.abs(x.values))
+    x = dataclasses.replace(x, values=jnp.abs(x.values))
     weight = dataclasses.replace(weight, values=weight.values & jnp.uint32(0x77777777))
     expected = _reference(x, weight)
     bias = {}

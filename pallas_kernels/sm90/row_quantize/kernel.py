@@ -27,7 +27,6 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import formats
-from pallas_kernels.sm90.attention.combine import combine_channels
 from pallas_kernels.sm90.common import split_k
 from pallas_kernels.sm90.common.memory import address, load, load_floats, offset, pack, store, unpack
 from pallas_kernels.sm90.common.ptx import (
@@ -50,6 +49,7 @@ from pallas_kernels.sm90.common.reduction import (
     start_over_cluster,
     weighted,
 )
+from pallas_kernels.sm90.decode_attention.combine import combine_channels
 from pallas_kernels.sm90.row_quantize.config import CHUNK, Config
 
 

@@ -1,13 +1,11 @@
-"""Device code; ``launch`` describes it and launches it: one warp's work.
-
-How a row is quantized in registers is in ``registers``.
-"""
+"""A warp's work: load a group of heads, norm, rotate, scale, quantize, store; ``registers`` has the arithmetic."""
 
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import numpy as np
 from jax.experimental.mosaic.gpu import utils
@@ -28,76 +26,21 @@ from pallas_kernels.sm90.common.ptx import (
 )
 from pallas_kernels.sm90.common.reduction import inverse_rms
 from pallas_kernels.sm90.rope_quantize import registers as emit
+from pallas_kernels.sm90.rope_quantize.config import Problem
 
 CACHE = ("key", "key_scale", "value", "value_scale")
-PARAMETERS = ("post_rope_scale", "key_offset")  # by channel; there may be none
-NORM = "norm"  # likewise; the weight of whichever kind a row is
-
-
-@dataclasses.dataclass(frozen=True)
-class Norm:
-    """RMSNorm of a query's or key's row, of whose channels ``width`` count."""
-
-    eps: float
-    width: int
-    after_rope: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """Sizes; ``heads`` and ``kv_heads`` of ``head_dim`` for each of ``batch`` x ``length`` tokens.
-
-    A lane holds ``pairs`` (i, i + H/2) of a row, four or eight.
-    """
-
-    batch: int
-    length: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    capacity: int
-    key_clip: float
-    value_clip: float
-    unbiased_keys: bool
-    norm: Norm | None = None
-    pairs: int = 8
-
-    @property
-    def tokens(self) -> int:
-        return self.batch * self.length
-
-    @property
-    def lanes(self) -> int:
-        """Lanes that share a row."""
-        return self.head_dim // (2 * self.pairs)
-
-    @property
-    def rows(self) -> int:
-        """Heads of a group."""
-        return 32 // self.lanes
-
-    @property
-    def query_groups(self) -> int:
-        return -(-self.heads // self.rows)
-
-    @property
-    def kv_groups(self) -> int:
-        return -(-self.kv_heads // self.rows)
-
-    @property
-    def groups(self) -> int:
-        """Groups of a token: first of its queries, then keys, then values."""
-        return self.query_groups + 2 * self.kv_groups
+PARAMETERS = ("post_rope_scale", "key_offset")  # one number a channel; either may be absent
+NORM = "norm"  # likewise: "query_norm" or "key_norm", by what the row is
 
 
 @dataclasses.dataclass(frozen=True)
 class Token:
-    """The token of a warp: indices, and the lane's part of its cos and sin."""
+    """The token of a warp: where it is, and the lane's part of its cos and sin."""
 
-    index: ir.Value
+    index: ir.Value  # among all sequences' tokens
     sequence: ir.Value
-    slot: ir.Value
-    stored: ir.Value  # i1
+    slot: ir.Value  # in the cache
+    stored: ir.Value  # i1: its keys and values are written
     cos: list[ir.Value]
     sin: list[ir.Value]
     query_factor: ir.Value | None
@@ -108,9 +51,9 @@ class Group(NamedTuple):
 
     is_query: ir.Value  # i1, the same for all lanes of a warp
     is_key: ir.Value  # i1, likewise
-    head: ir.Value  # among the heads of its kind
-    packed_head: ir.Value  # among all
-    kv_head: ir.Value  # that it belongs to
+    head: ir.Value  # among the queries, keys or values
+    packed_head: ir.Value  # among all heads of a token
+    kv_head: ir.Value  # the head's own, or the one that a query reads
     exists: ir.Value  # i1; a group may have more rows than there are heads
 
 
@@ -129,7 +72,7 @@ def run(refs: dict[str, Any], block: Any, problem: Problem, groups: int, warps: 
 
 
 class _Warp:
-    """Emits one warp's code."""
+    """Emits the code of one warp, which takes a token and up to ``groups`` of its groups of heads."""
 
     def __init__(self, problem: Problem, refs: dict[str, ir.Value]) -> None:
         self.problem, self.refs = problem, refs
@@ -138,7 +81,7 @@ class _Warp:
 
     def run(self, warp: ir.Value, groups: int) -> None:
         problem = self.problem
-        parts = -(-problem.groups // groups)
+        parts = pl.cdiv(problem.groups, groups)
         index = arith.divui(warp, const(parts))
         with emit.when(emit.less(index, const(problem.tokens))):
             first = arith.muli(arith.remui(warp, const(parts)), const(groups))
@@ -163,8 +106,6 @@ class _Warp:
                 group = self.group(loop.induction_variable)
                 self.process(token, group, row, functools.partial(self.by_channel, group))
                 scf.yield_(ahead)
-
-    # --- what is where --------------------------------------------------------------------------------
 
     def token(self, index: ir.Value) -> Token:
         problem = self.problem
@@ -201,7 +142,7 @@ class _Warp:
         return Group(is_query, is_key, head, arith.addi(first, head), kv_head, exists)
 
     def address(self, name: str, row: ir.Value, row_bytes: int, lane_bytes: int = 0, offset: int = 0) -> ir.Value:
-        """Of byte ``offset`` in the lane's ``lane_bytes`` of a row, as a 64-bit integer."""
+        """Where a lane's part of a row begins: byte ``offset`` + lane * ``lane_bytes``, as a 64-bit integer."""
         lane = arith.addi(arith.muli(self.part, const(lane_bytes)), const(offset))
         return arith.addi(memory.address(self.refs[name], row, row_bytes), memory.wide(lane))
 
@@ -251,8 +192,6 @@ class _Warp:
             for name, head in (("query_norm", group.head), ("key_norm", group.kv_head))
         )
         return memory.load_floats(arith.select(group.is_query, query, key), pairs)
-
-    # --- the steps ------------------------------------------------------------------------------------
 
     def process(self, token: Token, group: Group, row: emit.Row, by_channel: ByChannel) -> None:
         pairs = self.problem.pairs

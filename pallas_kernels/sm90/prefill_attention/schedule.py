@@ -5,6 +5,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.experimental.pallas as pl
 import jax.numpy as jnp
 import numpy as np
 
@@ -13,11 +14,11 @@ _VISIT_COST = 1.25  # what a visit costs besides its tiles, in tiles (measured)
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A fixed assignment of ``blocks`` blocks, the longest first, to ``ctas`` thread blocks.
+    """A fixed assignment of ``blocks`` blocks of queries, the longest first, to ``ctas`` thread blocks.
 
-    These take a row of blocks forth and the next one back: of blocks that become shorter, all get as much. Where
-    lengths fall in steps, or the last row is not full, the same ones would often get more; so they move on by
-    ``shift`` in each row.
+    A row is as many blocks as there are thread blocks, which take one row in order and the next in reverse, so that
+    each gets about as much work though blocks become shorter. Where lengths fall in steps, or the last row is not
+    full, some would still get more in each row; so the order is rotated by ``shift`` from one row to the next.
     """
 
     blocks: int
@@ -37,13 +38,13 @@ class Schedule:
 
 @functools.cache
 def causal_schedule(row_blocks: int, copies: int, ctas: int) -> Schedule:
-    """That which leaves the least to the slowest thread block.
+    """The schedule whose slowest thread block is fastest, for causal attention of whole sequences.
 
-    Of ``row_blocks`` rows of ``copies`` blocks, together at least ``ctas``, the last sees as many tiles, and each one
-    before it a tile less.
+    Each of ``copies`` heads and sequences has ``row_blocks`` blocks of queries, which see 1, 2, ... ``row_blocks``
+    tiles. There are at least ``ctas`` blocks.
     """
     costs = np.repeat(np.arange(row_blocks, 0, -1) + _VISIT_COST, copies)
-    rows = -(-costs.size // ctas)
+    rows = pl.cdiv(costs.size, ctas)
     costs = np.pad(costs, (0, rows * ctas - costs.size)).reshape(rows, ctas)
     costs[1::2] = costs[1::2, ::-1]
     row, cta = np.indices(costs.shape)

@@ -1,145 +1,94 @@
-"""Register-level pieces of the prefill kernel: P as an operand, and the preparation of the cache.
+"""The preparation of a cache for the prefill kernel: one pass that writes what WGMMA wants.
 
-Tokens of V^T, of P's columns and of the columns' numbers stand in one order, in which a thread's
-part of the scores, once cast, is its part of P as WGMMA's A operand (:func:`permute_tokens`).
+Codes become E4M3, exactly: keys as they lie and values head_dim-major, because FP8 WGMMA takes no transposed operand.
+The scales of keys and values stay apart, as numbers of the scores' columns. ``launch`` says what they are for.
 """
 
 import functools
 
+import jax
 import jax.experimental.mosaic.gpu as mgpu
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
+from jax import lax
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
-from jaxtyping import Array
+from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxtyping import Array, Float, Int
 
-from pallas_kernels.sm90.attention.registers import (
-    codes_to_e4m3,
-    fragments,
-    load_words,
-    thread_position,
-    transpose_bytes,
-)
-from pallas_kernels.sm90.common.ptx import asm, const, f32, number, to_e4m3
-from pallas_kernels.sm90.common.ptx import element as element_of
+from pallas_kernels import formats
+from pallas_kernels.formats import ScaledArray
+from pallas_kernels.sm90.attention.registers import codes_to_e4m3, load_words, transpose_bytes
+from pallas_kernels.sm90.common.ptx import SCALAR, asm, const, number, to_e4m3
+from pallas_kernels.sm90.prefill_attention.config import SUM_COLUMNS, SUM_STEP, Config, default_config
 
-PREPARED_TOKENS = 128  # of a block of the preparation, one a thread
-# Rows of the columns' numbers; the last is one or the other.
+PREPARED_TOKENS = 128  # of a thread block, one a thread
+# Rows of the columns' numbers. The last is one over the value's scale, or the unit of the columns of V that hold that.
 KEY_SCALE, LOG_VALUE_SCALE, INVERSE_VALUE_SCALE, UNIT = 0, 1, 2, 2
-# Columns of P.V that hold the softmax's sums, and how much finer each is than the one before.
-SUM_COLUMNS, SUM_STEP = 8, 8.0
 # log2 of how far a value's scale may lie below the largest of its block. Below, its part of the sums is cut, as its
 # probability is 0 in E4M3 unless the score makes up for it; in a finer unit the other values' parts would vanish.
 _SCALE_RANGE = 24
 
 
-def zeros(_: mgpu.LaunchContext, *, shape: tuple[int, int]) -> mgpu.FragmentedArray:
-    """float32 zeros as the start of an accumulator, made where this is called.
-
-    A constant LLVM makes anew in front of each product, in the accumulator's own first register. ptxas does not see
-    through that, and writes all the zeros out; it does see through this one, and uses the product's own zero.
-    """
-    zero = asm([f32()], [], "mov.b32 $0, 0;", "=f", volatile=False)[0]
-    return mgpu.FragmentedArray.splat(zero, shape, plgpu.Layout.WGMMA.to_mgpu())
-
-
-def start_product(
-    _: mgpu.LaunchContext,
-    a: mgpu.FragmentedArray | ir.Value,
-    b: ir.Value,
-    initial: mgpu.FragmentedArray,
+def prepare(
+    key: ScaledArray,
+    value: ScaledArray,
+    kv_lengths: Int[Array, " B"],
+    config: Config | None = None,
     *,
-    in_flight: bool = False,
-) -> mgpu.FragmentedArray:
-    """``initial`` + a b^T, which must not be read before :func:`finish_product`; ``b`` (and ``a``) in WGMMA's order.
+    slots: int | None = None,
+) -> tuple[
+    Float[Array, "B kv_heads columns H"],
+    Float[Array, "B kv_heads H_sums columns"],
+    Float[Array, "B kv_heads 3 columns"],
+]:
+    """The kernel's K, V^T and their columns' numbers, by one pass over the cache's first ``slots`` (None: all).
 
-    ``in_flight`` says that ``initial`` is such a product itself.
+    ``columns`` is the number of these rounded up to whole tiles, and H_sums is H and the config's
+    ``sum_columns``. The columns' numbers are the key's scale, the logarithm of the value's and one
+    over it, or where V has columns for that their unit.
     """
-    swizzle = ir.MemRefType(b.type).shape[-1]
-    product = mgpu.wgmma(
-        mgpu.WGMMAAccumulator.from_registers(initial, sync=not in_flight),
-        a,
-        mgpu.memref_transpose(b, (1, 0, 3, 2)),
-        swizzle=swizzle,
+    assert key.scale is not None
+    assert value.scale is not None
+    batch, kv_heads, capacity, stored = key.values.shape
+    blocks = pl.cdiv(capacity if slots is None else slots, PREPARED_TOKENS)
+    columns = blocks * PREPARED_TOKENS
+    sum_columns = (config or default_config(2 * stored)).sum_columns
+    return plgpu.kernel(
+        _prepare_kernel,
+        out_type=(
+            jax.ShapeDtypeStruct((batch, kv_heads, columns, 2 * stored), formats.E4M3),
+            jax.ShapeDtypeStruct((batch, kv_heads, 2 * stored + sum_columns, columns), formats.E4M3),
+            jax.ShapeDtypeStruct((batch, kv_heads, 3, columns), jnp.float32),
+        ),
+        grid=(blocks, kv_heads, batch),
+        grid_names=("block", "head", "batch"),
+        num_threads=1,
+        thread_name="warpgroup",
+        kernel_name="prepare_attention",
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+    )(key.values, key.scale[..., 0], value.values, value.scale[..., 0], kv_lengths.astype(jnp.int32))
+
+
+def _prepare_kernel(
+    k_gmem, k_scale_gmem, v_gmem, v_scale_gmem, kv_lengths_gmem, keys_gmem, values_gmem, columns_gmem,
+) -> None:  # fmt: skip
+    """One block: ``PREPARED_TOKENS`` tokens of one kv head as the prefill kernel's operands."""
+    batch, kv_head = lax.axis_index("batch"), lax.axis_index("head")
+    first = lax.axis_index("block") * PREPARED_TOKENS
+    ref = plgpu.RefType()
+
+    def own(*refs):
+        return (x.at[batch, kv_head] for x in refs)
+
+    columns = functools.partial(prepare_columns, sum_columns=values_gmem.shape[2] > keys_gmem.shape[3])
+    plgpu.inline_mgpu(arg_types=(SCALAR, SCALAR, *(ref,) * 4))(columns)(
+        first, kv_lengths_gmem[batch], *own(k_scale_gmem, v_scale_gmem, columns_gmem, values_gmem)
     )
-    nvvm.wgmma_commit_group_sync_aligned()
-    return product.value
-
-
-def finish_product(_: mgpu.LaunchContext, product: mgpu.FragmentedArray, *, later: int) -> mgpu.FragmentedArray:
-    """The product, once at most ``later`` products that were started later still run."""
-    nvvm.wgmma_wait_group_sync_aligned(later)
-    return mgpu.optimization_barrier(product)
-
-
-def split_columns(
-    _: mgpu.LaunchContext, x: mgpu.FragmentedArray, *, column: int
-) -> tuple[mgpu.FragmentedArray, mgpu.FragmentedArray]:
-    """The columns in front of ``column`` and those from there on."""
-    return x[:, :column], x[:, column:]
-
-
-def permute_tokens(v: Array) -> Array:
-    """Tokens of [..., S] (S a multiple of 16) in the order of :func:`probabilities_to_operand`."""
-    tokens = v.shape[-1]
-    v = v.reshape(*v.shape[:-1], tokens // 16, 2, 4, 2)  # [i, q, e]
-    return jnp.stack([v[..., 0, :, :], v[..., 1, :, :]], axis=-2).reshape(*v.shape[:-4], tokens)
-
-
-def probabilities_to_operand(_: mgpu.LaunchContext, p: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
-    """P [rows, tokens] float32 (WGMMA layout) -> E4M3 A operand, each thread keeping what it holds.
-
-    Of every 16 columns a thread holds 2 q + e and 8 + 2 q + e (e 0, 1); they become columns
-    4 q ... 4 q + 3 of the operand: :func:`permute_tokens` gives V's tokens that order.
-    """
-    rows, tokens = p.shape
-    registers = p.registers.reshape(rows // 64, tokens // 16, 2, 2)
-    tiles = np.empty((rows // 64, tokens // 16, 2), dtype=object)
-    for m, column, h in np.ndindex(tiles.shape):
-        pairs = registers[m, column, :, h]
-        tiles[m, column, h] = to_e4m3([element_of(pairs[i], e) for i in range(2) for e in range(2)])
-    # Otherwise LLVM moves the casts behind a wait that follows, away from the exponentials.
-    return mgpu.optimization_barrier(fragments(tiles, (rows, tokens)))
-
-
-def load_columns(_: mgpu.LaunchContext, numbers: ir.Value) -> mgpu.FragmentedArray:
-    """float32 [tokens] in shared memory, in :func:`permute_tokens`' order, -> one for each column of P."""
-    (tokens,) = ir.MemRefType(numbers.type).shape
-    base = utils.memref_ptr(numbers)
-    offset = arith.muli(thread_position()[2], const(16))
-    f32 = ir.F32Type.get()
-    registers = np.empty((tokens // 8,), dtype=object)
-    for block in range(tokens // 16):
-        words = load_words(base, arith.addi(offset, const(64 * block)), 4)
-        values = [utils.bitcast(word, f32) for word in words]
-        for i in range(2):
-            registers[2 * block + i] = vector.from_elements(ir.VectorType.get((2,), f32), values[2 * i : 2 * i + 2])
-    layout = mgpu.WGMMA_COL_LAYOUT
-    return mgpu.FragmentedArray(
-        _registers=registers.reshape(layout.registers_shape((tokens,))), _layout=layout, _is_signed=None
-    )
-
-
-def load_rows(
-    _: mgpu.LaunchContext, first: mgpu.FragmentedArray, head: mgpu.FragmentedArray, scales: ir.Value
-) -> mgpu.FragmentedArray:
-    """Column ``head`` of float32 [T, heads], rows ``first`` ... as one number a row; past the end the last."""
-    length, heads = ir.MemRefType(scales.type).shape
-    warp, g = thread_position()[:2]
-    f32 = ir.F32Type.get()
-    layout = plgpu.Layout.WGMMA.reduce(1).to_mgpu()
-    one = ir.VectorType.get((1,), f32)
-    registers = []
-    for h in range(2):
-        row = arith.addi(arith.addi(arith.muli(warp, const(16)), g), const(8 * h))
-        row = arith.minsi(arith.addi(row, first.registers.item()), const(length - 1))
-        index = arith.addi(arith.muli(row, const(heads)), head.registers.item())
-        value = llvm.load(f32, utils.getelementptr(utils.memref_ptr(scales), [index], f32))
-        registers.append(vector.broadcast(one, value))
-    shape = layout.registers_shape((64,))
-    return mgpu.FragmentedArray(_registers=np.array(registers, object).reshape(shape), _layout=layout, _is_signed=None)
+    codes = plgpu.inline_mgpu(arg_types=(SCALAR, ref, ref))
+    codes(prepare_keys)(first, *own(k_gmem, keys_gmem))
+    codes(prepare_values)(first, *own(v_gmem, values_gmem))
 
 
 def prepare_columns(
@@ -242,7 +191,7 @@ def prepare_values(_: mgpu.LaunchContext, first: mgpu.FragmentedArray, packed: i
     token = arith.addi(block, first.registers.item())
     source, target = utils.memref_ptr(packed), utils.memref_ptr(values)
     word_columns = stored // 4
-    for i in range(-(-word_columns // 16)):
+    for i in range(pl.cdiv(word_columns, 16)):
         # Where a row has fewer words than 16, two threads do the same.
         column = arith.addi(arith.divui(thread, const(8)), const(16 * i))
         byte = arith.muli(arith.remui(column, const(word_columns)), const(4))
