@@ -143,7 +143,11 @@ def test_padding_and_chunks_change_nothing(case, model_of):
 )  # fmt: skip
 def test_keys_that_a_config_leaves_out_have_their_familys_defaults(model_type, expected):
     sizes = {name: value for name, value in family_fields("llama").items() if name != "num_key_value_heads"}
-    sizes |= {"num_attention_heads": 8, "hidden_size": 96, "num_hidden_layers": 4}  # as many heads as any family's default of kv heads
+    sizes |= {
+        "num_attention_heads": 8,
+        "hidden_size": 96,
+        "num_hidden_layers": 4,
+    }  # as many heads as any family's default of kv heads
     config = config_from_huggingface({**sizes, "model_type": model_type})
     assert {name: getattr(config, name) for name in expected} == expected
 
@@ -192,7 +196,9 @@ def test_what_a_familys_config_cannot_mean_is_refused(case, changes, message):
 
 
 def test_a_window_that_is_asked_for_has_the_familys_size():
-    config = config_from_huggingface(family_fields("qwen2", num_hidden_layers=4, use_sliding_window=True, max_window_layers=1))
+    config = config_from_huggingface(
+        family_fields("qwen2", num_hidden_layers=4, use_sliding_window=True, max_window_layers=1)
+    )
     assert config.windowed == (False, True, True, True)
     assert config.window == 4096
 

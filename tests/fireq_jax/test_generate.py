@@ -196,6 +196,7 @@ def test_the_second_call_compiles_nothing(model, caplog):
         assert compilations(caplog) == []
 
 
+@pytest.mark.usefixtures("nothing_kept")
 @pytest.mark.parametrize("kind", ["loaded", "abstract", "converted"])
 def test_what_was_compiled_ahead_is_not_compiled_again(kind, tmp_path, caplog):
     folder = tmp_path / "model"
@@ -221,6 +222,7 @@ def test_what_was_compiled_ahead_is_not_compiled_again(kind, tmp_path, caplog):
         assert programs(caplog) == set()
 
 
+@pytest.mark.usefixtures("nothing_kept")
 def test_nearby_lengths_share_a_compilation(model, caplog):
     generate(model, [[1, 2, 3]], max_new_tokens=5)
     with jax.log_compiles():
