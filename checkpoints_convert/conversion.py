@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 from tqdm.auto import tqdm
@@ -38,6 +37,7 @@ from fireq_jax.checkpoints.tokenizer import TOKENIZER_FILES
 from fireq_jax.command_line import check_interrupted
 from fireq_jax.config_fields import check_kinds, check_types
 from fireq_jax.models.block import block_shapes, linear_names
+from fireq_jax.models.coded_weight import float32_block
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.parameters import Parameter, global_parameters, layer_parameters
 from fireq_jax.quantization.config import QuantizationConfig
@@ -219,7 +219,7 @@ def _convert_block(
 ) -> None:
     started = time.perf_counter()
     config, quantization = source.config, options.quantization
-    block = {name: jnp.asarray(array).astype(jnp.float32) for name, array in source.block(index).items()}
+    block = float32_block(source.block(index))
     statistics: BlockStatistics | None = None
     if calibrator is not None:
         hidden = np.load(work.hidden(index), mmap_mode="r")

@@ -127,8 +127,7 @@ class StoredModel:
             return _restore_all(self.folder, expected, self.digests)
         parameters: dict[str, Parameter] = {}
         for index in range(self.config.num_layers):
-            block = {name: jnp.asarray(array) for name, array in self.source.block(index).items()}
-            parameters |= layer_parameters(block, index, self.quantization, dtype)
+            parameters |= layer_parameters(self.source.block(index), index, self.quantization, dtype)
         arrays = {name: self.source.global_tensor(name) for name in self.source.global_names()}
         return parameters | global_parameters(arrays, self.quantization, dtype)
 

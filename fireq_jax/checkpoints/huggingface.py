@@ -17,6 +17,7 @@ from fireq_jax.checkpoints.tensor_files import StoredTensor, TensorReader, tenso
 from fireq_jax.config_fields import quote
 from fireq_jax.json_files import errors_name, is_file, read_json
 from fireq_jax.models.architectures import config_from_huggingface, tensor_table
+from fireq_jax.models.coded_weight import CodedKind, CodedWeight, as_float
 from fireq_jax.models.config import ModelConfig, eos_ids
 from fireq_jax.models.family import HEAD
 from fireq_jax.models.tensor_source import TensorTable
@@ -104,7 +105,12 @@ class HuggingFaceCheckpoint:
         """The weight files."""
         return sorted({tensor.path for tensor in self._tensors.values()})
 
-    def block(self, index: int) -> dict[str, np.ndarray]:
+    @property
+    def coded(self) -> Mapping[str, CodedKind]:
+        """None of the linear layers: all are floats."""
+        return {}
+
+    def block(self, index: int) -> dict[str, np.ndarray | CodedWeight]:
         """All tensors of block ``index``, in the form that ``models.block`` describes."""
         prefix = self._table.prefix.format(index=index)
         return {
@@ -119,7 +125,7 @@ class HuggingFaceCheckpoint:
     def global_tensor(self, name: str) -> np.ndarray:
         """One of ``global_names``: embeddings, final norm or (untied) head."""
         source = self._table.outside[name]
-        return source.read(self.tensor(source.name))
+        return np.asarray(as_float(source.read(self.tensor(source.name))))
 
     def tensor(self, name: str) -> np.ndarray:
         """One of the checkpoint's tensors, by its name there and in the dtype of the file."""
