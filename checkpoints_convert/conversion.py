@@ -23,7 +23,7 @@ from jaxtyping import Array, Int
 from tqdm.auto import tqdm
 
 from checkpoints_convert.algorithms.reconstruction import check_sequences
-from checkpoints_convert.algorithms.smoothing import smooth_with_keys
+from checkpoints_convert.algorithms.smoothing import leaving, smooth_with_keys
 from checkpoints_convert.block_effects import smoothing_effect, weight_errors
 from checkpoints_convert.cache_format import fit_cache
 from checkpoints_convert.calibrate import BlockStatistics, Calibrator
@@ -32,17 +32,19 @@ from checkpoints_convert.held_out import HeldOut, Streams, check_amount, log_rep
 from checkpoints_convert.work_folder import REPORT, WorkFolder, save_array, save_arrays
 from fireq_jax import json_files
 from fireq_jax.checkpoints import folder
+from fireq_jax.checkpoints.kept_codes import keeping_codes, kept_tensors
 from fireq_jax.checkpoints.reader import CheckpointReader, open_checkpoint
 from fireq_jax.checkpoints.tokenizer import TOKENIZER_FILES
 from fireq_jax.command_line import check_interrupted
 from fireq_jax.config_fields import check_kinds, check_types
 from fireq_jax.models.block import block_shapes, linear_names
-from fireq_jax.models.coded_weight import float32_block
+from fireq_jax.models.coded_weight import CodedWeight, float32_block
 from fireq_jax.models.config import ModelConfig
-from fireq_jax.models.parameters import Parameter, global_parameters, layer_parameters
+from fireq_jax.models.parameters import Parameter, global_parameters, layer_parameters, pack_codes
 from fireq_jax.quantization.config import QuantizationConfig
 from fireq_jax.whole_files import check_digests, digest, write_whole
 from pallas_kernels import formats
+from pallas_kernels.quantized_tensor import QuantizedTensor
 
 COMPANION_FILES = ("generation_config.json", *TOKENIZER_FILES)
 logger = logging.getLogger(__name__)
@@ -61,6 +63,8 @@ class ConversionOptions:
         batch_size: calibration sequences a step.
         fit_cache: in a model with biases in attention, take a larger cache format if calibration text asks for it
             (:mod:`~checkpoints_convert.cache_format`).
+        keep_codes: of a quantized checkpoint keep the codes of the linear layers whose codes fit the recipe; else all
+            are made of what its codes stand for.
     """
 
     model: Path
@@ -70,6 +74,7 @@ class ConversionOptions:
     dtype: str = "bfloat16"
     batch_size: int = 8
     fit_cache: bool = False
+    keep_codes: bool = True
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -115,8 +120,10 @@ def convert(
     """
     started = time.perf_counter()
     source = open_checkpoint(options.model)
-    config, quantization = source.config, options.quantization
-    quantization.check_fits(linear_names(config), config.head_dim)
+    config = source.config
+    options.quantization.check_fits(linear_names(config), config.head_dim)
+    options, kept = _with_kept_codes(source, options)
+    quantization = options.quantization
     if tokens is None and needs_calibration(quantization):
         raise ValueError(f"recipe {options.recipe!r} measures keys on text; give calibration text")
     for name, text in (("calibration", tokens), ("held-out", held_out)):
@@ -159,10 +166,25 @@ def convert(
             disable=not progress,
         ):
             check_interrupted()
-            _convert_block(source, options, index, calibrator, compensator, rest, work)
+            _convert_block(source, options, index, kept, calibrator, compensator, rest, work)
         report = _finish(source, options, fingerprint, rest, work, time.perf_counter() - started, first)
     work.remove()
     return report
+
+
+def _with_kept_codes(source: CheckpointReader, options: ConversionOptions) -> tuple[ConversionOptions, frozenset[str]]:
+    """The options with the codes' group size, and the names of the linear layers that keep codes."""
+    quantization, kept = options.quantization, frozenset[str]()
+    if options.keep_codes:
+        quantization, kept = keeping_codes(source.coded, quantization)
+    if source.quantized:
+        names = linear_names(source.config)
+        others = sum(not quantization.keeps_float(name) for name in names) - len(kept)
+        logger.info(
+            "%s is a quantized checkpoint: %d of %d linear layers keep their codes, %d are quantized anew from what "
+            "theirs stand for", options.model, len(kept), len(names), others,
+        )  # fmt: skip
+    return dataclasses.replace(options, quantization=quantization), kept
 
 
 def _with_fitted_cache(
@@ -212,6 +234,7 @@ def _convert_block(
     source: CheckpointReader,
     options: ConversionOptions,
     index: int,
+    kept: frozenset[str],
     calibrator: Calibrator | None,
     compensator: Compensator | None,
     held_out: HeldOut | None,
@@ -219,7 +242,10 @@ def _convert_block(
 ) -> None:
     started = time.perf_counter()
     config, quantization = source.config, options.quantization
-    block = float32_block(source.block(index))
+    stored = source.block(index)
+    codes = kept_tensors(stored, index, config, kept)
+    block = float32_block(stored)
+    del stored
     statistics: BlockStatistics | None = None
     if calibrator is not None:
         hidden = np.load(work.hidden(index), mmap_mode="r")
@@ -232,19 +258,22 @@ def _convert_block(
     unseen = None
     if held_out is not None:
         unseen = held_out.run_float(index, block, Streams(*np.load(work.held_out(index))))
-    if quantization.smoothing is not None:
+    smoothing = quantization.smoothing
+    if smoothing is not None:
+        smoothing = leaving(smoothing, [name.removeprefix(f"layers.{index}.") for name in kept], config)
         keys = inputs = values = None
         if statistics is not None:
             keys, values = statistics.keys, statistics.values
             inputs = {name: channels.mean_abs for name, channels in statistics.inputs.items()}
-        smoothed, transform = smooth_with_keys(block, keys, config, quantization.smoothing, inputs, values)
+        smoothed, transform = smooth_with_keys(block, keys, config, smoothing, inputs, values)
         save_arrays(work.smoothing(index), smoothing_effect(block, smoothed, keys, transform))
         block = smoothed
         del smoothed
     if compensator is None:
-        parameters = layer_parameters(block, index, quantization, options.dtype)
+        parameters = layer_parameters({**block, **codes}, index, quantization, options.dtype)
     else:
-        parameters = _compensate_block(compensator, block, index, options.dtype, work)
+        packed = pack_codes(codes, quantization)
+        parameters = _compensate_block(compensator, block, packed, index, options.dtype, work)
     if held_out is not None and unseen is not None:
         unseen = held_out.run_quantized(index, parameters, unseen)
         save_array(work.held_out(index + 1), np.stack(unseen))
@@ -253,6 +282,7 @@ def _convert_block(
         raise ValueError(f"block {index}: {broken[0]} became NaN or infinite when it was smoothed or quantized")
     report = {
         "weight_error": errors,
+        **({"codes": _codes_report(errors, index, codes, kept)} if source.quantized else {}),
         "bytes": formats.nbytes(parameters),
         "seconds": round(time.perf_counter() - started, 3),
     }
@@ -260,14 +290,30 @@ def _convert_block(
     work.finish(index, {f"params/layers.{index}": sha256}, report)
 
 
+def _codes_report(
+    errors: Mapping[str, float], index: int, codes: Mapping[str, CodedWeight], kept: frozenset[str]
+) -> dict[str, Any]:
+    """Which linear layers of a block keep codes, and how many of these were not in -7..7."""
+    return {
+        "kept": [name for name in errors if f"layers.{index}.{name}" in kept],
+        "quantized_anew": [name for name in errors if f"layers.{index}.{name}" not in kept],
+        "clipped": sum(each.clipped for each in codes.values()),
+    }
+
+
 def _compensate_block(
-    compensator: Compensator, block: Mapping[str, Array], index: int, dtype: str, work: WorkFolder
+    compensator: Compensator,
+    block: Mapping[str, Array],
+    kept: Mapping[str, QuantizedTensor],
+    index: int,
+    dtype: str,
+    work: WorkFolder,
 ) -> dict[str, Parameter]:
     hidden = np.load(work.hidden(index), mmap_mode="r")
     quantized_hidden = hidden
     if compensator.follows_quantized and index > 0:
         quantized_hidden = np.load(work.quantized_hidden(index), mmap_mode="r")
-    parameters, output = compensator.quantize(block, index, hidden, quantized_hidden, dtype)
+    parameters, output = compensator.quantize(block, index, hidden, quantized_hidden, dtype, kept)
     if output is not None:
         save_array(work.quantized_hidden(index + 1), output)
     return parameters
@@ -370,6 +416,7 @@ def _fingerprint(
         "quantization": options.quantization.to_dict(),
         "fit_cache": options.fit_cache and source.config.attention_bias,
         "dtype": options.dtype,
+        "keep_codes": options.keep_codes,
         **{
             name: None if text is None else [*text.shape, hashlib.sha256(text.tobytes()).hexdigest()]
             for name, text in (("calibration", tokens), ("held_out", held_out))

@@ -30,6 +30,11 @@ class CheckpointReader(Protocol):
         ...
 
     @property
+    def quantized(self) -> bool:
+        """Whether the weights were quantized, whatever is handed out of them."""
+        ...
+
+    @property
     def coded(self) -> Mapping[str, CodedKind]:
         """The model's linear layers, as in ``models.block.linear_names``, of which ``block`` hands out codes.
 

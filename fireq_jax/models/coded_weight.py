@@ -46,7 +46,8 @@ class CodedWeight:
     """W[n, k] = channel_scale[n] * group_scale[n, k // group_size] * values[n, k], or a stack of such.
 
     Attributes:
-        values: int8 [*stack, N, K] in -7..7 ("int4"), or E4M3 [*stack, N, K] ("fp8").
+        values: int8 [*stack, N, K] ("int4"), or E4M3 [*stack, N, K] ("fp8"). Of integers beyond -7..7, as -8 or those
+            of formats with zero points, the kernels get the nearest of these.
         group_scale: float32 [*stack, N, ceil(K / group_size)], > 0; None without groups.
         channel_scale: float32 [*stack, N], > 0.
         format: of the values.
@@ -63,6 +64,13 @@ class CodedWeight:
     def shape(self) -> tuple[int, ...]:
         """[*stack, N, K]."""
         return self.values.shape
+
+    @property
+    def clipped(self) -> int:
+        """How many codes the kernels do not have."""
+        if self.format != "int4":
+            return 0
+        return int(np.count_nonzero(np.abs(np.asarray(self.values)) > formats.INT4_MAX))
 
     def dequantize(self) -> np.ndarray:
         """float32 [*stack, N, K] on the host: what the codes stand for."""
@@ -167,6 +175,6 @@ def _pack_int4(
         missing = padded // group_size - group_scale.shape[1]
         group_scale = jnp.pad(group_scale, ((0, 0), (0, missing)), constant_values=1)
     rounded = formats.round_group_scale(group_scale, scale_dtype)
-    codes = jnp.pad(values, ((0, 0), (0, padded - k)))
+    codes = jnp.pad(formats.round_to_int4(values), ((0, 0), (0, padded - k)))
     packed = QuantizedTensor.from_codes(formats.WeightCodes(codes, rounded, channel_scale))
     return dataclasses.replace(packed, shape=(n, k))

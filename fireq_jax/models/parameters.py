@@ -43,6 +43,15 @@ def layer_parameters(
     return parameters
 
 
+def pack_codes(codes: Mapping[str, CodedWeight], quantization: QuantizationConfig) -> dict[str, QuantizedTensor]:
+    """A block's codes as a layer's parameters, by name without prefix; all parts of a linear layer have to be there."""
+    return {
+        name: tensor.pack(quantization.group_size, quantization.scale_dtype)
+        for name, tensor in fuse_block(codes).items()
+        if isinstance(tensor, CodedWeight)
+    }
+
+
 def global_parameters(
     arrays: Mapping[str, ArrayLike], quantization: QuantizationConfig, dtype: jax.typing.DTypeLike
 ) -> dict[str, Parameter]:
