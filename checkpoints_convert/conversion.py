@@ -29,16 +29,17 @@ from checkpoints_convert.cache_format import fit_cache
 from checkpoints_convert.calibrate import BlockStatistics, Calibrator
 from checkpoints_convert.compensation import Compensator, compensation_operations
 from checkpoints_convert.held_out import HeldOut, Streams, check_amount, log_report, scored
+from checkpoints_convert.stored_codes import codes_report, fit_codes
 from checkpoints_convert.work_folder import REPORT, WorkFolder, save_array, save_arrays
 from fireq_jax import json_files
 from fireq_jax.checkpoints import folder
-from fireq_jax.checkpoints.kept_codes import keeping_codes, kept_tensors
+from fireq_jax.checkpoints.kept_codes import kept_tensors
 from fireq_jax.checkpoints.reader import CheckpointReader, open_checkpoint
 from fireq_jax.checkpoints.tokenizer import TOKENIZER_FILES
 from fireq_jax.command_line import check_interrupted
 from fireq_jax.config_fields import check_kinds, check_types
 from fireq_jax.models.block import block_shapes, linear_names
-from fireq_jax.models.coded_weight import CodedWeight, float32_block
+from fireq_jax.models.coded_weight import float32_block
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.parameters import Parameter, global_parameters, layer_parameters, pack_codes
 from fireq_jax.quantization.config import QuantizationConfig
@@ -122,8 +123,8 @@ def convert(
     source = open_checkpoint(options.model)
     config = source.config
     options.quantization.check_fits(linear_names(config), config.head_dim)
-    options, kept = _with_kept_codes(source, options)
-    quantization = options.quantization
+    quantization, kept = fit_codes(source, options.quantization, keep=options.keep_codes)
+    options = dataclasses.replace(options, quantization=quantization)
     if tokens is None and needs_calibration(quantization):
         raise ValueError(f"recipe {options.recipe!r} measures keys on text; give calibration text")
     for name, text in (("calibration", tokens), ("held-out", held_out)):
@@ -170,21 +171,6 @@ def convert(
         report = _finish(source, options, fingerprint, rest, work, time.perf_counter() - started, first)
     work.remove()
     return report
-
-
-def _with_kept_codes(source: CheckpointReader, options: ConversionOptions) -> tuple[ConversionOptions, frozenset[str]]:
-    """The options with the codes' group size, and the names of the linear layers that keep codes."""
-    quantization, kept = options.quantization, frozenset[str]()
-    if options.keep_codes:
-        quantization, kept = keeping_codes(source.coded, quantization)
-    if source.quantized:
-        names = linear_names(source.config)
-        others = sum(not quantization.keeps_float(name) for name in names) - len(kept)
-        logger.info(
-            "%s is a quantized checkpoint: %d of %d linear layers keep their codes, %d are quantized anew from what "
-            "theirs stand for", options.model, len(kept), len(names), others,
-        )  # fmt: skip
-    return dataclasses.replace(options, quantization=quantization), kept
 
 
 def _with_fitted_cache(
@@ -282,23 +268,12 @@ def _convert_block(
         raise ValueError(f"block {index}: {broken[0]} became NaN or infinite when it was smoothed or quantized")
     report = {
         "weight_error": errors,
-        **({"codes": _codes_report(errors, index, codes, kept)} if source.quantized else {}),
+        **({"codes": codes_report(errors, index, kept, codes)} if source.quantized else {}),
         "bytes": formats.nbytes(parameters),
         "seconds": round(time.perf_counter() - started, 3),
     }
     sha256 = folder.save_part(options.output, f"layers.{index}", parameters)
     work.finish(index, {f"params/layers.{index}": sha256}, report)
-
-
-def _codes_report(
-    errors: Mapping[str, float], index: int, codes: Mapping[str, CodedWeight], kept: frozenset[str]
-) -> dict[str, Any]:
-    """Which linear layers of a block keep codes, and how many of these were not in -7..7."""
-    return {
-        "kept": [name for name in errors if f"layers.{index}.{name}" in kept],
-        "quantized_anew": [name for name in errors if f"layers.{index}.{name}" not in kept],
-        "clipped": sum(each.clipped for each in codes.values()),
-    }
 
 
 def _compensate_block(

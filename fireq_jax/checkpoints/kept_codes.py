@@ -2,10 +2,11 @@
 
 import collections
 import dataclasses
+import math
 from collections.abc import Collection, Mapping
 
-from fireq_jax.models.block import linear_names, linears_of
-from fireq_jax.models.coded_weight import BlockTensor, CodedKind, CodedWeight
+from fireq_jax.models.block import block_shapes, linear_names, linears_of
+from fireq_jax.models.coded_weight import BlockTensor, CodedFormat, CodedKind, CodedWeight
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.quantization import recipes
 from fireq_jax.quantization.config import QuantizationConfig
@@ -18,7 +19,7 @@ def quantization_as_stored(config: ModelConfig, coded: Mapping[str, CodedKind]) 
 
     INT4 groups have bf16 scales, which are the stored ones but for a rounding; without groups E4M3's scales of 1 are
     faster and as exact. Activations are FP8 if the checkpoint was made for that, or its weights are FP8. Of several
-    formats the most common one is kept.
+    formats the one of most weights is kept.
 
     Args:
         config: the architecture.
@@ -27,7 +28,14 @@ def quantization_as_stored(config: ModelConfig, coded: Mapping[str, CodedKind]) 
     exact = {name: kind for name, kind in coded.items() if kind.exact}
     if not exact:
         return recipes.none()
-    chosen = collections.Counter(kind.format for kind in exact.values()).most_common(1)[0][0]
+    shapes = block_shapes(config)
+    sizes = {
+        linear.name: sum(math.prod(shapes[f"{part}.weight"]) for part in linear.parts) for linear in linears_of(config)
+    }
+    weights = collections.Counter[CodedFormat]()
+    for name, kind in exact.items():
+        weights[kind.format] += sizes[name.split(".", 2)[2]]
+    chosen = weights.most_common(1)[0][0]
     kept = {name: kind for name, kind in exact.items() if kind.format == chosen}
     left = tuple(name for name in linear_names(config) if name not in kept)
     if chosen == "fp8":

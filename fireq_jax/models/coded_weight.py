@@ -95,13 +95,7 @@ class CodedWeight:
             return QuantizedTensor(jnp.asarray(self.values), None, jnp.asarray(self.channel_scale), (n, k), "fp8")
         if self.group_size is not None and self.group_size % group_size:
             raise ValueError(f"codes have groups of {self.group_size} inputs; expected a multiple of {group_size}")
-        pack = functools.partial(_pack_int4, own_size=self.group_size, group_size=group_size, scale_dtype=scale_dtype)
-        if self.group_scale is None:
-            return over_stack(lambda values, channel: pack(values, None, channel))(
-                jnp.asarray(self.values), jnp.asarray(self.channel_scale)
-            )
-        arrays = (self.values, self.group_scale, self.channel_scale)
-        return over_stack(pack)(*map(jnp.asarray, arrays))
+        return _pack_int4(self, group_size, scale_dtype)
 
     def take_rows(self, index: np.ndarray) -> "CodedWeight":
         """Rows of N by number, -1 for rows of zeros with scales 1."""
@@ -152,29 +146,25 @@ def joined(tensors: Sequence[BlockTensor], join: Callable[..., Array]) -> Any:
     return dataclasses.replace(whole, group_scale=ones[0], channel_scale=ones[1])
 
 
-@functools.partial(jax.jit, static_argnames=("own_size", "group_size", "scale_dtype"), compiler_options=COMPILE_QUICKLY)
-def _pack_int4(
-    values: Array,
-    group_scale: Array | None,
-    channel_scale: Array,
-    *,
-    own_size: int | None,
-    group_size: int,
-    scale_dtype: formats.ScaleDtype,
-) -> QuantizedTensor:
-    """Pack an int8 [N, K], float32 [N, G] and float32 [N]."""
-    n, k = values.shape
-    padded = layouts.padded_shape(n, k)[1]
-    if group_scale is None or own_size is None:
-        group_scale = jnp.ones((n, padded // group_size), jnp.float32)
-    else:
-        group_scale = jnp.repeat(group_scale, own_size // group_size, axis=1)[:, : padded // group_size]
-        if scale_dtype == "e4m3":
-            lift = formats.absmax_scale(jnp.max(group_scale, axis=1), _LARGEST_GROUP_SCALE)
-            group_scale, channel_scale = group_scale / lift[:, None], channel_scale * lift
-        missing = padded // group_size - group_scale.shape[1]
-        group_scale = jnp.pad(group_scale, ((0, 0), (0, missing)), constant_values=1)
-    rounded = formats.round_group_scale(group_scale, scale_dtype)
-    codes = jnp.pad(formats.round_to_int4(values), ((0, 0), (0, padded - k)))
-    packed = QuantizedTensor.from_codes(formats.WeightCodes(codes, rounded, channel_scale))
-    return dataclasses.replace(packed, shape=(n, k))
+@functools.partial(jax.jit, static_argnums=(1, 2), compiler_options=COMPILE_QUICKLY)
+def _pack_int4(weight: CodedWeight, group_size: int, scale_dtype: formats.ScaleDtype) -> QuantizedTensor:
+    """Of a stack one by one."""
+    n, k = weight.shape[-2:]
+    padded, own_size = layouts.padded_shape(n, k)[1], weight.group_size
+
+    def pack(values: Array, group_scale: Array | None, channel_scale: Array) -> QuantizedTensor:
+        if group_scale is None or own_size is None:
+            group_scale = jnp.ones((n, padded // group_size), jnp.float32)
+        else:
+            group_scale = jnp.repeat(group_scale, own_size // group_size, axis=1)[:, : padded // group_size]
+            if scale_dtype == "e4m3":
+                lift = formats.absmax_scale(jnp.max(group_scale, axis=1), _LARGEST_GROUP_SCALE)
+                group_scale, channel_scale = group_scale / lift[:, None], channel_scale * lift
+            missing = padded // group_size - group_scale.shape[1]
+            group_scale = jnp.pad(group_scale, ((0, 0), (0, missing)), constant_values=1)
+        rounded = formats.round_group_scale(group_scale, scale_dtype)
+        codes = jnp.pad(formats.round_to_int4(values), ((0, 0), (0, padded - k)))
+        packed = QuantizedTensor.from_codes(formats.WeightCodes(codes, rounded, channel_scale))
+        return dataclasses.replace(packed, shape=(n, k))
+
+    return over_stack(pack)(weight.values, weight.group_scale, weight.channel_scale)

@@ -54,7 +54,8 @@ def write_quantized(
     """
     written, floats = {}, {}
     for name, array in tensors.items():
-        if name.endswith("_proj.weight") and not any(part in name for part in ignore):
+        linear = array.ndim == 2 and ".layers." in name and not name.endswith(".gate.weight")
+        if linear and not any(part in name for part in ignore):
             stored = store(array)
             written |= {name.removesuffix(".weight") + suffix: part for suffix, part in stored.parts.items()}
             floats[name] = stored.dense.astype(np.float32)
