@@ -9,9 +9,7 @@ import hashlib
 import logging
 import math
 import os
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,18 +25,20 @@ from checkpoints_convert.algorithms.smoothing import leaving, smooth_with_keys
 from checkpoints_convert.block_effects import smoothing_effect, weight_errors
 from checkpoints_convert.cache_format import fit_cache
 from checkpoints_convert.calibrate import BlockStatistics, Calibrator
-from checkpoints_convert.compensation import Compensator, compensation_operations
+from checkpoints_convert.compensation import Compensator
+from checkpoints_convert.costs import describe_cost, peak_memory
 from checkpoints_convert.held_out import HeldOut, Streams, check_amount, log_report, scored
 from checkpoints_convert.stored_codes import codes_report, fit_codes
 from checkpoints_convert.work_folder import REPORT, WorkFolder, save_array, save_arrays
 from fireq_jax import json_files
 from fireq_jax.checkpoints import folder
 from fireq_jax.checkpoints.kept_codes import kept_tensors
+from fireq_jax.checkpoints.quantized import FORMAT_FILES
 from fireq_jax.checkpoints.reader import CheckpointReader, open_checkpoint
 from fireq_jax.checkpoints.tokenizer import TOKENIZER_FILES
 from fireq_jax.command_line import check_interrupted
 from fireq_jax.config_fields import check_kinds, check_types
-from fireq_jax.models.block import block_shapes, linear_names
+from fireq_jax.models.block import linear_names
 from fireq_jax.models.coded_weight import float32_block
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.parameters import Parameter, global_parameters, layer_parameters, pack_codes
@@ -141,7 +141,7 @@ def convert(
         work.remove()
         logger.info("%s is complete", options.output)
         return json_files.read_json(options.output / REPORT)
-    logger.info("%s", _cost(source, quantization, tokens, unseen))
+    logger.info("%s", describe_cost(source, quantization, tokens, unseen))
     if tokens is not None:
         check_amount(config, quantization, tokens)
         if held_out is not None and unseen is None:
@@ -318,7 +318,7 @@ def _finish(
         "bytes_before": source.nbytes,
         "bytes_after": sum(record["report"]["bytes"] for record in records),
         "seconds": round(seconds, 3),
-        "peak_host_bytes": _peak_memory(),
+        "peak_host_bytes": peak_memory(),
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
         "layers": blocks,
@@ -388,6 +388,11 @@ def _fingerprint(
             for path in source.files
         },
         **{f"{name}, SHA-256": digest(path) for name, path in _companions(options.model).items()},
+        **{
+            f"{name}, SHA-256": digest(path)
+            for name in (FORMAT_FILES if source.quantized else ())
+            if (path := options.model / name).is_file()
+        },
         "quantization": options.quantization.to_dict(),
         "fit_cache": options.fit_cache and source.config.attention_bias,
         "dtype": options.dtype,
@@ -397,34 +402,3 @@ def _fingerprint(
             for name, text in (("calibration", tokens), ("held_out", held_out))
         },
     }
-
-
-def _cost(
-    source: CheckpointReader,
-    quantization: QuantizationConfig,
-    tokens: Int[np.ndarray, "samples T"] | None,
-    held_out: Int[np.ndarray, "windows T"] | None,
-) -> str:
-    config = source.config
-    text = f"reads {source.nbytes / 1e9:.2f} GB twice (check, convert) in {config.num_layers} blocks"
-    if tokens is None:
-        return text + "; no calibration"
-    parameters = sum(int(np.prod(shape)) for shape in block_shapes(config).values())
-    operations = 2 * parameters * tokens.size
-    states = 2 * tokens.size * config.hidden_size * 4
-    unseen = 0 if held_out is None else held_out.size
-    if quantization.reads_text:
-        operations += compensation_operations(config, quantization, *tokens.shape)
-        states *= 2 if quantization.calibration_stream == "quantized" else 1
-    operations += 2 * parameters * unseen * len(Streams._fields)
-    states += 2 * unseen * config.hidden_size * 4 * len(Streams._fields)
-    return (
-        f"{text}; calibration on {tokens.size} tokens, {unseen} held out: "
-        f"{operations * config.num_layers / 1e12:.2f} TFLOP and {states / 1e9:.2f} GB of hidden states on disk"
-    )
-
-
-def _peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

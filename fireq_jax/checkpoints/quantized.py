@@ -25,7 +25,9 @@ _METHODS: Mapping[str, Callable[[Mapping[str, Any]], QuantizedFormat]] = {
     "bitsandbytes": bitsandbytes.read_format,
 }
 # Of folders whose config.json says nothing.
-_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
+_SIDECARS = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
+# What says how a checkpoint is stored.
+FORMAT_FILES = ("config.json", *_SIDECARS)
 
 
 def quantized_format(folder: Path, fields: Mapping[str, Any]) -> QuantizedFormat | None:
@@ -42,7 +44,7 @@ def quantized_format(folder: Path, fields: Mapping[str, Any]) -> QuantizedFormat
         if fields.get(key) is not None:
             with errors_name(folder / "config.json"):
                 return _read(mapping(fields[key], key), key, None)
-    for file, method in _FILES.items():
+    for file, method in _SIDECARS.items():
         if is_file(path := folder / file):
             with errors_name(path):
                 said = read_json(path)
