@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fireq_jax.checkpoints.packing import AWQ_ORDER, unpack_rows
+from fireq_jax.checkpoints.packing import AWQ_ORDER, Zeros, unpack_rows
 from fireq_jax.checkpoints.storage import FLOAT_SCALES, Part, QuantizedFormat, ScaleGrid, Shape, coded, matrix
 from fireq_jax.config_fields import is_a, quote
 from fireq_jax.models.coded_weight import CodedKind, CodedWeight
@@ -64,7 +64,7 @@ class AwqStorage:
         """Codes less zero points, or multiplied by their scales."""
         n, k = matrix(shape)
         grid = ScaleGrid(1, self.group_size)
-        codes, zeros = (unpack_rows(parts[name], AWQ_ORDER) for name in (".qweight", ".qzeros"))
-        codes -= np.repeat(zeros, self.group_size or k, axis=1)[:, :k]
-        scale, signed = parts[".scales"].T, codes.view(np.int8)
-        return signed * grid.expand(scale, n, k) if self.kind is None else coded(signed, scale, grid, self.kind)
+        zeros = unpack_rows(parts[".qzeros"], AWQ_ORDER).view(np.uint8)
+        codes = unpack_rows(parts[".qweight"], AWQ_ORDER, Zeros(zeros, self.group_size))
+        scale = parts[".scales"].T
+        return codes * grid.expand(scale, n, k) if self.kind is None else coded(codes, scale, grid, self.kind)

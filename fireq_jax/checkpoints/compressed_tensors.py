@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fireq_jax.checkpoints.packing import unpack_nibbles
+from fireq_jax.checkpoints.packing import MIDDLE, unpack_nibbles
 from fireq_jax.checkpoints.storage import (
     E2M1,
     FLOAT_SCALES,
@@ -195,10 +195,9 @@ class IntStorage:
 
     def _unpack(self, packed: np.ndarray, count: int) -> np.ndarray:
         """int8 codes of words along the last axis, from offset binary."""
-        offset = 2 ** (self.bits - 1)
-        octets = np.ascontiguousarray(packed).view(np.uint8)
-        codes = unpack_nibbles(octets) if self.bits == 4 else octets
-        return (codes[:, :count] - np.uint8(offset)).view(np.int8)
+        if self.bits == 4:
+            return unpack_nibbles(packed, MIDDLE)[:, :count]
+        return (np.ascontiguousarray(packed).view(np.uint8)[:, :count] - np.uint8(128)).view(np.int8)
 
     def _zeros(self, zeros: np.ndarray, groups: tuple[int, int]) -> np.ndarray:
         """int8 [rows, groups]: as they are, or packed along the rows."""

@@ -99,6 +99,6 @@ class ModelOptIntStorage:
         """Multiplied by their scales and the vector."""
         n, k = matrix(shape)
         nibbles = unpack_nibbles(np.ascontiguousarray(parts[".weight"].T)).T[:n]
-        weight = ((nibbles ^ np.uint8(8)) - np.uint8(8)).view(np.int8) * self.grid.expand(parts[".weight_scale"], n, k)
+        weight = ((nibbles ^ 8) - 8) * self.grid.expand(parts[".weight_scale"], n, k)
         vector = parts.get(".pre_quant_scale")
         return weight if vector is None else weight * vector.astype(np.float32)

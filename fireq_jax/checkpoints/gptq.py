@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from fireq_jax.checkpoints.packing import unpack_columns, unpack_rows
+from fireq_jax.checkpoints.packing import MIDDLE, Zeros, unpack_columns, unpack_rows
 from fireq_jax.checkpoints.storage import FLOAT_SCALES, Part, QuantizedFormat, ScaleGrid, Shape, coded, matrix
 from fireq_jax.config_fields import is_a, quote
 from fireq_jax.models.coded_weight import CodedKind, CodedWeight
 
 _VERSIONS = {"gptq": 1, "gptq_v2": 0}  # what is added to a stored zero point
-_MIDDLE = 8  # the zero point of symmetric codes
 
 
 def read_format(fields: Mapping[str, Any]) -> QuantizedFormat:
@@ -91,24 +90,19 @@ class GptqStorage:
             raise ValueError(f"g_idx reaches from {group.min()} to {group.max()}; there are {groups} groups")
         if not self.ordered and not np.array_equal(group, natural):
             raise ValueError(f"g_idx is not in order, and the config says desc_act false, group_size {self.group_size}")
-        if self.bits == 4:
-            codes, zeros = unpack_columns(parts[".qweight"]), unpack_rows(parts[".qzeros"])
-        else:
-            codes = np.ascontiguousarray(np.ascontiguousarray(parts[".qweight"].T).view(np.uint8))
-            zeros = np.ascontiguousarray(parts[".qzeros"]).view(np.uint8).T
+        four = self.bits == 4
+        zeros = unpack_rows(parts[".qzeros"]) if four else np.ascontiguousarray(parts[".qzeros"]).view(np.uint8).T
         zeros = zeros.astype(np.int16) + self.offset
         self._check_zeros(zeros)
-        scale = parts[".scales"].T
-        if self.kind is None:
-            return (codes.astype(np.float32) - zeros[:, group]) * scale.astype(np.float32)[:, group]
-        if self.symmetric:
-            codes -= np.uint8(_MIDDLE)
-        else:
-            codes -= np.repeat(zeros.astype(np.uint8), self.group_size or k, axis=1)[:, :k]
-        return coded(codes.view(np.int8), scale, grid, self.kind)
+        weight, scale = parts[".qweight"], parts[".scales"].T
+        if self.kind is not None:
+            less = MIDDLE if self.symmetric else Zeros(zeros.astype(np.uint8), self.group_size)
+            return coded(unpack_columns(weight, less), scale, grid, self.kind)
+        codes = unpack_columns(weight) if four else np.ascontiguousarray(weight.T).view(np.uint8)
+        return (codes.astype(np.float32) - zeros[:, group]) * scale.astype(np.float32)[:, group]
 
     def _check_zeros(self, zeros: np.ndarray) -> None:
-        middle = _MIDDLE if self.bits == 4 else 128
+        middle = 2 ** (self.bits - 1)
         if self.symmetric and (zeros != middle).any():
             found = zeros[zeros != middle][0]
             raise ValueError(

@@ -1,57 +1,93 @@
-"""Codes of four bits out of the words that checkpoint formats pack them into: uint8 numbers 0..15, [N, K].
+"""Codes of four bits out of the words that checkpoint formats pack them into, less zero points: int8 [N, K].
 
-Each is cut into pieces that stay in a core's cache, a piece to a thread: NumPy lets other threads run meanwhile.
+Work is cut into pieces that stay in a core's cache, a piece to a thread: NumPy lets other threads run meanwhile.
 """
 
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 
 # The column of nibble 0, 1, ... of a word of AutoAWQ's, in its eight.
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+_IN_ORDER = tuple(range(8))
 _PIECE = 2**20  # codes
+_WORDS, _COLUMNS = 64, 512  # of a tile that is turned over in the cache
 
 
-def unpack_nibbles(packed: np.ndarray) -> np.ndarray:
-    """uint8 [N, 2 B] of bytes [N, B], or of whole words: the low nibble of each byte comes first."""
+class Zeros(NamedTuple):
+    """What is subtracted from codes 0..15.
+
+    Attributes:
+        points: uint8 [N, ceil(K / group_size)], or one number for all.
+        group_size: neighbouring columns that share one; None means all K.
+    """
+
+    points: np.ndarray | int
+    group_size: int | None = None
+
+    def subtract(self, codes: np.ndarray, rows: slice) -> None:
+        """From uint8 codes [rows, K], in place and modulo 256."""
+        if isinstance(self.points, int):
+            np.subtract(codes, np.uint8(self.points), out=codes)
+            return
+        points, size = self.points[rows], self.group_size or codes.shape[1]
+        whole = codes.shape[1] // size
+        groups = codes[:, : whole * size].reshape(len(codes), whole, size)  # a view: the axis that is cut is the last
+        np.subtract(groups, points[:, :whole, None], out=groups)
+        rest = codes[:, whole * size :]
+        np.subtract(rest, points[:, whole:], out=rest)
+
+
+NO_ZEROS, MIDDLE = Zeros(0), Zeros(8)
+
+
+def unpack_nibbles(packed: np.ndarray, zeros: Zeros = NO_ZEROS) -> np.ndarray:
+    """[N, 2 B] of bytes [N, B], or of whole words: the low nibble of each byte comes first."""
     octets = np.ascontiguousarray(packed).view(np.uint8)
     codes = np.empty((octets.shape[0], 2 * octets.shape[1]), np.uint8)
 
     def unpack(rows: slice) -> None:
         _spread(octets[rows], codes[rows])
+        zeros.subtract(codes[rows], rows)
 
-    _in_pieces(unpack, *codes.shape)
-    return codes
-
-
-def unpack_columns(packed: np.ndarray) -> np.ndarray:
-    """uint8 [N, 8 R] of 32-bit words [R, N]: nibble i of word r is column 8 r + i (GPTQ)."""
-    words, rows = packed.view(np.uint32), packed.shape[1]
-    codes = np.empty((rows, 8 * packed.shape[0]), np.uint8)
-
-    def unpack(part: slice) -> None:
-        _spread(np.ascontiguousarray(words[:, part].T).view(np.uint8), codes[part])
-
-    _in_pieces(unpack, *codes.shape)
-    return codes
+    _in_pieces(unpack, len(codes), max(1, _PIECE // max(1, codes.shape[1])))
+    return codes.view(np.int8)
 
 
-def unpack_rows(packed: np.ndarray, order: tuple[int, ...] = tuple(range(8))) -> np.ndarray:
-    """uint8 [8 C, K] of 32-bit words [K, C]: nibble i of word c is row 8 c + order[i] (AWQ; GPTQ's zeros in order)."""
+def unpack_columns(packed: np.ndarray, zeros: Zeros = NO_ZEROS) -> np.ndarray:
+    """[N, 8 R] of 32-bit words [R, N]: nibble i of word r is column 8 r + i (GPTQ)."""
+    words = packed.view(np.uint32)
+    codes = np.empty((packed.shape[1], 8 * packed.shape[0]), np.uint8)
+
+    def unpack(rows: slice) -> None:
+        _spread(np.ascontiguousarray(words[:, rows].T).view(np.uint8), codes[rows])
+        zeros.subtract(codes[rows], rows)
+
+    _in_pieces(unpack, len(codes), max(1, _PIECE // max(1, codes.shape[1])))
+    return codes.view(np.int8)
+
+
+def unpack_rows(packed: np.ndarray, order: tuple[int, ...] = _IN_ORDER, zeros: Zeros = NO_ZEROS) -> np.ndarray:
+    """[8 C, K] of 32-bit words [K, C]: nibble i of word c is row 8 c + order[i] (AWQ; GPTQ's zeros in order)."""
     words, (columns, count) = packed.view(np.uint32), packed.shape
     codes = np.empty((count, 8, columns), np.uint8)
 
     def unpack(part: slice) -> None:
-        octets = np.ascontiguousarray(words[:, part].T).view(np.uint8).reshape(-1, columns, 4)
-        for i in range(4):
-            pair = np.ascontiguousarray(octets[:, :, i])
-            np.bitwise_and(pair, 15, out=codes[part, order[2 * i]])
-            np.right_shift(pair, 4, out=codes[part, order[2 * i + 1]])
+        for start in range(0, columns, _COLUMNS):
+            tile = slice(start, min(start + _COLUMNS, columns))
+            turned = np.ascontiguousarray(words[tile, part].T)
+            octets = turned.view(np.uint8).reshape(*turned.shape, 4)
+            for i in range(4):
+                pair = np.ascontiguousarray(octets[:, :, i])
+                np.bitwise_and(pair, 15, out=codes[part, order[2 * i], tile])
+                np.right_shift(pair, 4, out=codes[part, order[2 * i + 1], tile])
+        zeros.subtract(codes[part].reshape(-1, columns), slice(8 * part.start, 8 * part.stop))
 
-    _in_pieces(unpack, count, 8 * columns)
-    return codes.reshape(8 * count, columns)
+    _in_pieces(unpack, count, _WORDS)
+    return codes.reshape(8 * count, columns).view(np.int8)
 
 
 def _spread(octets: np.ndarray, codes: np.ndarray) -> None:
@@ -61,12 +97,7 @@ def _spread(octets: np.ndarray, codes: np.ndarray) -> None:
     np.bitwise_and(pairs, 0x0F0F, out=codes.view(np.uint16))
 
 
-def _in_pieces(work: Callable[[slice], None], rows: int, width: int) -> None:
-    step = max(1, _PIECE // max(1, width))
-    pieces = [slice(start, start + step) for start in range(0, rows, step)]
-    if len(pieces) < 2:
-        for piece in pieces:
-            work(piece)
-        return
-    with ThreadPoolExecutor(min(len(pieces), os.cpu_count() or 1)) as pool:
+def _in_pieces(work: Callable[[slice], None], rows: int, step: int) -> None:
+    pieces = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    with ThreadPoolExecutor(max(1, min(len(pieces), os.cpu_count() or 1))) as pool:
         list(pool.map(work, pieces))
