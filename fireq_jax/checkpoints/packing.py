@@ -14,7 +14,7 @@ import numpy as np
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _IN_ORDER = tuple(range(8))
 _PIECE = 2**20  # codes
-_WORDS, _COLUMNS = 64, 512  # of a tile that is turned over in the cache
+_WORDS, _COLUMNS = 128, 4096  # of a tile that is turned over in the cache
 
 
 class Zeros(NamedTuple):
@@ -50,7 +50,7 @@ def unpack_nibbles(packed: np.ndarray, zeros: Zeros = NO_ZEROS) -> np.ndarray:
     codes = np.empty((octets.shape[0], 2 * octets.shape[1]), np.uint8)
 
     def unpack(rows: slice) -> None:
-        _spread(octets[rows], codes[rows])
+        _spread(octets[rows], codes[rows].view(np.uint16))
         zeros.subtract(codes[rows], rows)
 
     _in_pieces(unpack, len(codes), max(1, _PIECE // max(1, codes.shape[1])))
@@ -63,7 +63,7 @@ def unpack_columns(packed: np.ndarray, zeros: Zeros = NO_ZEROS) -> np.ndarray:
     codes = np.empty((packed.shape[1], 8 * packed.shape[0]), np.uint8)
 
     def unpack(rows: slice) -> None:
-        _spread(np.ascontiguousarray(words[:, rows].T).view(np.uint8), codes[rows])
+        _spread(np.ascontiguousarray(words[:, rows].T).view(np.uint8), codes[rows].view(np.uint16))
         zeros.subtract(codes[rows], rows)
 
     _in_pieces(unpack, len(codes), max(1, _PIECE // max(1, codes.shape[1])))
@@ -72,29 +72,45 @@ def unpack_columns(packed: np.ndarray, zeros: Zeros = NO_ZEROS) -> np.ndarray:
 
 def unpack_rows(packed: np.ndarray, order: tuple[int, ...] = _IN_ORDER, zeros: Zeros = NO_ZEROS) -> np.ndarray:
     """[8 C, K] of 32-bit words [K, C]: nibble i of word c is row 8 c + order[i] (AWQ; GPTQ's zeros in order)."""
-    words, (columns, count) = packed.view(np.uint32), packed.shape
-    codes = np.empty((count, 8, columns), np.uint8)
+    columns, count = packed.shape
+    words = np.pad(packed.view(np.uint32), ((0, -columns % 8), (0, 0))) if columns % 8 else packed.view(np.uint32)
+    codes = np.empty((count, 8, len(words)), np.uint8)
+    pairs = codes.view(np.uint16)
 
     def unpack(part: slice) -> None:
-        for start in range(0, columns, _COLUMNS):
-            tile = slice(start, min(start + _COLUMNS, columns))
-            turned = np.ascontiguousarray(words[tile, part].T)
-            octets = turned.view(np.uint8).reshape(*turned.shape, 4)
-            for i in range(4):
-                pair = np.ascontiguousarray(octets[:, :, i])
-                np.bitwise_and(pair, 15, out=codes[part, order[2 * i], tile])
-                np.right_shift(pair, 4, out=codes[part, order[2 * i + 1], tile])
-        zeros.subtract(codes[part].reshape(-1, columns), slice(8 * part.start, 8 * part.stop))
+        for start in range(0, len(words), _COLUMNS):
+            rows = words[start : start + _COLUMNS, part]
+            turned = _turn(rows)
+            for i in range(8):
+                octets = np.ascontiguousarray(turned[i].T).view(np.uint8)
+                _spread(octets, pairs[part, order[i], start // 2 : start // 2 + octets.shape[1]])
+        zeros.subtract(codes[part].reshape(-1, len(words))[:, :columns], slice(8 * part.start, 8 * part.stop))
 
     _in_pieces(unpack, count, _WORDS)
-    return codes.reshape(8 * count, columns).view(np.int8)
+    return codes.reshape(8 * count, len(words))[:, :columns].view(np.int8)
 
 
-def _spread(octets: np.ndarray, codes: np.ndarray) -> None:
-    """Both nibbles of each byte to a byte each."""
-    pairs = octets.astype(np.uint16)
-    pairs |= pairs << 4
-    np.bitwise_and(pairs, 0x0F0F, out=codes.view(np.uint16))
+def _turn(words: np.ndarray) -> np.ndarray:
+    """[8, R, C] of words [8 R, C]: the nibbles of each 8 words of a column, turned over like a matrix of 8 x 8."""
+    # Halves of words are exchanged first, then quarters, then single nibbles.
+    turned = np.ascontiguousarray(words.reshape(-1, 8, words.shape[1]).transpose(1, 0, 2))
+    for distance, mask in ((4, 0x0000FFFF), (2, 0x00FF00FF), (1, 0x0F0F0F0F)):
+        pairs = turned.reshape(-1, 2, distance * turned[0].size)
+        low, high = pairs[:, 0], pairs[:, 1]
+        exchanged = low >> 4 * distance
+        exchanged ^= high
+        exchanged &= mask
+        high ^= exchanged
+        exchanged <<= 4 * distance
+        low ^= exchanged
+    return turned
+
+
+def _spread(octets: np.ndarray, pairs: np.ndarray) -> None:
+    """Both nibbles of each byte to a byte each, of uint16 ``pairs``."""
+    wide = octets.astype(np.uint16)
+    wide |= wide << 4
+    np.bitwise_and(wide, 0x0F0F, out=pairs)
 
 
 def _in_pieces(work: Callable[[slice], None], rows: int, step: int) -> None:

@@ -19,7 +19,7 @@ def test_unpacking_is_the_inverse_of_packing(n, words, seed, piece, group):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "_PIECE", piece)
         patch.setattr(packing, "_WORDS", 3)
-        patch.setattr(packing, "_COLUMNS", piece)
+        patch.setattr(packing, "_COLUMNS", 8)
         np.testing.assert_array_equal(packing.unpack_nibbles(files.pack(codes)), codes)
         np.testing.assert_array_equal(packing.unpack_columns(files.pack(codes).T), codes)
         np.testing.assert_array_equal(packing.unpack_rows(files.pack(codes.T)), codes)
