@@ -28,7 +28,7 @@ from checkpoints_convert.calibrate import BlockStatistics, Calibrator
 from checkpoints_convert.compensation import Compensator
 from checkpoints_convert.costs import describe_cost, peak_memory
 from checkpoints_convert.held_out import HeldOut, Streams, check_amount, log_report, scored
-from checkpoints_convert.stored_codes import codes_report, fit_codes
+from checkpoints_convert.stored_codes import fit_codes, report_codes
 from checkpoints_convert.work_folder import REPORT, WorkFolder, save_array, save_arrays
 from fireq_jax import json_files
 from fireq_jax.checkpoints import folder
@@ -268,7 +268,7 @@ def _convert_block(
         raise ValueError(f"block {index}: {broken[0]} became NaN or infinite when it was smoothed or quantized")
     report = {
         "weight_error": errors,
-        **({"codes": codes_report(errors, index, kept, codes)} if source.quantized else {}),
+        **({"codes": report_codes(errors, index, kept, codes)} if source.quantized else {}),
         "bytes": formats.nbytes(parameters),
         "seconds": round(time.perf_counter() - started, 3),
     }

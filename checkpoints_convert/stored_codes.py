@@ -34,15 +34,21 @@ def fit_codes(
     return quantization, kept
 
 
-def codes_report(
+def report_codes(
     errors: Mapping[str, float], index: int, kept: Collection[str], codes: Mapping[str, CodedWeight]
 ) -> dict[str, Any]:
     """Of a block: which of its quantized layers keep their codes, and how many of those were outside -7..7.
 
-    ``errors``, by name in the layer, are relative to what the stored codes stand for.
+    The log says so too, with the ``errors``, by name in the layer, relative to what the stored codes stand for.
     """
-    return {
+    report = {
         "kept": [name for name in errors if f"layers.{index}.{name}" in kept],
         "quantized_anew": [name for name in errors if f"layers.{index}.{name}" not in kept],
         "clipped": sum(each.clipped for each in codes.values()),
     }
+    each = ", ".join(
+        f"{name} {'keeps its codes' if name in report['kept'] else 'anew'} (error {error:.2%})"
+        for name, error in errors.items()
+    )
+    logger.info("layers.%d: %s; %d codes clipped", index, each or "floats", report["clipped"])
+    return report

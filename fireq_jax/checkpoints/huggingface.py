@@ -174,6 +174,8 @@ class HuggingFaceCheckpoint:
     def _check_names(self, absent: Mapping[str, str]) -> None:
         expected = self._table.shapes(self.config.num_layers)
         if self._format is not None:
+            if gone := sorted(name for name in absent if f"{name.rpartition('.')[0]}.weight" in expected):
+                raise ValueError(absent[gone[0]])
             for name, shape in expected.items():
                 plain = name in self._tensors and self._tensors[name].dtype in _FLOATS
                 if not plain and (linear := StoredLinear.find(name, shape, self._format, self._tensors)):
@@ -200,8 +202,10 @@ class HuggingFaceCheckpoint:
                 "%s: the index lists %s%s, which no file holds and no layer takes",
                 self.folder, unneeded[0], _and_more(unneeded),
             )  # fmt: skip
-        for name in wanted:
-            shape, tensor = expected[name], self._tensors[name]
+        for name, shape in expected.items():
+            if name in self._linears:
+                continue
+            tensor = self._tensors[name]
             if tensor.shape != shape:
                 raise ValueError(f"tensor {name} in {tensor.path} has shape {tensor.shape}; expected {shape}")
             if tensor.dtype not in _FLOATS:

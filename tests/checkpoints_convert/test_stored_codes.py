@@ -92,9 +92,13 @@ def test_scales_of_kept_codes_are_relative_to_the_largest_of_the_channel(tmp_pat
     )
 
 
-def test_zero_points_are_kept_with_a_clip(tmp_path):
+def test_zero_points_are_kept_with_a_clip(tmp_path, caplog):
     source = quantized(tmp_path, asym=True)
-    report, model = converted(source, tmp_path / "out", recipes.rtn())
+    with caplog.at_level(logging.INFO):
+        report, model = converted(source, tmp_path / "out", recipes.rtn())
+    first = report["layers"]["layers.0"]
+    assert f"mlp.down_proj keeps its codes (error {first['weight_error']['mlp.down_proj']:.2%})" in caplog.text
+    assert f"{first['codes']['clipped']} codes clipped" in caplog.text
     assert_same_codes(source, model)
     assert all(0.01 < error < 0.1 for layer in report["layers"].values() for error in layer["weight_error"].values())
     assert all(layer["codes"]["clipped"] > 0 for layer in report["layers"].values())

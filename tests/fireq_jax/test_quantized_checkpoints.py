@@ -319,6 +319,17 @@ def test_damage_is_named(tmp_path, damage, message):
         open_checkpoint(quantized).check_finite(progress=False)
 
 
+def test_a_file_of_several_that_is_missing(tmp_path):
+    quantized, _ = write(tmp_path, "int4 g128")
+    path = quantized / "model.safetensors"
+    tensors = open_checkpoint(quantized)._tensors
+    path.rename(quantized / "a.safetensors")
+    weight_map = {name: "b.safetensors" if name.startswith(DOWN) else "a.safetensors" for name in tensors}
+    (quantized / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match=rf"names b\.safetensors, which is not in .*{DOWN}\.weight_packed"):
+        open_checkpoint(quantized)
+
+
 def test_a_file_that_ends_early(tmp_path):
     quantized, _ = write(tmp_path, "fp8 channel")
     path = quantized / "model.safetensors"
