@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Array, Int
 from tqdm.auto import tqdm
@@ -26,20 +25,18 @@ from checkpoints_convert.block_effects import smoothing_effect, weight_errors
 from checkpoints_convert.cache_format import fit_cache
 from checkpoints_convert.calibrate import BlockStatistics, Calibrator
 from checkpoints_convert.compensation import Compensator
-from checkpoints_convert.costs import describe_cost, peak_memory
 from checkpoints_convert.held_out import HeldOut, Streams, check_amount, log_report, scored
-from checkpoints_convert.stored_codes import fit_codes, report_codes
+from checkpoints_convert.report import cost_of, report_of
+from checkpoints_convert.stored_codes import fit_codes, read_block, report_codes
 from checkpoints_convert.work_folder import REPORT, WorkFolder, save_array, save_arrays
 from fireq_jax import json_files
 from fireq_jax.checkpoints import folder
-from fireq_jax.checkpoints.kept_codes import kept_tensors
 from fireq_jax.checkpoints.quantized import FORMAT_FILES
 from fireq_jax.checkpoints.reader import CheckpointReader, open_checkpoint
 from fireq_jax.checkpoints.tokenizer import TOKENIZER_FILES
 from fireq_jax.command_line import check_interrupted
 from fireq_jax.config_fields import check_kinds, check_types
 from fireq_jax.models.block import linear_names
-from fireq_jax.models.coded_weight import float32_block
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.parameters import Parameter, global_parameters, layer_parameters, pack_codes
 from fireq_jax.quantization.config import QuantizationConfig
@@ -121,19 +118,10 @@ def convert(
     """
     started = time.perf_counter()
     source = open_checkpoint(options.model)
-    config = source.config
-    options.quantization.check_fits(linear_names(config), config.head_dim)
     quantization, kept = fit_codes(source, options.quantization, keep=options.keep_codes)
-    options = dataclasses.replace(options, quantization=quantization)
-    if tokens is None and needs_calibration(quantization):
-        raise ValueError(f"recipe {options.recipe!r} measures keys on text; give calibration text")
-    for name, text in (("calibration", tokens), ("held-out", held_out)):
-        if text is not None:
-            _check_tokens(name, text, config)
-    if tokens is not None and not tokens.size:
-        raise ValueError(f"calibration tokens have shape {tokens.shape}; expected one sample or more")
-    if tokens is not None and quantization.learned_steps:
-        check_sequences(len(tokens))
+    config, options = source.config, dataclasses.replace(options, quantization=quantization)
+    quantization.check_fits(linear_names(config), config.head_dim)
+    _check_text(options, config, tokens, held_out)
     tokens, unseen = (tokens, scored(held_out)) if needs_calibration(quantization) else (None, None)
     work, fingerprint = WorkFolder(options.output), _fingerprint(options, source, tokens, unseen)
     if work.check(fingerprint, resume=resume):
@@ -141,7 +129,7 @@ def convert(
         work.remove()
         logger.info("%s is complete", options.output)
         return json_files.read_json(options.output / REPORT)
-    logger.info("%s", describe_cost(source, quantization, tokens, unseen))
+    logger.info("%s", cost_of(source, quantization, tokens, unseen))
     if tokens is not None:
         check_amount(config, quantization, tokens)
         if held_out is not None and unseen is None:
@@ -155,19 +143,9 @@ def convert(
         rest = None if unseen is None else HeldOut(config, quantization, options.dtype, options.batch_size, unseen)
         if first < 0:
             _convert_globals(source, options, tokens, rest, work)
-        calibrator = Calibrator(config, options.batch_size) if tokens is not None else None
-        compensator = Compensator(config, quantization, options.batch_size) if quantization.reads_text else None
         first = max(first, 0)
-        for index in tqdm(
-            range(first, config.num_layers),
-            initial=first,
-            total=config.num_layers,
-            desc="converting",
-            unit="block",
-            disable=not progress,
-        ):
-            check_interrupted()
-            _convert_block(source, options, index, kept, calibrator, compensator, rest, work)
+        calibrator = Calibrator(config, options.batch_size) if tokens is not None else None
+        _convert_blocks(source, options, first, kept, calibrator, rest, work, progress=progress)
         report = _finish(source, options, fingerprint, rest, work, time.perf_counter() - started, first)
     work.remove()
     return report
@@ -216,6 +194,32 @@ def _convert_globals(
     work.finish(-1, digests, {"bytes": nbytes})
 
 
+def _convert_blocks(
+    source: CheckpointReader,
+    options: ConversionOptions,
+    first: int,
+    kept: frozenset[str],
+    calibrator: Calibrator | None,
+    held_out: HeldOut | None,
+    work: WorkFolder,
+    *,
+    progress: bool,
+) -> None:
+    """All blocks from ``first`` on; linear layers ``kept`` keep their codes."""
+    config, quantization = source.config, options.quantization
+    compensator = Compensator(config, quantization, options.batch_size) if quantization.reads_text else None
+    for index in tqdm(
+        range(first, config.num_layers),
+        initial=first,
+        total=config.num_layers,
+        desc="converting",
+        unit="block",
+        disable=not progress,
+    ):
+        check_interrupted()
+        _convert_block(source, options, index, kept, calibrator, compensator, held_out, work)
+
+
 def _convert_block(
     source: CheckpointReader,
     options: ConversionOptions,
@@ -228,10 +232,7 @@ def _convert_block(
 ) -> None:
     started = time.perf_counter()
     config, quantization = source.config, options.quantization
-    stored = source.block(index)
-    codes = kept_tensors(stored, index, config, kept)
-    block = float32_block(stored)
-    del stored
+    block, codes = read_block(source, index, kept)
     statistics: BlockStatistics | None = None
     if calibrator is not None:
         hidden = np.load(work.hidden(index), mmap_mode="r")
@@ -306,24 +307,8 @@ def _finish(
     """The report; this run took ``seconds`` and began with block ``first``."""
     config, output = source.config, options.output
     records = [record for index in range(-1, config.num_layers) if (record := work.record(index)) is not None]
-    blocks = {f"layers.{index}": record["report"] for index, record in enumerate(records[1:])}
-    seconds += sum(blocks[f"layers.{i}"]["seconds"] for i in range(first))
-    report = {
-        "model": str(options.model),
-        "recipe": options.recipe,
-        "quantization": options.quantization.to_dict(),
-        "calibration_tokens": math.prod((fingerprint["calibration"] or [0])[:2]),
-        "fitted_cache": json_files.read_json(work.fitted_cache) if work.fitted_cache.is_file() else None,
-        "held_out": None,
-        "bytes_before": source.nbytes,
-        "bytes_after": sum(record["report"]["bytes"] for record in records),
-        "seconds": round(seconds, 3),
-        "peak_host_bytes": peak_memory(),
-        "jax": jax.__version__,
-        "device": jax.devices()[0].device_kind,
-        "layers": blocks,
-        "options": dict(fingerprint),
-    }
+    seconds += sum(record["report"]["seconds"] for record in records[1 : first + 1])
+    report = report_of(options.model, options.recipe, options.quantization, source, fingerprint, records, work, seconds)
     if held_out is not None:
         report["held_out"] = held_out.report(source, Streams(*np.load(work.held_out(config.num_layers))))
         log_report(report["held_out"], options.recipe)
@@ -355,6 +340,25 @@ def _copy(source: Path, target: Path) -> str:
     with source.open("rb") as file:
         write_whole(target, lambda copy: shutil.copyfileobj(file, copy))
     return digest(target)
+
+
+def _check_text(
+    options: ConversionOptions,
+    config: ModelConfig,
+    tokens: Int[np.ndarray, "samples T"] | None,
+    held_out: Int[np.ndarray, "windows T"] | None,
+) -> None:
+    """Raise ValueError unless the text is what the recipe and the model take."""
+    quantization = options.quantization
+    if tokens is None and needs_calibration(quantization):
+        raise ValueError(f"recipe {options.recipe!r} measures keys on text; give calibration text")
+    for name, text in (("calibration", tokens), ("held-out", held_out)):
+        if text is not None:
+            _check_tokens(name, text, config)
+    if tokens is not None and not tokens.size:
+        raise ValueError(f"calibration tokens have shape {tokens.shape}; expected one sample or more")
+    if tokens is not None and quantization.learned_steps:
+        check_sequences(len(tokens))
 
 
 def _check_tokens(name: str, tokens: Int[np.ndarray, "samples T"], config: ModelConfig) -> None:

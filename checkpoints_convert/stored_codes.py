@@ -4,10 +4,12 @@ import logging
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from fireq_jax.checkpoints.kept_codes import keeping_codes
+from jaxtyping import Array
+
+from fireq_jax.checkpoints.kept_codes import keeping_codes, kept_tensors
 from fireq_jax.checkpoints.reader import CheckpointReader
 from fireq_jax.models.block import linear_names
-from fireq_jax.models.coded_weight import CodedWeight
+from fireq_jax.models.coded_weight import CodedWeight, float32_block
 from fireq_jax.quantization.config import QuantizationConfig
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,14 @@ def fit_codes(
         len(kept), len(names), quantization.group_size, anew, len(names) - len(kept) - anew,
     )  # fmt: skip
     return quantization, kept
+
+
+def read_block(
+    source: CheckpointReader, index: int, kept: Collection[str]
+) -> tuple[dict[str, Array], dict[str, CodedWeight]]:
+    """A block in float32, and the codes among its tensors that are kept."""
+    stored = source.block(index)
+    return float32_block(stored), kept_tensors(stored, index, source.config, kept)
 
 
 def report_codes(

@@ -48,14 +48,14 @@ def keep_programs() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def lowered_once(*static: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Decorator of a function that is to be jitted: one process traces and lowers it for all.
+def cached_export(*static: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Decorator of a function that is to be jitted: a cache of its exports, so that one process lowers it for all.
 
-    JAX's compilation cache spares XLA's work, and not Python's: tracing, and building the kernels' MLIR, take longer
-    for a large model. So StableHLO is kept beside that cache (if there is one, in a local folder), under a name that
-    depends on all it was made from: this project's code, the versions of JAX and Flax, JAX's settings, the device,
-    the ``static`` arguments and the others' types. A function that cannot be exported is traced by every process, and
-    so is one of a model with classes of somebody else's, whose code may change.
+    JAX's compilation cache spares XLA's work, but not Python's: tracing, and building the kernels' MLIR, which for a
+    large model take longer. So the exported StableHLO is stored beside that cache (if there is one, in a local
+    folder), under a name that depends on all it was made from: this project's code, the versions of JAX and Flax,
+    JAX's settings, the device, the ``static`` arguments and the others' types. A function that cannot be exported is
+    traced by every process, and so is one of a model with classes of somebody else's, whose code may change.
 
     Args:
         static: names of the arguments that are no arrays. A ``repr`` of each must say it whole; a model's structure
@@ -77,7 +77,7 @@ def lowered_once(*static: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]
                 return spread(arrays)
             if (folder := _folder()) is None:
                 return function(*args, **kwargs)
-            exported = _kept(folder, function, fixed, jax.eval_shape(lambda x: x, arrays))
+            exported = _load_or_export(folder, function, fixed, jax.eval_shape(lambda x: x, arrays))
             result: Any = function(*args, **kwargs) if exported is None else exported.call(**arrays)
             return result
 
@@ -86,10 +86,10 @@ def lowered_once(*static: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]
     return decorate
 
 
-def _kept(
+def _load_or_export(
     folder: Path, function: Callable[..., Any], fixed: dict[str, Any], types: dict[str, Any]
 ) -> jax.export.Exported | None:
-    """``function`` with ``fixed`` arguments, lowered for others of ``types``; None where it cannot be kept."""
+    """``function`` with ``fixed`` arguments, lowered for others of ``types``; None where it cannot be cached."""
     name = function.__name__.lstrip("_")
     if foreign := next((kind for kind in _classes(fixed) if kind.__module__.split(".")[0] not in _KNOWN), None):
         logger.info("%s is lowered by each process anew: the code of %s may change", name, foreign)
@@ -107,7 +107,7 @@ def _kept(
 
 
 def _folder() -> Path | None:
-    """Where lowered programs are kept, if they are."""
+    """Where exports are cached, if they are."""
     cache = jax.config.values["jax_compilation_cache_dir"]
     if not cache or "://" in cache or not jax.config.values["jax_enable_compilation_cache"]:
         return None
@@ -137,7 +137,7 @@ def _warn(message: str) -> None:
 
 
 def _classes(fixed: dict[str, Any]) -> Iterator[type]:
-    """Of all nodes of the trees among the arguments."""
+    """Classes of all nodes of the trees among the arguments."""
     trees = [value for value in fixed.values() if isinstance(value, jax.tree_util.PyTreeDef)]
     while trees:
         tree = trees.pop()
@@ -175,12 +175,12 @@ def _read(file: Path) -> jax.export.Exported | None:
         return None
 
 
-def _write(file: Path, kept: bytearray) -> None:
-    """Aside, then renamed: other processes may write the same."""
+def _write(file: Path, serialized: bytearray) -> None:
+    """Write to another name, then rename: other processes may write the same file, and none reads half of one."""
     aside = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        aside.write_bytes(kept)
+        aside.write_bytes(serialized)
         aside.replace(file)
     except OSError as error:
-        logger.warning("a lowered program cannot be kept: %s", error)
+        logger.warning("a lowered program cannot be stored: %s", error)

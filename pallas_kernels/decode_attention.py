@@ -11,14 +11,9 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import dispatch
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.operands import check_operands
-from pallas_kernels.prefill_attention import (
-    as_output,
-    attention_reference,
-    float_dtype,
-    validate,
-    validate_softmax,
-)
-from pallas_kernels.sm90.attention import decode as sm90
+from pallas_kernels.prefill_attention import as_output, attention_reference, float_dtype, validate
+from pallas_kernels.sm90.decode_attention import config as sm90_config
+from pallas_kernels.sm90.decode_attention import launch as sm90
 
 
 def decode_attention(
@@ -45,10 +40,9 @@ def decode_attention(
     """
     check_operands(ScaledArray, key=key, value=value)
     check_operands(Array | None, page_table=page_table)
-    rows = (key, value) if page_table is None else jax.eval_shape(gather_pages, key, value, page_table)
-    validate(query, rows[0], rows[1], query_start, kv_lengths, window)
-    validate_softmax(query, softcap, sinks)
-    unsupported = sm90.unsupported(query, key, value, page_table)
+    in_one_piece = (key, value) if page_table is None else jax.eval_shape(gather_pages, key, value, page_table)
+    validate(query, in_one_piece[0], in_one_piece[1], query_start, kv_lengths, window, softcap, sinks)
+    unsupported = sm90_config.unsupported(query, key, value, page_table)
     if dispatch.resolve("decode_attention", implementation, unsupported) == "mosaic_gpu":
         return sm90.decode_attention(
             query, key, value, query_start=query_start, kv_lengths=kv_lengths, scale=scale, window=window,

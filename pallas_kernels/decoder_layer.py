@@ -8,9 +8,9 @@ Biases are optional, and so is each of four norms (``LayerWeights``): before att
 them (OLMo 2), or both (Gemma 2). Cohere's block is parallel: both branches begin with the same norm(x).
 
 How many kernels do it is decided here. By default matmuls, norms and quantization are ops of their own
-(``matmul``, ``row_quantize``), whose sums over K the next one may add up. One to four tokens on Hopper take two
-kernels (``sm90.chain``), for where a matmul waits for nothing but its weights: inside one kernel the next
-matmul's are already on their way. The numbers are the same but for the order of sums.
+(``matmul``, ``row_quantize``), each of which may reduce the split-K partials of the one before. One to four tokens on
+Hopper take two kernels (``sm90.chain``): with so few, a matmul waits for nothing but its weights, and inside one
+kernel the next matmul's are copied meanwhile. The numbers are the same but for the order of sums.
 """
 
 import dataclasses
@@ -30,9 +30,9 @@ from pallas_kernels.projection import Projection, project
 from pallas_kernels.quantized_tensor import QuantizedTensor
 from pallas_kernels.residual_stream import ResidualStream
 from pallas_kernels.row_quantize import post_norm_quantize, quantize_rows, sum_norm_quantize
-from pallas_kernels.sm90 import split_sum
 from pallas_kernels.sm90.chain import launch
-from pallas_kernels.split_sum import SplitSum, finished
+from pallas_kernels.sm90.common import split_k
+from pallas_kernels.split_k import SplitKPartials, reduced
 
 Tap = Callable[[str, Array], None]
 MLP = Callable[[Array, Array], Array]
@@ -88,20 +88,20 @@ def before_attention(
     decoding: bool = True,
     implementation: dispatch.Implementation = "auto",
     tap: Tap | None = None,
-) -> tuple[Float[Array, "*rows N"] | SplitSum, ResidualStream]:
+) -> tuple[Float[Array, "*rows N"] | SplitKPartials, ResidualStream]:
     """Queries, keys and values of a layer's input.
 
     Args:
         x: [*rows, D].
         weights: of the layer.
-        decoding: whether the tokens continue sequences; few of these take two kernels, where prompts never do.
-        implementation: of whatever kernels it takes, see ``dispatch``; that two cannot do it alone is no reason
-            to fall back to XLA.
+        decoding: whether the tokens continue sequences. Only then may a few rows take the two kernels of a chain.
+        implementation: of all kernels that it takes, see ``dispatch``. Where the chain's cannot run, those of the
+            single ops do.
         tap: called with "qkv_input" and what ``weights.qkv`` multiplies, unless that exists only in FP8. Changes
             nothing else.
 
     Returns:
-        The product in x's dtype, maybe in parts; and x, for one call of ``after_attention``.
+        The product in x's dtype, perhaps as split-K partials; and x, for one call of ``after_attention``.
 
     Raises:
         ValueError: if the widths do not fit together.
@@ -153,7 +153,7 @@ def after_attention(
     assert weights.gate_up is not None
     assert weights.down is not None
     if tap is not None:
-        # For its eyes: in the kernel there is nothing to be seen.
+        # The chain has no values to show, so what the tap sees is computed once more beside it.
         _after_attention(attention, x, weights, mlp, "xla", tap)
     if not isinstance(attention, ScaledArray):
         attention = quantize_rows(attention, implementation=implementation)
@@ -164,7 +164,7 @@ def after_attention(
     matrices = _quantized(*tail)
     return ResidualStream(
         launch.output_mlp(
-            attention, finished(x.value), matrices, biases, norm.weight, x.barrier, norm.eps, weights.activation
+            attention, reduced(x.value), matrices, biases, norm.weight, x.barrier, norm.eps, weights.activation
         )
     )
 
@@ -183,8 +183,8 @@ def unsupported(x: ResidualStream, weights: LayerWeights) -> str | None:
         return "attention and the MLP do not both begin with an RMSNorm"
     if x.post_norm or weights.attention_output_norm or weights.mlp_output_norm:
         return "a branch has a norm after it"
-    if isinstance(x.value, SplitSum) and (x.value.residual is None or split_sum.unsupported(x.value)):
-        return "x is a sum that no kernel adds up"
+    if isinstance(x.value, SplitKPartials) and (x.value.residual is None or split_k.unsupported(x.value)):
+        return "x is split-K partials that no kernel reduces"
     projections = weights.qkv, weights.o_proj, weights.gate_up, weights.down
     if not all(projection.takes_fp8 for projection in projections):
         return "a projection does not multiply FP8 rows by a quantized weight"
@@ -211,7 +211,7 @@ def _after_attention(
             return ResidualStream(run(rows, projection, residual=residual))
         return ResidualStream(run(rows, projection), residual, norm)
 
-    stream = add(attention, weights.o_proj, finished(x.value), weights.attention_output_norm)
+    stream = add(attention, weights.o_proj, reduced(x.value), weights.attention_output_norm)
     if weights.parallel:
         assert x.normalized is not None
         rows, residual = x.normalized, stream.finish()
@@ -223,7 +223,7 @@ def _after_attention(
         assert mlp is not None
         assert not isinstance(rows, ScaledArray)
         return ResidualStream(mlp(rows, residual))
-    hidden = finished(run(rows, weights.gate_up, activation=weights.activation))[..., : weights.down.weight.shape[1]]
+    hidden = reduced(run(rows, weights.gate_up, activation=weights.activation))[..., : weights.down.weight.shape[1]]
     if tap is not None:
         tap("down_input", hidden)
     return add(hidden, weights.down, residual, weights.mlp_output_norm)
@@ -245,7 +245,7 @@ def _rows_for(
             assert x.residual is not None
             weight = None if norm is None else norm.weight
             return post_norm_quantize(x.value, post.weight, x.residual, weight, post.eps, implementation=implementation)
-        if post is None and norm is not None and isinstance(x.value, SplitSum):
+        if post is None and norm is not None and isinstance(x.value, SplitKPartials):
             return sum_norm_quantize(x.value, norm.weight, norm.eps, implementation=implementation)
     whole = x.finish()
     if takes_fp8:

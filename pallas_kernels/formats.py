@@ -25,7 +25,9 @@ Sources: FireQ (arXiv 2505.20839), sections on INT4 x FP8 weights and RoPE-aware
 OCP 8-bit floating point specification (E4M3).
 """
 
-from typing import Literal, NamedTuple, get_args
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -56,16 +58,48 @@ CODEBOOKS: dict[Codebook, tuple[float, ...]] = {
 }
 
 
-class ScaledArray(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ScaledArray:
     """Rows in a storage format with their scales: activations, queries, keys and values.
 
-    ``values`` is uint8 with two INT4 codes a byte ([*rows, H/2]), E4M3 ([*rows, H]) or a plain
-    float array ([*rows, H], ``scale`` None). ``scale`` is [*rows, groups], each scale shared by
-    H / groups consecutive elements.
+    Attributes:
+        values: "int4": uint8 [*rows, H/2], two codes a byte (:func:`pack_int4`); "fp8": E4M3 [*rows, H]; "none":
+            floats [*rows, H].
+        scale: [*rows, groups], each shared by H / groups consecutive elements; "none": None.
+        format: what the values are. Part of the pytree's structure, so that it is static under ``jit``.
+
+    Raises:
+        ValueError: if an array of values is not stored as the format says, or for an unknown format.
     """
 
     values: Array
     scale: Array | None
+    format: KVFormat = dataclasses.field(default="fp8", metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        if self.format not in get_args(KVFormat):
+            raise ValueError(f"format is {self.format!r}; expected one of {get_args(KVFormat)}")
+        dtype = getattr(self.values, "dtype", jax.dtypes.float0)
+        if dtype == jax.dtypes.float0:
+            return  # JAX also makes trees of shardings, axes or tangents of integers.
+        if self.format == "none":
+            expected, stored = "floats without a scale", jnp.issubdtype(dtype, jnp.floating) and self.scale is None
+        else:
+            own = jnp.dtype(jnp.uint8 if self.format == "int4" else E4M3)
+            expected, stored = f"{own} with a scale", dtype == own and self.scale is not None
+        if not stored:
+            scale = "no scale" if self.scale is None else "a scale"
+            raise ValueError(f"values have dtype {dtype} and {scale}; expected {expected} for format {self.format!r}")
+
+    def __iter__(self) -> Iterator[Any]:
+        """``values, scale = rows``."""
+        return iter((self.values, self.scale))
+
+
+def stored_width(kv_format: KVFormat, head_dim: int) -> int:
+    """Size of the last axis of the values of rows of ``head_dim`` elements."""
+    return head_dim // 2 if kv_format == "int4" else head_dim
 
 
 def finite_absmax(x: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
@@ -119,7 +153,7 @@ def dequantize(x: ScaledArray) -> Float[Array, "*rows H"]:
     """The float32 rows that a :class:`ScaledArray` stands for."""
     if x.scale is None:
         return x.values.astype(jnp.float32)
-    values = unpack_int4(x.values) if x.values.dtype == jnp.uint8 else x.values
+    values = unpack_int4(x.values) if x.format == "int4" else x.values
     groups = x.scale.shape[-1]
     grouped = values.astype(jnp.float32).reshape(*values.shape[:-1], groups, values.shape[-1] // groups)
     return (grouped * x.scale.astype(jnp.float32)[..., None]).reshape(values.shape)
@@ -320,7 +354,7 @@ def quantize_kv(
         ValueError: for an unknown format or a group size that does not divide H.
     """
     if kv_format == "none":
-        return ScaledArray(x, None)
+        return ScaledArray(x, None, "none")
     if kv_format not in get_args(KVFormat):
         raise ValueError(f"kv_format is {kv_format!r}; expected one of {get_args(KVFormat)}")
     head_dim = x.shape[-1]
@@ -331,7 +365,7 @@ def quantize_kv(
     absmax = finite_absmax(grouped)
     if kv_format == "fp8":
         scale = absmax_scale(absmax, E4M3_MAX)
-        return ScaledArray(to_e4m3(grouped * (1 / scale[..., None])).reshape(x.shape), scale)
+        return ScaledArray(to_e4m3(grouped * (1 / scale[..., None])).reshape(x.shape), scale, "fp8")
     scale = round_group_scale(absmax_scale(clip * absmax, INT4_MAX), "bf16")
     scaled = grouped * (1 / scale.astype(jnp.float32)[..., None])
     codes = round_to_int4(scaled)
@@ -340,7 +374,7 @@ def quantize_kv(
         energy, kept = jnp.sum(finite * finite, axis=-1), jnp.sum(finite * codes, axis=-1)
         ratio = jnp.where(kept > 0, energy / jnp.where(kept > 0, kept, 1.0), 1.0)
         scale = round_group_scale(scale.astype(jnp.float32) * ratio, "bf16")
-    return ScaledArray(pack_int4(codes.reshape(x.shape)), scale)
+    return ScaledArray(pack_int4(codes.reshape(x.shape)), scale, "int4")
 
 
 def quantize_probabilities(p: Float[Array, "..."]) -> Float[Array, "..."]:

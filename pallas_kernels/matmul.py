@@ -18,10 +18,10 @@ from pallas_kernels.formats import ScaledArray
 from pallas_kernels.matmul_epilogue import Activation, epilogue, width_out
 from pallas_kernels.operands import check_operands
 from pallas_kernels.quantized_tensor import QuantizedTensor
-from pallas_kernels.sm90 import split_sum
+from pallas_kernels.sm90.common import split_k
 from pallas_kernels.sm90.matmul import launch
 from pallas_kernels.sm90.matmul.config import choose
-from pallas_kernels.split_sum import SplitSum, finished
+from pallas_kernels.split_k import SplitKPartials, reduced
 
 
 def matmul(
@@ -55,7 +55,7 @@ def matmul(
         ValueError: if shapes or dtypes do not fit together.
         NotImplementedError: if ``implementation`` names a kernel that cannot run this.
     """
-    y = deferred_matmul(
+    y = unreduced_matmul(
         x,
         weight,
         bias=bias,
@@ -64,10 +64,10 @@ def matmul(
         out_dtype=out_dtype,
         implementation=implementation,
     )
-    return finished(y)
+    return reduced(y)
 
 
-def deferred_matmul(
+def unreduced_matmul(
     x: ScaledArray | Float[Array, "*rows K"],
     weight: QuantizedTensor,
     *,
@@ -76,13 +76,16 @@ def deferred_matmul(
     residual: Float[Array, "*rows N_out"] | None = None,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
     implementation: dispatch.Implementation = "auto",
-) -> Float[Array, "*rows N_out"] | SplitSum:
-    """``matmul``, or where its kernel cuts K the parts of the result, if kernels that read it can add them up."""
+) -> Float[Array, "*rows N_out"] | SplitKPartials:
+    """``matmul``, or where its kernel splits K the partials, if the kernels that read them can reduce them.
+
+    Arguments and errors are those of ``matmul``.
+    """
     _validate(x, weight, bias, activation, residual)
     unsupported = _unsupported(x, weight, bias, activation, residual, out_dtype)
     if dispatch.resolve("matmul", implementation, unsupported) == "mosaic_gpu":
         y = _matmul_sm90(x, weight, bias, activation, residual)
-        return finished(y) if isinstance(y, SplitSum) and split_sum.unsupported(y) else y
+        return reduced(y) if isinstance(y, SplitKPartials) and split_k.unsupported(y) else y
     return matmul_reference(x, weight, bias=bias, activation=activation, residual=residual, out_dtype=out_dtype)
 
 
@@ -124,7 +127,7 @@ def _matmul_sm90(
     bias: Array | None,
     activation: Activation,
     residual: Array | None,
-) -> Array | SplitSum:
+) -> Array | SplitKPartials:
     values, x_scale = x if isinstance(x, ScaledArray) else (x, None)
     assert weight.group_scale is not None
     assert weight.format != "fp8"
@@ -141,7 +144,7 @@ def _matmul_sm90(
         "e4m3" if values.dtype == formats.E4M3 else "bf16",
         weight.group_scale.dtype == formats.E4M3,
         layouts.TILE_K // weight.group_size,
-        may_split=split_sum.adds_up(x_scale, activation),
+        may_split=split_k.can_reduce(x_scale, activation),
     )
     y = launch.matmul(
         flat,
@@ -156,7 +159,7 @@ def _matmul_sm90(
         activation=activation,
         codebook=weight.format,
     )
-    return dataclasses.replace(y, rows=rows) if isinstance(y, SplitSum) else y.reshape(*rows, y.shape[-1])
+    return dataclasses.replace(y, rows=rows) if isinstance(y, SplitKPartials) else y.reshape(*rows, y.shape[-1])
 
 
 def matmul_reference(

@@ -7,6 +7,9 @@ as the tensor cores take them; scores, softmax statistics and sums are float32.
 FireQ (arXiv 2505.20839), attention section; FlashAttention-3 (arXiv 2407.08608).
 """
 
+import math
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -15,7 +18,8 @@ from pallas_kernels import dispatch, formats
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.operands import check_operands
 from pallas_kernels.row_quantize import quantize_rows
-from pallas_kernels.sm90.attention import prefill as sm90
+from pallas_kernels.sm90.prefill_attention import config as sm90_config
+from pallas_kernels.sm90.prefill_attention import launch as sm90
 
 # Queries of a sequence that the reference scores at a time.
 QUERIES_AT_ONCE = 1024
@@ -66,24 +70,37 @@ def prefill_attention(
     check_operands(Array, kv_lengths=kv_lengths)
     starts_at_zero = query_start is None
     query_start = jnp.zeros_like(kv_lengths) if query_start is None else query_start
-    validate(query, key, value, query_start, kv_lengths, window)
-    validate_softmax(query, softcap, sinks)
-    floats = float_dtype(out_dtype)
-    capacity, length = key.values.shape[2], query.values.shape[1]
-    slots = min(capacity, length) if starts_at_zero and causal else capacity
-    options = {"kv_lengths": kv_lengths, "scale": scale}
-    plain = causal and window is None and softcap is None and sinks is None
-    if implementation == "auto" and starts_at_zero and plain and _cudnn_runs(query, key, value):
-        out = _attention_cudnn(query, _first(key, slots), _first(value, slots), **options).astype(floats)
-        return as_output(out, out_dtype, implementation)
-    options |= {"query_start": query_start, "causal": causal, "window": window, "out_dtype": floats}
-    options |= {"softcap": softcap, "sinks": sinks}
-    unsupported = sm90.unsupported(query, key, value, scale, floats)
-    if dispatch.resolve("prefill_attention", implementation, unsupported) == "mosaic_gpu":
-        out = sm90.prefill_attention(query, key, value, slots=slots, **options)
-    else:
-        out = attention_reference(query, _first(key, slots), _first(value, slots), **options)
+    validate(query, key, value, query_start, kv_lengths, window, softcap, sinks)
+    options = {
+        "query_start": query_start, "kv_lengths": kv_lengths, "scale": scale, "causal": causal, "window": window,
+        "softcap": softcap, "sinks": sinks, "out_dtype": float_dtype(out_dtype),
+    }  # fmt: skip
+    out = _attend(query, key, value, options, implementation, starts_at_zero=starts_at_zero)
     return as_output(out, out_dtype, implementation)
+
+
+def _attend(
+    query: ScaledArray,
+    key: ScaledArray,
+    value: ScaledArray,
+    options: dict[str, Any],
+    implementation: dispatch.Implementation,
+    *,
+    starts_at_zero: bool,
+) -> Float[Array, "B T heads H"]:
+    """The op in floats, by cuDNN, the kernel or XLA; ``options`` are the reference's."""
+    slots = key.values.shape[2]
+    if starts_at_zero and options["causal"]:
+        slots = min(slots, query.values.shape[1])
+    plain = starts_at_zero and options["causal"] and all(options[x] is None for x in ("window", "softcap", "sinks"))
+    if implementation == "auto" and plain and _cudnn_runs(query, key, value):
+        kv_lengths, scale = options["kv_lengths"], options["scale"]
+        out = _attention_cudnn(query, _first(key, slots), _first(value, slots), kv_lengths=kv_lengths, scale=scale)
+        return out.astype(options["out_dtype"])
+    unsupported = sm90_config.unsupported(query, key, value, options["scale"], options["out_dtype"])
+    if dispatch.resolve("prefill_attention", implementation, unsupported) == "mosaic_gpu":
+        return sm90.prefill_attention(query, key, value, slots=slots, **options)
+    return attention_reference(query, _first(key, slots), _first(value, slots), **options)
 
 
 def _first(rows: ScaledArray, slots: int) -> ScaledArray:
@@ -124,7 +141,7 @@ def attention_reference(
     At most ``QUERIES_AT_ONCE`` queries of a sequence are in flight, so that the scores of a long
     prompt need not fit in memory.
     """
-    if query.scale is None and key.scale is None:
+    if query.format == key.format == "none":
         q, k, v = query.values, key.values, value.values
     else:
         q, k, v = (formats.dequantize(rows) for rows in (query, key, value))
@@ -139,32 +156,42 @@ def attention_reference(
         scores = _multiply("btkgh,bksh->bkgts", grouped, k) * scale
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
-        scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
-        peak = jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf)
-        peak = jnp.where(jnp.isneginf(peak), 0.0, peak)
-        weights = jnp.exp(scores - peak)
-        total = jnp.sum(weights, axis=-1)
-        if sinks is not None:
-            # Where this overflows the sink has all the weight, and 0 is left.
-            own = sinks.astype(jnp.float32).reshape(1, kv_heads, -1, 1)
-            total += jnp.exp(own - peak[..., 0])
-        total = jnp.moveaxis(total, -1, 1)[..., None]
-        if query.scale is not None:
+        weights, row_sum = _softmax(scores, visible[:, None, None], sinks)
+        row_sum = jnp.moveaxis(row_sum, -1, 1)[..., None]
+        if query.format == "fp8":
             weights = formats.quantize_probabilities(weights)
         out = _multiply("bkgts,bksh->btkgh", weights.astype(v.dtype), v)
-        # A query without a visible slot has a total of 0; a NaN stays one.
-        out = jnp.where(total == 0, 0.0, out / jnp.where(total == 0, 1.0, total))
+        # A query without a visible slot has a sum of 0; a NaN stays one.
+        out = jnp.where(row_sum == 0, 0.0, out / jnp.where(row_sum == 0, 1.0, row_sum))
         return out.reshape(q.shape).astype(out_dtype)
 
     batch, length, heads, head_dim = q.shape
     if length <= QUERIES_AT_ONCE:
         return attend(q, query_start)
-    chunks = -(-length // QUERIES_AT_ONCE)
+    chunks = math.ceil(length / QUERIES_AT_ONCE)
     padded = jnp.pad(q, ((0, 0), (0, chunks * QUERIES_AT_ONCE - length), (0, 0), (0, 0)))
     split = jnp.moveaxis(padded.reshape(batch, chunks, QUERIES_AT_ONCE, heads, head_dim), 1, 0)
     starts = query_start[None] + QUERIES_AT_ONCE * jnp.arange(chunks)[:, None]
     out = jax.lax.map(lambda chunk: attend(*chunk), (split, starts))
     return jnp.moveaxis(out, 0, 1).reshape(padded.shape)[:, :length]
+
+
+def _softmax(
+    scores: Float[Array, "B kv_heads group t S"],
+    visible: Bool[Array, "B 1 1 t S"],
+    sinks: Float[Array, " heads"] | None,
+) -> tuple[Float[Array, "B kv_heads group t S"], Float[Array, "B kv_heads group t"]]:
+    """exp(score - row_max) of visible slots, and its sum over them and the sink; a query that sees neither has 0."""
+    scores = jnp.where(visible, scores, -jnp.inf)
+    row_max = jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf)
+    row_max = jnp.where(jnp.isneginf(row_max), 0.0, row_max)
+    weights = jnp.exp(scores - row_max)
+    row_sum = jnp.sum(weights, axis=-1)
+    if sinks is not None:
+        # Where this overflows the sink has all the weight, and 0 is left.
+        own = sinks.astype(jnp.float32).reshape(1, scores.shape[1], -1, 1)
+        row_sum += jnp.exp(own - row_max[..., 0])
+    return weights, row_sum
 
 
 def _multiply(equation: str, a: Array, b: Array) -> Float[Array, "..."]:
@@ -186,7 +213,9 @@ def _multiply(equation: str, a: Array, b: Array) -> Float[Array, "..."]:
 def _cudnn_runs(query: ScaledArray, key: ScaledArray, value: ScaledArray) -> bool:
     """Whether the operands are plain halves on a GPU (Ampere or later), for which cuDNN has a flash attention."""
     head_dim = query.values.shape[-1]
-    plain = all(rows.scale is None and rows.values.dtype in (jnp.bfloat16, jnp.float16) for rows in (query, key, value))
+    plain = all(
+        rows.format == "none" and rows.values.dtype in (jnp.bfloat16, jnp.float16) for rows in (query, key, value)
+    )
     return plain and head_dim % 8 == 0 and head_dim <= 128 and dispatch.compute_capability() >= (8, 0)
 
 
@@ -227,6 +256,8 @@ def validate(
     query_start: Int[Array, " B"],
     kv_lengths: Int[Array, " B"],
     window: int | None,
+    softcap: float | None,
+    sinks: Float[Array, " heads"] | None,
 ) -> None:
     """Raise ValueError unless the operands of an attention op fit together."""
     check_operands(ScaledArray, query=query, key=key, value=value)
@@ -234,7 +265,7 @@ def validate(
     if query.values.ndim != 4:
         raise ValueError(f"query has shape {query.values.shape}; expected [B, T, heads, H]")
     batch, _, heads, head_dim = query.values.shape
-    stored = head_dim // 2 if key.values.dtype == jnp.uint8 else head_dim
+    stored = formats.stored_width(key.format, head_dim)
     if key.values.ndim != 4 or key.values.shape[0] != batch or key.values.shape[3] != stored:
         raise ValueError(
             f"key has shape {key.values.shape} ({key.values.dtype}); expected [{batch}, kv_heads, S, {stored}] "
@@ -245,9 +276,7 @@ def validate(
         if scale is not None and (scale.shape[:-1] != rows.values.shape[:-1] or head_dim % scale.shape[-1]):
             expected = (*rows.values.shape[:-1], "groups")
             raise ValueError(f"{name} scale has shape {scale.shape}; expected {expected}, groups dividing {head_dim}")
-        if scale is None and not jnp.issubdtype(rows.values.dtype, jnp.floating):
-            raise ValueError(f"{name} has dtype {rows.values.dtype} and no scale")
-    if (key.values.shape, key.values.dtype) != (value.values.shape, value.values.dtype):
+    if (key.format, key.values.shape, key.values.dtype) != (value.format, value.values.shape, value.values.dtype):
         raise ValueError(
             f"key has shape {key.values.shape} ({key.values.dtype}) and value {value.values.shape} "
             f"({value.values.dtype}); expected the same"
@@ -259,12 +288,7 @@ def validate(
             raise ValueError(f"{name} has shape {lengths.shape}; expected {(batch,)}")
     if window is not None and window < 1:
         raise ValueError(f"window is {window}; expected a positive number of tokens or None")
-
-
-def validate_softmax(query: ScaledArray, softcap: float | None, sinks: Float[Array, " heads"] | None) -> None:
-    """Raise ValueError unless the softmax's options are what they should be."""
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap is {softcap}; expected a positive number or None")
-    heads = query.values.shape[2]
     if sinks is not None and sinks.shape != (heads,):
         raise ValueError(f"sinks has shape {sinks.shape}; expected {(heads,)}")

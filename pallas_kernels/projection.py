@@ -9,11 +9,11 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.formats import ScaledArray
-from pallas_kernels.matmul import deferred_matmul
+from pallas_kernels.matmul import unreduced_matmul
 from pallas_kernels.matmul_epilogue import Activation, epilogue
 from pallas_kernels.quantized_tensor import QuantizedTensor
 from pallas_kernels.row_quantize import quantize_rows
-from pallas_kernels.split_sum import SplitSum
+from pallas_kernels.split_k import SplitKPartials
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("weight", "bias"), meta_fields=("fp8_rows",))
@@ -45,8 +45,8 @@ def project(
     residual: Float[Array, "*rows N_out"] | None = None,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
     implementation: Implementation = "auto",
-) -> Float[Array, "*rows N_out"] | SplitSum:
-    """activation(x W^T + bias) + residual, maybe with the last sum left to the kernel that reads it.
+) -> Float[Array, "*rows N_out"] | SplitKPartials:
+    """activation(x W^T + bias) + residual, perhaps left as split-K partials to the kernel that reads it.
 
     Args:
         x: float rows, or FP8 rows where the projection ``takes_fp8``.
@@ -62,7 +62,7 @@ def project(
     if isinstance(weight, QuantizedTensor):
         if projection.fp8_rows and not isinstance(x, ScaledArray):
             x = quantize_rows(x, implementation=implementation)
-        return deferred_matmul(
+        return unreduced_matmul(
             x,
             weight,
             bias=projection.bias,

@@ -4,6 +4,9 @@ Everything between the packed input and the stored codes is float32; nothing is 
 FireQ (arXiv 2505.20839), RoPE-aware quantization; RoPE: arXiv 2104.09864.
 """
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -12,12 +15,13 @@ from pallas_kernels import dispatch, formats
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.head_norm import HeadNorm
 from pallas_kernels.operands import check_operands
+from pallas_kernels.sm90.rope_quantize import config as sm90_config
 from pallas_kernels.sm90.rope_quantize import launch as sm90
-from pallas_kernels.split_sum import SplitSum, finished
+from pallas_kernels.split_k import SplitKPartials, reduced
 
 
 def rope_quantize(
-    packed: Float[Array, "B T packed"] | SplitSum,
+    packed: Float[Array, "B T packed"] | SplitKPartials,
     cos: Float[Array, "B T half"],
     sin: Float[Array, "B T half"],
     key: ScaledArray,
@@ -64,22 +68,17 @@ def rope_quantize(
         ValueError: if shapes do not fit together or a clip is not positive.
         NotImplementedError: if ``implementation`` names a kernel that cannot run this.
     """
-    _validate(
-        packed, cos, sin, key, value, start, lengths, norm, post_rope_scale, key_offset, query_factor,
-        (key_clip, value_clip),
-    )  # fmt: skip
-    unsupported = sm90.unsupported(packed, cos, sin, key, value, quantize_query, norm)
+    operands: dict[str, Any] = {
+        "start": start, "lengths": lengths, "norm": norm, "post_rope_scale": post_rope_scale, "key_offset": key_offset,
+        "query_factor": query_factor,
+    }  # fmt: skip
+    clips = {"key_clip": key_clip, "value_clip": value_clip}
+    _validate(packed, cos, sin, key, value, **operands, clips=clips)
+    unsupported = sm90_config.unsupported(packed, cos, sin, key, value, quantize_query, norm)
+    options = {**operands, **clips, "unbiased_keys": unbiased_keys}
     if dispatch.resolve("rope_quantize", implementation, unsupported) == "mosaic_gpu":
-        return sm90.rope_quantize(
-            packed, cos, sin, key, value, start=start, lengths=lengths, norm=norm, post_rope_scale=post_rope_scale,
-            key_offset=key_offset, query_factor=query_factor, key_clip=key_clip, value_clip=value_clip,
-            unbiased_keys=unbiased_keys,
-        )  # fmt: skip
-    return rope_quantize_reference(
-        finished(packed), cos, sin, key, value, start=start, lengths=lengths, norm=norm,
-        post_rope_scale=post_rope_scale, key_offset=key_offset, query_factor=query_factor, key_clip=key_clip,
-        value_clip=value_clip, unbiased_keys=unbiased_keys, quantize_query=quantize_query,
-    )  # fmt: skip
+        return sm90.rope_quantize(packed, cos, sin, key, value, **options)
+    return rope_quantize_reference(reduced(packed), cos, sin, key, value, **options, quantize_query=quantize_query)
 
 
 def rope_quantize_reference(
@@ -153,7 +152,7 @@ def _query(
     """The query in ``dtype``, or E4M3 for None; the factor is in its scale there."""
     factors = None if factor is None else factor.astype(jnp.float32)[..., None, None]
     if dtype is not None:
-        return ScaledArray((queries if factors is None else queries * factors).astype(dtype), None)
+        return ScaledArray((queries if factors is None else queries * factors).astype(dtype), None, "none")
     values, scale = formats.quantize_fp8(queries)
     assert scale is not None
     return ScaledArray(values, scale if factors is None else scale * factors)
@@ -164,9 +163,8 @@ def _quantize_as(
 ) -> ScaledArray:
     """``rows`` in the format of a cache entry."""
     if entry.scale is None:
-        return ScaledArray(rows.astype(entry.values.dtype), None)
-    kv_format: formats.KVFormat = "int4" if entry.values.dtype == jnp.uint8 else "fp8"
-    return formats.quantize_kv(rows, kv_format, rows.shape[-1] // entry.scale.shape[-1], clip, unbiased=unbiased)
+        return dataclasses.replace(entry, values=rows.astype(entry.values.dtype))
+    return formats.quantize_kv(rows, entry.format, rows.shape[-1] // entry.scale.shape[-1], clip, unbiased=unbiased)
 
 
 def _append(entry: ScaledArray, rows: ScaledArray, start: Int[Array, " B"], lengths: Int[Array, " B"]) -> ScaledArray:
@@ -182,32 +180,33 @@ def _append(entry: ScaledArray, rows: ScaledArray, start: Int[Array, " B"], leng
 
 
 def _validate(
-    packed: Array | SplitSum,
+    packed: Array | SplitKPartials,
     cos: Array,
     sin: Array,
     key: ScaledArray,
     value: ScaledArray,
+    *,
     start: Array,
     lengths: Array,
     norm: HeadNorm | None,
     post_rope_scale: Array | None,
     key_offset: Array | None,
     query_factor: Array | None,
-    clips: tuple[float, float],
+    clips: dict[str, float],
 ) -> None:
     """Raise ValueError unless the operands fit together."""
-    check_operands(Array | SplitSum, packed=packed)
+    check_operands(Array | SplitKPartials, packed=packed)
     check_operands(ScaledArray, key=key, value=value)
     check_operands(Array, cos=cos, sin=sin, start=start, lengths=lengths)
     check_operands(Array | None, post_rope_scale=post_rope_scale, key_offset=key_offset)
-    shape = (*packed.rows, packed.n) if isinstance(packed, SplitSum) else packed.shape
+    shape = (*packed.rows, packed.n) if isinstance(packed, SplitKPartials) else packed.shape
     if len(shape) != 3:
         raise ValueError(f"packed has shape {shape}; expected [B, T, (heads + 2 kv_heads) * H]")
     batch, length, columns = shape
     if cos.shape != sin.shape or cos.shape[:2] != (batch, length) or cos.ndim != 3:
         raise ValueError(f"cos has shape {cos.shape} and sin {sin.shape}; expected ({batch}, {length}, H / 2)")
     head_dim = 2 * cos.shape[-1]
-    stored = head_dim // 2 if key.values.dtype == jnp.uint8 else head_dim
+    stored = formats.stored_width(key.format, head_dim)
     if key.values.ndim != 4 or key.values.shape[0] != batch or key.values.shape[3] != stored:
         raise ValueError(
             f"key has shape {key.values.shape} ({key.values.dtype}); expected [{batch}, kv_heads, S, {stored}]"
@@ -234,6 +233,6 @@ def _validate(
     ):
         if array is not None and array.shape != expected:
             raise ValueError(f"{name} has shape {array.shape}; expected {expected}")
-    for name, clip in zip(("key_clip", "value_clip"), clips, strict=True):
+    for name, clip in clips.items():
         if clip <= 0:
             raise ValueError(f"{name} is {clip}; expected a positive number")

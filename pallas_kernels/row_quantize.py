@@ -2,7 +2,7 @@
 
     quantize_rows:      scale = absmax(x) / 448,                values = fp8(x / scale)
     rms_norm_quantize:  scale = absmax(x w) / 448 / rms(x),     values = fp8(x w / absmax(x w) * 448)
-    sum_norm_quantize:  the same of x that a matmul left in parts, and x
+    sum_norm_quantize:  the same of x that a matmul left as split-K partials, and x
     post_norm_quantize: x = residual + norm(branch), and either of the first two of that x
 
 RMSNorm divides a row by one number, its rms, and so does quantization: the rms is left to the
@@ -20,8 +20,9 @@ from pallas_kernels import dispatch, formats
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.matmul_epilogue import width_out
 from pallas_kernels.operands import check_operands
-from pallas_kernels.sm90 import row_quantize as sm90
-from pallas_kernels.split_sum import SplitSum, finished
+from pallas_kernels.sm90.row_quantize import launch
+from pallas_kernels.sm90.row_quantize.config import unsupported, unsupported_branch
+from pallas_kernels.split_k import SplitKPartials, reduced
 
 
 def quantize_rows(x: Float[Array, "*rows D"], *, implementation: dispatch.Implementation = "auto") -> ScaledArray:
@@ -40,8 +41,8 @@ def quantize_rows(x: Float[Array, "*rows D"], *, implementation: dispatch.Implem
         NotImplementedError: if ``implementation`` names a kernel that cannot run this.
     """
     _validate_rows(x)
-    if dispatch.resolve("quantize_rows", implementation, sm90.unsupported(x)) == "mosaic_gpu":
-        return sm90.quantize_rows(x)
+    if dispatch.resolve("quantize_rows", implementation, unsupported(x)) == "mosaic_gpu":
+        return launch.quantize_rows(x)
     return formats.quantize_fp8(x)
 
 
@@ -70,22 +71,22 @@ def rms_norm_quantize(
     """
     _validate_rows(x)
     _validate_norm(x.shape, weight, eps)
-    if dispatch.resolve("rms_norm_quantize", implementation, sm90.unsupported(x)) == "mosaic_gpu":
-        return sm90.rms_norm_quantize(x, weight, eps=eps)
+    if dispatch.resolve("rms_norm_quantize", implementation, unsupported(x)) == "mosaic_gpu":
+        return launch.rms_norm_quantize(x, weight, eps=eps)
     return rms_norm_quantize_reference(x, weight, eps)
 
 
 def sum_norm_quantize(
-    total: SplitSum,
+    partials: SplitKPartials,
     weight: Float[Array, " D"],
     eps: float,
     *,
     implementation: dispatch.Implementation = "auto",
 ) -> tuple[ScaledArray, Float[Array, "*rows D"]]:
-    """``rms_norm_quantize`` of ``total.finish()``, and that.
+    """``rms_norm_quantize`` of ``partials.reduce()``, and that.
 
     Args:
-        total: D sums a row.
+        partials: of x [*rows, D], without an activation.
         weight: float32 [D].
         eps: added to the mean square, positive.
         implementation: see ``dispatch``.
@@ -97,18 +98,18 @@ def sum_norm_quantize(
         ValueError: if shapes or dtypes do not fit together or ``eps`` is not positive.
         NotImplementedError: if ``implementation`` names a kernel that cannot run this.
     """
-    check_operands(SplitSum, total=total)
-    if total.activation != "none":
-        raise ValueError(f"the sum's activation is {total.activation!r}; expected 'none'")
-    _validate_norm((*total.rows, total.n), weight, eps)
-    if dispatch.resolve("sum_norm_quantize", implementation, sm90.unsupported(total)) == "mosaic_gpu":
-        return sm90.sum_norm_quantize(total, weight, eps=eps)
-    x = total.finish()
+    check_operands(SplitKPartials, partials=partials)
+    if partials.activation != "none":
+        raise ValueError(f"the partials' activation is {partials.activation!r}; expected 'none'")
+    _validate_norm((*partials.rows, partials.n), weight, eps)
+    if dispatch.resolve("sum_norm_quantize", implementation, unsupported(partials)) == "mosaic_gpu":
+        return launch.sum_norm_quantize(partials, weight, eps=eps)
+    x = partials.reduce()
     return rms_norm_quantize(x, weight, eps, implementation=implementation), x
 
 
 def post_norm_quantize(
-    branch: Float[Array, "*rows D"] | SplitSum,
+    branch: Float[Array, "*rows D"] | SplitKPartials,
     post_weight: Float[Array, " D"],
     residual: Float[Array, "*rows D"],
     weight: Float[Array, " D"] | None,
@@ -119,7 +120,7 @@ def post_norm_quantize(
     """The end of a branch whose norm comes after it, and the start of the next: ``add_post_norm``, then FP8 rows.
 
     Args:
-        branch: what attention or the MLP adds, bfloat16, float16 or float32, or D sums a row in parts (without
+        branch: what attention or the MLP adds, bfloat16, float16 or float32, or split-K partials (without
             a residual of their own).
         post_weight: of the branch's norm, float32 [D].
         residual: what it is added to, bfloat16, float16 or float32.
@@ -139,9 +140,9 @@ def post_norm_quantize(
     _validate_branch(branch, post_weight, residual, eps)
     if weight is not None:
         _validate_norm(residual.shape, weight, eps)
-    reason = sm90.unsupported_branch(branch, residual)
+    reason = unsupported_branch(branch, residual)
     if dispatch.resolve("post_norm_quantize", implementation, reason) == "mosaic_gpu":
-        return sm90.post_norm_quantize(branch, post_weight, residual, weight, eps=eps)
+        return launch.post_norm_quantize(branch, post_weight, residual, weight, eps=eps)
     x = add_post_norm(branch, post_weight, residual, eps)
     if weight is None:
         return quantize_rows(x, implementation=implementation), x
@@ -149,7 +150,7 @@ def post_norm_quantize(
 
 
 def add_post_norm(
-    branch: Float[Array, "*rows D"] | SplitSum,
+    branch: Float[Array, "*rows D"] | SplitKPartials,
     post_weight: Float[Array, " D"],
     residual: Float[Array, "*rows D"],
     eps: float,
@@ -160,7 +161,7 @@ def add_post_norm(
     ``post_norm_quantize``.
     """
     _validate_branch(branch, post_weight, residual, eps)
-    wide = finished(branch).astype(jnp.float32)
+    wide = reduced(branch).astype(jnp.float32)
     normalized = wide * jnp.broadcast_to(post_weight, wide.shape) * _inverse_rms(wide, eps)
     return (normalized + residual.astype(jnp.float32)).astype(residual.dtype)
 
@@ -186,12 +187,12 @@ def _validate_rows(x: Array) -> None:
         raise ValueError(f"x has shape {x.shape} and dtype {x.dtype}; expected [*rows, D] bfloat16, float16 or float32")
 
 
-def _validate_branch(branch: Array | SplitSum, post_weight: Array, residual: Array, eps: float) -> None:
+def _validate_branch(branch: Array | SplitKPartials, post_weight: Array, residual: Array, eps: float) -> None:
     _validate_rows(residual)
-    if isinstance(branch, SplitSum):
+    if isinstance(branch, SplitKPartials):
         shape = *branch.rows, width_out(branch.n, branch.activation)
         if branch.residual is not None:
-            raise ValueError("the branch in parts has a residual of its own; expected none, for its norm comes first")
+            raise ValueError("the branch has a residual of its own; expected none, for its norm comes first")
     else:
         _validate_rows(branch)
         shape = branch.shape

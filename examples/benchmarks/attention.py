@@ -22,7 +22,12 @@ from timing import alone, compile_all, median_seconds, require_hopper
 from pallas_kernels import formats
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.prefill_attention import attention_reference
-from pallas_kernels.sm90.attention import decode, prefill
+from pallas_kernels.sm90.decode_attention import launch as decode
+from pallas_kernels.sm90.decode_attention.config import Config as DecodeConfig
+from pallas_kernels.sm90.prefill_attention import launch as prefill
+from pallas_kernels.sm90.prefill_attention.config import Config as PrefillConfig
+from pallas_kernels.sm90.prefill_attention.config import default_config
+from pallas_kernels.sm90.prefill_attention.prepare import prepare
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 SCALE = HEAD_DIM**-0.5
@@ -30,9 +35,9 @@ L2_BYTES = 60 << 20
 
 DECODE_CONFIGS = (
     None,  # decode.default_config's
-    decode.Config(),
-    decode.Config(block_kv=128, warpgroups=2, residents=2),
-    decode.Config(block_kv=128, warpgroups=1, residents=4),
+    DecodeConfig(),
+    DecodeConfig(block_kv=128, warpgroups=2, residents=2),
+    DecodeConfig(block_kv=128, warpgroups=1, residents=4),
 )
 PAGE = 256
 
@@ -90,7 +95,9 @@ def check(slots: int, length: int, outliers: bool) -> str:
     run = decode.decode_attention if length == 1 else prefill.prefill_attention
     out = run(q, k, v, **options)
     with jax.default_matmul_precision("highest"):
-        exact = attention_reference(ScaledArray(formats.dequantize(q), None), k, v, out_dtype=jnp.float32, **options)
+        exact = attention_reference(
+            ScaledArray(formats.dequantize(q), None, "none"), k, v, out_dtype=jnp.float32, **options
+        )
         reference = attention_reference(q, k, v, **options)
     error, own = (
         float(jnp.linalg.norm(x.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)) for x in (out, reference)
@@ -131,7 +138,8 @@ def random_cache(seed: int, batch: int, slots: int, head_dim: int = HEAD_DIM) ->
     def make(key):
         codes, scales = jax.random.split(key)
         scale = jnp.exp(0.2 * jax.random.normal(scales, (*shape, 1))) / formats.INT4_MAX
-        return ScaledArray(jax.random.bits(codes, (*shape, head_dim // 2), jnp.uint8), scale.astype(jnp.bfloat16))
+        values = jax.random.bits(codes, (*shape, head_dim // 2), jnp.uint8)
+        return ScaledArray(values, scale.astype(jnp.bfloat16), "int4")
 
     keys = jax.random.split(jax.random.key(seed))
     return make(keys[0]), make(keys[1])
@@ -218,8 +226,8 @@ def in_pages(x: jax.Array) -> jax.Array:
 
 
 def time_prefill(head_dim: int) -> None:
-    default = prefill.default_config(head_dim)
-    configs = (default,) if default.pipeline == 1 else (default, prefill.Config(pipeline=1))
+    default = default_config(head_dim)
+    configs = (default,) if default.pipeline == 1 else (default, PrefillConfig(pipeline=1))
     print(
         f"prefill, causal, head_dim {head_dim}: ms and TFLOP/s of {configs}, of the first without preparation, of cuDNN"
     )
@@ -237,7 +245,7 @@ def time_prefill(head_dim: int) -> None:
         def prepared(inputs: Callable = inputs, start: jax.Array = start, lengths: jax.Array = lengths) -> list[tuple]:
             [(q, key, value)] = inputs()
             assert q.scale is not None
-            return [(q.values, q.scale[..., 0], *jax.jit(prefill.prepare)(key, value, lengths), start, lengths)]
+            return [(q.values, q.scale[..., 0], *jax.jit(prepare)(key, value, lengths), start, lengths)]
 
         launch = functools.partial(
             prefill.launch, scale=scale, causal=True, window=None, out_dtype=jnp.bfloat16, config=default

@@ -23,7 +23,7 @@ from pallas_kernels.projection import Projection, project
 from pallas_kernels.quantized_tensor import QuantizedTensor
 from pallas_kernels.residual_stream import ResidualStream
 from pallas_kernels.row_quantize import quantize_rows, sum_norm_quantize
-from pallas_kernels.split_sum import SplitSum, finished
+from pallas_kernels.split_k import SplitKPartials, reduced
 
 ROTATED_BYTES = 500_000_000
 
@@ -48,16 +48,16 @@ def in_chains(attention: Any, x: ResidualStream, layer: LayerWeights) -> Any:
 def one_by_one(attention: Any, residual: jax.Array, layer: LayerWeights) -> Any:
     """The same by a kernel for each step; what is left in parts stays so, as in the model."""
 
-    def normalized(x: jax.Array | SplitSum, norm: Norm | None) -> Any:
+    def normalized(x: jax.Array | SplitKPartials, norm: Norm | None) -> Any:
         assert norm is not None
-        if isinstance(x, SplitSum):
+        if isinstance(x, SplitKPartials):
             return sum_norm_quantize(x, norm.weight, norm.eps)
         return norm.quantized(x), x
 
     assert layer.gate_up is not None
     assert layer.down is not None
     rows, x = normalized(project(attention, layer.o_proj, residual=residual), layer.mlp_norm)
-    hidden = finished(project(rows, layer.gate_up, activation=layer.activation))
+    hidden = reduced(project(rows, layer.gate_up, activation=layer.activation))
     rows, x = normalized(project(hidden, layer.down, residual=x), layer.input_norm)
     return project(rows, layer.qkv), x
 

@@ -51,7 +51,7 @@ def run_child(args: argparse.Namespace) -> None:
 
     from fireq_jax import LlamaForCausalLM
     from fireq_jax.checkpoints.folder import StoredModel
-    from fireq_jax.generation import compile_ahead, stream
+    from fireq_jax.generation import stream, warmup
 
     mark()
     jax.devices()
@@ -68,7 +68,7 @@ def run_child(args: argparse.Namespace) -> None:
 
     with ThreadPoolExecutor() as pool:
         reading = pool.submit(read)
-        compile_ahead(abstract, prompt, **options, only_prefill=True)
+        warmup(abstract, prompt, **options, only_prefill=True)
         ready = {"compiled after": time.time() - marks[-1]}
         model, ready["read after"] = reading.result()
     mark()

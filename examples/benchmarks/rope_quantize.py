@@ -19,6 +19,7 @@ from timing import device_time, kernel_times, require_hopper
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.rope_quantize import rope_quantize_reference
 from pallas_kernels.sm90.rope_quantize import launch as sm90
+from pallas_kernels.sm90.rope_quantize.config import Config
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 COPY_BYTES_PER_US = 4.28e6
@@ -29,7 +30,8 @@ SHAPES = ((1, 1, 8192), (16, 1, 8192), (64, 1, 8192), (256, 1, 8192), (1, 1024, 
 def random_cache(key: jax.Array, batch: int, slots: int) -> ScaledArray:
     """A cache entry of random codes."""
     shape = (batch, KV_HEADS, slots)
-    return ScaledArray(jax.random.bits(key, (*shape, HEAD_DIM // 2), jnp.uint8), jnp.ones((*shape, 1), jnp.bfloat16))
+    values = jax.random.bits(key, (*shape, HEAD_DIM // 2), jnp.uint8)
+    return ScaledArray(values, jnp.ones((*shape, 1), jnp.bfloat16), "int4")
 
 
 def donating(step: Callable[..., Any], cache: tuple[ScaledArray, ScaledArray]) -> Callable[..., Any]:
@@ -65,7 +67,7 @@ def measure(batch: int, length: int, slots: int, groups: Sequence[int]) -> str:
     plain = device_time(reference, arguments)
     line += f" | {plain:8.2f} ({kernels} kernels) | {plain / us:5.2f}"
     for count in groups:
-        step = functools.partial(sm90.rope_quantize, config=sm90.Config(count))
+        step = functools.partial(sm90.rope_quantize, config=Config(count))
         line += f" | {count}: {device_time(donating(step, cache), arguments):.2f}"
     return line
 

@@ -18,8 +18,8 @@ from timing import compile_all, device_time, kernel_times, require_hopper
 
 from pallas_kernels import formats
 from pallas_kernels.row_quantize import quantize_rows, rms_norm_quantize, sum_norm_quantize
-from pallas_kernels.sm90 import row_quantize as sm90
-from pallas_kernels.split_sum import SplitSum
+from pallas_kernels.sm90.row_quantize import config, launch
+from pallas_kernels.split_k import SplitKPartials
 
 EPS = 1e-5
 SHAPES = ["1x4096", "16x4096", "64x4096", "1x14336", "16x14336", "64x14336", "16384x4096", "16384x14336"]
@@ -55,10 +55,10 @@ def inputs(rows: int, width: int) -> list[tuple[jax.Array]]:
     return [(jax.random.normal(key, (rows, width)).astype(jnp.bfloat16),) for key in keys]
 
 
-def random_sum(rows: int, width: int, parts: int) -> SplitSum:
+def random_partials(rows: int, width: int, parts: int) -> SplitKPartials:
     """What a matmul of FP8 rows leaves to be added up."""
     keys = jax.random.split(jax.random.key(rows + width + parts), 4)
-    return SplitSum(
+    return SplitKPartials(
         parts=jax.random.normal(keys[0], (parts, rows, width)),
         channel_scale=jax.random.uniform(keys[1], (width,)),
         x_scale=jax.random.uniform(keys[2], (rows,)),
@@ -73,20 +73,20 @@ def random_sum(rows: int, width: int, parts: int) -> SplitSum:
 def time_sums(shapes: list[str], parts: list[int]) -> None:
     """Table of a norm that adds up a matmul's sums, against XLA's sum and the norm's kernel after it."""
 
-    def in_a_block(total: SplitSum, weight: jax.Array) -> Any:
-        return sm90.sum_norm_quantize(total, weight, eps=EPS, config=sm90.default_config(total.n, chunks=1))
+    def in_a_block(total: SplitKPartials, weight: jax.Array) -> Any:
+        return launch.sum_norm_quantize(total, weight, eps=EPS, config=config.default_config(total.n, chunks=1))
 
-    def by_default(total: SplitSum, weight: jax.Array) -> Any:
+    def by_default(total: SplitKPartials, weight: jax.Array) -> Any:
         return sum_norm_quantize(total, weight, EPS, implementation="mosaic_gpu")
 
-    def xla(total: SplitSum, weight: jax.Array) -> Any:
-        x = total.finish()
+    def xla(total: SplitKPartials, weight: jax.Array) -> Any:
+        x = total.reduce()
         return rms_norm_quantize(x, weight, EPS, implementation="mosaic_gpu"), x
 
     calls = {}
     for shape, count in itertools.product(shapes, parts):
         rows, width = map(int, shape.split("x"))
-        arguments = random_sum(rows, width, count), jax.random.uniform(jax.random.key(0), (width,)) + 0.5
+        arguments = random_partials(rows, width, count), jax.random.uniform(jax.random.key(0), (width,)) + 0.5
         for function in (in_a_block, by_default, xla):
             calls[shape, count, function.__name__] = jax.jit(function), arguments
     programs = compile_all(calls)

@@ -3,8 +3,8 @@
     PYTHONPATH=. python examples/benchmarks/tune_matmul.py --shapes 28672x4096 4096x14336 --tokens 16 4096
 
 Each bucket of tokens gets the fastest of about ten candidates, whose results must be the
-reference's; up to 512 tokens the norm that follows counts, because it adds up sums over parts of K.
-From 65 to 512 tokens a rule decides, which was fitted to such times: they are printed, not written.
+reference's; up to 512 tokens the norm that follows counts, because it reduces split-K partials.
+From 65 to 512 tokens the heuristic decides, which was fitted to such times: they are printed, not written.
 Existing entries of other shapes and buckets are kept.
 """
 
@@ -17,18 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from timing import compile_all, device_time, require_hopper
 
 from pallas_kernels import formats, layouts
 from pallas_kernels.matmul import matmul_reference
 from pallas_kernels.quantized_tensor import QuantizedTensor
-from pallas_kernels.sm90 import row_quantize
-from pallas_kernels.sm90.hardware import NUM_SMS, SMEM_BYTES
+from pallas_kernels.sm90.common.hardware import NUM_SMS, SMEM_BYTES
 from pallas_kernels.sm90.matmul import launch
 from pallas_kernels.sm90.matmul.config import (
-    MOST_BY_RULE,
-    MOST_DECODED,
+    MAX_DECODE_M,
+    MAX_HEURISTIC_M,
     Config,
     DecodeConfig,
     deepest,
@@ -36,7 +36,8 @@ from pallas_kernels.sm90.matmul.config import (
     smem_bytes,
     to_json,
 )
-from pallas_kernels.split_sum import SplitSum
+from pallas_kernels.sm90.row_quantize import launch as row_quantize
+from pallas_kernels.split_k import SplitKPartials
 
 TUNED = Path(__file__).parents[2] / "pallas_kernels" / "tuned"
 LLAMA = ("6144x4096", "4096x4096", "28672x4096", "4096x14336", "22016x4096", "4096x11008", "57344x8192", "8192x28672")
@@ -59,24 +60,24 @@ def _matmul(
         residual=residual,
     )
     gain = jnp.ones((n,), jnp.float32)
-    if isinstance(y, SplitSum):
+    if isinstance(y, SplitKPartials):
         rows, y = row_quantize.sum_norm_quantize(y, gain, eps=1e-5)
         return y, rows
-    return y, row_quantize.rms_norm_quantize(y, gain, eps=1e-5) if x.values.shape[0] <= MOST_BY_RULE else None
+    return y, row_quantize.rms_norm_quantize(y, gain, eps=1e-5) if x.values.shape[0] <= MAX_HEURISTIC_M else None
 
 
 def candidates(m: int, n: int, k: int) -> Iterator[Config | DecodeConfig]:
     """Configurations worth timing."""
-    if MOST_DECODED < m <= MOST_BY_RULE:
+    if MAX_DECODE_M < m <= MAX_HEURISTIC_M:
         for tile_m in (64, 128, 192, 256):
-            tiles = -(-m // tile_m) * -(-n // (2 * layouts.TILE_N))
+            tiles = pl.cdiv(m, tile_m) * pl.cdiv(n, 2 * layouts.TILE_N)
             most = max(1, min(8, NUM_SMS // tiles))
-            for split_k in sorted({1, most, -(-most // 2)} if tile_m < 2 * m else ()):
+            for split_k in sorted({1, most, pl.cdiv(most, 2)} if tile_m < 2 * m else ()):
                 for multicast in (1, 2) if tile_m <= 128 else (2,):
                     config = Config(tile_m, split_k=split_k, multicast=multicast)
                     yield deepest(config, k, "e4m3")
         return
-    if m > MOST_DECODED:
+    if m > MAX_DECODE_M:
         for band in (8, 16):
             yield Config(256, multicast=2, band=band)
         yield Config(256, stages=5, multicast=2, store_m=32)
@@ -88,7 +89,7 @@ def candidates(m: int, n: int, k: int) -> Iterator[Config | DecodeConfig]:
         yield Config(m, warpgroups=4, k_tiles=k_tiles, stages=stages, store_m=min(m, 16))
     for warpgroups, k_warpgroups in ((2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (6, 6), (8, 8)):
         config = DecodeConfig(m, warpgroups, k_warpgroups)
-        ctas = -(-n // (config.columns * layouts.TILE_N))
+        ctas = pl.cdiv(n, config.columns * layouts.TILE_N)
         ctas_per_sm = 2 if warpgroups == 2 else 1
         splits = {max(1, min(8, ctas_per_sm * NUM_SMS // ctas))} | ({1} if ctas >= NUM_SMS // 2 else set())
         for split_k in splits:
@@ -115,7 +116,7 @@ def tune(m: int, n: int, k: int) -> Config | DecodeConfig:
         if not difference < 5e-3:  # Both are rounded to bf16, and sum in different orders.
             raise RuntimeError(f"{n}x{k}, {m} tokens: {config} differs from the reference by {difference:.1e}")
     # Kernels under some tens of microseconds vary from burst to burst: the better of two counts.
-    rounds, burst_us = (2, 2000) if m <= MOST_BY_RULE else (1, 8000)
+    rounds, burst_us = (2, 2000) if m <= MAX_HEURISTIC_M else (1, 8000)
     times = {
         config: min(device_time(program, arguments, burst_us) for _ in range(rounds))
         for config, program in programs.items()
@@ -140,7 +141,7 @@ def main() -> None:
         entry = table["matmul"].setdefault(shape, {})
         for m in args.tokens:
             best = tune(m, n, k)
-            if not MOST_DECODED < m <= MOST_BY_RULE:
+            if not MAX_DECODE_M < m <= MAX_HEURISTIC_M:
                 entry[str(m)] = to_json(best)
         # The largest bucket serves every larger number of tokens.
         table["matmul"][shape] = dict(sorted(entry.items(), key=lambda item: int(item[0])))

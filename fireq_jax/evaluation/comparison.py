@@ -1,7 +1,8 @@
 """Several models on the same tokens: one perplexity each, and a table of them."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -10,7 +11,7 @@ from jaxtyping import Int32
 
 from fireq_jax.checkpoints.hub import is_hub_id, resolve_model
 from fireq_jax.checkpoints.tokenizer import load_tokenizer
-from fireq_jax.evaluation.perplexity import check_windows, perplexity
+from fireq_jax.evaluation.perplexity import PerplexityResult, check_windows, perplexity
 from fireq_jax.models import CausalLM
 from fireq_jax.text_data import read_documents, tokenize
 from pallas_kernels.dispatch import Implementation
@@ -77,26 +78,23 @@ def evaluate(
     if len(tokens) < 2:
         raise ValueError(f"{text} has {len(tokens)} tokens; expected at least 2: one to start from, one to predict")
 
-    def evaluate_one(model: str, folder: Path) -> Evaluation:
-        loaded = CausalLM.from_pretrained(
-            folder, dtype=dtype, kv_format=kv_format, implementation=implementation, verify=verify
-        )
-        try:
-            result = perplexity(
-                loaded,
-                tokens,
-                window=window,
-                stride=stride,
-                batch_size=batch_size,
-                max_windows=max_windows,
-                progress=progress,
-                description=model,
-            )
-        except ValueError as error:
-            raise ValueError(f"{model}: {error}") from error
-        return Evaluation(model, result.perplexity, result.tokens, loaded.nbytes)
+    load = functools.partial(
+        CausalLM.from_pretrained, dtype=dtype, kv_format=kv_format, implementation=implementation, verify=verify
+    )
+    score = functools.partial(
+        perplexity, window=window, stride=stride, batch_size=batch_size, max_windows=max_windows, progress=progress
+    )
+    return [_evaluate_one(name, load(folder), tokens, score) for name, folder in folders.items()]
 
-    return [evaluate_one(*named) for named in folders.items()]
+
+def _evaluate_one(
+    name: str, model: CausalLM, tokens: Int32[np.ndarray, " tokens"], score: Callable[..., PerplexityResult]
+) -> Evaluation:
+    try:
+        result = score(model, tokens, description=name)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    return Evaluation(name, result.perplexity, result.tokens, model.nbytes)
 
 
 def resolve_models(models: Sequence[str | Path], revision: str | None = None) -> dict[str, Path]:

@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Array, Float32, Int, Int32
 from tqdm import tqdm
 
-from fireq_jax.compilation import lowered_once
+from fireq_jax.compilation import cached_export
 from fireq_jax.device_memory import check_fits
 from fireq_jax.models import CausalLM
 
@@ -94,27 +94,37 @@ def perplexity(
     nll, scored = 0.0, 0
     with tqdm(total=windows, desc=description, unit="window", disable=not progress) as bar:
         for first in range(0, windows, batch_size):
-            count = min(batch_size, windows - first)
-            # All batches have one shape, so that there is one compilation. Padding comes after a
-            # window's tokens, where causal attention lets nothing see it.
-            batch = np.zeros((batch_size, width), np.int32)
-            mask = np.zeros_like(batch) if masked else None
-            for row in range(count):
-                part = tokens[(first + row) * stride :][:window]
-                batch[row, : len(part)] = part
-                if mask is not None:
-                    mask[row, : len(part)] = 1
-            token_nll = jax.device_get(_token_nll(structure, arrays, *jax.device_put((batch, mask)))).astype(np.float64)
-            for row in range(count):
-                begin, end = scored_range(first + row, len(tokens), window, stride)
+            indices = range(first, min(first + batch_size, windows))
+            inputs = jax.device_put(_batch(tokens, indices, (batch_size, width), stride, masked=masked))
+            token_nll = jax.device_get(_token_nll(structure, arrays, *inputs)).astype(np.float64)
+            for row, index in enumerate(indices):
+                begin, end = scored_range(index, len(tokens), window, stride)
                 # Column i of token_nll belongs to the window's token i + 1.
                 nll += float(token_nll[row, begin - 1 : end - 1].sum())
                 scored += end - begin
                 if not nll / scored < _MOST_NLL:
-                    raise ValueError(f"window {first + row}: the negative log-likelihood is {nll}; the model is broken")
-            bar.update(count)
+                    raise ValueError(f"window {index}: the negative log-likelihood is {nll}; the model is broken")
+            bar.update(len(indices))
             bar.set_postfix_str(f"{math.exp(nll / scored):.4f}", refresh=False)
     return PerplexityResult(math.exp(nll / scored), scored, nll)
+
+
+def _batch(
+    tokens: Int[np.ndarray, " tokens"], indices: range, shape: tuple[int, int], stride: int, *, masked: bool
+) -> tuple[Int32[np.ndarray, "B T"], Int32[np.ndarray, "B T"] | None]:
+    """The windows at ``indices``, and the mask of their tokens if one is asked for.
+
+    All batches have one ``shape``, so that there is one compilation. Padding comes after a window's tokens, where
+    causal attention lets nothing see it.
+    """
+    batch = np.zeros(shape, np.int32)
+    mask = np.zeros_like(batch) if masked else None
+    for row, index in enumerate(indices):
+        part = tokens[index * stride :][: shape[1]]
+        batch[row, : len(part)] = part
+        if mask is not None:
+            mask[row, : len(part)] = 1
+    return batch, mask
 
 
 def count_windows(length: int, window: int, stride: int) -> int:
@@ -129,7 +139,7 @@ def scored_range(index: int, length: int, window: int, stride: int) -> tuple[int
 
 
 @functools.partial(jax.jit, static_argnames="structure")
-@lowered_once("structure")
+@cached_export("structure")
 def _token_nll(
     structure: Any, arrays: list[Array], tokens: Int32[Array, "B T"], mask: Int32[Array, "B T"] | None
 ) -> Float32[Array, "B T-1"]:

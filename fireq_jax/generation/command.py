@@ -20,7 +20,7 @@ from fireq_jax.command_line import exit_code, leave
 from fireq_jax.compilation import keep_programs
 from fireq_jax.generation import chat
 from fireq_jax.generation.defaults import SAMPLING, GenerationDefaults
-from fireq_jax.generation.generate import check_call, compile_ahead, generate, stream
+from fireq_jax.generation.generate import check_call, generate, stream, warmup
 from fireq_jax.generation.sampling import SamplingConfig
 from fireq_jax.models.llama import CausalLM
 from pallas_kernels import formats
@@ -132,7 +132,7 @@ def _load(
     print(f"{arguments.model}: a cache of {cache / 1e6:.1f} MB for {tokens} new tokens a prompt", file=sys.stderr)
     with ThreadPoolExecutor() as pool:
         model = pool.submit(abstract.filled, stored)
-        compile_ahead(abstract, **options, only_prefill=only_prefill)
+        warmup(abstract, **options, only_prefill=only_prefill)
         loaded = model.result()
     part = " the prompt" if only_prefill else ""
     print(f"{arguments.model}: read, and compiled for{part}, in {time.perf_counter() - begin:.1f} s", file=sys.stderr)

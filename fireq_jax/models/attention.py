@@ -17,7 +17,7 @@ from pallas_kernels.formats import E4M3, ScaledArray
 from pallas_kernels.head_norm import HeadNorm
 from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.rope_quantize import rope_quantize, rotate_heads, split_heads
-from pallas_kernels.split_sum import SplitSum, finished
+from pallas_kernels.split_k import SplitKPartials, reduced
 
 # Chunks of at most this many queries go to the decode kernel.
 DECODE_QUERIES = 16
@@ -82,7 +82,7 @@ class Attention(nnx.Module):
 
     def attend(
         self,
-        packed: Float[Array, "B T packed"] | SplitSum,
+        packed: Float[Array, "B T packed"] | SplitKPartials,
         rope: Tables,
         *,
         start: Int[Array, " B"],
@@ -107,18 +107,52 @@ class Attention(nnx.Module):
 
         """
         self._show(packed, rope, growth, tap)
-        config, dtype = self.config, self.qkv_proj.dtype
-        batch, length = rope[0].shape[:2]
-        entry = cache
-        if entry is None:
-            slots = length if capacity is None else capacity
-            if length > slots:
-                raise ValueError(f"the prompt has {length} tokens; the cache holds {slots}")
-            entry = LayerCache.create(self.quantization, (batch, config.num_kv_heads, slots, config.head_dim), dtype)
-        query, *rows = rope_quantize(
+        dtype, (batch, length) = self.qkv_proj.dtype, rope[0].shape[:2]
+        earlier = self._empty_cache(batch, length, capacity) if cache is None else cache
+        query, *rows = self._rope_quantize(packed, rope, earlier, start, lengths, growth)
+        lengths = start + lengths
+        if cache is not None:
+            # Of more tokens than it has slots the last are not there.
+            lengths = jnp.minimum(lengths, rows[0].values.shape[2])
+        attend = functools.partial(
+            decode_attention if cache is not None and length <= DECODE_QUERIES else prefill_attention,
+            kv_lengths=lengths,
+            scale=self.config.scale,
+            window=self.window,
+            softcap=self.config.attention_softcap,
+            sinks=None if self.sinks is None else self.sinks.get_value(),
+            # o_proj would quantize bf16 rows anyway.
+            out_dtype=E4M3 if self.o_proj.takes_fp8 and dtype == jnp.bfloat16 else dtype,
+            implementation=self.implementation,
+        )
+        attention = attend(query, *rows, query_start=None if cache is None else start)
+        if not isinstance(attention, ScaledArray):
+            attention = attention.reshape(batch, length, self.config.num_heads * self.config.head_dim)
+        show(tap, "o_input", attention)
+        return AttentionOutput(attention, None if cache is None and capacity is None else LayerCache(*rows))
+
+    def _empty_cache(self, batch: int, length: int, capacity: int | None) -> LayerCache:
+        """For a first chunk of ``length`` tokens, with ``capacity`` slots or as many."""
+        slots = length if capacity is None else capacity
+        if length > slots:
+            raise ValueError(f"the prompt has {length} tokens; the cache holds {slots}")
+        shape = (batch, self.config.num_kv_heads, slots, self.config.head_dim)
+        return LayerCache.create(self.quantization, shape, self.qkv_proj.dtype)
+
+    def _rope_quantize(
+        self,
+        packed: Float[Array, "B T packed"] | SplitKPartials,
+        rope: Tables,
+        cache: LayerCache,
+        start: Int[Array, " B"],
+        lengths: Int[Array, " B"],
+        growth: Float[Array, "B T"] | None,
+    ) -> tuple[ScaledArray, ScaledArray, ScaledArray]:
+        """The chunk's queries, and the cache's keys and values with the chunk's."""
+        return rope_quantize(
             packed,
             *rope,
-            *entry,
+            *cache,
             start=start,
             lengths=lengths,
             norm=self.head_norm,
@@ -131,36 +165,18 @@ class Attention(nnx.Module):
             quantize_query=self.quantization.query_format == "fp8",
             implementation=self.implementation,
         )
-        new_cache = None if cache is None and capacity is None else LayerCache(*rows)
-        # What o_proj would do to bf16 anyway.
-        quantized = self.o_proj.takes_fp8 and dtype == jnp.bfloat16
-        lengths = start + lengths
-        if cache is not None:
-            # Of more tokens than it has slots the last are not there.
-            lengths = jnp.minimum(lengths, rows[0].values.shape[2])
-        attend = functools.partial(
-            decode_attention if cache is not None and length <= DECODE_QUERIES else prefill_attention,
-            kv_lengths=lengths,
-            scale=config.scale,
-            window=self.window,
-            softcap=config.attention_softcap,
-            sinks=None if self.sinks is None else self.sinks.get_value(),
-            out_dtype=E4M3 if quantized else dtype,
-            implementation=self.implementation,
-        )
-        attention = attend(query, *rows, query_start=None if cache is None else start)
-        if not isinstance(attention, ScaledArray):
-            attention = attention.reshape(batch, length, config.num_heads * config.head_dim)
-        show(tap, "o_input", attention)
-        return AttentionOutput(attention, new_cache)
 
     def _show(
-        self, packed: Float[Array, "B T packed"] | SplitSum, rope: Tables, growth: Float[Array, "B T"] | None, tap: Tap
+        self,
+        packed: Float[Array, "B T packed"] | SplitKPartials,
+        rope: Tables,
+        growth: Float[Array, "B T"] | None,
+        tap: Tap,
     ) -> None:
         """What calibration measures on the way; nothing is computed for a tap that nobody reads."""
         if tap is no_tap:
             return
-        query, key, value = split_heads(finished(packed), self.config.num_kv_heads, rope[0])
+        query, key, value = split_heads(reduced(packed), self.config.num_kv_heads, rope[0])
         tap("value", value)
         query, key = rotate_heads(query, key, *rope, self.head_norm)
         tap("key_after_rope", key)

@@ -16,7 +16,7 @@ from pallas_kernels.formats import ScaledArray
 from pallas_kernels.matmul_epilogue import Activation
 from pallas_kernels.projection import Projection, project
 from pallas_kernels.quantized_tensor import QuantizedTensor
-from pallas_kernels.split_sum import finished
+from pallas_kernels.split_k import reduced
 
 Tap = Callable[[str, Array], None]
 _ACTIVATIONS: Mapping[GateActivation, Activation] = {
@@ -107,7 +107,7 @@ class Linear(nnx.Module):
         residual: Float[Array, "*rows N_out"] | None = None,
     ) -> Float[Array, "*rows N_out"]:
         """activation(x W^T + bias) + residual; sums in float32. FP8 rows only where it ``takes_fp8``."""
-        return finished(
+        return reduced(
             project(
                 x,
                 self.projection,

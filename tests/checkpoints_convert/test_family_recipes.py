@@ -38,7 +38,7 @@ HIDDEN = np.random.default_rng(0).normal(size=(1, 40, 48)).astype(np.float32)
 def kinds() -> list[tuple[str, int]]:
     """Case, and the first layer of each kind that its model has."""
     configs = {case: config_from_huggingface(family_fields(case)) for case in CASES}
-    return [(case, index) for case, config in configs.items() for index in sorted({*map(config.first_like, range(4))})]
+    return [(case, index) for case, config in configs.items() for index in sorted({*map(config.first_like, range(config.num_layers))})]
 
 
 @functools.cache

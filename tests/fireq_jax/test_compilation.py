@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fireq_jax import LlamaForCausalLM, ModelConfig, compilation, generate, recipes
-from fireq_jax.compilation import keep_programs, lowered_once
+from fireq_jax.compilation import cached_export, keep_programs
 from fireq_jax.quantization import QuantizationConfig
 
 OPTIONS = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_enable_compilation_cache"
@@ -103,7 +103,7 @@ class Double:
         self.code, self.traced = code, 0
 
     def __call__(self, x, static=("a", 1)):
-        @lowered_once("static")
+        @cached_export("static")
         def double(x, static):
             self.traced += 1
             return {"result": self.code(x)}

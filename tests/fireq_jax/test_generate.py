@@ -13,8 +13,10 @@ from tiny_llama import config_of
 
 from fireq_jax import LlamaForCausalLM, ModelConfig, generate, recipes
 from fireq_jax.checkpoints.folder import StoredModel
-from fireq_jax.generation import check_call, compile_ahead, stream
-from fireq_jax.generation.generate import BUCKET, GLANCE, _decode, _next_count, _prefill, _prepare, _round_up
+from fireq_jax.generation import check_call, stream, warmup
+from fireq_jax.generation.generate import GLANCE, _next_count
+from fireq_jax.generation.programs import decode, prefill
+from fireq_jax.generation.request import BUCKET, prepare, round_up
 
 VOCAB = 97
 PROMPTS = [[11, 12, 13, 14, 15], [3], [40, 2, 77]]
@@ -79,7 +81,7 @@ def compilations(caplog) -> list[str]:
 
 def programs(caplog) -> set[str]:
     """Names of what was compiled."""
-    return {name for name in ("_prefill", "_decode") if any(f"jit({name})" in text for text in compilations(caplog))}
+    return {name for name in ("prefill", "decode") if any(f"jit({name})" in text for text in compilations(caplog))}
 
 
 def test_greedy_is_that_of_repeated_full_forward(any_model):
@@ -187,7 +189,7 @@ def test_the_second_call_compiles_nothing(model, caplog):
     options = {"temperature": 0.9, "top_k": 20, "key": jax.random.key(0), "repetition_penalty": 1.1}
     with jax.log_compiles():
         generate(model, ids, attention_mask=mask, max_new_tokens=NEW, **options)
-        assert any("_decode" in message for message in compilations(caplog))
+        assert any("decode" in message for message in compilations(caplog))
         caplog.clear()
         changed = {"temperature": 0.3, "top_k": 5, "key": jax.random.key(1), "repetition_penalty": 1.3}
         generate(model, ids[:, ::-1], attention_mask=mask[:, ::-1], max_new_tokens=NEW, **changed)
@@ -209,11 +211,11 @@ def test_what_was_compiled_ahead_is_not_compiled_again(kind, tmp_path, caplog):
     options = {"max_new_tokens": NEW, "temperature": 0.9, "key": jax.random.key(0)}
     prompts = [[5] * 3] * 7  # a batch that no other test has
     with jax.log_compiles():
-        compile_ahead(described, prompts, **options, only_prefill=True)
-        assert programs(caplog) == {"_prefill"}
+        warmup(described, prompts, **options, only_prefill=True)
+        assert programs(caplog) == {"prefill"}
         caplog.clear()
-        compile_ahead(described, prompts, **options)
-        assert programs(caplog) == {"_decode"}
+        warmup(described, prompts, **options)
+        assert programs(caplog) == {"decode"}
         caplog.clear()
         generate(model, prompts, **options)
         assert programs(caplog) == set()
@@ -225,13 +227,13 @@ def test_nearby_lengths_share_a_compilation(model, caplog):
         generate(model, [[1, 2, 3, 4, 5, 6]], max_new_tokens=BUCKET - 6)
         assert compilations(caplog) == []
         generate(model, [[1, 2, 3, 4, 5, 6]], max_new_tokens=BUCKET - 5)
-        assert programs(caplog) == {"_prefill", "_decode"}
+        assert programs(caplog) == {"prefill", "decode"}
         assert len(compilations(caplog)) == 2
 
 
 def test_rounded_lengths_are_few_and_near():
     lengths = np.arange(1, 131073)
-    rounded = np.array([_round_up(int(length)) for length in lengths])
+    rounded = np.array([round_up(int(length)) for length in lengths])
     assert (rounded >= lengths).all()
     assert (rounded % BUCKET == 0).all()
     assert (rounded < lengths + BUCKET)[lengths <= 1024].all()
@@ -240,11 +242,11 @@ def test_rounded_lengths_are_few_and_near():
 
 
 def test_the_cache_is_donated(model):
-    request = _prepare(model, PROMPTS[:1], None, 4)
+    request = prepare(model, PROMPTS[:1], None, 4)
     arrays, structure = jax.tree.flatten(model)
 
-    cache, progress = _prefill(structure, arrays, request.tokens, request.lengths, request.choice, request.capacity)
-    kept, *_ = _decode(structure, arrays, cache, progress, request.choice, 3)
+    cache, progress = prefill(structure, arrays, request.tokens, request.lengths, request.choice, request.capacity)
+    kept, *_ = decode(structure, arrays, cache, progress, request.choice, 3)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(cache))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((kept, arrays)))
 
@@ -283,7 +285,7 @@ def test_streaming_runs_the_program_of_generate(model, caplog):
     # Another program may round otherwise, and then choose other tokens.
     with jax.log_compiles():
         generate(model, [[5] * 3] * 4, max_new_tokens=NEW)
-        assert any("_decode" in message for message in compilations(caplog))
+        assert any("decode" in message for message in compilations(caplog))
         caplog.clear()
         assert len(list(stream(model, [[5] * 3] * 4, max_new_tokens=NEW))) == NEW
         assert compilations(caplog) == []
@@ -355,7 +357,7 @@ def test_unknown_options_are_errors(model):
         generate(model, [[1]], max_new_tokens=4, topp=0.9)
 
 
-@pytest.mark.parametrize("function", [generate, stream, compile_ahead])
+@pytest.mark.parametrize("function", [generate, stream, warmup])
 def test_the_number_of_new_tokens_is_no_option(model, function):
     with pytest.raises(TypeError, match=rf"{function.__name__}\(\) missing .*'max_new_tokens'"):
         function(model, [[1]])

@@ -21,7 +21,7 @@ from pallas_kernels import formats
 from pallas_kernels.matmul import matmul
 from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.quantized_tensor import QuantizedTensor
-from pallas_kernels.split_sum import SplitSum
+from pallas_kernels.split_k import SplitKPartials
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 forward = nnx.jit(lambda model, tokens, mask=None: model(tokens, mask))
@@ -286,7 +286,7 @@ def test_sums_that_matmuls_leave_in_parts_are_added_by_who_reads_them(monkeypatc
         parts = jnp.stack([flat / 4, flat / 2, flat / 4])
         scale, rows = weight.channel_scale[: weight.shape[0]], unscaled.shape[:-1]
         left = None if residual is None else residual.reshape(flat.shape)
-        return SplitSum(parts, scale, x.scale.reshape(-1), None, left, rows, weight.shape[0], activation)
+        return SplitKPartials(parts, scale, x.scale.reshape(-1), None, left, rows, weight.shape[0], activation)
 
     tokens = tokens_of(config_of("gqa"))
     for keep_float in ((), ("*.qkv_proj", "layers.1.mlp.gate_up_proj")):
@@ -295,7 +295,7 @@ def test_sums_that_matmuls_leave_in_parts_are_added_by_who_reads_them(monkeypatc
         expected = np.asarray(model(tokens))
         left_in_parts: list[tuple[int, int]] = []
         with monkeypatch.context() as patch:
-            patch.setattr("pallas_kernels.projection.deferred_matmul", in_parts)
+            patch.setattr("pallas_kernels.projection.unreduced_matmul", in_parts)
             llama._run_layer.clear_cache()
             found = np.asarray(model(tokens))
         llama._run_layer.clear_cache()

@@ -1,5 +1,6 @@
 """The attention ops' reference against float64 numpy, one query at a time."""
 
+import dataclasses
 import functools
 
 import jax
@@ -28,7 +29,7 @@ def operands(kv_format="none", *, batch=3, queries=5, heads=4, kv_heads=2, slots
     """Query [B, T, heads, H], key and value [B, kv_heads, S, H] in cache format."""
     query = jnp.asarray(normal(0, (batch, queries, heads, H)))
     key, value = (jnp.asarray(normal(seed, (batch, kv_heads, slots, H))) for seed in (1, 2))
-    rows = formats.quantize_fp8(query) if fp8_query else ScaledArray(query, None)
+    rows = formats.quantize_fp8(query) if fp8_query else ScaledArray(query, None, "none")
     return rows, *(formats.quantize_kv(x, kv_format) for x in (key, value))
 
 
@@ -49,9 +50,9 @@ def brute_force(query, key, value, start, lengths, *, causal=True, window=None, 
             if softcap is not None:
                 scores = softcap * np.tanh(scores / softcap)
             sink = -np.inf if sinks is None else float(sinks[h])
-            peak = max(scores.max(), sink)
-            weights = np.exp(scores - peak)
-            out[b, t, h] = weights / (weights.sum() + np.exp(sink - peak)) @ v[b, h // group, slots]
+            row_max = max(scores.max(), sink)
+            weights = np.exp(scores - row_max)
+            out[b, t, h] = weights / (weights.sum() + np.exp(sink - row_max)) @ v[b, h // group, slots]
     return out
 
 
@@ -81,7 +82,7 @@ def test_masks_groups_and_chunks(kv_heads, window, causal):
 def test_soft_caps_and_sinks(sinks, softcap, attention):
     """Scores of some 50, far beyond the cap; sinks that take none, some and all of the weight."""
     q, k, v = operands()
-    q = q._replace(values=q.values * 20)
+    q = dataclasses.replace(q, values=q.values * 20)
     sinks = None if sinks is None else np.float32(sinks)
     options = {"window": 4, "softcap": softcap, "sinks": sinks}
     expected = brute_force(q, k, v, START, LENGTHS, **options)
@@ -141,7 +142,7 @@ def test_fp8_probabilities_cost_at_most_their_rounding(kv_format):
     exact = brute_force(q, k, v, START, LENGTHS)
     out = run(prefill, q, k, v)
     weighted = brute_force(
-        q, k, v._replace(values=v.values & 0x77 if kv_format == "int4" else abs(v.values)), START, LENGTHS
+        q, k, dataclasses.replace(v, values=v.values & 0x77 if kv_format == "int4" else abs(v.values)), START, LENGTHS
     )
     assert np.all(np.abs(out - exact) <= 2.0**-4 * weighted + 1e-5)
     assert np.abs(out - exact).max() > 1e-4  # the cast is really there
@@ -177,7 +178,7 @@ def test_queries_that_see_nothing_give_zeros():
 
 def test_one_broken_sequence_leaves_the_others_alone():
     q, k, v = operands()
-    out = run(prefill, q, k._replace(values=k.values.at[1].set(jnp.nan)), v)
+    out = run(prefill, q, dataclasses.replace(k, values=k.values.at[1].set(jnp.nan)), v)
     assert np.isnan(out[1]).all()  # and it shows there, as NaN and not as zeros
     np.testing.assert_array_equal(out[[0, 2]], run(prefill, q, k, v)[[0, 2]])
 
@@ -185,7 +186,7 @@ def test_one_broken_sequence_leaves_the_others_alone():
 def test_scores_of_any_size_are_stable():
     """Scores around +-10^4 would overflow exp without the row maximum."""
     q, k, v = operands()
-    q = q._replace(values=q.values * 4000)
+    q = dataclasses.replace(q, values=q.values * 4000)
     np.testing.assert_allclose(run(prefill, q, k, v), brute_force(q, k, v, START, LENGTHS), rtol=1e-3, atol=1e-3)
 
 
@@ -196,7 +197,7 @@ def test_fp8_output_is_the_bf16_one_quantized_by_token(kv_format, attention):
     q, k, v = operands(kv_format, fp8_query=kv_format == "int4")
     scale = k.values if k.scale is None else k.scale
     broken = scale.at[2, 1].set(jnp.nan)
-    k = k._replace(values=broken) if k.scale is None else k._replace(scale=broken)
+    k = dataclasses.replace(k, values=broken) if k.scale is None else dataclasses.replace(k, scale=broken)
     options = {"query_start": START, "kv_lengths": np.int32([0, 4, 9]), "scale": SCALE}
     rows = attention(q, k, v, out_dtype=formats.E4M3, **options)
     expected = jax.jit(formats.quantize_fp8)(attention(q, k, v, **options).reshape(3, 5, 4 * H))
@@ -212,12 +213,10 @@ def test_fp8_output_is_the_bf16_one_quantized_by_token(kv_format, attention):
 def test_broken_rows_are_errors():
     q, k, v = operands("int4")
     options = {"query_start": START, "kv_lengths": LENGTHS, "scale": 1.0}
-    with pytest.raises(ValueError, match="uint8 and no scale"):
-        prefill_attention(q, k._replace(scale=None), v, **options)
     with pytest.raises(ValueError, match=r"value scale has shape \(3, 2, 9\)"):
-        prefill_attention(q, k, v._replace(scale=v.scale[..., 0]), **options)
+        prefill_attention(q, k, dataclasses.replace(v, scale=v.scale[..., 0]), **options)
     with pytest.raises(ValueError, match=r"\(uint8\) and value .*\(float8_e4m3fn\)"):
-        prefill_attention(q, k, v._replace(values=v.values.astype(formats.E4M3)), **options)
+        prefill_attention(q, k, ScaledArray(v.values.astype(formats.E4M3), v.scale, "fp8"), **options)
 
 
 @pytest.mark.parametrize("attention", [prefill_attention, decode_attention], ids=["prefill", "decode"])
@@ -247,7 +246,7 @@ def test_errors_quote_the_offending_value(attention, changes, quoted):
     }
     options = {name: value for name, value in changes.items() if name not in shapes}
     shapes |= {name: shape for name, shape in changes.items() if name in shapes}
-    rows = [ScaledArray(jnp.zeros(shapes[name]), None) for name in ("query", "key", "value")]
+    rows = [ScaledArray(jnp.zeros(shapes[name]), None, "none") for name in ("query", "key", "value")]
     lengths = {name: jnp.zeros(shapes[name], jnp.int32) for name in ("query_start", "kv_lengths")}
     with pytest.raises(ValueError, match=quoted):
         functools.partial(attention, scale=1.0)(*rows, **lengths, **options)
@@ -259,7 +258,7 @@ def test_whole_prompts_in_bf16_take_cudnn():
     lengths = jnp.asarray([96, 41])
     q = normal(0, (batch, length, heads, head_dim))
     k, v = (normal(seed, (batch, kv_heads, length, head_dim)) for seed in (1, 2))
-    rows = [ScaledArray(jnp.asarray(x, jnp.bfloat16), None) for x in (q, k, v)]
+    rows = [ScaledArray(jnp.asarray(x, jnp.bfloat16), None, "none") for x in (q, k, v)]
     options = {"query_start": None, "kv_lengths": lengths, "scale": head_dim**-0.5}
     assert "cudnn" in prefill.lower(*rows, **options).as_text()
     out, expected = (

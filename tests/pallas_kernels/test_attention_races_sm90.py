@@ -6,7 +6,12 @@ import pytest
 from attention_cases import Case, assert_near, cases, operands, pages
 from interpreted import interpreted, needs_interpreter, prepared
 
-from pallas_kernels.sm90.attention import decode, prefill, prefill_device
+from pallas_kernels.sm90.decode_attention import launch as decode
+from pallas_kernels.sm90.decode_attention.config import Config as DecodeConfig
+from pallas_kernels.sm90.prefill_attention import launch as prefill
+from pallas_kernels.sm90.prefill_attention.config import Config as PrefillConfig
+from pallas_kernels.sm90.prefill_attention.config import default_config
+from pallas_kernels.sm90.prefill_attention.mainloop import Tiles
 
 PREFILL = {
     "more tiles than stages": Case(128, 2, 1, 64, slots=640, lengths=(640,), starts=(512,)),
@@ -17,7 +22,7 @@ PREFILL = {
     "window": Case(256, 1, 1, 64, slots=512, lengths=(512,), starts=(256,), window=100),
     "falling scores": Case(128, 1, 1, 64, slots=640, lengths=(640,), starts=(512,), falling=0.8),
     "head_dim 128": Case(128, 2, 1, 128, slots=512, lengths=(512,), starts=(384,)),
-    "two stages": Case(128, 1, 1, 64, slots=640, lengths=(640,), starts=(512,), config=prefill.Config(stages=2)),
+    "two stages": Case(128, 1, 1, 64, slots=640, lengths=(640,), starts=(512,), config=PrefillConfig(stages=2)),
     "soft cap, sinks": Case(128, 2, 1, 64, slots=512, lengths=(512,), starts=(384,), softcap=2.0, sinks=True),
     "pipeline 1, head_dim 256, sinks": Case(128, 1, 1, 256, slots=256, lengths=(256,), starts=(128,), sinks=True),
 }
@@ -26,7 +31,7 @@ PREFILL = {
 def run_prefill(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """On one multiprocessor, so that blocks of queries follow one another."""
     query, key, value, start, lengths = operands(case)
-    config = case.config or prefill.default_config(case.head_dim)
+    config = case.config or default_config(case.head_dim)
     monkeypatch.setattr(prefill, "NUM_SMS", 1)
     arrays = prepared(key, value, lengths, sum_columns=config.sum_columns)
     values = jnp.pad(query.values, ((0, 0), (0, -case.length % 8), (0, 0), (0, 0)))
@@ -46,19 +51,19 @@ def test_prefill_has_no_race(case, monkeypatch):
 
 def without_waiting(monkeypatch):
     """Tiles are read although they may not have arrived."""
-    monkeypatch.setattr(prefill_device._Tiles, "wait", lambda tiles, tile: None)
+    monkeypatch.setattr(Tiles, "wait", lambda tiles, tile: None)
 
 
 def released_early(monkeypatch):
     """A tile is given back when its scores have been started."""
-    release, start = prefill_device._Tiles.release, prefill_device._Tiles.start_scores
+    release, start = Tiles.release, Tiles.start_scores
 
     def start_and_release(tiles, tile):
         release(tiles, tile)
         return start(tiles, tile)
 
-    monkeypatch.setattr(prefill_device._Tiles, "start_scores", start_and_release)
-    monkeypatch.setattr(prefill_device._Tiles, "release", lambda tiles, tile: None)
+    monkeypatch.setattr(Tiles, "start_scores", start_and_release)
+    monkeypatch.setattr(Tiles, "release", lambda tiles, tile: None)
 
 
 def not_committed(monkeypatch):
@@ -74,17 +79,17 @@ def test_a_race_would_be_seen(break_it, monkeypatch):
         run_prefill(PREFILL["more tiles than stages"], monkeypatch)
 
 
-THREE = decode.Config(block_kv=128, warpgroups=3)
+THREE = DecodeConfig(block_kv=128, warpgroups=3)
 DECODE = {
     "one token": Case(1, 4, 1, 64, slots=1024, lengths=(1024, 130), config=THREE),
     "an empty sequence, a window and sinks": Case(
         2, 4, 2, 64, slots=512, lengths=(0, 300), window=150, config=THREE, sinks=True
     ),
     "pages": Case(1, 2, 1, 64, slots=512, lengths=(512, 257), page=256, config=THREE),
-    "split over blocks": Case(1, 4, 1, 64, slots=1024, lengths=(1024,), config=decode.Config(128, 2, 2, 4)),
+    "split over blocks": Case(1, 4, 1, 64, slots=1024, lengths=(1024,), config=DecodeConfig(128, 2, 2, 4)),
     "head_dim 128, 16 queries": Case(16, 2, 1, 128, slots=512, lengths=(500,)),
     "soft cap, sinks, split over blocks": Case(
-        1, 4, 1, 64, slots=1024, lengths=(1024,), softcap=2.0, sinks=True, config=decode.Config(128, 2, 2, 4)
+        1, 4, 1, 64, slots=1024, lengths=(1024,), softcap=2.0, sinks=True, config=DecodeConfig(128, 2, 2, 4)
     ),
 }
 

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 
 from pallas_kernels import formats
-from pallas_kernels.sm90.attention import combine, registers
-from pallas_kernels.sm90.attention import prefill_registers as prefill
-from pallas_kernels.sm90.attention.decode import HEAD_DIMS
+from pallas_kernels.sm90.attention import registers as shared
+from pallas_kernels.sm90.attention.operands import HEAD_DIMS
+from pallas_kernels.sm90.decode_attention import combine, registers
+from pallas_kernels.sm90.prefill_attention import prepare
+from pallas_kernels.sm90.prefill_attention import registers as prefill
+from pallas_kernels.sm90.prefill_attention.config import SUM_COLUMNS, SUM_STEP
 
 WARPGROUP = 128
 E4M3, BF16 = ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16
@@ -36,11 +39,11 @@ def test_decode_multiplies_what_the_cache_holds(monkeypatch, head_dim, tokens):
     registers.store_queries(None, start, words, q_smem, valid_rows=length * group, head_dim=head_dim)
     rows = np.zeros((8, head_dim), np.float32)
     rows[:7] = queries[:, first_head : first_head + group].reshape(length * group, head_dim)[first_row:]
-    scores = keys @ unswizzled(q_smem.memory).astype(np.float32).T / registers.CODE_UNIT
+    scores = keys @ unswizzled(q_smem.memory).astype(np.float32).T / shared.CODE_UNIT
     np.testing.assert_array_equal(scores, codes.astype(np.float32) @ rows.T)
 
     scales = machine.ref(rng.normal(size=(length, heads)).astype(np.float32))
-    loaded = registers.load_query_scales(
+    loaded = registers.load_row_numbers(
         None, machine.scalar(first_row), machine.scalar(first_head), scales, rows=8, group=group
     )
     expected = scales.memory[:, first_head : first_head + group].reshape(-1)[np.minimum(np.arange(8) + first_row, 14)]
@@ -51,7 +54,7 @@ def test_decode_multiplies_what_the_cache_holds(monkeypatch, head_dim, tokens):
     p = rng.integers(0, 8, (tokens, 8)).astype(np.float32)
     p_smem = machine.ref(np.zeros((1, tokens // 128, 8, 128), E4M3))
     registers.store_probabilities(None, machine.accumulator(p), p_smem)
-    product = values @ unswizzled(p_smem.memory).astype(np.float32).T / registers.CODE_UNIT
+    product = values @ unswizzled(p_smem.memory).astype(np.float32).T / shared.CODE_UNIT
     for dtype, exact in ((np.float32, True), (BF16, False)):
         target = machine.ref(np.full((length, heads, head_dim), 77, dtype))
         registers.store_output(
@@ -72,16 +75,16 @@ def test_combine_weighs_splits(monkeypatch, head_dim):
     group, heads, rows = 3, 6, 6
     machine = Machine(monkeypatch)
     partial = rng.normal(size=(3, rows, head_dim)).astype(np.float32)
-    peak, total = rng.normal(size=(2, 3, rows)).astype(np.float32) ** 2
-    peak[1], total[1], partial[1] = -np.inf, 0, 0
-    peak[:, 4], total[:, 4], partial[:, 4] = -np.inf, 0, 0
+    row_max, row_sum = rng.normal(size=(2, 3, rows)).astype(np.float32) ** 2
+    row_max[1], row_sum[1], partial[1] = -np.inf, 0, 0
+    row_max[:, 4], row_sum[:, 4], partial[:, 4] = -np.inf, 0, 0
     target = machine.ref(np.zeros((rows // group, heads, head_dim), np.float32))
-    refs = [machine.ref(x) for x in (partial, peak, total)]
+    refs = [machine.ref(x) for x in (partial, row_max, row_sum)]
     for block in range(-(-rows * head_dim // 512)):
         combine.combine_head(None, machine.scalar(block), machine.scalar(3), *refs, target, group=group)
-    weight = np.exp2(peak - np.where(np.isinf(peak.max(0)), 0, peak.max(0)))
-    expected = (weight[..., None] * partial).sum(0) / np.maximum((weight * total).sum(0), 1e-30)[:, None]
-    expected /= formats.PROBABILITY_SCALE * registers.CODE_UNIT
+    weight = np.exp2(row_max - np.where(np.isinf(row_max.max(0)), 0, row_max.max(0)))
+    expected = (weight[..., None] * partial).sum(0) / np.maximum((weight * row_sum).sum(0), 1e-30)[:, None]
+    expected /= formats.PROBABILITY_SCALE * shared.CODE_UNIT
     got = target.memory[:, 3:].reshape(rows, head_dim)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
     assert not target.memory[:, :3].any()
@@ -95,14 +98,16 @@ def test_a_token_is_combined_as_its_heads_are(monkeypatch, head_dim):
     heads, rows = kv_heads * group, length * group
     machine = Machine(monkeypatch)
     partial = rng.normal(size=(batch, kv_heads, splits, 1, rows, head_dim)).astype(np.float32)
-    peak, total = rng.normal(size=(2, batch, kv_heads, splits, rows)).astype(np.float32) ** 2
+    row_max, row_sum = rng.normal(size=(2, batch, kv_heads, splits, rows)).astype(np.float32) ** 2
     expected = np.zeros((batch, length, heads, head_dim), np.float32)
     for b, kv_head, block in np.ndindex(batch, kv_heads, -(-rows * head_dim // 512)):
-        refs = [machine.ref(x) for x in (partial[b, kv_head, :, 0], peak[b, kv_head], total[b, kv_head], expected[b])]
+        refs = [
+            machine.ref(x) for x in (partial[b, kv_head, :, 0], row_max[b, kv_head], row_sum[b, kv_head], expected[b])
+        ]
         combine.combine_head(
             None, machine.scalar(block), machine.scalar(kv_head * group), *refs, group=group
         )  # fmt: skip
-    sources = {"partial": partial, "peak": peak, "total": total}
+    sources = {"partial": partial, "row_max": row_max, "row_sum": row_sum}
     refs = {name: machine.ref(x) for name, x in sources.items()}
     refs["values"] = machine.ref(np.zeros((batch * length, heads * head_dim), E4M3))
     chunks = np.arange(batch * length * heads * head_dim // 8, dtype=np.uint32)
@@ -137,15 +142,15 @@ def test_preparation(monkeypatch, head_dim):
     packed = [machine.ref(np.asarray(formats.pack_int4(jnp.asarray(x)))) for x in codes]
     keys, values = (machine.ref(np.full(shape, np.nan, E4M3)) for shape in ((padded, head_dim), (head_dim, padded)))
     columns = machine.ref(np.full((3, padded), np.nan, np.float32))
-    for first in range(0, padded, prefill.PREPARED_TOKENS):
+    for first in range(0, padded, prepare.PREPARED_TOKENS):
         at = machine.scalar(first)
         refs = (*(machine.ref(x) for x in scales), columns, values)
-        prefill.prepare_columns(None, at, machine.scalar(length), *refs, sum_columns=False)
-        prefill.prepare_keys(None, at, packed[0], keys)
-        prefill.prepare_values(None, at, packed[1], values)
+        prepare.prepare_columns(None, at, machine.scalar(length), *refs, sum_columns=False)
+        prepare.prepare_keys(None, at, packed[0], keys)
+        prepare.prepare_values(None, at, packed[1], values)
     # Back in the tokens' order.
     order = np.argsort(np.asarray(prefill.permute_tokens(jnp.arange(padded))))
-    k, v = (x.memory.astype(np.float32) / registers.CODE_UNIT for x in (keys, values))
+    k, v = (x.memory.astype(np.float32) / shared.CODE_UNIT for x in (keys, values))
     numbers = columns.memory[:, order]
     np.testing.assert_array_equal(k[:slots], codes[0])
     np.testing.assert_array_equal(v[:, order[:slots]], codes[1].T)
@@ -185,13 +190,13 @@ def test_columns_of_sums_add_up_to_the_inverse_scale(monkeypatch, spread, least)
     if least is not None:
         scales[1, 100] = least
     machine = Machine(monkeypatch)
-    values = machine.ref(np.full((head_dim + prefill.SUM_COLUMNS, padded), 1, E4M3))
+    values = machine.ref(np.full((head_dim + SUM_COLUMNS, padded), 1, E4M3))
     columns = machine.ref(np.full((3, padded), np.nan, np.float32))
-    for first in range(0, padded, prefill.PREPARED_TOKENS):
+    for first in range(0, padded, prepare.PREPARED_TOKENS):
         refs = (*(machine.ref(x) for x in scales), columns, values)
-        prefill.prepare_columns(None, machine.scalar(first), machine.scalar(length), *refs, sum_columns=True)
+        prepare.prepare_columns(None, machine.scalar(first), machine.scalar(length), *refs, sum_columns=True)
     order = np.argsort(np.asarray(prefill.permute_tokens(jnp.arange(padded))))
-    weights = prefill.SUM_STEP ** -np.arange(prefill.SUM_COLUMNS, dtype=np.float32)
+    weights = SUM_STEP ** -np.arange(SUM_COLUMNS, dtype=np.float32)
     pieces = values.memory.astype(np.float32)
     assert (pieces[:head_dim] == 1).all()
     assert pieces[head_dim:].max() <= 256
@@ -268,7 +273,7 @@ class Machine:
             "_log2": np.log2,
             "_warp_reduce": lambda operation, x: getattr(x.reshape(-1, 32), operation)(1).repeat(32),
         }  # fmt: skip
-        for module in (registers, prefill, combine):
+        for module in (shared, registers, combine, prefill, prepare):
             for name, stand_in in stand_ins.items():
                 if hasattr(module, name):
                     monkeypatch.setattr(module, name, stand_in)

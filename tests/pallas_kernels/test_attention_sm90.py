@@ -1,5 +1,6 @@
 """The Hopper attention kernels: their numbers on a GPU, their lowering for CUDA and their host code anywhere."""
 
+import dataclasses
 import functools
 
 import jax
@@ -14,10 +15,18 @@ from pallas_kernels import formats
 from pallas_kernels.decode_attention import decode_attention, gather_pages
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.prefill_attention import prefill_attention
-from pallas_kernels.sm90 import row_quantize
-from pallas_kernels.sm90.attention import decode, prefill
-from pallas_kernels.sm90.attention.schedule import Schedule, causal_schedule
-from pallas_kernels.sm90.hardware import NUM_SMS
+from pallas_kernels.sm90.common.hardware import NUM_SMS
+from pallas_kernels.sm90.decode_attention import launch as decode
+from pallas_kernels.sm90.decode_attention.combine import combine_splits
+from pallas_kernels.sm90.decode_attention.config import Config as DecodeConfig
+from pallas_kernels.sm90.decode_attention.config import default_config as default_decode_config
+from pallas_kernels.sm90.decode_attention.config import unsupported as decode_unsupported
+from pallas_kernels.sm90.prefill_attention import launch as prefill
+from pallas_kernels.sm90.prefill_attention.config import Config as PrefillConfig
+from pallas_kernels.sm90.prefill_attention.config import unsupported as prefill_unsupported
+from pallas_kernels.sm90.prefill_attention.prepare import prepare
+from pallas_kernels.sm90.prefill_attention.schedule import Schedule, causal_schedule
+from pallas_kernels.sm90.row_quantize import launch as row_quantize
 
 DECODE = {
     "one token": Case(heads=4, kv_heads=1, slots=128, lengths=(1,)),
@@ -34,9 +43,9 @@ DECODE = {
     "pages": Case(slots=1024, lengths=(1024, 257), page=256),
     "pages and a window": Case(length=4, slots=1024, lengths=(1023, 255), page=512, window=77),
     "split over blocks": Case(heads=4, kv_heads=1, slots=65536, lengths=(65536,)),
-    "four warpgroups": Case(lengths=(512, 129), config=decode.Config(128, 3, 4)),
-    "one warpgroup": Case(lengths=(512, 129), config=decode.Config(128, 2, 1)),
-    "long tiles": Case(lengths=(512, 129), config=decode.Config()),
+    "four warpgroups": Case(lengths=(512, 129), config=DecodeConfig(128, 3, 4)),
+    "one warpgroup": Case(lengths=(512, 129), config=DecodeConfig(128, 2, 1)),
+    "long tiles": Case(lengths=(512, 129), config=DecodeConfig()),
     "enough sequences for every multiprocessor": Case(heads=32, kv_heads=8, lengths=tuple(range(440, 505))),
     "soft cap": Case(lengths=(512, 129), softcap=2.0),
     "soft cap, window, pages, three queries": Case(
@@ -69,15 +78,15 @@ PREFILL = {
     "many tiles, outliers": Case(128, 4, 1, slots=16384, lengths=(16384,), starts=(16256,), outliers=True),
     "falling scores": Case(256, slots=1024, lengths=(1024,), starts=(768,), falling=0.8),
     "falling scores, pipeline 1": Case(
-        256, slots=1024, lengths=(1024,), starts=(768,), falling=0.8, config=prefill.Config(pipeline=1)
+        256, slots=1024, lengths=(1024,), starts=(768,), falling=0.8, config=PrefillConfig(pipeline=1)
     ),
     "eight tiles": Case(128, slots=1024, lengths=(1024,), starts=(896,)),
     "slots not a multiple of the tile": Case(256, slots=1000, lengths=(1000, 300), starts=(744, 44)),
     "more blocks than multiprocessors": Case(512, 32, 8, lengths=(512, 0, 300), starts=(0, 0, 0)),
-    "two stages": Case(512, lengths=(512, 511), starts=(0, 0), config=prefill.Config(stages=2)),
-    "pipeline 1": Case(512, lengths=(512, 511), starts=(0, 0), config=prefill.Config(pipeline=1)),
+    "two stages": Case(512, lengths=(512, 511), starts=(0, 0), config=PrefillConfig(stages=2)),
+    "pipeline 1": Case(512, lengths=(512, 511), starts=(0, 0), config=PrefillConfig(pipeline=1)),
     "pipeline 1, many tiles, outliers": Case(
-        128, slots=1024, lengths=(1024,), starts=(896,), outliers=True, config=prefill.Config(pipeline=1)
+        128, slots=1024, lengths=(1024,), starts=(896,), outliers=True, config=PrefillConfig(pipeline=1)
     ),
     "soft cap": Case(512, lengths=(512, 511), starts=(0, 0), softcap=2.0),
     "soft cap, head_dim 256": Case(300, 8, 2, 256, slots=1000, lengths=(1000, 129), starts=(700, 1), softcap=2.0),
@@ -89,7 +98,7 @@ PREFILL = {
     "sinks, soft cap, window, head_dim 64": Case(
         512, 8, 2, 64, slots=1024, lengths=(1024, 500), starts=(512, 0), window=128, softcap=3.0, sinks=True
     ),
-    "sinks, pipeline 1": Case(512, lengths=(512, 511), starts=(0, 0), sinks=True, config=prefill.Config(pipeline=1)),
+    "sinks, pipeline 1": Case(512, lengths=(512, 511), starts=(0, 0), sinks=True, config=PrefillConfig(pipeline=1)),
 }
 
 # Attentions whose output is wanted in FP8, and how many kernels that takes.
@@ -192,7 +201,7 @@ def combined_and_quantized(shape, special=None):
     partials = splits_of(shape, special)
     batch, length, heads, _, head_dim, _ = shape
     out_type = jax.ShapeDtypeStruct((batch, length, heads, head_dim), jnp.bfloat16)
-    combined = jax.jit(functools.partial(decode.combine_splits, out_type=out_type))(*partials)
+    combined = jax.jit(functools.partial(combine_splits, out_type=out_type))(*partials)
     # The reference on a CPU, whose reciprocals are exact.
     on_cpu = jnp.asarray(np.asarray(combined.reshape(batch, length, -1)), device=jax.devices("cpu")[0])
     return partials, jax.jit(formats.quantize_fp8)(on_cpu)
@@ -208,8 +217,8 @@ def splits_of(shape, special=None):
         partial = partial.at[0, 0, :, 0, 0, 3].set(special)
     if special == 0:
         partial = partial.at[0, :, :, 0, : heads // kv_heads].set(0)
-    peak, total = 3 * jax.random.normal(keys[1], numbers), jnp.exp(jax.random.normal(keys[2], numbers))
-    return partial.at[:, :, 1].set(0), peak.at[:, :, 1].set(-jnp.inf), total.at[:, :, 1].set(0)
+    row_max, row_sum = 3 * jax.random.normal(keys[1], numbers), jnp.exp(jax.random.normal(keys[2], numbers))
+    return partial.at[:, :, 1].set(0), row_max.at[:, :, 1].set(-jnp.inf), row_sum.at[:, :, 1].set(0)
 
 
 def assert_same_rows(actual, expected):
@@ -312,7 +321,9 @@ def abstract_operands(case: Case):
 
 def abstract_cache(shape: tuple[int, ...], head_dim: int) -> ScaledArray:
     return ScaledArray(
-        jax.ShapeDtypeStruct((*shape, head_dim // 2), jnp.uint8), jax.ShapeDtypeStruct((*shape, 1), jnp.bfloat16)
+        jax.ShapeDtypeStruct((*shape, head_dim // 2), jnp.uint8),
+        jax.ShapeDtypeStruct((*shape, 1), jnp.bfloat16),
+        "int4",
     )
 
 
@@ -321,7 +332,7 @@ def abstract_cache(shape: tuple[int, ...], head_dim: int) -> ScaledArray:
 
 @pytest.mark.parametrize(("rows", "slots"), [(8, 65536), (128, 4096), (512, 16384), (160, 4096), (1, 128), (3, 1)])
 def test_splits_occupy_the_device(rows, slots):
-    config = decode.Config()
+    config = DecodeConfig()
     splits = config.splits(rows, slots)
     most = max(1, -(-slots // (config.block_kv * config.warpgroups)))
     assert 1 <= splits <= most
@@ -356,7 +367,7 @@ def visited(schedule: Schedule):
 
 @pytest.mark.parametrize(("blocks", "splits"), [(8, 9), (64, 8), (128, 1), (256, 1), (512, 1), (2048, 1)])
 def test_short_sequences_are_split_only_until_every_multiprocessor_has_its_blocks(blocks, splits):
-    config = decode.default_config(128, 8, blocks, 1088)
+    config = default_decode_config(128, 8, blocks, 1088)
     assert config.block_kv == 128
     assert config.splits(blocks, 1088) == splits
     assert blocks * splits * config.warpgroups >= min(0.9 * 3 * NUM_SMS, blocks * 9)
@@ -365,14 +376,14 @@ def test_short_sequences_are_split_only_until_every_multiprocessor_has_its_block
 @pytest.mark.parametrize(
     "make",
     [
-        functools.partial(decode.Config, block_kv=64),
-        functools.partial(decode.Config, stages=1),
-        functools.partial(decode.Config, warpgroups=5),
-        functools.partial(decode.Config, residents=0),
-        functools.partial(prefill.Config, block_kv=96),
-        functools.partial(prefill.Config, block_kv=64),
-        functools.partial(prefill.Config, stages=1),
-        functools.partial(prefill.Config, pipeline=3),
+        functools.partial(DecodeConfig, block_kv=64),
+        functools.partial(DecodeConfig, stages=1),
+        functools.partial(DecodeConfig, warpgroups=5),
+        functools.partial(DecodeConfig, residents=0),
+        functools.partial(PrefillConfig, block_kv=96),
+        functools.partial(PrefillConfig, block_kv=64),
+        functools.partial(PrefillConfig, stages=1),
+        functools.partial(PrefillConfig, pipeline=3),
     ],
 )
 def test_configs_quote_what_is_wrong(make):
@@ -384,20 +395,20 @@ def test_configs_quote_what_is_wrong(make):
 def test_only_slots_that_are_seen_are_prepared():
     _, key, value, lengths = abstract_operands(Case(slots=1000))
     for slots, columns in ((None, 1024), (300, 384)):
-        prepare = functools.partial(prefill.prepare, slots=slots)
+        preparation = functools.partial(prepare, slots=slots)
         assert {
-            x.shape[axis] for x, axis in zip(jax.eval_shape(prepare, key, value, lengths), (2, 3, 3), strict=True)
+            x.shape[axis] for x, axis in zip(jax.eval_shape(preparation, key, value, lengths), (2, 3, 3), strict=True)
         } == {columns}
 
 
 def test_a_kernel_wants_what_was_prepared_for_it():
     """The denominators' columns of V, and a head_dim for which there are registers."""
 
-    def run(head_dim: int, prepared: prefill.Config, config: prefill.Config):
+    def run(head_dim: int, prepared: PrefillConfig, config: PrefillConfig):
         query, cache, _, lengths = abstract_operands(Case(128, head_dim=head_dim))
 
         def attend(q, q_scale, key, value, lengths):
-            operands = prefill.prepare(key, value, lengths, prepared)
+            operands = prepare(key, value, lengths, prepared)
             return prefill.launch(
                 q, q_scale[..., 0], *operands, lengths, lengths, scale=0.1, causal=True, window=None,
                 out_dtype=jnp.bfloat16, config=config,
@@ -405,42 +416,44 @@ def test_a_kernel_wants_what_was_prepared_for_it():
 
         jax.eval_shape(attend, query.values, query.scale, cache, cache, lengths)
 
-    one_by_one = prefill.Config(pipeline=1)
+    one_by_one = PrefillConfig(pipeline=1)
     run(128, one_by_one, one_by_one)
     with pytest.raises(ValueError, match="v has 128 rows; expected 136"):
-        run(128, one_by_one, prefill.Config())
+        run(128, one_by_one, PrefillConfig())
     with pytest.raises(ValueError, match="v has 136 rows; expected 128"):
-        run(128, prefill.Config(), one_by_one)
+        run(128, PrefillConfig(), one_by_one)
     with pytest.raises(ValueError, match="head_dim is 256"):
-        run(256, prefill.Config(), prefill.Config())
+        run(256, PrefillConfig(), PrefillConfig())
 
 
 def test_unsupported_operands_have_a_reason():
     query, key, value, *_ = operands(Case())
-    assert decode.unsupported(query, key, value) is None
-    assert prefill.unsupported(query, key, value, 0.1, jnp.bfloat16) is None
+    assert decode_unsupported(query, key, value) is None
+    assert prefill_unsupported(query, key, value, 0.1, jnp.bfloat16) is None
     table = jnp.zeros((1, 1), jnp.int32)
-    short = ScaledArray(key.values[:, :, :4], key.scale)
-    assert "4 slots" in str(decode.unsupported(query, short, value))
-    assert prefill.unsupported(query, short, value, 0.1, jnp.bfloat16) is None
-    assert "page" in str(decode.unsupported(query, ScaledArray(key.values[:, :, :128], key.scale), value, table))
-    assert "E4M3" in str(decode.unsupported(ScaledArray(formats.dequantize(query), None), key, value))
+    short = dataclasses.replace(key, values=key.values[:, :, :4])
+    assert "4 slots" in str(decode_unsupported(query, short, value))
+    assert prefill_unsupported(query, short, value, 0.1, jnp.bfloat16) is None
+    assert "page" in str(
+        decode_unsupported(query, dataclasses.replace(key, values=key.values[:, :, :128]), value, table)
+    )
+    assert "E4M3" in str(decode_unsupported(ScaledArray(formats.dequantize(query), None, "none"), key, value))
     for scale in (query.scale.astype(jnp.bfloat16), jnp.tile(query.scale, (1, 1, 1, 2)), query.scale[:, :, :1]):
-        assert "not one float32 a token" in str(decode.unsupported(ScaledArray(query.values, scale), key, value))
+        assert "not one float32 a token" in str(decode_unsupported(ScaledArray(query.values, scale), key, value))
     empty = jax.tree.map(lambda x: x[:, :0], query)
-    assert "nothing to attend to" in str(decode.unsupported(empty, key, value))
+    assert "nothing to attend to" in str(decode_unsupported(empty, key, value))
     fp8 = formats.quantize_kv(formats.dequantize(key), "fp8")
-    assert "INT4" in str(decode.unsupported(query, fp8, fp8))
+    assert "INT4" in str(decode_unsupported(query, fp8, fp8))
     grouped = formats.quantize_kv(formats.dequantize(key), "int4", group_size=64)
-    assert "scales" in str(decode.unsupported(query, grouped, grouped))
-    assert "scale is -1" in str(prefill.unsupported(query, key, value, -1.0, jnp.bfloat16))
-    assert "float32" in str(prefill.unsupported(query, key, value, 0.1, jnp.float32))
+    assert "scales" in str(decode_unsupported(query, grouped, grouped))
+    assert "scale is -1" in str(prefill_unsupported(query, key, value, -1.0, jnp.bfloat16))
+    assert "float32" in str(prefill_unsupported(query, key, value, 0.1, jnp.float32))
 
 
 @pytest.mark.parametrize("op", [decode_attention, prefill_attention])
 def test_a_named_kernel_never_falls_back(op):
     query, key, value, start, lengths = operands(Case())
-    plain = ScaledArray(formats.dequantize(query), None)
+    plain = ScaledArray(formats.dequantize(query), None, "none")
     with pytest.raises(NotImplementedError, match="not E4M3"):
         op(plain, key, value, query_start=start, kv_lengths=lengths, scale=0.1, implementation="mosaic_gpu")
 

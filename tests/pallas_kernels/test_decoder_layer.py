@@ -14,7 +14,7 @@ from pallas_kernels.norm import Norm
 from pallas_kernels.projection import Projection
 from pallas_kernels.quantized_tensor import QuantizedTensor
 from pallas_kernels.residual_stream import ResidualStream
-from pallas_kernels.split_sum import finished
+from pallas_kernels.split_k import reduced
 
 SIZES = 64, 40, 96
 GATES = {
@@ -28,7 +28,7 @@ def two_layers(attention, x, layer, tap=None):
     packed, stream = before_attention(ResidualStream(x), layer, implementation="xla", tap=tap)
     stream = after_attention(attention, stream, layer, implementation="xla", tap=tap)
     following, begun = before_attention(stream, layer, implementation="xla")
-    return finished(packed), stream.finish(), finished(following), begun.finish()
+    return reduced(packed), stream.finish(), reduced(following), begun.finish()
 
 
 def float64(x):

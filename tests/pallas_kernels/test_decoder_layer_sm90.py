@@ -18,8 +18,8 @@ from pallas_kernels.matmul import matmul
 from pallas_kernels.residual_stream import ResidualStream
 from pallas_kernels.row_quantize import quantize_rows
 from pallas_kernels.sm90.chain.schedule import Link
-from pallas_kernels.sm90.hardware import NUM_SMS
-from pallas_kernels.split_sum import SplitSum, finished
+from pallas_kernels.sm90.common.hardware import NUM_SMS
+from pallas_kernels.split_k import SplitKPartials, reduced
 
 GELU = {"activation": "gelu_tanh_mul"}
 # name: (rows, hidden, intermediate size, channels of qkv, options of ``random_layer``). Between them: tiles in one part
@@ -70,7 +70,7 @@ def run(inputs, layer, implementation="auto", chains=True):
         packed, x = before_attention(ResidualStream(residual), layer, implementation=implementation)
         y = after_attention(attention, x, layer, implementation=implementation)
         following, z = before_attention(y, layer, implementation=implementation)
-    return finished(packed), y.finish(), finished(following), z.finish()
+    return reduced(packed), y.finish(), reduced(following), z.finish()
 
 
 # --- who computes what ----------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def test_a_watched_layer_takes_the_same_kernels(monkeypatch):
     def watched(attention, residual, layer):
         _, x = before_attention(ResidualStream(residual), layer, tap=seen.__setitem__)
         y = after_attention(attention, x, layer, tap=seen.__setitem__)
-        assert isinstance(y.value, SplitSum)
+        assert isinstance(y.value, SplitKPartials)
         return y.value.parts, dict(seen)
 
     module = jax.export.export(jax.jit(watched), platforms=["cuda"])(attention, residual, layer).mlir_module()
@@ -194,7 +194,7 @@ def test_the_stream_after_attention_has_no_fp8_rounding_before_it(name):
     def after(attention, residual, layer):
         _, x = before_attention(ResidualStream(residual), layer, implementation="mosaic_gpu")
         value = after_attention(attention, x, layer, implementation="mosaic_gpu").value
-        assert isinstance(value, SplitSum)
+        assert isinstance(value, SplitKPartials)
         return value.residual
 
     o_proj = layer.o_proj

@@ -1,5 +1,7 @@
 """Number formats against brute force, ml_dtypes and exact float64 arithmetic."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -323,3 +325,48 @@ def test_probabilities_keep_zero_and_one_and_their_order():
 def test_nbytes_counts_every_array():
     codes = WeightCodes(jnp.zeros((4, 8), jnp.int8), jnp.zeros((4, 1), E4M3), jnp.zeros(4))
     assert formats.nbytes({"a": codes, "b": None}) == 32 + 4 + 16
+
+
+# --- rows with their format ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kv_format", ["int4", "fp8", "none"])
+def test_rows_say_what_they_are_stored_as(kv_format):
+    """Under jit too, where the format is static, and as a tree whose leaves are something else."""
+    rows = formats.quantize_kv(jnp.ones((2, 8)), kv_format)
+    assert rows.format == kv_format
+    assert rows.values.shape[-1] == formats.stored_width(kv_format, 8)
+    assert jax.jit(lambda x: x)(rows).format == kv_format
+    assert jax.tree.map(lambda x: jax.P(), rows).format == kv_format
+    assert jax.eval_shape(lambda x: x, rows).format == kv_format
+    assert (jax.tree.structure(rows) == jax.tree.structure(FP8_ROWS)) == (kv_format == "fp8")
+    values, scale = rows
+    assert values is rows.values
+    assert scale is rows.scale
+
+
+FP8_ROWS = formats.ScaledArray(jnp.zeros((2, 8), formats.E4M3), jnp.ones((2, 1)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "quoted"),
+    [
+        ({"format": "int8"}, "format is 'int8'; expected one of .*'int4'"),
+        ({"format": "int4"}, "dtype float8_e4m3fn and a scale; expected uint8 with a scale for format 'int4'"),
+        ({"format": "none"}, "expected floats without a scale for format 'none'"),
+        ({"scale": None}, "no scale; expected float8_e4m3fn with a scale"),
+        ({"values": jnp.zeros((2, 8), jnp.uint8)}, "dtype uint8 and a scale; expected float8_e4m3fn"),
+        ({"values": jnp.zeros((2, 8), jnp.uint8), "scale": None, "format": "none"}, "expected floats without a scale"),
+    ],
+)
+def test_rows_are_stored_as_their_format_says(changes, quoted):
+    with pytest.raises(ValueError, match=quoted):
+        dataclasses.replace(FP8_ROWS, **changes)
+
+
+def test_rows_of_integers_have_tangents():
+    """JAX makes rows of those, which are no codes."""
+    rows = formats.quantize_kv(jnp.ones((2, 8)), "int4")
+    _, pull_back = jax.vjp(formats.dequantize, rows)
+    [cotangent] = pull_back(jnp.ones((2, 8)))
+    np.testing.assert_array_equal(cotangent.scale.astype(jnp.float32), [[56], [56]])

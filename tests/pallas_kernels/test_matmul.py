@@ -1,5 +1,7 @@
 """The matmul op's reference against float64 products of the dequantized operands."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,9 +136,8 @@ X = ScaledArray(jnp.zeros((2, 128), formats.E4M3), jnp.ones((2, 1)))
         (jnp.zeros((2, 127)), {}, r"\(2, 127\).*\(24, 128\)"),
         (jnp.zeros((2, 128), jnp.int8), {}, "int8"),
         (jnp.zeros((2, 128), formats.E4M3), {}, "float8_e4m3fn"),
-        (X._replace(values=jnp.zeros((2, 128))), {}, "float32"),
-        (X._replace(scale=None), {}, "with a scale"),
-        (X._replace(scale=jnp.ones((2,))), {}, r"\(2,\); expected \(2, 1\)"),
+        (ScaledArray(jnp.zeros((2, 128)), None, "none"), {}, "float32; expected float8_e4m3fn with a scale"),
+        (dataclasses.replace(X, scale=jnp.ones((2,))), {}, r"\(2,\); expected \(2, 1\)"),
         (X, {"bias": jnp.zeros((12,))}, r"\(12,\); expected \(24,\)"),
         (X, {"residual": jnp.zeros((2, 12))}, r"\(2, 12\); expected \(2, 24\)"),
         (X, {"activation": "gelu"}, "'gelu'"),

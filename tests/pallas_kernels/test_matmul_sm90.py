@@ -18,11 +18,11 @@ from pallas_kernels.formats import ScaledArray
 from pallas_kernels.matmul import matmul
 from pallas_kernels.matmul_epilogue import width_out
 from pallas_kernels.quantized_tensor import QuantizedTensor
-from pallas_kernels.sm90.hardware import SMEM_BYTES
+from pallas_kernels.sm90.common.hardware import SMEM_BYTES
 from pallas_kernels.sm90.matmul import config as matmul_config
 from pallas_kernels.sm90.matmul import launch
 from pallas_kernels.sm90.matmul.config import Config, DecodeConfig, choose, heuristic, smem_bytes
-from pallas_kernels.split_sum import finished
+from pallas_kernels.split_k import reduced
 
 PREFILL = Config(256, multicast=2)
 SILU, GELU, BOTH = {"activation": "silu_mul"}, {"activation": "gelu_tanh_mul"}, {"bias": True, "residual": True}
@@ -66,7 +66,7 @@ CASES: dict[str, tuple[int, int, int, dict, Config]] = {
     "nf4-few": (13, 512, 2048, {"format": "nf4", "group_size": 64}, DecodeConfig(16, k_warpgroups=2)),
     "fp4-bf16-scale": (30, 512, 1152, {"format": "fp4", "scale_dtype": "bf16"}, DecodeConfig(32, k_warpgroups=2)),
     "one-token": (1, 1000, 1024, {}, DecodeConfig(8)),
-    "decode-ring": (13, 1088, 4096, {"bias": True}, DecodeConfig(16, depth=5, stages=3)),
+    "decode-stages": (13, 1088, 4096, {"bias": True}, DecodeConfig(16, depth=5, stages=3)),
     "decode-rest": (13, 320, 1280, {"residual": True}, DecodeConfig(16, warpgroups=3, depth=3)),
     "decode-silu": (61, 1088, 2048, SILU | {"residual": True}, DecodeConfig(64, depth=3)),
     "decode-gelu": (13, 1088, 2048, GELU | {"bias": True}, DecodeConfig(16, depth=3)),
@@ -93,12 +93,12 @@ CASES: dict[str, tuple[int, int, int, dict, Config]] = {
     "k-warpgroups-8": (16, 512, 4096, {"residual": True}, DecodeConfig(16, 8, 8, depth=4)),
     "decode-two-rows": (23, 320, 1024, {"bias": True}, DecodeConfig(16, k_warpgroups=2)),
     "split-two-rows": (23, 320, 1024, {"residual": True}, DecodeConfig(16, k_warpgroups=2, split_k=2)),
-    "ring-split": (300, 512, 1024, {"residual": True}, Config(256, split_k=2, multicast=2)),
-    "ring-split-uneven": (70, 1000, 1408, {"group_size": 64}, Config(128, split_k=8, multicast=2)),
-    "ring-split-silu": (133, 528, 1024, SILU | BOTH, Config(64, split_k=3)),
-    "ring-split-bf16-scale": (100, 512, 1152, {"scale_dtype": "bf16"}, Config(128, stages=6, split_k=2)),
-    "ring-split-bf16-x": (100, 512, 1024, {"x_dtype": jnp.bfloat16}, Config(128, split_k=2)),
-    "ring-split-batched": (13, 512, 2048, {}, Config(16, warpgroups=4, split_k=2, stages=2, k_tiles=4, store_m=16)),
+    "prefill-split": (300, 512, 1024, {"residual": True}, Config(256, split_k=2, multicast=2)),
+    "prefill-split-uneven": (70, 1000, 1408, {"group_size": 64}, Config(128, split_k=8, multicast=2)),
+    "prefill-split-silu": (133, 528, 1024, SILU | BOTH, Config(64, split_k=3)),
+    "prefill-split-bf16-scale": (100, 512, 1152, {"scale_dtype": "bf16"}, Config(128, stages=6, split_k=2)),
+    "prefill-split-bf16-x": (100, 512, 1024, {"x_dtype": jnp.bfloat16}, Config(128, split_k=2)),
+    "prefill-split-batched": (13, 512, 2048, {}, Config(16, warpgroups=4, split_k=2, stages=2, k_tiles=4, store_m=16)),
     "split-7": (16, 512, 14336, {}, DecodeConfig(16, k_warpgroups=2, split_k=7)),
     "split-uneven": (5, 512, 11008, {}, DecodeConfig(8, k_warpgroups=4, split_k=2, depth=16)),
     "split-past-the-end": (5, 100, 640, {}, DecodeConfig(8, k_warpgroups=4, split_k=4)),
@@ -151,7 +151,7 @@ def _kernel(x, weight, config, **options):
         codebook=weight.format,
         **options,
     )
-    return finished(y)
+    return reduced(y)
 
 
 def _reference(x, weight, *, bias=None, residual=None, activation="none"):
@@ -375,7 +375,7 @@ def test_extreme_scales_and_codes(config, sigma, sign):
 @pytest.mark.gpu
 def test_nan_stays_in_its_row():
     x, weight, _ = _operands(16, 256, 256)
-    x = x._replace(values=x.values.at[3, 7].set(jnp.nan))
+    x = dataclasses.replace(x, values=x.values.at[3, 7].set(jnp.nan))
     y = np.asarray(matmul(x, weight, implementation="mosaic_gpu"), np.float32)
     assert np.isnan(y[3]).all()
     assert np.isfinite(np.delete(y, 3, axis=0)).all()
@@ -385,7 +385,7 @@ def test_nan_stays_in_its_row():
 def test_promotion_removes_the_error_of_the_long_sum():
     """The tensor cores' FP8 sum drops low bits; of positive terms over a long K the loss has a sign."""
     x, weight, _ = _operands(64, 256, 14336)
-    x = x._replace(values=jnp.abs(x.values))
+    x = dataclasses.replace(x, values=jnp.abs(x.values))
     weight = dataclasses.replace(weight, values=weight.values & jnp.uint32(0x77777777))
     expected = _reference(x, weight)
     bias = {}

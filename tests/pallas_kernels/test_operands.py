@@ -1,5 +1,7 @@
 """Ops say which operand is of the wrong kind, what it is and what they expect."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,8 +17,9 @@ from pallas_kernels.row_quantize import quantize_rows, rms_norm_quantize, sum_no
 
 ROWS = jnp.ones((2, 64), jnp.float32)
 WEIGHT = quantize(jnp.ones((64, 64)), format="fp8")
-QUERY = ScaledArray(jnp.ones((1, 3, 2, 16)), None)
-CACHE = ScaledArray(jnp.ones((1, 2, 3, 16)), None)
+QUERY = ScaledArray(jnp.ones((1, 3, 2, 16)), None, "none")
+CACHE = ScaledArray(jnp.ones((1, 2, 3, 16)), None, "none")
+FP8 = formats.quantize_fp8(QUERY.values)
 START, LENGTHS = jnp.zeros(1, jnp.int32), jnp.full(1, 3, jnp.int32)
 ANGLES = jnp.ones((1, 3, 8))
 
@@ -41,15 +44,30 @@ OPERANDS = {
         (prefill_attention, "query", QUERY.values, r"query is an array float32\[1, 3, 2, 16\]; expected a ScaledArray"),
         (prefill_attention, "key", np.ones(3), r"key is an array float64\[3\]; expected a ScaledArray"),
         (prefill_attention, "value", tuple(CACHE), "value is of type tuple; expected a ScaledArray"),
-        (prefill_attention, "value", ScaledArray([1.0], None), r"value\.values is of type list; expected an array"),
-        (prefill_attention, "query", QUERY._replace(scale=2.0), r"query\.scale is of type float; expected an array"),
-        (prefill_attention, "query", QUERY._replace(scale=jnp.ones((1, 3, 1))), r"query scale has shape \(1, 3, 1\)"),
+        (
+            prefill_attention,
+            "value",
+            ScaledArray([1.0], None, "none"),
+            r"value\.values is of type list; expected an array",
+        ),
+        (
+            prefill_attention,
+            "query",
+            dataclasses.replace(FP8, scale=2.0),
+            r"query\.scale is of type float; expected an array",
+        ),
+        (
+            prefill_attention,
+            "query",
+            dataclasses.replace(FP8, scale=jnp.ones((1, 3, 1))),
+            r"query scale has shape \(1, 3, 1\)",
+        ),
         (prefill_attention, "kv_lengths", 3, "kv_lengths is of type int; expected an array"),
         (prefill_attention, "query_start", [0], "query_start is of type list; expected an array"),
         (decode_attention, "query_start", None, "query_start is None; expected an array"),
         (decode_attention, "key", CACHE.values, "key is an array float32.*; expected a ScaledArray"),
         (decode_attention, "page_table", [[0]], "page_table is of type list; expected an array or None"),
-        (rope_quantize, "packed", QUERY, "packed is of type ScaledArray; expected an array or a SplitSum"),
+        (rope_quantize, "packed", QUERY, "packed is of type ScaledArray; expected an array or a SplitKPartials"),
         (rope_quantize, "key", CACHE.values, "key is an array float32.*; expected a ScaledArray"),
         (rope_quantize, "start", 0, "start is of type int; expected an array"),
         (rope_quantize, "key_offset", 0.0, "key_offset is of type float; expected an array or None"),
@@ -66,7 +84,7 @@ def test_an_operand_of_another_kind_is_named(op, name, wrong, message):
 
 
 def test_a_plain_array_is_no_sum_in_parts():
-    with pytest.raises(ValueError, match=r"total is an array float32\[2, 64\]; expected a SplitSum"):
+    with pytest.raises(ValueError, match=r"partials is an array float32\[2, 64\]; expected a SplitKPartials"):
         sum_norm_quantize(ROWS, jnp.ones(64), 1e-5)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from poisoned_memory import poison
-from random_sum import random_sum
+from random_partials import random_partials
 from simulated import can_simulate, simulated
 
 from pallas_kernels import formats
@@ -19,7 +19,8 @@ from pallas_kernels.formats import ScaledArray
 from pallas_kernels.head_norm import HeadNorm, Placement
 from pallas_kernels.rope_quantize import rope_quantize, rope_quantize_reference
 from pallas_kernels.sm90.rope_quantize import launch as sm90
-from pallas_kernels.split_sum import finished
+from pallas_kernels.sm90.rope_quantize.config import Config, default_config, unsupported
+from pallas_kernels.split_k import reduced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Case:
     norm: Placement | None = None
     width: int | None = None
     factor: bool = False
-    config: sm90.Config | None = None
+    config: Config | None = None
 
     @property
     def batch(self) -> int:
@@ -91,20 +92,20 @@ CASES = {
     "S": Case(4, scaled=True, lengths=(4, 3)),
     "offset, clips": Case(4, centered=True, clips=(0.97, 0.91), lengths=(4, 3)),
     "unbiased keys": Case(4, centered=True, clips=(0.97, 0.91), unbiased=True, lengths=(4, 3)),
-    "S and offset, all groups in a warp": Case(4, scaled=True, centered=True, lengths=(4, 3), config=sm90.Config(99)),
-    "three groups a warp": Case(7, heads=32, kv_heads=8, lengths=(7, 6), config=sm90.Config(3)),
-    "six groups a warp": Case(7, heads=32, kv_heads=8, lengths=(7, 6), scaled=True, config=sm90.Config(6)),
-    "eight pairs a lane": Case(heads=32, kv_heads=8, starts=(0, 39, 5), lengths=(1, 1, 1), config=sm90.Config(1)),
+    "S and offset, all groups in a warp": Case(4, scaled=True, centered=True, lengths=(4, 3), config=Config(99)),
+    "three groups a warp": Case(7, heads=32, kv_heads=8, lengths=(7, 6), config=Config(3)),
+    "six groups a warp": Case(7, heads=32, kv_heads=8, lengths=(7, 6), scaled=True, config=Config(6)),
+    "eight pairs a lane": Case(heads=32, kv_heads=8, starts=(0, 39, 5), lengths=(1, 1, 1), config=Config(1)),
     "four pairs a lane, three groups a warp": Case(
-        7, heads=32, kv_heads=8, lengths=(7, 6), scaled=True, unbiased=True, config=sm90.Config(3, pairs=4)
+        7, heads=32, kv_heads=8, lengths=(7, 6), scaled=True, unbiased=True, config=Config(3, pairs=4)
     ),
     "prompts": Case(700, slots=720, starts=(0, 0, 30), lengths=(700, 12, 699), clips=(0.97, 0.91), unbiased=True),
     "a sum": Case(heads=32, kv_heads=8, starts=(0, 39, 5), lengths=(1, 1, 1), parts=2),
     "a sum, S and offset": Case(5, 9, 3, 64, scaled=True, centered=True, lengths=(5, 4), parts=8, quarter_turns=True),
     "a sum, eight pairs a lane, S, offset": Case(
-        5, scaled=True, centered=True, lengths=(5, 4), parts=3, quarter_turns=True, config=sm90.Config(1)
+        5, scaled=True, centered=True, lengths=(5, 4), parts=3, quarter_turns=True, config=Config(1)
     ),
-    "a sum, three groups a warp": Case(7, heads=32, kv_heads=8, lengths=(7, 6), parts=4, config=sm90.Config(3)),
+    "a sum, three groups a warp": Case(7, heads=32, kv_heads=8, lengths=(7, 6), parts=4, config=Config(3)),
     "quarter turns": Case(64, slots=64, starts=(0, 0), lengths=(64, 64), quarter_turns=True),
     "quarter turns, S, offset": Case(
         64, slots=64, starts=(0, 0), lengths=(64, 64), scaled=True, centered=True, quarter_turns=True
@@ -116,13 +117,13 @@ CASES = {
     "norm, head_dim 256": Case(3, 6, 3, 256, starts=(0, 1), lengths=(3, 2), norm="before_rope"),
     "norm, padded heads": Case(4, lengths=(4, 3), norm="before_rope", width=80),
     "norm, S, offset, factor, eight pairs": Case(
-        4, scaled=True, centered=True, lengths=(4, 3), norm="before_rope", factor=True, config=sm90.Config(1)
+        4, scaled=True, centered=True, lengths=(4, 3), norm="before_rope", factor=True, config=Config(1)
     ),
     "norm, unbiased keys, three groups a warp": Case(
-        7, 32, 8, centered=True, unbiased=True, lengths=(7, 6), norm="before_rope", config=sm90.Config(3)
+        7, 32, 8, centered=True, unbiased=True, lengths=(7, 6), norm="before_rope", config=Config(3)
     ),
     "norm behind RoPE, a sum, factor": Case(
-        5, scaled=True, lengths=(5, 4), parts=3, norm="after_rope", factor=True, config=sm90.Config(99)
+        5, scaled=True, lengths=(5, 4), parts=3, norm="after_rope", factor=True, config=Config(99)
     ),
     "norm, prompts": Case(700, slots=720, starts=(0, 0, 30), lengths=(700, 12, 699), norm="before_rope"),
     "factor": Case(5, lengths=(5, 4), factor=True),
@@ -148,7 +149,7 @@ def operands(case: Case, kv_format: formats.KVFormat = "int4", group: int | None
     shape = (case.batch, case.kv_heads, case.slots, case.head_dim)
     cache = [formats.quantize_kv(jax.random.normal(key, shape, dtype), kv_format, group) for key in keys[2:4]]
     if case.parts:
-        packed = random_sum((case.batch, case.length), columns, columns + 64, case.parts)
+        packed = random_partials((case.batch, case.length), columns, columns + 64, case.parts)
     return packed, cos, sin, *cache, jnp.asarray(case.starts, jnp.int32), jnp.asarray(case.lengths, jnp.int32)
 
 
@@ -217,7 +218,7 @@ def test_nothing_is_rounded_between_the_steps():
     """bf16 input, plain float32 cache: rotated, scaled and shifted in float32."""
     case = Case(scaled=True, centered=True)
     packed, cos, sin, *_, start, lengths = operands(case)
-    empty = ScaledArray(jnp.zeros((2, 2, 40, 128)), None)
+    empty = ScaledArray(jnp.zeros((2, 2, 40, 128)), None, "none")
     options = {**case.options, "implementation": "xla", "quantize_query": False}
     fine, coarse = (
         run(rope_quantize, x, cos, sin, empty, empty, start, lengths, **options)[1].values
@@ -242,7 +243,7 @@ def test_norm_and_factor_against_float64(placement, across_heads, factor):
     cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
     norm = random_norm(heads, kv_heads, 2 * half, placement, across_heads=across_heads, width=2 * real)
     factors = random.uniform(1, 2, (batch, length)).astype(np.float32) if factor else None
-    empty = ScaledArray(jnp.zeros((batch, kv_heads, length, 2 * half)), None)
+    empty = ScaledArray(jnp.zeros((batch, kv_heads, length, 2 * half)), None, "none")
     query, key, value = rope_quantize(
         jnp.asarray(rows.reshape(batch, length, -1)), jnp.asarray(cos), jnp.asarray(sin), empty, empty,
         start=jnp.zeros(batch, jnp.int32), lengths=jnp.full(batch, length), norm=norm,
@@ -283,7 +284,7 @@ def test_factors_of_keys_fold_into_the_norm():
     """FireQ's N, one factor for both channels of a pair: smaller keys, and the scores that they had."""
     case = Case(4, lengths=(4, 4), starts=(0, 0), slots=4, norm="before_rope")
     packed, cos, sin, *_, start, lengths = operands(case)
-    empty = ScaledArray(jnp.zeros((2, 2, 4, 128)), None)
+    empty = ScaledArray(jnp.zeros((2, 2, 4, 128)), None, "none")
     n = jnp.tile(2.0 ** np.random.default_rng(0).integers(-3, 4, (2, 64)), (1, 2)).astype(jnp.float32)
     norm = random_norm(8, 2, 128)
     folded = dataclasses.replace(norm, query=norm.query / jnp.repeat(n, 4, axis=0), key=norm.key * n)
@@ -350,7 +351,8 @@ def test_errors_quote_the_offending_value(changes, quoted):
     arguments = {}
     for name, shape in (shapes | {name: x for name, x in changes.items() if isinstance(x, tuple)}).items():
         if name in ("key", "value"):
-            arguments[name] = ScaledArray(jnp.zeros(shape, jnp.uint8), jnp.ones((*shape[:3], 1), jnp.bfloat16))
+            scale = jnp.ones((*shape[:3], 1), jnp.bfloat16)
+            arguments[name] = ScaledArray(jnp.zeros(shape, jnp.uint8), scale, "int4")
         else:
             arguments[name] = jnp.zeros(shape, jnp.bfloat16 if name == "packed" else jnp.float32)
     arguments |= {name: x for name, x in changes.items() if not isinstance(x, tuple)}
@@ -374,35 +376,35 @@ def test_kernel_lowers_for_cuda_and_writes_into_the_caches_it_is_given(case):
 
 def test_unsupported_operands_have_a_reason():
     packed, cos, sin, key, value, *_ = operands(Case())
-    assert sm90.unsupported(packed, cos, sin, key, value, True) is None
-    assert "float32" in str(sm90.unsupported(packed.astype(jnp.float32), cos, sin, key, value, True))
-    assert "head_dim is 96" in str(sm90.unsupported(packed, cos[..., :48], sin[..., :48], key, value, True))
-    assert "query" in str(sm90.unsupported(packed, cos, sin, key, value, False))
+    assert unsupported(packed, cos, sin, key, value, True) is None
+    assert "float32" in str(unsupported(packed.astype(jnp.float32), cos, sin, key, value, True))
+    assert "head_dim is 96" in str(unsupported(packed, cos[..., :48], sin[..., :48], key, value, True))
+    assert "query" in str(unsupported(packed, cos, sin, key, value, False))
     for across_heads, reason in ((False, "None"), (True, "all heads together")):
         norm = random_norm(8, 2, 128, across_heads=across_heads)
-        assert reason in str(sm90.unsupported(packed, cos, sin, key, value, True, norm))
-    assert "sin bfloat16" in str(sm90.unsupported(packed, cos, sin.astype(jnp.bfloat16), key, value, True))
+        assert reason in str(unsupported(packed, cos, sin, key, value, True, norm))
+    assert "sin bfloat16" in str(unsupported(packed, cos, sin.astype(jnp.bfloat16), key, value, True))
     for kv_format, group, reason in (("fp8", None, "INT4"), ("none", None, "INT4"), ("int4", 64, "scales")):
         _, _, _, key, value, *_ = operands(Case(), kv_format, group)
-        assert reason in str(sm90.unsupported(packed, cos, sin, key, value, True))
+        assert reason in str(unsupported(packed, cos, sin, key, value, True))
 
 
 def test_a_sum_is_read_as_what_it_adds_up_to():
     packed, *others = operands(CASES["a sum"])
-    whole, parts = (run(rope_quantize, x, *others, implementation="xla") for x in (packed.finish(), packed))
+    whole, parts = (run(rope_quantize, x, *others, implementation="xla") for x in (packed.reduce(), packed))
     for one, two in zip(*map(arrays, (whole, parts)), strict=True):
         np.testing.assert_array_equal(one, two)
 
 
 def test_sums_that_the_kernel_cannot_add_up_have_a_reason():
     packed, cos, sin, key, value, *_ = operands(CASES["a sum"])
-    assert sm90.unsupported(packed, cos, sin, key, value, True) is None
+    assert unsupported(packed, cos, sin, key, value, True) is None
     for changes, reason in (
         ({"x_scale": None}, "FP8"),
         ({"bias": cos.astype(jnp.float16)}, "bias"),
         ({"residual": cos}, "residual"),
     ):
-        assert reason in str(sm90.unsupported(dataclasses.replace(packed, **changes), cos, sin, key, value, True))
+        assert reason in str(unsupported(dataclasses.replace(packed, **changes), cos, sin, key, value, True))
 
 
 def test_a_named_kernel_never_falls_back():
@@ -414,11 +416,11 @@ def test_a_named_kernel_never_falls_back():
     ("tokens", "groups", "pairs"), [(1, 1, 4), (64, 1, 4), (256, 1, 8), (768, 1, 8), (1024, 6, 8), (16384, 12, 8)]
 )
 def test_a_warp_takes_more_where_there_are_many_tokens(tokens, groups, pairs):
-    assert sm90.default_config(tokens, 12) == sm90.Config(groups, pairs=pairs)
-    assert sm90.default_config(tokens, 12, unbiased_keys=True) == sm90.Config(groups)
+    assert default_config(tokens, 12) == Config(groups, pairs=pairs)
+    assert default_config(tokens, 12, unbiased_keys=True) == Config(groups)
 
 
-@pytest.mark.parametrize("make", [functools.partial(sm90.Config, 0), functools.partial(sm90.Config, 1, warpgroups=0)])
+@pytest.mark.parametrize("make", [functools.partial(Config, 0), functools.partial(Config, 1, warpgroups=0)])
 def test_configs_quote_what_is_wrong(make):
     with pytest.raises(ValueError, match="is 0; expected a positive number"):
         make()
@@ -426,7 +428,7 @@ def test_configs_quote_what_is_wrong(make):
 
 def test_configs_quote_pairs_that_make_no_whole_word():
     with pytest.raises(ValueError, match="pairs is 6; expected 4 or 8"):
-        sm90.Config(1, pairs=6)
+        Config(1, pairs=6)
 
 
 # --- the kernel in numpy, and on a GPU ------------------------------------------------------------------------------
@@ -444,7 +446,7 @@ def compare(case: Case, inputs: Any, runner: Any = jitted) -> None:
     may be off by one too, so what must be equal is compared with the reference on the CPU.
     """
     packed, *others = inputs
-    given = (finished(packed), *others)
+    given = (reduced(packed), *others)
     if case.quarter_turns:
         given = jax.device_put(given, jax.devices("cpu")[0])
     reference = jax.jit(functools.partial(run, rope_quantize_reference, **case.options))(*given)
@@ -476,7 +478,7 @@ def test_a_norm_is_the_same_however_many_pairs_a_lane_has(norm):
     case = Case(2, lengths=(2, 2), norm=norm)
     few, many = (
         simulated(functools.partial(run, sm90.rope_quantize, config=config, **case.options), *operands(case))
-        for config in (sm90.Config(1, pairs=4), sm90.Config(1, pairs=8))
+        for config in (Config(1, pairs=4), Config(1, pairs=8))
     )
     for one, two in zip(*map(arrays, (few, many)), strict=True):
         np.testing.assert_array_equal(one, two)
@@ -512,7 +514,7 @@ def compare_broken_rows(name: str, runner: Any = jitted) -> None:
     for kind, number in ((3, np.nan), (4, np.inf), (5, -np.inf)):
         rows[np.where((kinds == kind)[..., None], random.random(rows.shape) < 0.02, False)] = number
     packed = jnp.asarray(rows.reshape(packed.shape), jnp.bfloat16)
-    key, value = (ScaledArray(x.values, jnp.full_like(x.scale, jnp.nan)) for x in (key, value))
+    key, value = (dataclasses.replace(x, scale=jnp.full_like(x.scale, jnp.nan)) for x in (key, value))
     compare(case, (packed, cos, sin, key, value, start, lengths), runner)
 
 

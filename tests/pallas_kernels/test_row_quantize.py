@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from poisoned_memory import poison
-from random_sum import random_sum
+from random_partials import random_partials
 
 from pallas_kernels import dispatch, formats
 from pallas_kernels.matmul_epilogue import epilogue
@@ -25,8 +25,10 @@ from pallas_kernels.row_quantize import (
     rms_norm_quantize_reference,
     sum_norm_quantize,
 )
-from pallas_kernels.sm90 import row_quantize as sm90
-from pallas_kernels.split_sum import SplitSum
+from pallas_kernels.sm90.common.ptx import WARPGROUP
+from pallas_kernels.sm90.row_quantize import launch as sm90
+from pallas_kernels.sm90.row_quantize.config import CHUNK, MAX_CHUNKS, MAX_WIDTH, Config, default_config, parts_config
+from pallas_kernels.split_k import SplitKPartials
 
 EPS = 1e-5
 SHAPES = [(1, 4096), (5, 4096), (64, 14336), (300, 4096), (301, 5120), (3, 136), (2, 3, 1000), (7, 8), (9, 28672)]
@@ -51,10 +53,10 @@ POST_NORMS = [
 # A row in one block, in clusters that it fills and, most of these, in clusters that have more threads than it needs.
 SUM_CONFIGS = [
     None,
-    sm90.Config(8),
-    *(sm90.Config(n, c) for n, c in ((1, 8), (3, 8), (4, 8), (1, 4), (2, 4), (3, 2), (4, 2))),
+    Config(8),
+    *(Config(n, c) for n, c in ((1, 8), (3, 8), (4, 8), (1, 4), (2, 4), (3, 2), (4, 2))),
 ]
-CONFIGS = [None, *(sm90.Config(warpgroups) for warpgroups in (1, 2, 3, 4, 7, 8))]
+CONFIGS = [None, *(Config(warpgroups) for warpgroups in (1, 2, 3, 4, 7, 8))]
 
 
 def random_rows(shape: tuple[int, ...], seed: int = 0) -> jax.Array:
@@ -88,9 +90,9 @@ def bias_of(n: int, dtype: jax.typing.DTypeLike | None) -> jax.Array | None:
     return None if dtype is None else (3 * jax.random.normal(jax.random.key(n), (n,))).astype(dtype)
 
 
-def residual_sum(rows: tuple[int, ...], n: int, padded: int, parts: int, **changes) -> SplitSum:
+def residual_sum(rows: tuple[int, ...], n: int, padded: int, parts: int, **changes) -> SplitKPartials:
     """With a residual, as o_proj and down_proj leave it."""
-    return random_sum(rows, n, padded, parts, **({"residual": random_rows((math.prod(rows), n))} | changes))
+    return random_partials(rows, n, padded, parts, **({"residual": random_rows((math.prod(rows), n))} | changes))
 
 
 def on_cpu(function, *arguments):
@@ -114,7 +116,10 @@ def test_quantize_rows_is_the_format():
 
 
 @given(
-    hnp.arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 33)), elements=st.floats(-1e4, 1e4, width=32)),
+    # Few shapes: each is compiled.
+    st.sampled_from([(1, 1), (2, 8), (4, 33)]).flatmap(
+        lambda shape: hnp.arrays(np.float32, shape, elements=st.floats(-1e4, 1e4, width=32))
+    ),
     st.floats(0.0625, 16, width=32),
 )
 @settings(deadline=None, max_examples=50)
@@ -157,15 +162,15 @@ def test_a_sum_is_finished_as_a_matmul_would_have(activation, optional):
     if optional:
         y = y * np.asarray(total.x_scale)[:, None]
     expected = epilogue(jnp.asarray(y, jnp.float32), total.bias, activation, total.residual)
-    assert total.finish().shape == (2, 3, 48)
+    assert total.reduce().shape == (2, 3, 48)
     # bf16's half step, and float32 sums of parts that are larger than what is left of them.
-    np.testing.assert_allclose(total.finish().reshape(6, 48).astype(np.float32), expected, rtol=2**-8, atol=1e-3)
+    np.testing.assert_allclose(total.reduce().reshape(6, 48).astype(np.float32), expected, rtol=2**-8, atol=1e-3)
 
 
 def test_norm_of_a_sum_is_the_norm_of_what_it_finishes_as():
     total, weight = residual_sum((2, 3), 48, 64, 4), weight_of(48)
     rows, x = sum_norm_quantize(total, weight, EPS)
-    assert_same_numbers(x, total.finish())
+    assert_same_numbers(x, total.reduce())
     for actual, expected in zip(rows, rms_norm_quantize(x, weight, EPS), strict=True):
         assert_same_numbers(actual, expected)
 
@@ -180,10 +185,10 @@ def test_a_norm_of_a_sum_by_xla_is_by_xla_on_hopper_too(monkeypatch):
 
 def post_norm_operands(rows: tuple[int, ...], n: int, padded: int, parts: int, bias=None):
     """A branch (a sum in parts, or whole without parts), its norm's weight, the residual and the next norm's weight."""
-    total = random_sum(rows, n, padded, max(parts, 1), bias=bias_of(n, bias))
+    total = random_partials(rows, n, padded, max(parts, 1), bias=bias_of(n, bias))
     post_weight = jax.random.uniform(jax.random.key(2), (n,), minval=0.1, maxval=2)
     residual = (2 * jax.random.normal(jax.random.key(3), (*rows, n))).astype(jnp.bfloat16)
-    return total if parts else total.finish(), post_weight, residual, weight_of(n)
+    return total if parts else total.reduce(), post_weight, residual, weight_of(n)
 
 
 @pytest.mark.parametrize("pre_norm", [True, False])
@@ -193,7 +198,7 @@ def test_post_norm_is_of_the_branch_and_the_next_of_the_sum(parts, pre_norm):
     branch, post_weight, residual, weight = post_norm_operands((2, 3), 48, 64, parts)
     rows, x = post_norm_quantize(branch, post_weight, residual, weight if pre_norm else None, EPS)
     y, old, gain, after = (
-        np.asarray(array, np.float64) for array in (branch.finish() if parts else branch, residual, post_weight, weight)
+        np.asarray(array, np.float64) for array in (branch.reduce() if parts else branch, residual, post_weight, weight)
     )
     expected = old + y / np.sqrt((y**2).mean(-1, keepdims=True) + EPS) * gain
     assert x.dtype == jnp.bfloat16
@@ -217,8 +222,8 @@ def test_post_norm_keeps_the_dtype_of_the_residual_and_shows_what_is_not_finite(
     ("changes", "message"),
     [
         ({"branch": jnp.ones((2, 9))}, r"branch has shape \(2, 9\) and the residual \(2, 8\)"),
-        ({"branch": random_sum((3,), 8, 64, 2)}, r"branch has shape \(3, 8\) and the residual \(2, 8\)"),
-        ({"branch": random_sum((2,), 8, 64, 2, residual=jnp.ones((2, 8)))}, "a residual of its own"),
+        ({"branch": random_partials((3,), 8, 64, 2)}, r"branch has shape \(3, 8\) and the residual \(2, 8\)"),
+        ({"branch": random_partials((2,), 8, 64, 2, residual=jnp.ones((2, 8)))}, "a residual of its own"),
         ({"residual": jnp.ones((2, 8), jnp.int32)}, "dtype int32"),
         ({"post_weight": jnp.ones(4)}, r"weight has shape \(4,\)"),
         ({"weight": jnp.ones(8, jnp.bfloat16)}, "dtype bfloat16"),
@@ -289,7 +294,7 @@ def test_kernel_adds_parts_up_as_the_reference_does(rows, n, padded, parts, conf
     total, weight = residual_sum(rows, n, padded, parts, bias=bias_of(n, bias)), weight_of(n)
     poison((*rows, n))
     quantized, x = sm90.sum_norm_quantize(total, weight, eps=EPS, config=config)
-    expected = on_cpu(lambda total: total.finish(), total).astype(np.float32)
+    expected = on_cpu(lambda total: total.reduce(), total).astype(np.float32)
     np.testing.assert_allclose(np.asarray(x, np.float32), expected, rtol=2**-7, atol=1e-3)
     assert np.mean(np.asarray(x, np.float32) == expected) > 0.99
     exact = on_cpu(functools.partial(rms_norm_quantize_reference, eps=EPS), x, weight)
@@ -316,7 +321,7 @@ def test_kernel_of_a_sum_follows_the_rules_for_special_rows(config):
 @pytest.mark.parametrize("pre_norm", [True, False])
 @pytest.mark.parametrize(
     ("case", "config"),
-    [(case, config) for case in POST_NORMS for config in (SUM_CONFIGS[::3] if case[3] else (None, sm90.Config(8)))],
+    [(case, config) for case in POST_NORMS for config in (SUM_CONFIGS[::3] if case[3] else (None, Config(8)))],
 )
 def test_kernel_of_a_post_norm_does_as_the_reference(case, config, pre_norm):
     """A sum of squares has no order and rsqrt is approximate: few numbers of x fall to the other side of a step."""
@@ -341,7 +346,7 @@ def test_kernel_of_a_post_norm_does_as_the_reference(case, config, pre_norm):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("pre_norm", [True, False])
-@pytest.mark.parametrize("config", [None, sm90.Config(8)])
+@pytest.mark.parametrize("config", [None, Config(8)])
 def test_kernel_of_a_post_norm_follows_the_rules_for_special_rows(config, pre_norm):
     """A branch's row that is not finite leaves nothing of its residual, and shows; others do not notice."""
     special, weight = special_rows(4096), weight_of(4096) if pre_norm else None
@@ -358,7 +363,7 @@ def test_kernel_of_a_post_norm_follows_the_rules_for_special_rows(config, pre_no
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_configuration_gives_the_same_rows(config):
     x, weight = random_rows((13, 4104)), weight_of(4104)
-    if config == sm90.Config(1):
+    if config == Config(1):
         x, weight = x[:, :4096], weight[:4096]
     for actual, expected in zip(sm90.quantize_rows(x, config=config), on_cpu(formats.quantize_fp8, x), strict=True):
         assert_same_numbers(actual, expected)
@@ -383,7 +388,7 @@ def test_kernels_lower_for_cuda(shape):
 
 
 @pytest.mark.parametrize(("rows", "n", "padded", "parts"), SUMS)
-@pytest.mark.parametrize("config", [None, sm90.Config(1, 8), sm90.Config(4, 2)])
+@pytest.mark.parametrize("config", [None, Config(1, 8), Config(4, 2)])
 def test_kernel_of_a_sum_lowers_for_cuda(rows, n, padded, parts, config):
     bias = BIASES[parts % 3]
     total, weight = jax.eval_shape(lambda: (residual_sum(rows, n, padded, parts, bias=bias_of(n, bias)), weight_of(n)))
@@ -405,46 +410,46 @@ def test_kernel_of_a_post_norm_lowers_for_cuda(rows, n, padded, parts, bias, pre
     assert exported.mlir_module().count("stablehlo.custom_call @mosaic_gpu") == 1
 
 
-@pytest.mark.parametrize("width", [8, 4096, 8192, 8200, 14336, 28672, sm90.MAX_WIDTH])
+@pytest.mark.parametrize("width", [8, 4096, 8192, 8200, 14336, 28672, MAX_WIDTH])
 def test_default_configuration_is_the_smallest_that_holds_a_row(width):
-    warpgroups, held = sm90.default_config(width).warpgroups, sm90.WARPGROUP * sm90.CHUNK * sm90.MAX_CHUNKS
+    warpgroups, held = default_config(width).warpgroups, WARPGROUP * CHUNK * MAX_CHUNKS
     assert (warpgroups - 1) * held < width <= warpgroups * held
 
 
 @pytest.mark.parametrize(
     ("rows", "width", "parts", "config"),
     [
-        (1, 4096, 9, sm90.Config(1, 8)),
-        (16, 4096, 4, sm90.Config(1, 8)),
-        (17, 4096, 4, sm90.Config(2, 4)),
-        (64, 4096, 4, sm90.Config(4, 2)),
-        (67, 4096, 4, sm90.Config(4)),
-        (1, 4096, 2, sm90.Config(1, 8)),
-        (1, 4088, 2, sm90.Config(2, 4)),
-        (1, 2048, 2, sm90.Config(2)),
-        (1, 1152, 8, sm90.Config(2)),
-        (64, 4096, 2, sm90.Config(4)),
-        (1, 320, 32, sm90.Config(1)),
-        (1, 16384, 2, sm90.Config(4, 8)),
-        (1, 65536, 2, sm90.Config(4, 8)),
+        (1, 4096, 9, Config(1, 8)),
+        (16, 4096, 4, Config(1, 8)),
+        (17, 4096, 4, Config(2, 4)),
+        (64, 4096, 4, Config(4, 2)),
+        (67, 4096, 4, Config(4)),
+        (1, 4096, 2, Config(1, 8)),
+        (1, 4088, 2, Config(2, 4)),
+        (1, 2048, 2, Config(2)),
+        (1, 1152, 8, Config(2)),
+        (64, 4096, 2, Config(4)),
+        (1, 320, 32, Config(1)),
+        (1, 16384, 2, Config(4, 8)),
+        (1, 65536, 2, Config(4, 8)),
     ],
 )
 def test_few_rows_in_parts_are_shared_by_clusters(rows, width, parts, config):
-    assert sm90.parts_config(rows, width, parts) == config
+    assert parts_config(rows, width, parts) == config
 
 
 @pytest.mark.parametrize("warpgroups", [0, 9])
 def test_configuration_quotes_what_is_wrong(warpgroups):
     with pytest.raises(ValueError, match=f"warpgroups is {warpgroups}"):
-        sm90.Config(warpgroups)
+        Config(warpgroups)
     with pytest.raises(ValueError, match="more warpgroups"):
-        sm90.quantize_rows(random_rows((2, 16384)), config=sm90.Config(1))
+        sm90.quantize_rows(random_rows((2, 16384)), config=Config(1))
     with pytest.raises(ValueError, match="expected a cluster of 1"):
-        sm90.quantize_rows(random_rows((2, 4096)), config=sm90.Config(1, 8))
+        sm90.quantize_rows(random_rows((2, 4096)), config=Config(1, 8))
     with pytest.raises(ValueError, match="warpgroups is 5; expected 1 to 4"):
-        sm90.Config(5, 8)
+        Config(5, 8)
     with pytest.raises(ValueError, match="cluster is 3"):
-        sm90.Config(1, 3)
+        Config(1, 3)
 
 
 @pytest.mark.parametrize(
@@ -452,7 +457,7 @@ def test_configuration_quotes_what_is_wrong(warpgroups):
     [
         (jnp.ones((2, 64)), "float32"),
         (jnp.ones((2, 12), jnp.bfloat16), "12 elements"),
-        (jnp.ones((2, sm90.MAX_WIDTH + 8), jnp.bfloat16), "elements"),
+        (jnp.ones((2, MAX_WIDTH + 8), jnp.bfloat16), "elements"),
         (jnp.ones((0, 64), jnp.bfloat16), "empty"),
     ],
 )
@@ -482,7 +487,7 @@ def test_a_named_kernel_does_not_finish_other_sums(changes, reason):
     [
         (jnp.ones((2, 64), jnp.bfloat16), jnp.ones((2, 64)), "the residual has dtype float32"),
         (jnp.ones((2, 64)), jnp.ones((2, 64), jnp.bfloat16), "x has dtype float32"),
-        (random_sum((2,), 64, 64, 2, x_scale=None), jnp.ones((2, 64), jnp.bfloat16), "not of FP8 rows"),
+        (random_partials((2,), 64, 64, 2, x_scale=None), jnp.ones((2, 64), jnp.bfloat16), "not of FP8 rows"),
     ],
 )
 def test_a_named_kernel_does_not_finish_other_branches(branch, residual, reason):

@@ -12,7 +12,8 @@ import pytest
 from pallas_kernels import formats
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.prefill_attention import attention_reference
-from pallas_kernels.sm90.attention import decode, prefill
+from pallas_kernels.sm90.decode_attention.config import Config as DecodeConfig
+from pallas_kernels.sm90.prefill_attention.config import Config as PrefillConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Case:
     falling: float = 0.0  # nats by which scores fall from one key to the next
     softcap: float | None = None
     sinks: bool = False
-    config: decode.Config | prefill.Config | None = None
+    config: DecodeConfig | PrefillConfig | None = None
 
     @property
     def batch(self) -> int:
@@ -62,7 +63,7 @@ def assert_near(out, query, key, value, start, lengths, case: Case):
         "out_dtype": jnp.float32, **case.softmax,
     }  # fmt: skip
     with jax.default_matmul_precision("highest"):
-        exact = attention_reference(ScaledArray(formats.dequantize(query), None), key, value, **options)
+        exact = attention_reference(ScaledArray(formats.dequantize(query), None, "none"), key, value, **options)
         reference = attention_reference(query, key, value, **options)
     norm = functools.partial(np.linalg.norm, axis=-1)
     exact, reference, out = (np.asarray(x, np.float32).reshape(case.batch, -1) for x in (exact, reference, out))
@@ -83,7 +84,7 @@ def operands(case: Case):
     start = jnp.maximum(lengths - case.length, 0) if case.starts is None else jnp.asarray(case.starts, jnp.int32)
     empty = (jnp.arange(case.slots) >= lengths[:, None])[:, None, :, None]
     cache = [formats.quantize_kv(x, "int4") for x in (k, v)]
-    cache = [ScaledArray(x.values, jnp.where(empty, jnp.nan, x.scale)) for x in cache]
+    cache = [dataclasses.replace(x, scale=jnp.where(empty, jnp.nan, x.scale)) for x in cache]
     return formats.quantize_fp8(q), *cache, start, lengths
 
 

@@ -18,8 +18,12 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
 from pallas_kernels import formats, jax_compat
-from pallas_kernels.sm90.attention import decode, decode_device, prefill_registers
 from pallas_kernels.sm90.attention.registers import CODE_UNIT
+from pallas_kernels.sm90.decode_attention import launch as decode
+from pallas_kernels.sm90.decode_attention import mainloop as decode_mainloop
+from pallas_kernels.sm90.prefill_attention.config import SUM_STEP
+from pallas_kernels.sm90.prefill_attention.prepare import PREPARED_TOKENS
+from pallas_kernels.sm90.prefill_attention.registers import permute_tokens
 
 needs_interpreter = pytest.mark.skipif(
     jax_compat.JAX_VERSION < (0, 12) or jax.default_backend() != "cpu" or int(os.environ.get("NPROC", "1")) < 4,
@@ -44,7 +48,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         patch.setattr(plgpu, "wgmma", _wgmma)
         patch.setattr(plgpu, "WGMMAAccumulatorRef", _Accumulator)
         patch.setattr(pl, "run_scoped", _run_scoped(pl.run_scoped))
-        patch.setattr(decode_device, "_reduce_rows", _reduce_rows)
+        patch.setattr(decode_mainloop, "reduce_rows", _reduce_rows)
         patch.setattr(decode, "combine_splits", _combine_splits)
         parameters = plgpu.InterpretGPUParams(detect_races=True, out_of_bounds_reads="uninitialized")
         try:
@@ -125,9 +129,9 @@ def _load_rows(first: Any, head: Any, scales: Any) -> jax.Array:
 
 
 def prepared(key: formats.ScaledArray, value: formats.ScaledArray, kv_lengths: jax.Array, *, sum_columns: int) -> Any:
-    """``prefill.prepare``."""
+    """``prepare.prepare``."""
     slots = key.values.shape[2]
-    padding = (0, 0), (0, 0), (0, -slots % prefill_registers.PREPARED_TOKENS)
+    padding = (0, 0), (0, 0), (0, -slots % PREPARED_TOKENS)
     valid = (jnp.arange(slots + padding[2][1]) < kv_lengths[:, None])[:, None]
     codes, scales = [], []
     for rows in (key, value):
@@ -138,21 +142,20 @@ def prepared(key: formats.ScaledArray, value: formats.ScaledArray, kv_lengths: j
     if sum_columns:
         pieces, last = _pieces(last, sum_columns)
         v = jnp.concatenate([v, pieces], axis=2)
-    permuted = prefill_registers.permute_tokens
-    columns = jnp.stack([permuted(x) for x in (scales[0], jnp.log2(scales[1]), last)], axis=2)
-    return codes[0].astype(formats.E4M3), permuted(v).astype(formats.E4M3), columns
+    columns = jnp.stack([permute_tokens(x) for x in (scales[0], jnp.log2(scales[1]), last)], axis=2)
+    return codes[0].astype(formats.E4M3), permute_tokens(v).astype(formats.E4M3), columns
 
 
 def _pieces(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """x [B, kv_heads, S'] as E4M3 numbers [B, kv_heads, count, S'] in ever finer units, and the first unit."""
-    blocks = x.reshape(*x.shape[:2], -1, prefill_registers.PREPARED_TOKENS)
+    blocks = x.reshape(*x.shape[:2], -1, PREPARED_TOKENS)
     unit = jnp.exp2(jnp.floor(jnp.log2(jnp.max(blocks, axis=-1, keepdims=True))) - 7)
     unit = jnp.broadcast_to(unit, blocks.shape).reshape(x.shape)
     rest, pieces = x / unit, []
     for _ in range(count):
         mantissa, exponent = jnp.frexp(rest)
         pieces.append(jnp.where(rest > 2.0**-6, jnp.ldexp(jnp.floor(mantissa * 16) / 16, exponent), 0.0))
-        rest = (rest - pieces[-1]) * prefill_registers.SUM_STEP
+        rest = (rest - pieces[-1]) * SUM_STEP
     return jnp.stack(pieces, axis=2), unit
 
 
@@ -210,11 +213,13 @@ def _reduce_rows(operation: str, x: jax.Array, scratch: Any) -> jax.Array:
     return scratch[pl.ds(0, x.shape[1])]
 
 
-def _combine_splits(partial: jax.Array, peak: jax.Array, total: jax.Array, *, out_type: jax.ShapeDtypeStruct) -> Any:
-    """``decode.combine_splits``, a kernel of inlined code alone."""
-    weight = jnp.exp2(peak - jnp.maximum(jnp.max(peak, axis=2, keepdims=True), -1e30))
-    total = jnp.sum(weight * total, axis=2)[..., None] * (formats.PROBABILITY_SCALE * CODE_UNIT)
-    out = jnp.sum(weight[..., None] * partial[:, :, :, 0], axis=2) / jnp.where(total == 0, 1.0, total)
+def _combine_splits(
+    partial: jax.Array, row_max: jax.Array, row_sum: jax.Array, *, out_type: jax.ShapeDtypeStruct
+) -> Any:
+    """``combine.combine_splits``, a kernel of inlined code alone."""
+    weight = jnp.exp2(row_max - jnp.maximum(jnp.max(row_max, axis=2, keepdims=True), -1e30))
+    row_sum = jnp.sum(weight * row_sum, axis=2)[..., None] * (formats.PROBABILITY_SCALE * CODE_UNIT)
+    out = jnp.sum(weight[..., None] * partial[:, :, :, 0], axis=2) / jnp.where(row_sum == 0, 1.0, row_sum)
     batch, length, heads, head_dim = out_type.shape
     out = out.reshape(batch, out.shape[1], length, -1, head_dim).swapaxes(1, 2)
     return out.reshape(batch, length, heads, head_dim).astype(out_type.dtype)
@@ -225,11 +230,11 @@ _STAND_INS: dict[str, Callable[..., Any]] = {
     "start_product": _start_product,
     "finish_product": _finish_product,
     "split_columns": lambda x, *, column: (x[:, :column], x[:, column:]),
-    "probabilities_to_operand": lambda p: prefill_registers.permute_tokens(p).astype(formats.E4M3),
+    "probabilities_to_operand": lambda p: permute_tokens(p).astype(formats.E4M3),
     "load_columns": lambda numbers: _in_order(numbers[...]),
     "load_rows": _load_rows,
     "load_queries": _load_queries,
-    "load_query_scales": _rows_of,
+    "load_row_numbers": _rows_of,
     "store_queries": _store_queries,
     "load_keys": _load_codes,
     "load_values": lambda packed, *, head_dim: _load_codes(packed, head_dim=head_dim).T,

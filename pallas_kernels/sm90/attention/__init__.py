@@ -1,1 +1,1 @@
-"""Attention over the INT4 cache: prefill and decode."""
+"""What the attention kernels share: checks of their operands, the softmax's units, and INT4 codes in registers."""

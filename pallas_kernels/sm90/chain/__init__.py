@@ -1,1 +1,1 @@
-"""A chain of matmuls for few tokens as one kernel; ``kernel`` describes it, ``launch`` starts it."""
+"""A chain of matmuls for few tokens as one kernel; ``kernel`` describes it."""

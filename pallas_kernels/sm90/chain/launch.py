@@ -1,4 +1,4 @@
-"""From a decoder layer's arrays to the chain kernel's operands, and from its results to a ``SplitSum``."""
+"""Launching a chain: from a decoder layer's arrays to the kernel's operands, and from its results to partials."""
 
 import functools
 import math
@@ -14,16 +14,16 @@ from pallas_kernels import dispatch, formats, layouts
 from pallas_kernels.formats import ScaledArray
 from pallas_kernels.matmul_epilogue import Activation
 from pallas_kernels.quantized_tensor import QuantizedTensor
-from pallas_kernels.sm90 import split_sum
 from pallas_kernels.sm90.chain import kernel, schedule
 from pallas_kernels.sm90.chain.schedule import Link, Source
-from pallas_kernels.sm90.hardware import NUM_SMS
-from pallas_kernels.split_sum import SplitSum
+from pallas_kernels.sm90.common import split_k
+from pallas_kernels.sm90.common.hardware import NUM_SMS
+from pallas_kernels.split_k import SplitKPartials
 
-MAX_ROWS = 4  # every block makes all rows of an input: more are faster made once, by kernels of their own
-
-
-# What the links of each chain read.
+# Largest M for chains. Every block makes all rows of an input for itself; more rows are made faster once for all
+# blocks, by kernels of their own.
+MAX_ROWS = 4
+# The inputs of each chain's links.
 NORM_MATMUL: tuple[Source, ...] = ("norm",)
 OUTPUT_MLP: tuple[Source, ...] = ("rows", "norm", "hidden")
 
@@ -63,31 +63,31 @@ def _unsupported_device() -> str | None:
     return None if count >= NUM_SMS else f"the device has {count} multiprocessors, not {NUM_SMS}"
 
 
-# Equal calls of a program are lowered once.
+# Jitted so that equal calls of a program share one lowering.
 @functools.partial(jax.jit, static_argnames="eps")
 def norm_matmul(
-    x: Float[Array, "*rows D"] | SplitSum,
+    x: Float[Array, "*rows D"] | SplitKPartials,
     norm: Float[Array, " D"],
     weight: QuantizedTensor,
     bias: Float[Array, " N"] | None,
     eps: float,
-) -> tuple[SplitSum, Float[Array, "*rows D"], Int[Array, "1"]]:
+) -> tuple[SplitKPartials, Float[Array, "*rows D"], Int[Array, "1"]]:
     """RMSNorm, FP8 and a matmul.
 
     Args:
-        x: bfloat16, or a matmul's parts and a residual of that.
+        x: bfloat16, or split-K partials with a bfloat16 residual.
         norm: the norm's weight, float32.
         weight: [N, D].
         bias: float32 or bfloat16, or None.
         eps: of the norm.
 
     Returns:
-        The product, in parts; x, added up if it was in parts; and a barrier for one call of ``output_mlp``.
+        The product, as split-K partials; x in bfloat16; and the state of a barrier for one call of ``output_mlp``.
     """
-    shape = (*x.rows, x.n) if isinstance(x, SplitSum) else x.shape
+    shape = (*x.rows, x.n) if isinstance(x, SplitKPartials) else x.shape
     results = _run((weight,), NORM_MATMUL, {0: norm}, eps, _norm_source(x), math.prod(shape[:-1]))
-    y = _left_in_parts(results, 0, weight, bias, None, shape[:-1])
-    return y, results["x0"].reshape(shape) if isinstance(x, SplitSum) else x, results["state"]
+    y = _partials_of(results, 0, weight, bias, None, shape[:-1])
+    return y, results["x0"].reshape(shape) if isinstance(x, SplitKPartials) else x, results["state"]
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "activation"))
@@ -100,7 +100,7 @@ def output_mlp(
     barrier: Int[Array, "1"],
     eps: float,
     activation: Activation,
-) -> SplitSum:
+) -> SplitKPartials:
     """From a layer's attention to its output.
 
     Args:
@@ -109,12 +109,12 @@ def output_mlp(
         weights: o_proj [D, K], gate_up [2 I, D], interleaved (``layouts.interleave_gate_up``), and down [D, I].
         biases: of these, float32 or bfloat16, or None.
         norm: weight of the norm after attention, float32.
-        barrier: from ``norm_matmul``. The kernel uses it up: a barrier serves one call.
+        barrier: from ``norm_matmul``; good for one call.
         eps: of the norm.
         activation: of the gate.
 
     Returns:
-        The layer's output in parts, the stream after attention being its residual.
+        The layer's output, as split-K partials; their residual is the stream after attention.
     """
     rows, width = residual.shape[:-1], residual.shape[-1]
     m = math.prod(rows)
@@ -127,7 +127,7 @@ def output_mlp(
     }
     *inner, last = biases
     results = _run(weights, OUTPUT_MLP, {1: norm}, eps, source, m, activation, dict(enumerate(inner)))
-    return _left_in_parts(results, 2, weights[2], last, results["x1"], rows)
+    return _partials_of(results, 2, weights[2], last, results["x1"], rows)
 
 
 def _run(
@@ -144,10 +144,10 @@ def _run(
 
     Args:
         weights: of the chain.
-        sources: what their inputs are.
+        sources: the links' inputs.
         norms: norm weights by link.
         eps: of the norms.
-        source: what the first link and the first norm read, by the names of ``kernel.kernel``.
+        source: operands of the first link and the first norm, by the names of ``kernel.kernel``.
         m: tokens.
         activation: of the gate.
         biases: by link, but not of the last.
@@ -167,12 +167,12 @@ def _run(
     return dict(zip(names, results, strict=True))
 
 
-def _norm_source(x: Float[Array, "*rows D"] | SplitSum) -> dict[str, Array]:
-    """What a norm at the chain's start reads."""
-    if not isinstance(x, SplitSum):
+def _norm_source(x: Float[Array, "*rows D"] | SplitKPartials) -> dict[str, Array]:
+    """Operands of a norm at the chain's start."""
+    if not isinstance(x, SplitKPartials):
         return {"residual": x.reshape(-1, x.shape[-1])}
     assert x.residual is not None
-    parts = split_sum.operands(x)
+    parts = split_k.operands(x)
     return {
         "residual": x.residual.reshape(-1, x.n),
         "parts": parts.pop("parts"),
@@ -180,14 +180,14 @@ def _norm_source(x: Float[Array, "*rows D"] | SplitSum) -> dict[str, Array]:
     }
 
 
-def _left_in_parts(
+def _partials_of(
     results: dict[str, Array],
     i: int,
     weight: QuantizedTensor,
     bias: Array | None,
     residual: Array | None,
     rows: tuple[int, ...],
-) -> SplitSum:
+) -> SplitKPartials:
     """The output of link i, plus ``bias`` and ``residual``."""
     parts, x_scale = results[f"parts{i}"], results[f"scale{i}"]
-    return SplitSum(parts, weight.channel_scale, x_scale, bias, residual, rows, weight.shape[0], "none")
+    return SplitKPartials(parts, weight.channel_scale, x_scale, bias, residual, rows, weight.shape[0], "none")

@@ -1,48 +1,53 @@
-"""How the Hopper matmul cuts its work: configurations, tuned for shapes that were measured, sound for the rest."""
+"""Configurations of the Hopper matmul: tuned for shapes that were measured, by a heuristic for the rest."""
 
 import dataclasses
 import functools
 import importlib.resources
 import itertools
 import json
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.experimental.pallas as pl
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, formats, layouts
 from pallas_kernels.matmul_epilogue import Activation, width_out
-from pallas_kernels.sm90.hardware import NUM_SMS, SMEM_BYTES
-from pallas_kernels.split_sum import MAX_PARTS
+from pallas_kernels.sm90.common.hardware import NUM_SMS, SMEM_BYTES
+from pallas_kernels.split_k import MAX_PARTS
 
 Values = Literal["e4m3", "bf16"]
-STORE_BUFFERS = 2
-# Up to so many tokens are few.
-MOST_DECODED = 64
-# From there to so many a rule finds what tuning does, and each number its own.
-MOST_BY_RULE = 512
-# Tiles of 128 inputs between two waits for x in the kernel for few tokens.
+STORE_BUFFERS = 2  # of y in shared memory: one is filled while TMA reads the other
+# Largest M (tokens) for the decode kernel.
+MAX_DECODE_M = 64
+# Largest M for the heuristic where the shape has been tuned. Above MAX_DECODE_M it finds what tuning found, and
+# finds it for each M, where tuned configurations serve buckets of M.
+MAX_HEURISTIC_M = 512
+# The decode kernel copies x in chunks of so many tiles of 128 inputs, and waits once for each.
 CHUNK = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How the work is cut for many tokens, or for weights of so many rows that every SM has some of its own.
+    """Of the warp-specialized kernel, for many tokens, or for weights of so many rows that every SM has some.
 
     Attributes:
         tile_m: tokens of a tile (WGMMA's N).
-        warpgroups: computing warpgroups of a CTA; a tile has 64 output channels for each.
-        split_k: tiles that share tokens and channels, each with a part of K, where there are fewer
-            than SMs. Above one, their sums go to GMEM for the next pass to add up (``SplitSum``).
-        stages: steps that the ring holds.
-        k_tiles: a step is 128 inputs times this. One: the next step's weights are dequantized
-            while the tensor cores have this one's. More: few waits, for when they have little to do.
-        multicast: CTAs (1 or 2) that share the tokens of a tile and load them once for both.
-        band: tiles of tokens that are visited before the next output channels; bounds the part of
-            x that must stay in the L2 cache.
-        store_m: tokens of y that a warpgroup writes at a time; its buffers take room from the ring.
-        promote: steps after which the tensor cores' sum moves into a float32 sum (their own
-            accumulator has fewer bits); 0: never.
+        warpgroups: consumers of a CTA; a tile has 64 output channels for each.
+        split_k: parts that K is cut into, where there are fewer tiles than SMs. Above one, each part's sums go to
+            GMEM, for the next kernel to reduce (``SplitKPartials``).
+        stages: of the pipeline from the producer to the consumers; a stage holds a step's operands.
+        k_tiles: a step is 128 inputs times this. One: the next step's weights are dequantized while the tensor cores
+            multiply this one's. More: fewer waits, for few tokens, where WGMMAs take little time.
+        multicast: CTAs (1 or 2) of a cluster that share the tokens of a tile and load them once for both.
+        band: tiles of tokens that are visited before the next output channels; bounds the part of x that must stay
+            in the L2 cache.
+        store_m: tokens of y that a warpgroup stores at a time; larger buffers leave room for fewer stages.
+        promote: steps after which WGMMA's sum is added to a float32 sum (its own accumulator has fewer bits);
+            0: never.
+
+    Raises:
+        ValueError: for numbers that the kernel cannot run with.
     """
 
     tile_m: int
@@ -82,22 +87,25 @@ class Config:
         return layouts.TILE_N * self.warpgroups
 
     def steps(self, k: int) -> int:
-        """Steps of each tile of y, or part of one; the last may go beyond the end of K."""
-        return -(-(k // layouts.TILE_K) // (self.k_tiles * self.split_k))
+        """Steps over a tile's part of K; the last may go past the end of K."""
+        return pl.cdiv(k // layouts.TILE_K, self.k_tiles * self.split_k)
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
-    """How the work is cut for few tokens and weights of few rows: by rows and by K.
+    """Of the decode kernel, for few tokens and weights of few rows.
 
     Attributes:
         tile_m: tokens of a tile.
         warpgroups: of a CTA.
-        k_warpgroups: of these, so many share 64 output channels, each with a part of K.
-        split_k: CTAs that share output channels, each with a part of K. Above one, their sums go
-            to GMEM for the next pass over the rows to add up (``SplitSum``).
+        k_warpgroups: warpgroups that share 64 output channels, each with a part of K.
+        split_k: CTAs that share output channels, each with a part of K. Above one, their sums go to GMEM, for the
+            next kernel to reduce (``SplitKPartials``).
         depth: packed tiles (4 KB) that a warpgroup has in flight.
-        stages: chunks of ``CHUNK`` tiles of x that the ring holds.
+        stages: chunks of ``CHUNK`` tiles of x that shared memory holds.
+
+    Raises:
+        ValueError: for numbers that the kernel cannot run with.
     """
 
     tile_m: int
@@ -108,8 +116,8 @@ class DecodeConfig:
     stages: int = 2
 
     def __post_init__(self) -> None:
-        if self.tile_m % 8 or not 8 <= self.tile_m <= MOST_DECODED:
-            raise ValueError(f"tile_m is {self.tile_m}; expected a multiple of 8 from 8 to {MOST_DECODED}")
+        if self.tile_m % 8 or not 8 <= self.tile_m <= MAX_DECODE_M:
+            raise ValueError(f"tile_m is {self.tile_m}; expected a multiple of 8 from 8 to {MAX_DECODE_M}")
         if not 1 <= self.warpgroups <= 8 or self.k_warpgroups < 1 or self.warpgroups % self.k_warpgroups:
             raise ValueError(f"{self}: expected 1 to 8 warpgroups, a multiple of k_warpgroups")
         _check_split(self.split_k)
@@ -118,12 +126,12 @@ class DecodeConfig:
 
     @property
     def columns(self) -> int:
-        """Warpgroups side by side, each with output channels of its own."""
+        """Groups of 64 output channels that a CTA computes."""
         return self.warpgroups // self.k_warpgroups
 
     def k_tiles(self, k: int) -> int:
         """Tiles of 128 inputs of each warpgroup; the last parts of K may have fewer."""
-        return -(-(k // layouts.TILE_K) // (self.split_k * self.k_warpgroups))
+        return pl.cdiv(k // layouts.TILE_K, self.split_k * self.k_warpgroups)
 
 
 def _check_split(split_k: int) -> None:
@@ -160,7 +168,7 @@ class Problem:
 
     @property
     def halves(self) -> int:
-        """WGMMA calls for a tile: 2 if its rows of x are 256 bytes or it has two scales outside the table."""
+        """WGMMA calls for a tile of K: 2 if its rows of x are 256 bytes, or if it has two scales outside the table."""
         return 2 if self.values == "bf16" or (self.groups == 2 and not self.scale_in_table) else 1
 
     @property
@@ -174,15 +182,28 @@ class Problem:
         return width_out(layouts.TILE_N, self.activation)
 
     def result(self, split_k: int) -> jax.ShapeDtypeStruct:
-        """What a kernel writes: y, or if K is cut the unscaled float32 sums [split_k, M, N]."""
+        """What a kernel writes: y, or with split K the unscaled partial sums [split_k, M, N], float32."""
         if split_k == 1:
             return jax.ShapeDtypeStruct((self.m, self.n_out), jnp.bfloat16)
         return jax.ShapeDtypeStruct((split_k, self.m, self.n), jnp.float32)
 
 
+class Operands(NamedTuple):
+    """One call's arrays in GMEM, as the kernels see them."""
+
+    x: Any  # [M, K / columns, columns]; columns are one swizzled row of SMEM
+    words: Any  # int32 [N / 64, K / 128, 4, 256]
+    group_scale: Any  # uint8 (the bits of E4M3) or bf16 [G, N]
+    channel_scale: Any | None = None  # float32 [N]; like all that follows, None with split K
+    x_scale: Any | None = None  # float32 [M]
+    bias: Any | None = None  # [N or less]
+    residual: Any | None = None  # bf16 [M, n_out]
+    y: Any | None = None  # bf16 [M, n_out], or with split K float32 [split_k, M, N]
+
+
 def smem_bytes(config: Config | DecodeConfig, k: int, values: Values) -> int:
-    """Shared memory that a CTA needs for k inputs of x in ``values``, with what the allocator may add."""
-    # At most four bytes of scales for each 128 inputs of a channel.
+    """Shared memory of a CTA for k inputs of x in ``values``; an upper bound, alignment included."""
+    # Scales take at most four bytes for each 128 inputs of a channel.
     x_tile = config.tile_m * layouts.TILE_K * (1 if values == "e4m3" else 2)
     if isinstance(config, DecodeConfig):
         store = config.columns * _store_bytes(16, config.tile_m) if config.split_k == 1 else 0
@@ -199,19 +220,19 @@ def _store_bytes(store_m: int, tile_m: int) -> int:
 
 
 def decode_stages(config: DecodeConfig, k: int) -> int:
-    """Chunks of x in the ring: no more than there are."""
-    return min(config.stages, -(-config.k_tiles(k) // CHUNK))
+    """Chunks of x that shared memory holds: no more than there are."""
+    return min(config.stages, pl.cdiv(config.k_tiles(k), CHUNK))
 
 
 def word_slots(config: DecodeConfig, k: int) -> int:
-    """Packed tiles that a warpgroup has room for: its depth, and its sum when it has others to add it to."""
-    return max(min(config.depth, config.k_tiles(k)), -(-config.tile_m // 16) if config.k_warpgroups > 1 else 1)
+    """Packed tiles that a warpgroup has room for: ``depth``, or what its sum takes, where others add that to theirs."""
+    return max(min(config.depth, config.k_tiles(k)), pl.cdiv(config.tile_m, 16) if config.k_warpgroups > 1 else 1)
 
 
 def choose(
     m: int, n: int, k: int, values: Values, scale_in_table: bool, groups: int, *, may_split: bool = False
 ) -> Config | DecodeConfig:
-    """The configuration for a problem: tuned if its weight's shape was, else by rule.
+    """The configuration for a problem: tuned if its weight's shape was, else the heuristic's.
 
     Args:
         m: tokens.
@@ -220,13 +241,13 @@ def choose(
         values: type of x.
         scale_in_table: whether group scales are E4M3 (else each group has its own float32 sum).
         groups: groups in 128 inputs (1 or 2).
-        may_split: whether a kernel that reads y can add up parts of K; few tokens do not ask.
+        may_split: whether the kernels that read y can reduce partial sums. The decode kernel splits K either way.
     """
-    if values == "e4m3" and scale_in_table and groups == 1 and not MOST_DECODED < m <= MOST_BY_RULE:
+    if values == "e4m3" and scale_in_table and groups == 1 and not MAX_DECODE_M < m <= MAX_HEURISTIC_M:
         by_tokens = _tuned(_device_kind()).get(f"{n}x{k}", {})
-        # The largest bucket serves every larger number of tokens.
+        # A bucket serves all M up to its own, the largest bucket every larger M.
         buckets = [bucket for bucket in by_tokens if bucket >= m] or list(by_tokens)[-1:]
-        if buckets and (m <= MOST_DECODED) == (buckets[0] <= MOST_DECODED):
+        if buckets and (m <= MAX_DECODE_M) == (buckets[0] <= MAX_DECODE_M):
             return by_tokens[buckets[0]]
     return heuristic(m, n, k, values, scale_in_table, groups, may_split=may_split)
 
@@ -235,28 +256,29 @@ def heuristic(
     m: int, n: int, k: int, values: Values, scale_in_table: bool, groups: int, *, may_split: bool = False
 ) -> Config | DecodeConfig:
     """A sound configuration for a shape that nobody has tuned; arguments as those of ``choose``."""
-    if m <= MOST_DECODED:
-        return _few_tokens(-(-m // 8) * 8, n, k, values, scale_in_table)
-    # A second sum takes as many registers as the first, and wider weights or two scales more.
+    if m <= MAX_DECODE_M:
+        return _decode_heuristic(8 * pl.cdiv(m, 8), n, k, values, scale_in_table)
+    # Promotion's second sum takes as many registers as the first; wider weights or two scales take more.
     most = 256 // ((1 if scale_in_table else 2 * groups) * (1 if values == "e4m3" else 2))
     sizes = [size for size in (64, 128, 192, 208, 224, 240, 256) if size <= max(64, most)]
     parts = range(1, MAX_PARTS + 1) if may_split else (1,)
-    tile_m, split_k = min(itertools.product(sizes, parts), key=lambda cut: _microseconds(m, n, k, *cut))
+    tile_m, split_k = min(itertools.product(sizes, parts), key=lambda cut: _estimated_us(m, n, k, *cut))
     store_m = next(size for size in range(64, 0, -8) if tile_m % size == 0)
-    # Sharing x spares the L2 cache, which matters where many tokens keep all SMs at it.
-    multicast = 1 if tile_m <= 128 and m <= MOST_BY_RULE else 2
+    # Sharing x spares the L2 cache, which limits where many tokens keep all SMs reading from it.
+    multicast = 1 if tile_m <= 128 and m <= MAX_HEURISTIC_M else 2
     return deepest(Config(tile_m, split_k=split_k, multicast=multicast, store_m=store_m), k, values)
 
 
-def _microseconds(m: int, n: int, k: int, tile_m: int, split_k: int) -> float:
-    """About what the ring takes on an H200 with a reader that adds up parts of K, but for what all cuts have in common.
+def _estimated_us(m: int, n: int, k: int, tile_m: int, split_k: int) -> float:
+    """Microseconds on an H200 of the warp-specialized kernel and of reducing its partial sums, for comparisons.
 
-    The numbers are a fit to (4096, 4096), (6144, 4096) and (4096, 14336) at 128, 256 and 512 tokens.
+    A wave of tiles costs 2 us and so much a step; a partial sum 0.3 us a MB, written and read. The numbers are a fit
+    to (4096, 4096), (6144, 4096) and (4096, 14336) at 128, 256 and 512 tokens.
     """
     config = Config(tile_m, split_k=split_k, store_m=8)
-    tiles = -(-m // tile_m) * -(-n // config.tile_n) * split_k
+    tiles = pl.cdiv(m, tile_m) * pl.cdiv(n, config.tile_n) * split_k
     wave = 2 + config.steps(k) * (0.215 + 0.0014 * tile_m)
-    return -(-tiles // NUM_SMS) * wave + (0.3e-6 * 4 * split_k * m * n if split_k > 1 else 0)
+    return pl.cdiv(tiles, NUM_SMS) * wave + (0.3e-6 * 4 * split_k * m * n if split_k > 1 else 0)
 
 
 def deepest(config: Config, k: int, values: Values) -> Config:
@@ -264,22 +286,26 @@ def deepest(config: Config, k: int, values: Values) -> Config:
     return _largest(config, "stages", 8, k, values)
 
 
-def _few_tokens(tile_m: int, n: int, k: int, values: Values, scale_in_table: bool) -> Config | DecodeConfig:
-    tiles_n = -(-n // layouts.TILE_N)
+def _decode_heuristic(tile_m: int, n: int, k: int, values: Values, scale_in_table: bool) -> Config | DecodeConfig:
+    """``heuristic`` for up to ``MAX_DECODE_M`` tokens, of which ``tile_m`` are a multiple of 8."""
+    tiles_n = pl.cdiv(n, layouts.TILE_N)
     if tiles_n > 2 * NUM_SMS and values == "e4m3" and scale_in_table:
-        # Every SM has four warpgroups' rows, or nearly.
+        # Rows for four warpgroups on every SM, or nearly: nothing needs K to be split.
         return Config(tile_m, warpgroups=4, k_tiles=2, stages=3, store_m=16 if tile_m % 16 == 0 else 8)
-    # Two CTAs an SM; with more tokens one, whose warpgroups share the tokens.
+    # Two CTAs an SM; with more tokens one, whose warpgroups share x in shared memory.
     warpgroups, ctas_per_sm = (2, 2) if tile_m <= 32 else (4, 1)
     k_warpgroups = 2 if tiles_n <= NUM_SMS and (values == "e4m3" or tile_m <= 32) else 1
-    ctas = -(-tiles_n * k_warpgroups // warpgroups)
-    # Parts of K of at least a chunk.
+    ctas = pl.cdiv(tiles_n * k_warpgroups, warpgroups)
+    # As many parts of K as fill the SMs, each of a chunk at least.
     split_k = max(1, min(MAX_PARTS, ctas_per_sm * NUM_SMS // ctas, k // (layouts.TILE_K * k_warpgroups * CHUNK)))
     return fill(DecodeConfig(tile_m, warpgroups, k_warpgroups, split_k), k, values, ctas_per_sm)
 
 
 def fill(config: DecodeConfig, k: int, values: Values, ctas_per_sm: int) -> DecodeConfig:
-    """``config`` with as much in flight as is of use and fits into an SM so many times, or at least once."""
+    """``config`` with as many loads in flight as help, so that ``ctas_per_sm`` CTAs fit into an SM, or at least one.
+
+    Depth and stages grow in turns, for neither helps without the other.
+    """
     config = dataclasses.replace(config, depth=1, stages=2)
     bound = SMEM_BYTES // ctas_per_sm
     if smem_bytes(dataclasses.replace(config, depth=3), k, values) > bound:
@@ -334,4 +360,4 @@ def from_json(fields: dict[str, Any]) -> Config | DecodeConfig:
     return {name: kind for kind, name in _KERNELS.items()}[fields["kernel"]](**rest)
 
 
-_KERNELS: dict[type, str] = {Config: "ring", DecodeConfig: "decode"}
+_KERNELS: dict[type, str] = {Config: "warp_specialized", DecodeConfig: "decode"}

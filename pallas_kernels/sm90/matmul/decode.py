@@ -1,9 +1,9 @@
-"""The Hopper matmul for few tokens: nothing but reading the weights should take time.
+"""The Hopper matmul for few tokens, which should take no longer than reading the weights.
 
-Each warpgroup computes 64 output channels over its part of K and needs no other until its sum is
-done. A thread's share of a packed tile is 32 bytes that no other thread wants, so it copies them
-itself (cp.async, ``depth`` tiles ahead) and no barrier, producer or descriptor stands between the
-start of the kernel and the first read. x and the group scales come in chunks through TMA.
+Each warpgroup computes 64 output channels over its part of K and needs no other until its sum is done. A thread's
+share of a packed tile is 32 bytes that no other thread reads, so each thread copies its own (cp.async, ``depth``
+tiles ahead): no barrier, producer or descriptor stands between the kernel's start and the first read. x and the
+group scales come in chunks of ``CHUNK`` tiles through TMA.
 """
 
 import dataclasses
@@ -17,11 +17,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import formats, jax_compat, layouts
-from pallas_kernels.sm90 import sync
-from pallas_kernels.sm90.matmul import epilogue as outputs
-from pallas_kernels.sm90.matmul import weights
-from pallas_kernels.sm90.matmul.config import CHUNK, STORE_BUFFERS, DecodeConfig, Problem, decode_stages, word_slots
-from pallas_kernels.sm90.matmul.output import Operands, Output
+from pallas_kernels.sm90.common import sync
+from pallas_kernels.sm90.matmul import sums, weights
+from pallas_kernels.sm90.matmul.config import (
+    CHUNK,
+    STORE_BUFFERS,
+    DecodeConfig,
+    Operands,
+    Problem,
+    decode_stages,
+    word_slots,
+)
+from pallas_kernels.sm90.matmul.epilogue import Epilogue, token_slots
 
 
 class Scratch(NamedTuple):
@@ -30,8 +37,8 @@ class Scratch(NamedTuple):
     x: Any  # (rows for TMA, tiles for WGMMA), one memory: [k_warpgroups * stages, CHUNK * halves, tile_m, columns]
     words: Any  # int32 [warpgroups, depth * 1024]
     scales: Any | None  # [k_warpgroups * stages, CHUNK * groups, channels]
-    full: Any  # [k_warpgroups * stages], TMA arrives
-    free: Any | None  # raw mbarriers [k_warpgroups * stages, 2]; None if nothing is loaded twice
+    full: Any  # [k_warpgroups * stages], TMA arrives on these
+    free: Any | None  # raw mbarriers [k_warpgroups * stages, 2]; None if each slot is filled once
     y: Any | None  # bf16 [columns, STORE_BUFFERS, tokens, rows_out]; None with split K
     tokens: Any | None  # float32, as int32 [columns, token_slots]
     residual_full: Any | None  # [columns * STORE_BUFFERS]
@@ -45,9 +52,9 @@ def kernel(problem: Problem, config: DecodeConfig, present: tuple[str, ...]) -> 
     x_shape = stages, CHUNK * problem.halves, config.tile_m, x_columns
     swizzle = plgpu.SwizzleTransform(x_columns * jnp.dtype(x_dtype).itemsize)
     whole = config.split_k == 1
-    # A single chunk's scales are read by the threads that build its tables, before anything else. In
-    # a loop a value read ahead is moved to another register at the end, and the move waits for it.
-    in_ring = config.k_tiles(problem.k) > CHUNK or not problem.scale_in_table
+    # Where there is one chunk, the threads that build its tables load the scales themselves, before anything else. In
+    # a loop a value loaded ahead is moved to another register at the iteration's end, and the move waits for it.
+    scales_by_tma = config.k_tiles(problem.k) > CHUNK or not problem.scale_in_table
     y_shape = columns, STORE_BUFFERS, 16 if config.tile_m % 16 == 0 else 8, problem.rows_out
     has_residual = "residual" in present
     scratch = Scratch(
@@ -57,14 +64,14 @@ def kernel(problem: Problem, config: DecodeConfig, present: tuple[str, ...]) -> 
         ),
         words=plgpu.SMEM((config.warpgroups, word_slots(config, problem.k) * 1024), jnp.int32),
         scales=plgpu.SMEM((stages, CHUNK * problem.groups, columns * layouts.TILE_N), problem.scale_dtype)
-        if in_ring
+        if scales_by_tma
         else None,
-        full=plgpu.Barrier(num_barriers=stages, num_arrivals=1 + in_ring),
+        full=plgpu.Barrier(num_barriers=stages, num_arrivals=1 + scales_by_tma),
         free=plgpu.SMEM((stages, 2), jnp.int32) if config.k_tiles(problem.k) > CHUNK * config.stages else None,
         y=plgpu.SMEM(y_shape, jnp.bfloat16, transforms=(plgpu.SwizzleTransform(2 * problem.rows_out),))
         if whole
         else None,
-        tokens=plgpu.SMEM((columns, outputs.token_slots(config.tile_m)), jnp.int32) if whole else None,
+        tokens=plgpu.SMEM((columns, token_slots(config.tile_m)), jnp.int32) if whole else None,
         residual_full=plgpu.Barrier(num_barriers=STORE_BUFFERS * columns) if has_residual else None,
     )
 
@@ -80,7 +87,7 @@ def kernel(problem: Problem, config: DecodeConfig, present: tuple[str, ...]) -> 
     return plgpu.kernel(
         body,
         out_type=problem.result(config.split_k),
-        grid=(-(-problem.n // (columns * layouts.TILE_N)), config.split_k, -(-problem.m // config.tile_m)),
+        grid=(pl.cdiv(problem.n, columns * layouts.TILE_N), config.split_k, pl.cdiv(problem.m, config.tile_m)),
         grid_names=("tile", "part", "row"),
         num_threads=config.warpgroups,
         thread_name="wg",
@@ -92,14 +99,16 @@ def kernel(problem: Problem, config: DecodeConfig, present: tuple[str, ...]) -> 
 
 @dataclasses.dataclass(frozen=True)
 class _Warpgroup:
-    """One warpgroup.
+    """What one warpgroup does.
 
     Attributes:
-        wg: its index.
-        k_wg: which of ``config.k_warpgroups`` parts of the CTA's K it has.
-        column: which of the CTA's ``config.columns`` times 64 output channels it has.
-        tile: which tile of output channels the CTA has.
-        part: which of ``config.split_k`` parts of K the CTA has.
+        problem, config, operands: of the call.
+        scratch: the CTA's memory.
+        wg: index of the warpgroup.
+        k_wg: which of the ``config.k_warpgroups`` parts of the CTA's K it multiplies.
+        column: which of the CTA's ``config.columns`` times 64 output channels it computes.
+        tile: which tile of output channels the CTA computes.
+        part: which of the ``config.split_k`` parts of K the CTA multiplies.
         token: the CTA's first.
     """
 
@@ -136,10 +145,10 @@ class _Warpgroup:
         return self._n_tile * layouts.TILE_N
 
     def run(self) -> None:
-        """All of it."""
+        """Start all loads, multiply, reduce over the warpgroups, and store y or a partial sum."""
         scratch, config, problem = self.scratch, self.config, self.problem
-        # Few bytes first: they would queue behind the weights.
-        self._feeder(self._feed_first)
+        # x first: its few bytes would queue behind the weights.
+        self._if_producer(self._fill_stages)
         scales = self._load_scales() if scratch.scales is None else ()
         for i in range(min(config.depth, self._steps)):
             self._copy_words(jnp.int32(i), jnp.int32(i))
@@ -147,30 +156,30 @@ class _Warpgroup:
             sync.init_barriers(scratch.free, 4 * config.columns, cluster=False)
         if config.split_k > 1:
             total = self._combine(self._sum(scales))
-            self._finisher(lambda: outputs.store_partial(total, self.operands.y, self.part, self.token, self._n_tile))
+            self._if_has_sum(lambda: sums.store_partial(total, self.operands.y, self.part, self.token, self._n_tile))
             return
-        output = Output(
+        epilogue = Epilogue(
             problem, self.operands, config.tile_m, self.column, scratch.y, scratch.tokens, scratch.residual_full
         )
-        epilogue = output.begin(self.token, self._channel)
-        self._finisher(lambda: output.begin_residual(epilogue))
+        loaded = epilogue.load(self.token, self._channel)
+        self._if_has_sum(lambda: epilogue.load_residual(loaded))
         total = self._combine(self._sum(scales))
 
-        def finish() -> None:
-            output.finish(outputs.sum_to_accumulator(total), epilogue)
+        def store() -> None:
+            epilogue.store(sums.sum_to_accumulator(total), loaded)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-        self._finisher(finish)
+        self._if_has_sum(store)
 
-    def _feeder(self, body: Callable[[], None]) -> None:
-        """Run ``body`` in the warpgroup that loads x for those with the same K."""
+    def _if_producer(self, body: Callable[[], None]) -> None:
+        """Run ``body`` in the warpgroup that copies x for those with the same part of K."""
         if self.config.columns == 1:
             body()
         else:
             pl.when(self.column == 0)(body)
 
-    def _finisher(self, body: Callable[[], None]) -> None:
-        """Run ``body`` in the warpgroup that has the sum of those with the same channels."""
+    def _if_has_sum(self, body: Callable[[], None]) -> None:
+        """Run ``body`` in the warpgroup that has the whole sum of those with the same channels."""
         if self.config.k_warpgroups == 1:
             body()
         else:
@@ -179,9 +188,9 @@ class _Warpgroup:
     # --- loads ----------------------------------------------------------------------------------------
 
     def _copy_words(self, step: jax.Array, slot: jax.Array) -> None:
-        """Start to copy the packed tile of a step, if there is such a step, into a slot."""
+        """Start to copy a step's packed tile into a slot; without such a step an empty group of copies."""
         tiles_n, tiles_k = self.operands.words.shape[:2]
-        # Past the end of K the last tile comes again, to be multiplied by zeros.
+        # Past the end of K the last tile is copied again, to be multiplied by x's zeros.
         k_tile = jnp.minimum(self._first + step, tiles_k - 1)
         tile = jnp.minimum(self._n_tile, tiles_n - 1) * tiles_k + k_tile
         weights.copy_tile(self.operands.words, tile, self.scratch.words.at[self.wg], slot, step < self._steps)
@@ -190,13 +199,13 @@ class _Warpgroup:
         """Index of this part of K's slot among all of them."""
         return self.k_wg * self._stages + slot
 
-    def _feed_first(self) -> None:
-        """Fill the ring."""
+    def _fill_stages(self) -> None:
+        """Start to copy the first chunks of x."""
         for i in range(self._stages):
-            self._feed(jnp.int32(i), jnp.int32(i))
+            self._copy_chunk(jnp.int32(i), jnp.int32(i))
 
-    def _feed(self, chunk: jax.Array, slot: jax.Array) -> None:
-        """Start to load a chunk of x and of the group scales; past the end of K they are zeros."""
+    def _copy_chunk(self, chunk: jax.Array, slot: jax.Array) -> None:
+        """Start to copy a chunk of x and of the group scales; past the end of K they are zeros."""
         problem, at = self.problem, self._slot(slot)
         k_tile = self._first + chunk * CHUNK
         x_rows, _ = self.scratch.x
@@ -218,7 +227,7 @@ class _Warpgroup:
             )
 
     def _load_scales(self) -> tuple[jax.Array, ...]:
-        """Start to read the only chunk's scales, for ``weights.build_tables``."""
+        """Start to load the only chunk's scales, for ``weights.build_tables``."""
         group = self._first * self.problem.groups
         return tuple(
             weights.load_four_scales(self.operands.group_scale, group + 4 * i, self._channel)
@@ -230,7 +239,7 @@ class _Warpgroup:
     def _sum(self, scales: tuple[jax.Array, ...]) -> jax.Array:
         """The (scaled) sum over this warpgroup's part of K, raw float32."""
         chunks, rest = divmod(self._steps, CHUNK)
-        carry = jnp.int32(0), jnp.int32(0), jnp.int32(0), outputs.zero_sum(self.config.tile_m)
+        carry = jnp.int32(0), jnp.int32(0), jnp.int32(0), sums.zero_sum(self.config.tile_m)
         if chunks:
             carry = lax.fori_loop(0, chunks, lambda i, carry: self._chunk(i, scales, carry, CHUNK), carry)
         if rest:
@@ -245,9 +254,9 @@ class _Warpgroup:
         plgpu.barrier_wait(self.scratch.full.at[at])
         if self.scratch.free is not None:
             parity = self._refill(i, slot, parity)
-        ring = self.scratch.scales
-        if ring is not None:
-            ring = ring.at[at, :, pl.ds(self.column * layouts.TILE_N, layouts.TILE_N)]
+        copied = self.scratch.scales
+        if copied is not None:
+            copied = copied.at[at, :, pl.ds(self.column * layouts.TILE_N, layouts.TILE_N)]
         depth = min(config.depth, self._steps)
         word_slots = [word_slot]
         for _ in range(count):
@@ -267,8 +276,8 @@ class _Warpgroup:
             )
 
         if problem.scale_in_table:
-            if ring is not None:
-                scales = tuple(weights.read_four_scales(ring.at[pl.ds(4 * g, 4)]) for g in range(problem.groups))
+            if copied is not None:
+                scales = tuple(weights.read_four_scales(copied.at[pl.ds(4 * g, 4)]) for g in range(problem.groups))
             sets = tuple(weights.build_tables(four, problem.codebook) for four in scales)
             tables = weights.tables_by_tile(sets, CHUNK, problem.groups)
 
@@ -280,9 +289,9 @@ class _Warpgroup:
                         plgpu.wgmma_wait(problem.halves)
                 return acc_ref[...]
 
-            total = outputs.add_to_sum(total, self._accumulate(all_tiles), None)
+            total = sums.add_to_sum(total, self._accumulate(all_tiles), None)
         else:
-            assert ring is not None
+            assert copied is not None
             for t in range(count):
                 words = take(t)
                 for half in (0, 1) if problem.groups == 2 else (None,):
@@ -291,8 +300,8 @@ class _Warpgroup:
                         multiply(words, None, t, acc_ref, half)
                         return acc_ref[...]
 
-                    scale = outputs.read_group_scale(ring.at[t * problem.groups + (half or 0)])
-                    total = outputs.add_to_sum(total, self._accumulate(one_group), scale)
+                    scale = sums.read_group_scale(copied.at[t * problem.groups + (half or 0)])
+                    total = sums.add_to_sum(total, self._accumulate(one_group), scale)
                 refill(t)
         if self.scratch.free is not None:
             sync.arrive(self.scratch.free, at, cluster_size=1)
@@ -302,17 +311,17 @@ class _Warpgroup:
         return pl.run_scoped(body, plgpu.WGMMAAccumulatorRef((layouts.TILE_N, self.config.tile_m), jnp.float32))
 
     def _refill(self, i: jax.Array, slot: jax.Array, parity: jax.Array) -> jax.Array:
-        """Load a later chunk into the slot of the chunk before the i-th; the parity for the next slot."""
+        """Start to copy a later chunk into the slot of the chunk before the i-th; the parity for the next slot."""
         before = jnp.where(slot == 0, self._stages - 1, slot - 1)
-        chunks = -(-self._steps // CHUNK)
+        chunks = pl.cdiv(self._steps, CHUNK)
 
         def body() -> None:
             @pl.when((i > 0) & (i + self._stages - 1 < chunks))
             def _() -> None:
                 sync.wait(self.scratch.free, self._slot(before), parity)
-                self._feed(i + self._stages - 1, before)
+                self._copy_chunk(i + self._stages - 1, before)
 
-        self._feeder(body)
+        self._if_producer(body)
         return jnp.where((i > 0) & (before == self._stages - 1), 1 - parity, parity)
 
     def _combine(self, total: jax.Array) -> jax.Array:
@@ -320,11 +329,11 @@ class _Warpgroup:
         config = self.config
         if config.k_warpgroups == 1:
             return total
-        # Each warpgroup leaves its sum where its weights were: its threads read no others.
+        # Each warpgroup stores its sum over its packed weights, which none but its own threads read.
         words = self.scratch.words
-        pl.when(self.k_wg > 0)(lambda: outputs.leave_sum(total, words.at[self.wg]))
+        pl.when(self.k_wg > 0)(lambda: sums.store_sum(total, words.at[self.wg]))
         sync.cta_barrier()
         for i in range(1, config.k_warpgroups):
-            # The others add garbage to a sum that nobody reads.
-            total = outputs.add_left_sum(total, words.at[jnp.minimum(self.wg + i, config.warpgroups - 1)])
+            # Warpgroups other than the first add something to sums that nobody reads.
+            total = sums.add_stored_sum(total, words.at[jnp.minimum(self.wg + i, config.warpgroups - 1)])
         return total

@@ -17,7 +17,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels import formats, jax_compat, layouts
-from pallas_kernels.sm90.inline import (
+from pallas_kernels.sm90.common.ptx import (
     SCALAR,
     WARPGROUP,
     asm,
@@ -25,8 +25,9 @@ from pallas_kernels.sm90.inline import (
     const,
     fragment_position,
     i32,
+    i64,
     inlined,
-    load,
+    load_at,
     load_word,
     raw_array,
     shared_address,
@@ -36,7 +37,7 @@ from pallas_kernels.sm90.matmul.config import Problem, Values
 
 
 def _unit_table(codebook: formats.Codebook) -> tuple[ir.Value, ir.Value]:
-    """Codes 0..3 and 4..7 as E4M3, one a byte: the table of a weight whose group scales are applied elsewhere."""
+    """The codebook's magnitudes 0..3 and 4..7 as E4M3, one a byte: the table where scales multiply sums instead."""
     low, high = np.asarray(formats.CODEBOOKS[codebook], formats.E4M3).view("<u4")
     return const(int(low)), const(int(high))
 
@@ -54,7 +55,7 @@ def _table(sigma: ir.Value, codebook: formats.Codebook) -> tuple[ir.Value, ir.Va
         mul.rn.f16x2 p, f, c;
         cvt.rn.satfinite.e4m3x2.f16x2 p{first}, p;"""
 
-    # Magnitudes 0 and 1 are no work.
+    # 0 and sigma itself, the products with magnitudes 0 and 1, need no multiplication.
     first = "shl.b16 p0, s, 8;" if formats.CODEBOOKS[codebook][:2] == (0.0, 1.0) else products(0)
     low, high = asm(
         [i32(), i32()],
@@ -69,7 +70,6 @@ def _table(sigma: ir.Value, codebook: formats.Codebook) -> tuple[ir.Value, ir.Va
         mov.b32 $0, {{p0, p2}};
         mov.b32 $1, {{p4, p6}};
         }}""",
-        "=r,=r,r",
         volatile=False,
     )
     return low, high
@@ -81,7 +81,7 @@ def _look_up(word: ir.Value, table: tuple[ir.Value, ir.Value]) -> list[ir.Value]
     values = []
     for selector, signs in ((select, word), (arith.shrui(select, const(16)), arith.shli(word, const(4)))):
         code = "prmt.b32 $0, $1, $2, $3;"
-        (magnitude,) = asm([i32()], [*table, selector], code, "=r,r,r,r", volatile=False)
+        (magnitude,) = asm([i32()], [*table, selector], code, volatile=False)
         values.append(arith.ori(magnitude, arith.andi(signs, const(0x80808080))))
     return values
 
@@ -94,16 +94,16 @@ def _to_bf16(word: ir.Value) -> tuple[ir.Value, ir.Value]:
     """
     pairs = []
     for selector in (0x1404, 0x3424):
-        (spread,) = asm([i32()], [word, const(0)], f"prmt.b32 $0, $1, $2, {selector};", "=r,r,r", volatile=False)
+        (spread,) = asm([i32()], [word, const(0)], f"prmt.b32 $0, $1, $2, {selector};", volatile=False)
         magnitude = arith.andi(arith.shrui(spread, const(4)), const(0x07F007F0))
         bits = arith.ori(magnitude, arith.andi(spread, const(0x80008000)))
-        (pair,) = asm([i32()], [bits, const(0x7B807B80)], "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", volatile=False)
+        (pair,) = asm([i32()], [bits, const(0x7B807B80)], "mul.rn.bf16x2 $0, $1, $2;", volatile=False)
         pairs.append(pair)
     return pairs[0], pairs[1]
 
 
 def load_words(words_ref: Any) -> jax.Array:
-    """A packed 64 x 128 tile, int32 [4, 256] in SMEM in fragment order, as int32 [1024]: eight a thread."""
+    """Load a packed 64 x 128 tile, int32 [4, 256] in SMEM in fragment order; int32 [1024], eight words a thread."""
     layout = plgpu.Layout.WG_STRIDED((8 * WARPGROUP,), vec_size=1)
 
     @inlined(
@@ -112,33 +112,33 @@ def load_words(words_ref: Any) -> jax.Array:
     )
     def inline(_: Any, words: ir.Value) -> mgpu.FragmentedArray:
         quad = ir.VectorType.get((4,), i32())
-        loads = [load(words, arith.addi(thread(), const(WARPGROUP * i)), quad, quad) for i in range(2)]
+        loads = [load_at(words, arith.addi(thread(), const(WARPGROUP * i)), quad, quad) for i in range(2)]
         return raw_array([llvm.extractelement(loads[i], const(j)) for i in range(2) for j in range(4)], layout)
 
     return inline(words_ref)
 
 
-def copy_tile(source_ref: Any, tile: jax.Array, ring_ref: Any, slot: jax.Array, wanted: jax.Array) -> None:
-    """Each thread starts to copy its part of a packed tile from GMEM, if it is wanted, as one group of cp.async.
+def copy_tile(source_ref: Any, tile: jax.Array, slots_ref: Any, slot: jax.Array, wanted: jax.Array) -> None:
+    """Each thread starts to copy its part of a packed tile from GMEM, as one group of cp.async.
 
     Args:
-        source_ref: int32, 1024 a tile.
-        tile: which.
-        ring_ref: int32 [slots * 1024] in SMEM, for ``take_tile``.
-        slot: which.
-        wanted: boolean.
+        source_ref: int32, 1024 words a tile.
+        tile: index of the tile.
+        slots_ref: int32 [slots * 1024] in SMEM, for ``take_tile``.
+        slot: index of the slot that it is copied to.
+        wanted: whether to copy it; if not, the group is empty.
     """
 
     @inlined(arg_types=(plgpu.RefType(), SCALAR, plgpu.RefType(), SCALAR, SCALAR))
-    def inline(_: Any, source: ir.Value, tile: Any, ring: ir.Value, slot: Any, wanted: Any) -> None:
+    def inline(_: Any, source: ir.Value, tile: Any, slots: ir.Value, slot: Any, wanted: Any) -> None:
         quad = ir.VectorType.get((4,), i32())
         index = arith.addi(arith.muli(tile.registers.item(), const(2 * WARPGROUP)), thread())
         pointer = utils.getelementptr(utils.memref_ptr(source), [index], quad)
         asm(
             [],
             [
-                _slot_address(ring, slot),
-                llvm.ptrtoint(ir.IntegerType.get_signless(64), pointer),
+                _slot_address(slots, slot),
+                llvm.ptrtoint(i64(), pointer),
                 wanted.registers.item(),
             ],
             """{
@@ -148,45 +148,48 @@ def copy_tile(source_ref: Any, tile: jax.Array, ring_ref: Any, slot: jax.Array, 
             @p cp.async.cg.shared.global [$0 + 2048], [$1 + 2048], 16;
             cp.async.commit_group;
             }""",
-            "r,l,r",
             volatile=True,
         )
 
-    inline(source_ref, tile, ring_ref, slot, wanted.astype(jnp.int32))
+    inline(source_ref, tile, slots_ref, slot, wanted.astype(jnp.int32))
 
 
-def take_tile(ring_ref: Any, slot: jax.Array, pending: int) -> jax.Array:
-    """As ``load_words``, of what ``copy_tile`` has copied into a slot; the last ``pending`` groups may be in flight."""
+def take_tile(slots_ref: Any, slot: jax.Array, pending: int) -> jax.Array:
+    """As ``load_words``, of the tile that ``copy_tile`` has copied into a slot.
+
+    Waits until at most ``pending`` groups of copies are in flight, those that were started last.
+    """
     layout = plgpu.Layout.WG_STRIDED((8 * WARPGROUP,), vec_size=1)
 
     @inlined(
         arg_types=(plgpu.RefType(), SCALAR),
         return_type=plgpu.ShapeDtypeStruct((8 * WARPGROUP,), jnp.int32, layout=layout),
     )
-    def inline(_: Any, ring: ir.Value, slot: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+    def inline(_: Any, slots: ir.Value, slot: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
         code = f"""cp.async.wait_group {pending};
             ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$8];
             ld.shared.v4.b32 {{$4, $5, $6, $7}}, [$8 + 2048];"""
         constraints = ",".join(["=&r"] * 8 + ["r"])
-        return raw_array(asm([i32()] * 8, [_slot_address(ring, slot)], code, constraints, volatile=True), layout)
+        return raw_array(asm([i32()] * 8, [_slot_address(slots, slot)], code, constraints, volatile=True), layout)
 
-    return inline(ring_ref, slot)
+    return inline(slots_ref, slot)
 
 
-def _slot_address(ring: ir.Value, slot: mgpu.FragmentedArray) -> ir.Value:
-    """Of this thread's first 16 bytes of a slot; the others are 2048 bytes further."""
-    own = arith.addi(shared_address(ring), arith.muli(thread(), const(16)))
+def _slot_address(slots: ir.Value, slot: mgpu.FragmentedArray) -> ir.Value:
+    """Address of this thread's first 16 bytes of a slot; its other 16 are 2048 bytes further."""
+    own = arith.addi(shared_address(slots), arith.muli(thread(), const(16)))
     return arith.addi(own, arith.muli(slot.registers.item(), const(4096)))
 
 
+# Two and four words a thread: scales, and tables built from them.
 _TWO = plgpu.Layout.WG_STRIDED((2 * WARPGROUP,), vec_size=1)
 _FOUR = plgpu.Layout.WG_STRIDED((4 * WARPGROUP,), vec_size=1)
 
 
 def load_four_scales(ref: Any, group: jax.Array, row: jax.Array) -> jax.Array:
-    """E4M3 scales of 64 rows from ``row`` on in four groups from ``group`` on; ref [G, N] (as uint8) in GMEM.
+    """Load the E4M3 scales of 64 rows from ``row`` on in four groups from ``group`` on; ref [G, N] (as uint8) in GMEM.
 
-    The four threads that hold the same rows read one group each. Past the end the last is read.
+    The four threads that have the same rows load one group each. Past the end the last is loaded.
 
     Returns:
         int32 [256], for ``build_tables``.
@@ -219,14 +222,18 @@ def read_four_scales(ref: Any) -> jax.Array:
         strides, _ = ir.MemRefType(scales.type).get_strides_and_offset()
         row, lane4, _warp = fragment_position()
         index = arith.addi(row, arith.muli(arith.minsi(lane4, const(groups - 1)), const(strides[0])))
-        words = [load(scales, arith.addi(index, const(8 * r)), i8, i8) for r in range(2)]
+        words = [load_at(scales, arith.addi(index, const(8 * r)), i8, i8) for r in range(2)]
         return raw_array([arith.extui(i32(), word) for word in words], _TWO)
 
     return inline(ref)
 
 
 def build_tables(scales: jax.Array, codebook: formats.Codebook) -> jax.Array:
-    """Tables of ``load_four_scales``'s groups, one in each of four threads, int32 [512], for ``operand``."""
+    """Build the tables of four groups from their scales, one group's in each of four threads.
+
+    Returns:
+        int32 [512], for ``operand``.
+    """
 
     @inlined(
         arg_types=(_TWO,),
@@ -240,10 +247,10 @@ def build_tables(scales: jax.Array, codebook: formats.Codebook) -> jax.Array:
 
 
 def _from_lane(tables: mgpu.FragmentedArray, lane4: int) -> list[tuple[ir.Value, ir.Value]]:
-    """[r]: the tables that the ``lane4``-th thread of each four has built."""
+    """[r]: the tables of rows r that the ``lane4``-th thread of each four has built."""
     code = f"shfl.sync.idx.b32 $0, $1, {lane4}, 0x1c1f, 0xffffffff;"
     words = [llvm.extractelement(v, const(0)) for v in tables.registers]
-    words = [asm([i32()], [word], code, "=r,r", volatile=True)[0] for word in words]
+    words = [asm([i32()], [word], code, volatile=True)[0] for word in words]
     return [(words[0], words[1]), (words[2], words[3])]
 
 
@@ -313,7 +320,7 @@ Tables = list[list[tuple[jax.Array, int]]]
 
 
 def tables_by_tile(sets: tuple[jax.Array, ...], tiles: int, groups: int) -> Tables:
-    """Where in ``build_tables``'s sets to find the tables of each of some tiles with so many groups."""
+    """For each of ``tiles`` tiles with ``groups`` groups: where in ``build_tables``'s sets its tables are."""
     return [[(sets[g // 4], g % 4) for g in range(t * groups, (t + 1) * groups)] for t in range(tiles)]
 
 
@@ -325,12 +332,12 @@ def multiply(
     acc_ref: Any,
     half: int | None = None,
 ) -> None:
-    """Dequantize a tile (or half of it), issue its WGMMAs and await nothing.
+    """Dequantize a tile (or half of it) and issue its WGMMAs, without waiting for them.
 
     Args:
         problem: shapes and types.
         words: from ``load_words``.
-        tables: of the tile's groups; None: codes as they are.
+        tables: of the tile's groups; None: the codebook's magnitudes as they are.
         x_ref: x_ref(i) is the i-th of ``problem.halves`` parts of x, [tokens, columns] in SMEM.
         acc_ref: the accumulator.
         half: which part; None: all.

@@ -1,1 +1,1 @@
-"""RoPE, quantization and append to the cache."""
+"""RoPE, quantization and append to the cache: read config, launch, kernel, registers."""

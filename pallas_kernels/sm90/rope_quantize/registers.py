@@ -12,10 +12,10 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf
 
-from pallas_kernels.sm90 import reduction
-from pallas_kernels.sm90.inline import asm, const, f32, i32, number, reciprocal
-from pallas_kernels.sm90.memory import unpack
-from pallas_kernels.sm90.reduction import tree
+from pallas_kernels.sm90.common import reduction
+from pallas_kernels.sm90.common.memory import unpack
+from pallas_kernels.sm90.common.ptx import asm, const, f32, i32, number, reciprocal
+from pallas_kernels.sm90.common.reduction import tree
 
 
 class Row(NamedTuple):

@@ -6,9 +6,11 @@ from typing import Any
 import numpy as np
 
 _SMALL = {
-    "vocab_size": 67, "hidden_size": 48, "intermediate_size": 100, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "vocab_size": 67, "hidden_size": 48, "intermediate_size": 100, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
+# Families in which one layer in four is of another kind.
+_FOUR_LAYERS = {"num_hidden_layers": 4}
 _LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.2, 1.5], "long_factor": [1.0, 2.0, 4.0]}
 _LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -27,10 +29,10 @@ CASES: dict[str, dict[str, Any]] = {
     "mistral full": {"sliding_window": None, "head_dim": 12},
     "ministral3": {"head_dim": 16, "rope_parameters": _YARN},
     "qwen2": {},
-    "qwen2 window": {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2},
+    "qwen2 window": {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
     "qwen3": {"head_dim": 16},
     "qwen3 padded": {"head_dim": 96},
-    "smollm3": {},
+    "smollm3": _FOUR_LAYERS,
     "seed_oss": {"head_dim": 12},
     "phi3": {},
     "phi3 longrope": {
@@ -41,7 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
         "embedding_multiplier": 6.0, "attention_multiplier": 0.2, "residual_multiplier": 0.3, "logits_scaling": 4.0
     },
     "olmo2": {},
-    "olmo3": {"sliding_window": 10, "rope_scaling": {**_LLAMA3}},
+    "olmo3": {**_FOUR_LAYERS, "sliding_window": 10, "rope_scaling": {**_LLAMA3}},
     "gemma": {"head_dim": 16},
     "gemma2": {"head_dim": 16, "sliding_window": 10, "query_pre_attn_scalar": 24},
     "gemma3_text": {
@@ -50,11 +52,11 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "glm": {"head_dim": 16},
     "glm4": {"head_dim": 16},
-    "exaone4": {"sliding_window": 10},
+    "exaone4": {**_FOUR_LAYERS, "sliding_window": 10},
     "hunyuan_v1_dense": {"head_dim": 16, "rope_scaling": {"type": "dynamic", "alpha": 100.0, "factor": 1.0}},
     "ernie4_5": {"head_dim": 16},
     "cohere": {},
-    "cohere2": {"head_dim": 16, "sliding_window": 10},
+    "cohere2": {**_FOUR_LAYERS, "head_dim": 16, "sliding_window": 10},
     "helium": {"head_dim": 12},
     "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
     "qwen3_moe": {**_QWEN_EXPERTS, "norm_topk_prob": False},
@@ -73,7 +75,7 @@ CASES: dict[str, dict[str, Any]] = {
 RENAMED: dict[str, dict[str, Any]] = {
     "iquestcoder": {},
     "internlm3": {"qkv_bias": True, "bias": False},
-    "exaone": {"num_layers": 4, "layer_norm_epsilon": 1e-5, "activation_function": "silu"},
+    "exaone": {"num_layers": 2, "layer_norm_epsilon": 1e-5, "activation_function": "silu"},
 }
 
 
