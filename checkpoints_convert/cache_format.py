@@ -23,6 +23,7 @@ from checkpoints_convert.calibrate import Calibrator, Hidden, abstract_layer, ru
 from fireq_jax.checkpoints.reader import CheckpointReader
 from fireq_jax.compilation import COMPILE_QUICKLY
 from fireq_jax.models.block import Block
+from fireq_jax.models.coded_weight import float32_block
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.layers import Norm
 from fireq_jax.models.llama import apply_head
@@ -103,7 +104,7 @@ def cache_divergence(
     hidden = source.global_tensor("embed_tokens")[tokens].astype(np.float32) * np.float32(config.embedding_scale)
     streams: dict[formats.KVFormat, Hidden] = dict.fromkeys(tried, hidden)
     for index in range(config.num_layers):
-        block: Block = {name: jnp.asarray(array).astype(jnp.float32) for name, array in source.block(index).items()}
+        block: Block = float32_block(source.block(index))
         hidden, statistics = calibrator.run(block, index, hidden)
         if quantization.smoothing is not None:
             inputs = {name: channels.mean_abs for name, channels in statistics.inputs.items()}

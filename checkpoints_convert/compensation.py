@@ -25,6 +25,7 @@ from fireq_jax.models.llama import DecoderLayer
 from fireq_jax.models.parameters import Parameter, layer_parameters, quantize_linear, with_parameters
 from fireq_jax.quantization.config import QuantizationConfig
 from pallas_kernels import formats
+from pallas_kernels.quantized_tensor import QuantizedTensor
 
 # What tokens that do not go to an expert count in its moments: far less than those that do, but they decide for an
 # expert that no token goes to.
@@ -46,7 +47,13 @@ class Compensator:
         self._float = quantization.with_float_weights().with_kv_format("none")
 
     def quantize(
-        self, block: Block, index: int, hidden: Hidden, quantized_hidden: Hidden, dtype: jax.typing.DTypeLike
+        self,
+        block: Block,
+        index: int,
+        hidden: Hidden,
+        quantized_hidden: Hidden,
+        dtype: jax.typing.DTypeLike,
+        kept: Mapping[str, QuantizedTensor] | None = None,
     ) -> tuple[dict[str, Parameter], Hidden | None]:
         """Parameters of layer ``index``, and what it makes of ``quantized_hidden``.
 
@@ -57,6 +64,8 @@ class Compensator:
             quantized_hidden: its input in the quantized model; ``hidden`` itself if calibration
                 does not follow the quantized model.
             dtype: of what stays unquantized.
+            kept: weights that are quantized already and stay as they are, by name without prefix. A block with any
+                learns nothing.
 
         Returns:
             Parameters by full name; the block's output in the quantized model, None if
@@ -69,13 +78,15 @@ class Compensator:
             if self.quantization.keeps_float(f"layers.{index}.{linear.name}"):
                 continue
             weight = own[f"{linear.name}.weight"]
-            if self.quantization.measures_inputs:
+            if kept and f"{linear.name}.weight" in kept:
+                done[f"{linear.name}.weight"] = kept[f"{linear.name}.weight"]
+            elif self.quantization.measures_inputs:
                 seen = self._layer(index, own, done, self.quantization) if self.follows_quantized else exact
                 moments = self._moments(exact, seen, linear, hidden, quantized_hidden)
                 done[f"{linear.name}.weight"] = quantize_measured(weight, moments, self.quantization)
             else:
                 done[f"{linear.name}.weight"] = quantize_linear(weight, self.quantization)
-        if self.quantization.learned_steps:
+        if self.quantization.learned_steps and not kept:
             done |= reconstruct(
                 self.config,
                 self._staged(done, self.quantization),

@@ -15,32 +15,34 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 from tqdm.auto import tqdm
 
 from checkpoints_convert.algorithms.reconstruction import check_sequences
-from checkpoints_convert.algorithms.smoothing import smooth_with_keys
+from checkpoints_convert.algorithms.smoothing import leaving, smooth_with_keys
 from checkpoints_convert.block_effects import smoothing_effect, weight_errors
 from checkpoints_convert.cache_format import fit_cache
 from checkpoints_convert.calibrate import BlockStatistics, Calibrator
 from checkpoints_convert.compensation import Compensator
 from checkpoints_convert.held_out import HeldOut, Streams, check_amount, log_report, scored
 from checkpoints_convert.report import cost_of, report_of
+from checkpoints_convert.stored_codes import fit_codes, read_block, report_codes
 from checkpoints_convert.work_folder import REPORT, WorkFolder, save_array, save_arrays
 from fireq_jax import json_files
 from fireq_jax.checkpoints import folder
+from fireq_jax.checkpoints.quantized import FORMAT_FILES
 from fireq_jax.checkpoints.reader import CheckpointReader, open_checkpoint
 from fireq_jax.checkpoints.tokenizer import TOKENIZER_FILES
 from fireq_jax.command_line import check_interrupted
 from fireq_jax.config_fields import check_kinds, check_types
 from fireq_jax.models.block import linear_names
 from fireq_jax.models.config import ModelConfig
-from fireq_jax.models.parameters import Parameter, global_parameters, layer_parameters
+from fireq_jax.models.parameters import Parameter, global_parameters, layer_parameters, pack_codes
 from fireq_jax.quantization.config import QuantizationConfig
 from fireq_jax.whole_files import check_digests, digest, write_whole
 from pallas_kernels import formats
+from pallas_kernels.quantized_tensor import QuantizedTensor
 
 COMPANION_FILES = ("generation_config.json", *TOKENIZER_FILES)
 logger = logging.getLogger(__name__)
@@ -59,6 +61,8 @@ class ConversionOptions:
         batch_size: calibration sequences a step.
         fit_cache: in a model with biases in attention, take a larger cache format if calibration text asks for it
             (:mod:`~checkpoints_convert.cache_format`).
+        keep_codes: of a quantized checkpoint keep the codes of the linear layers whose codes fit the recipe; else all
+            are made of what its codes stand for.
     """
 
     model: Path
@@ -68,6 +72,7 @@ class ConversionOptions:
     dtype: str = "bfloat16"
     batch_size: int = 8
     fit_cache: bool = False
+    keep_codes: bool = True
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -113,7 +118,8 @@ def convert(
     """
     started = time.perf_counter()
     source = open_checkpoint(options.model)
-    config, quantization = source.config, options.quantization
+    quantization, kept = fit_codes(source, options.quantization, keep=options.keep_codes)
+    config, options = source.config, dataclasses.replace(options, quantization=quantization)
     quantization.check_fits(linear_names(config), config.head_dim)
     _check_text(options, config, tokens, held_out)
     tokens, unseen = (tokens, scored(held_out)) if needs_calibration(quantization) else (None, None)
@@ -139,7 +145,7 @@ def convert(
             _convert_globals(source, options, tokens, rest, work)
         first = max(first, 0)
         calibrator = Calibrator(config, options.batch_size) if tokens is not None else None
-        _convert_blocks(source, options, first, calibrator, rest, work, progress=progress)
+        _convert_blocks(source, options, first, kept, calibrator, rest, work, progress=progress)
         report = _finish(source, options, fingerprint, rest, work, time.perf_counter() - started, first)
     work.remove()
     return report
@@ -192,13 +198,14 @@ def _convert_blocks(
     source: CheckpointReader,
     options: ConversionOptions,
     first: int,
+    kept: frozenset[str],
     calibrator: Calibrator | None,
     held_out: HeldOut | None,
     work: WorkFolder,
     *,
     progress: bool,
 ) -> None:
-    """All blocks from ``first`` on."""
+    """All blocks from ``first`` on; linear layers ``kept`` keep their codes."""
     config, quantization = source.config, options.quantization
     compensator = Compensator(config, quantization, options.batch_size) if quantization.reads_text else None
     for index in tqdm(
@@ -210,13 +217,14 @@ def _convert_blocks(
         disable=not progress,
     ):
         check_interrupted()
-        _convert_block(source, options, index, calibrator, compensator, held_out, work)
+        _convert_block(source, options, index, kept, calibrator, compensator, held_out, work)
 
 
 def _convert_block(
     source: CheckpointReader,
     options: ConversionOptions,
     index: int,
+    kept: frozenset[str],
     calibrator: Calibrator | None,
     compensator: Compensator | None,
     held_out: HeldOut | None,
@@ -224,7 +232,7 @@ def _convert_block(
 ) -> None:
     started = time.perf_counter()
     config, quantization = source.config, options.quantization
-    block = {name: jnp.asarray(array).astype(jnp.float32) for name, array in source.block(index).items()}
+    block, codes = read_block(source, index, kept)
     statistics: BlockStatistics | None = None
     if calibrator is not None:
         hidden = np.load(work.hidden(index), mmap_mode="r")
@@ -237,19 +245,22 @@ def _convert_block(
     unseen = None
     if held_out is not None:
         unseen = held_out.run_float(index, block, Streams(*np.load(work.held_out(index))))
-    if quantization.smoothing is not None:
+    smoothing = quantization.smoothing
+    if smoothing is not None:
+        smoothing = leaving(smoothing, [name.removeprefix(f"layers.{index}.") for name in kept], config)
         keys = inputs = values = None
         if statistics is not None:
             keys, values = statistics.keys, statistics.values
             inputs = {name: channels.mean_abs for name, channels in statistics.inputs.items()}
-        smoothed, transform = smooth_with_keys(block, keys, config, quantization.smoothing, inputs, values)
+        smoothed, transform = smooth_with_keys(block, keys, config, smoothing, inputs, values)
         save_arrays(work.smoothing(index), smoothing_effect(block, smoothed, keys, transform))
         block = smoothed
         del smoothed
     if compensator is None:
-        parameters = layer_parameters(block, index, quantization, options.dtype)
+        parameters = layer_parameters({**block, **codes}, index, quantization, options.dtype)
     else:
-        parameters = _compensate_block(compensator, block, index, options.dtype, work)
+        packed = pack_codes(codes, quantization)
+        parameters = _compensate_block(compensator, block, packed, index, options.dtype, work)
     if held_out is not None and unseen is not None:
         unseen = held_out.run_quantized(index, parameters, unseen)
         save_array(work.held_out(index + 1), np.stack(unseen))
@@ -258,6 +269,7 @@ def _convert_block(
         raise ValueError(f"block {index}: {broken[0]} became NaN or infinite when it was smoothed or quantized")
     report = {
         "weight_error": errors,
+        **({"codes": report_codes(errors, index, kept, codes)} if source.quantized else {}),
         "bytes": formats.nbytes(parameters),
         "seconds": round(time.perf_counter() - started, 3),
     }
@@ -266,13 +278,18 @@ def _convert_block(
 
 
 def _compensate_block(
-    compensator: Compensator, block: Mapping[str, Array], index: int, dtype: str, work: WorkFolder
+    compensator: Compensator,
+    block: Mapping[str, Array],
+    kept: Mapping[str, QuantizedTensor],
+    index: int,
+    dtype: str,
+    work: WorkFolder,
 ) -> dict[str, Parameter]:
     hidden = np.load(work.hidden(index), mmap_mode="r")
     quantized_hidden = hidden
     if compensator.follows_quantized and index > 0:
         quantized_hidden = np.load(work.quantized_hidden(index), mmap_mode="r")
-    parameters, output = compensator.quantize(block, index, hidden, quantized_hidden, dtype)
+    parameters, output = compensator.quantize(block, index, hidden, quantized_hidden, dtype, kept)
     if output is not None:
         save_array(work.quantized_hidden(index + 1), output)
     return parameters
@@ -375,9 +392,15 @@ def _fingerprint(
             for path in source.files
         },
         **{f"{name}, SHA-256": digest(path) for name, path in _companions(options.model).items()},
+        **{
+            f"{name}, SHA-256": digest(path)
+            for name in (FORMAT_FILES if source.quantized else ())
+            if (path := options.model / name).is_file()
+        },
         "quantization": options.quantization.to_dict(),
         "fit_cache": options.fit_cache and source.config.attention_bias,
         "dtype": options.dtype,
+        "keep_codes": options.keep_codes,
         **{
             name: None if text is None else [*text.shape, hashlib.sha256(text.tobytes()).hexdigest()]
             for name, text in (("calibration", tokens), ("held_out", held_out))

@@ -54,6 +54,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="PATTERN",
         help="linear layers to leave alone, as in 'layers.0.*'",
     )
+    parse.add_argument(
+        "--keep-codes",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="of a quantized checkpoint, keep the codes that fit the recipe's weights (default: keep)",
+    )
     parse.add_argument("--resume", action="store_true", help="go on with an interrupted conversion")
     return parse
 
@@ -82,7 +88,14 @@ def run(args: argparse.Namespace) -> None:
         quantization = dataclasses.replace(quantization, lm_head_format=args.lm_head_format)
     quantization = dataclasses.replace(quantization, keep_float=quantization.keep_float + tuple(args.keep_float))
     options = ConversionOptions(
-        Path(args.model), args.output, args.recipe, quantization, args.dtype, args.batch_size, args.kv_format is None
+        Path(args.model),
+        args.output,
+        args.recipe,
+        quantization,
+        args.dtype,
+        args.batch_size,
+        fit_cache=args.kv_format is None,
+        keep_codes=args.keep_codes,
     )
     # What costs little comes first: text is read before weights are downloaded, and tokenized after.
     documents = _documents(args, quantization)

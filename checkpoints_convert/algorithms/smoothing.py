@@ -10,7 +10,7 @@ beyond it; keys are in ``keys``, values in ``values``.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +81,31 @@ def smooth_with_keys(
             raise ValueError("value_basis 'balanced' needs second moments of the values; calibrate first")
         rescaled = balance_values(rescaled, config, values)
     return rescaled, transform
+
+
+def leaving(smoothing: SmoothingConfig, linears: Collection[str], config: ModelConfig) -> SmoothingConfig:
+    """The rescalings that change none of a block's ``linears``, which go by their names in a layer.
+
+    S and the offset of keys change no weight, and N none where heads are normed.
+    """
+    mlp = mlp_name(config)
+    qkv, output, gate_up, down = (
+        name in linears
+        for name in ("self_attn.qkv_proj", "self_attn.o_proj", f"{mlp}.gate_up_proj", f"{mlp}.down_proj")
+    )
+    parallel = config.norm_order == "parallel"
+    pre_rope = smoothing.pre_rope and not (qkv and config.head_norm == "none")
+    return dataclasses.replace(
+        smoothing,
+        qkv_input=smoothing.qkv_input and not (qkv or (parallel and gate_up)),
+        value_output=smoothing.value_output and not (qkv or output),
+        value_basis="channels" if qkv or output else smoothing.value_basis,
+        gate_up_input=smoothing.gate_up_input and not gate_up,
+        up_down=smoothing.up_down and not (gate_up or down),
+        pre_rope=pre_rope,
+        fit_pairs=smoothing.fit_pairs and pre_rope,
+        search_keys=smoothing.search_keys and (pre_rope or smoothing.post_rope_channels > 0),
+    )
 
 
 # One program instead of a hundred small ones, each of which a GPU would compile by itself.

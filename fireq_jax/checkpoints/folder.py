@@ -29,12 +29,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array
 
+from fireq_jax.checkpoints.kept_codes import kept_tensors, quantization_as_stored
 from fireq_jax.checkpoints.reader import CheckpointReader, open_checkpoint
 from fireq_jax.config_fields import mapping, quote
 from fireq_jax.json_files import errors_name, read_json, read_sealed, write_sealed
+from fireq_jax.models.block import linear_names
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.parameters import Parameter, global_parameters, layer_parameters
-from fireq_jax.quantization import recipes
 from fireq_jax.quantization.config import QuantizationConfig
 from fireq_jax.whole_files import check_digest, digest
 
@@ -72,7 +73,7 @@ class StoredModel:
     Attributes:
         folder: where it is.
         config: the architecture.
-        quantization: how it is quantized; ``recipes.none()`` for Hugging Face's.
+        quantization: how it is quantized; of a Hugging Face checkpoint how it runs as it is.
         source: the Hugging Face checkpoint; None for a converted folder.
         digests: those of the manifest that reading verifies; None for nothing.
     """
@@ -110,7 +111,16 @@ class StoredModel:
             return cls(folder, config, quantization, None, digests if verify else None)
         check_finished(folder)
         source = open_checkpoint(folder)
-        return cls(folder, source.config, recipes.none(), source)
+        quantization = quantization_as_stored(source.config, source.coded)
+        if source.quantized:
+            names = linear_names(source.config)
+            kept = [name for name in names if not quantization.keeps_float(name)]
+            logger.log(
+                logging.INFO if len(kept) == len(names) else logging.WARNING,
+                "%s is a quantized checkpoint: %d of %d linear layers keep their codes%s",
+                folder, len(kept), len(names), "" if len(kept) == len(names) else "; fireq-convert quantizes others",
+            )  # fmt: skip
+        return cls(folder, source.config, quantization, source)
 
     def read(self, expected: Mapping[str, Parameter], dtype: jax.typing.DTypeLike) -> dict[str, Parameter]:
         """All parameters by name.
@@ -126,9 +136,14 @@ class StoredModel:
         if self.source is None:
             return _restore_all(self.folder, expected, self.digests)
         parameters: dict[str, Parameter] = {}
+        kept = [name for name in linear_names(self.config) if not self.quantization.keeps_float(name)]
+        clipped = 0
         for index in range(self.config.num_layers):
-            block = {name: jnp.asarray(array) for name, array in self.source.block(index).items()}
+            block = self.source.block(index)
+            clipped += sum(codes.clipped for codes in kept_tensors(block, index, self.config, kept).values())
             parameters |= layer_parameters(block, index, self.quantization, dtype)
+        if clipped:
+            logger.info("%s: %d codes of -8 are -7 here, with the same scales", self.folder, clipped)
         arrays = {name: self.source.global_tensor(name) for name in self.source.global_names()}
         return parameters | global_parameters(arrays, self.quantization, dtype)
 

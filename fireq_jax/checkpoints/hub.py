@@ -9,10 +9,11 @@ from pathlib import Path
 
 from fireq_jax.checkpoints.folder import MANIFEST, check_finished, read_manifest
 from fireq_jax.checkpoints.huggingface import read_config
+from fireq_jax.checkpoints.quantized import FORMAT_FILES
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 # What says whether a model can be loaded, in a few kilobytes.
-_CONFIGS = ("config.json", "generation_config.json", MANIFEST)
+_CONFIGS = (*FORMAT_FILES, "generation_config.json", MANIFEST)
 # Beside the weights: configs, tokenizers, chat templates.
 _COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja")
 

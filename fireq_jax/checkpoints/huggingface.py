@@ -9,14 +9,20 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any, TypeVar
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from tqdm.auto import tqdm
 
+from fireq_jax.checkpoints.quantized import StoredLinear, quantized_format
+from fireq_jax.checkpoints.storage import CACHE_SCALES, UNUSED
 from fireq_jax.checkpoints.tensor_files import StoredTensor, TensorReader, tensors_in
 from fireq_jax.config_fields import quote
 from fireq_jax.json_files import errors_name, is_file, read_json
 from fireq_jax.models.architectures import config_from_huggingface, tensor_table
+from fireq_jax.models.block import linears_of
+from fireq_jax.models.coded_weight import CodedKind, CodedWeight, as_float
 from fireq_jax.models.config import ModelConfig, eos_ids
 from fireq_jax.models.family import HEAD
 from fireq_jax.models.tensor_source import TensorTable
@@ -43,7 +49,9 @@ def read_config(folder: Path) -> ModelConfig:
     Raises:
         ValueError: if there is no such file or it does not describe a model of a family that is here.
     """
-    return _read_fields_and_config(folder)[1]
+    fields, config = _read_fields_and_config(folder)
+    quantized_format(folder, fields)
+    return config
 
 
 def _read_fields_and_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
@@ -85,6 +93,7 @@ class HuggingFaceCheckpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         fields, config = _read_fields_and_config(folder)
+        self._format = quantized_format(folder, fields)
         found, absent = _locate_tensors(folder)
         table = tensor_table(fields, config)
         prefixed = table.prefix.startswith(_MODEL_PREFIX)
@@ -92,7 +101,10 @@ class HuggingFaceCheckpoint:
         self._reader = TensorReader()
         self.config = self._resolve_head(config, table)
         self._table = table if self.config == config else tensor_table(fields, self.config)
+        self._linears: dict[str, StoredLinear] = {}
         self._check_names(_with_prefix(absent, [*found, *absent]) if prefixed else absent)
+        self._coded = self._find_coded()
+        self._warn_of_unused()
 
     @property
     def nbytes(self) -> int:
@@ -104,7 +116,17 @@ class HuggingFaceCheckpoint:
         """The weight files."""
         return sorted({tensor.path for tensor in self._tensors.values()})
 
-    def block(self, index: int) -> dict[str, np.ndarray]:
+    @property
+    def quantized(self) -> bool:
+        """Whether any weight is stored in a quantized format."""
+        return bool(self._linears)
+
+    @property
+    def coded(self) -> Mapping[str, CodedKind]:
+        """The model's linear layers of which ``block`` hands out codes, and what these are."""
+        return self._coded
+
+    def block(self, index: int) -> dict[str, np.ndarray | CodedWeight]:
         """All tensors of block ``index``, in the form that ``models.block`` describes."""
         prefix = self._table.prefix.format(index=index)
         return {
@@ -119,26 +141,22 @@ class HuggingFaceCheckpoint:
     def global_tensor(self, name: str) -> np.ndarray:
         """One of ``global_names``: embeddings, final norm or (untied) head."""
         source = self._table.outside[name]
-        return source.read(self.tensor(source.name))
+        return np.asarray(as_float(source.read(self.tensor(source.name))))
 
-    def tensor(self, name: str) -> np.ndarray:
-        """One of the checkpoint's tensors, by its name there and in the dtype of the file."""
+    def tensor(self, name: str) -> np.ndarray | CodedWeight:
+        """One of the checkpoint's tensors, by its name there and in the dtype of the file; or what stands for it."""
+        if name in self._linears:
+            return self._linears[name].read(self._reader.read)
         return self._reader.read(self._tensors[name])
 
     def check_finite(self, *, progress: bool = True) -> None:
         """Read every tensor once; ValueError names the first with a NaN or an infinity, also of bfloat16."""
         names = list(self._table.shapes(self.config.num_layers))
         for name in tqdm(names, desc="checking tensors", unit="tensor", disable=not progress, leave=False):
-            values = self.tensor(name)
-            finite = np.isfinite(values)
-            if values.dtype.itemsize > 2:
-                finite &= np.abs(values) <= _LARGEST
-            if not finite.all():
-                where = np.unravel_index(int(np.argmin(finite)), values.shape)
-                raise ValueError(
-                    f"tensor {name} in {self._tensors[name].path} holds {values[where]} at "
-                    f"{tuple(map(int, where))}; expected finite numbers"
-                )
+            tensor = self.tensor(name)
+            path = self._linears[name].path if name in self._linears else self._tensors[name].path
+            for values in jax.tree.leaves(tensor):
+                _check_finite(name, path, values)
 
     def _resolve_head(self, config: ModelConfig, table: TensorTable) -> ModelConfig:
         """The config, tied only if the stored tensors are; a tied matrix goes by the embedding's name."""
@@ -155,15 +173,26 @@ class HuggingFaceCheckpoint:
 
     def _check_names(self, absent: Mapping[str, str]) -> None:
         expected = self._table.shapes(self.config.num_layers)
+        if self._format is not None:
+            if gone := sorted(name for name in absent if f"{name.rpartition('.')[0]}.weight" in expected):
+                raise ValueError(absent[gone[0]])
+            for name, shape in expected.items():
+                plain = name in self._tensors and self._tensors[name].dtype in _FLOATS
+                if not plain and (linear := StoredLinear.find(name, shape, self._format, self._tensors)):
+                    self._linears[name] = linear
+        wanted = set(expected) - set(self._linears)
         found = {name for name in self._tensors if _ROTARY_MODULE not in name.split(".")}
-        if missing := sorted(set(expected) - found):
+        if missing := sorted(wanted - found):
             if missing[0] in absent:
                 raise ValueError(absent[missing[0]])
             raise ValueError(
                 f"{self.folder} lacks tensor {missing[0]}{_and_more(missing)}, which its config.json asks for"
                 + (" (tie_word_embeddings is false)" if missing[0] == HEAD else "")
             )
-        if extra := sorted(found - set(expected)):
+        parts = {
+            name.removesuffix(".weight") + suffix for name, linear in self._linears.items() for suffix in linear.parts
+        }
+        if extra := sorted(name for name in found - wanted - parts if not self._is_unused(name)):
             raise ValueError(
                 f"{self.folder} has unexpected tensor {extra[0]}{_and_more(extra)}; "
                 f"no layer of a {self.config.model_type} takes it"
@@ -174,6 +203,8 @@ class HuggingFaceCheckpoint:
                 self.folder, unneeded[0], _and_more(unneeded),
             )  # fmt: skip
         for name, shape in expected.items():
+            if name in self._linears:
+                continue
             tensor = self._tensors[name]
             if tensor.shape != shape:
                 raise ValueError(f"tensor {name} in {tensor.path} has shape {tensor.shape}; expected {shape}")
@@ -181,6 +212,46 @@ class HuggingFaceCheckpoint:
                 raise ValueError(
                     f"tensor {name} in {tensor.path} has dtype {tensor.dtype}; expected a float of 16 bits or more"
                 )
+
+    def _is_unused(self, name: str) -> bool:
+        """Whether a quantized checkpoint may have a tensor that changes nothing here."""
+        if self._format is None:
+            return False
+        tensor = self._tensors[name]
+        # AutoGPTQ gives every layer a bias.
+        zeros = name.endswith(".bias") and tensor.dtype in _FLOATS and not self._reader.read(tensor).any()
+        return zeros or name.endswith((*UNUSED, *CACHE_SCALES))
+
+    def _warn_of_unused(self) -> None:
+        if any(name.endswith(CACHE_SCALES) for name in self._tensors):
+            logger.info("%s: its scales for quantized keys and values are not used; the cache has its own", self.folder)
+
+    def _find_coded(self) -> dict[str, CodedKind]:
+        """The fused linear layers whose parts are all coded alike, in a way that can be read as codes."""
+        coded: dict[str, CodedKind] = {}
+        for index in range(self.config.num_layers if self._linears else 0):
+            prefix = self._table.prefix.format(index=index)
+            for linear in linears_of(self.config):
+                sources = [self._table.block[f"{part}.weight"] for part in linear.parts]
+                stored = [self._linears.get(prefix + name) for source in sources for name in source.names]
+                kinds = {None if each is None else each.storage.kind for each in stored}
+                kind = kinds.pop() if len(kinds) == 1 else None
+                if kind is not None and all(source.keeps(kind.group_size) for source in sources):
+                    coded[f"layers.{index}.{linear.name}"] = kind
+        return coded
+
+
+def _check_finite(name: str, path: Path, values: np.ndarray) -> None:
+    if not jnp.issubdtype(values.dtype, np.floating):
+        return
+    finite = np.isfinite(values)
+    if values.dtype.itemsize > 2:
+        finite &= np.abs(values) <= _LARGEST
+    if not finite.all():
+        where = np.unravel_index(int(np.argmin(finite)), values.shape)
+        raise ValueError(
+            f"tensor {name} in {path} holds {values[where]} at {tuple(map(int, where))}; expected finite numbers"
+        )
 
 
 def _equal(one: StoredTensor, two: StoredTensor) -> bool:
@@ -211,7 +282,8 @@ def _locate_tensors(folder: Path) -> tuple[dict[str, StoredTensor], dict[str, st
 
     From a single file or an index; safetensors come first, all as in transformers.
     """
-    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
+    named = [(path.stem, path.suffix) for path in sorted(folder.glob("gptq_model-*.safetensors"))]  # AutoGPTQ's
+    for stem, suffix in (("model", ".safetensors"), *named, ("pytorch_model", ".bin")):
         index, single = folder / f"{stem}{suffix}.index.json", folder / f"{stem}{suffix}"
         if is_file(single):
             return tensors_in(single), {}

@@ -1,11 +1,13 @@
 """Where a model's tensors come from: what converting and loading ask of a checkpoint, whatever its files are."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from fireq_jax.checkpoints.huggingface import HuggingFaceCheckpoint
+from fireq_jax.models.coded_weight import CodedKind, CodedWeight
 from fireq_jax.models.config import ModelConfig
 
 
@@ -27,8 +29,24 @@ class CheckpointReader(Protocol):
         """Their bytes."""
         ...
 
-    def block(self, index: int) -> dict[str, np.ndarray]:
-        """All tensors of block ``index``, in the form that ``models.block`` describes."""
+    @property
+    def quantized(self) -> bool:
+        """Whether the weights were quantized, whatever is handed out of them."""
+        ...
+
+    @property
+    def coded(self) -> Mapping[str, CodedKind]:
+        """The model's linear layers, as in ``models.block.linear_names``, of which ``block`` hands out codes.
+
+        All parts of such a layer are coded alike; all others are floats. Empty for a float checkpoint.
+        """
+        ...
+
+    def block(self, index: int) -> dict[str, np.ndarray | CodedWeight]:
+        """All tensors of block ``index``, in the form that ``models.block`` describes.
+
+        Who needs floats takes ``models.coded_weight.float32_block`` of it.
+        """
         ...
 
     def global_names(self) -> list[str]:

@@ -3,9 +3,10 @@
 Nothing is ever unpickled: PyTorch's files go through torch's weights-only loader, and need torch installed.
 """
 
-import contextlib
+import json
+import math
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,17 +16,45 @@ from safetensors import safe_open
 
 from fireq_jax.config_fields import quote
 
-# As safetensors spell them.
-_TORCH_DTYPES = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+# As safetensors spell them, which NumPy alone does not know all of.
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_TORCH_DTYPES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8",
+    "bool": "BOOL",
+}  # fmt: skip
 
 
 class StoredTensor(NamedTuple):
-    """Where a tensor is, and what: its file, its name there, its shape, and its dtype ("F32", "BF16" ...)."""
+    """Where a tensor is, and what.
+
+    Attributes:
+        path: its file.
+        name: in the file.
+        shape: in elements.
+        dtype: as safetensors spell it, "F32", "BF16" ...
+        start: of its bytes in a safetensors file.
+    """
 
     path: Path
     name: str
     shape: tuple[int, ...]
     dtype: str
+    start: int = 0
 
 
 def tensors_in(path: Path) -> dict[str, StoredTensor]:
@@ -36,17 +65,32 @@ def tensors_in(path: Path) -> dict[str, StoredTensor]:
     """
     if path.suffix != ".safetensors":
         tensors = _load_torch_file(path)
-        dtypes = {name: str(tensor.dtype) for name, tensor in tensors.items()}
         return {
-            name: StoredTensor(path, name, tuple(tensor.shape), _TORCH_DTYPES.get(dtypes[name], dtypes[name]))
+            name: StoredTensor(path, name, tuple(tensor.shape), _torch_dtype(tensor))
             for name, tensor in tensors.items()
         }
-    with _safetensors(path) as file:
-        names = file.keys()
-        slices = {name: file.get_slice(name) for name in names}
-        return {
-            name: StoredTensor(path, name, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()
-        }
+    try:
+        with safe_open(path, framework="numpy") as file:  # checks the header, and the file's size by it
+            file.keys()
+        entries, start = _read_header(path)
+    except Exception as error:  # safetensors has its own, and passes on others
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    found = {}
+    for name, entry in entries.items():
+        if name == "__metadata__":
+            continue
+        shape, dtype = tuple(entry["shape"]), entry["dtype"]
+        if dtype == "F4" and shape and shape[-1] % 2 == 0:  # two to a byte, as most formats say of them
+            shape, dtype = (*shape[:-1], shape[-1] // 2), "U8"
+        found[name] = StoredTensor(path, name, shape, dtype, start + entry["data_offsets"][0])
+    return found
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of its tensors, and where their bytes begin."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(size)), 8 + size
 
 
 class TensorReader:
@@ -59,21 +103,30 @@ class TensorReader:
         """A tensor, or some of its rows, in the dtype of the file."""
         path, name = tensor.path, tensor.name
         if path.suffix == ".safetensors":
-            with _safetensors(path) as file:
-                return file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+            return _read_bytes(tensor, rows)
         if self._torch_file is None or self._torch_file[0] != path:
             self._torch_file = (path, _load_torch_file(path))
         values = self._torch_file[1][name]
         return _torch_to_numpy(values if rows is None else values[rows])
 
 
-@contextlib.contextmanager
-def _safetensors(path: Path) -> Iterator[Any]:
+def _read_bytes(tensor: StoredTensor, rows: slice | None) -> np.ndarray:
+    """From a safetensors file, whose own reader for NumPy does not know 8-bit floats."""
+    if tensor.dtype not in DTYPES:
+        known = ", ".join(DTYPES)
+        raise ValueError(f"tensor {tensor.name} in {tensor.path} has dtype {tensor.dtype}; expected one of {known}")
+    dtype, shape, start = DTYPES[tensor.dtype], tensor.shape, tensor.start
+    if rows is not None:
+        first, last, _ = rows.indices(shape[0])
+        start += first * math.prod(shape[1:]) * dtype.itemsize
+        shape = (max(last - first, 0), *shape[1:])
     try:
-        with safe_open(path, framework="numpy") as file:
-            yield file
-    except Exception as error:  # safetensors has its own, and passes on others
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+        values = np.fromfile(tensor.path, np.uint8, math.prod(shape) * dtype.itemsize, offset=start)
+    except OSError as error:
+        raise ValueError(f"{tensor.path} cannot be read: {error.strerror or error}") from error
+    if values.size != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{tensor.path} is not a readable safetensors file: it ends inside tensor {tensor.name}")
+    return values.view(dtype).reshape(shape)
 
 
 def _load_torch_file(path: Path) -> Mapping[str, Any]:
@@ -105,10 +158,16 @@ def _load_torch_file(path: Path) -> Mapping[str, Any]:
     return tensors
 
 
+def _torch_dtype(tensor: Any) -> str:
+    name = str(tensor.dtype).removeprefix("torch.")
+    return _TORCH_DTYPES.get(name, name)
+
+
 def _torch_to_numpy(tensor: Any) -> np.ndarray:
     import torch
 
     tensor = tensor.detach().resolve_neg().contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
+    if _torch_dtype(tensor) not in DTYPES:
+        return tensor.numpy()
+    octets = tensor.reshape(-1).view(torch.uint8).numpy()
+    return octets.view(DTYPES[_torch_dtype(tensor)]).reshape(tuple(tensor.shape))

@@ -16,15 +16,18 @@ The model holds q, k, v as one matrix, and gate and up interleaved as another.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from fireq_jax.models.coded_weight import BlockTensor, joined
 from fireq_jax.models.config import ModelConfig
 from pallas_kernels import layouts
 
 Block = Mapping[str, Array]
+TensorT = TypeVar("TensorT", Array, BlockTensor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,17 +134,24 @@ def linear_names(config: ModelConfig) -> list[str]:
     return [f"layers.{i}.{linear.name}" for i in range(config.num_layers) for linear in linears_of(config)]
 
 
-def fuse_block(block: Block) -> dict[str, Array]:
-    """The float parameters of a layer: all tensors as they are, but qkv and gate/up fused."""
-    fused: dict[str, Array] = {}
-    for name, array in block.items():
+def fuse_block(block: Mapping[str, TensorT]) -> dict[str, TensorT]:
+    """The parameters of a layer as a block holds them, but for qkv and gate/up, which are fused.
+
+    Codes stay codes where all parts of a linear layer are coded alike.
+    """
+    fused: dict[str, TensorT] = {}
+    for name, tensor in block.items():
         if ".q_proj." in name:
             parts = [block[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"]
-            fused[name.replace(".q_proj.", ".qkv_proj.")] = jnp.concatenate(parts)
+            fused[name.replace(".q_proj.", ".qkv_proj.")] = joined(parts, _concatenate)
         elif ".gate_proj." in name:
             up = block[name.replace(".gate_proj.", ".up_proj.")]
             interleave = jax.vmap(layouts.interleave_gate_up) if ".experts." in name else layouts.interleave_gate_up
-            fused[name.replace(".gate_proj.", ".gate_up_proj.")] = interleave(array, up)
+            fused[name.replace(".gate_proj.", ".gate_up_proj.")] = joined((tensor, up), interleave)
         elif not any(part in name for part in (".k_proj.", ".v_proj.", ".up_proj.")):
-            fused[name] = array
+            fused[name] = tensor
     return fused
+
+
+def _concatenate(*arrays: Array) -> Array:
+    return jnp.concatenate(arrays)

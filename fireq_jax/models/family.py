@@ -52,7 +52,6 @@ _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh
 # Options of transformers' models, or of its caches, masks and loading: the values that mean what this project does.
 _ACCEPTED: Mapping[str, tuple[Any, ...]] = {
     "is_causal": (True,),
-    "quantization_config": (None,),
     "is_encoder_decoder": (False, None),
     "add_cross_attention": (False, None),
     "use_bidirectional_attention": (None, False),
@@ -63,12 +62,12 @@ _ACCEPTED: Mapping[str, tuple[Any, ...]] = {
     "pruned_heads": (None, {}),
     "transformers_weights": (None,),
 }
-# Read elsewhere (activation, RoPE, EOS), or without effect on inference.
+# Read elsewhere (activation, RoPE, EOS, quantized formats), or without effect on inference.
 _NO_EFFECT = {
     "hidden_act", "architectures", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache",
     "initializer_range", "attention_dropout", "pretraining_tp", "rope_parameters", "rope_scaling", "rope_theta",
     "partial_rotary_factor", "original_max_position_embeddings", "eos_token_id", "return_dict",
-    "output_hidden_states", "output_attentions", "is_decoder",
+    "output_hidden_states", "output_attentions", "is_decoder", "quantization_config", "compression_config",
 }  # fmt: skip
 
 

@@ -179,6 +179,9 @@ class CausalLM(nnx.Module):
     ) -> Self:
         """Load a Hugging Face folder, or one that ``fireq-convert`` wrote.
 
+        Weights that were quantized by others keep their codes where these are exact
+        (:func:`~fireq_jax.checkpoints.kept_codes.quantization_as_stored`), else they become floats.
+
         Args:
             folder: with ``config.json`` and safetensors or .bin files, or a converted model.
             dtype: of embeddings, norms, hidden states and unquantized weights.

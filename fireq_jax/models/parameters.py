@@ -11,7 +11,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from fireq_jax.compilation import COMPILE_QUICKLY
-from fireq_jax.models.block import FLOAT32, Block, fuse_block
+from fireq_jax.models.block import FLOAT32, fuse_block
+from fireq_jax.models.coded_weight import BlockTensor, CodedWeight, as_float
 from fireq_jax.quantization.config import QuantizationConfig
 from pallas_kernels.quantized_tensor import QuantizedTensor, over_stack, quantize
 
@@ -20,22 +21,35 @@ ModuleT = TypeVar("ModuleT", bound=nnx.Module)
 
 
 def layer_parameters(
-    block: Block, index: int, quantization: QuantizationConfig, dtype: jax.typing.DTypeLike
+    block: Mapping[str, BlockTensor], index: int, quantization: QuantizationConfig, dtype: jax.typing.DTypeLike
 ) -> dict[str, Parameter]:
     """Parameters of layer ``index`` by full name, quantized as the config says.
 
     ``block`` may hold ``self_attn.post_rope_scale`` and ``self_attn.key_offset`` (float32 [kv_heads, H]) besides its
-    weights.
+    weights. Linear layers that it holds as codes keep these, unless they stay float.
     """
     parameters: dict[str, Parameter] = {}
-    for name, array in fuse_block(block).items():
+    for name, tensor in fuse_block(block).items():
         linear = f"layers.{index}.{name.removesuffix('.weight')}"
-        if name.endswith("proj.weight") and not quantization.keeps_float(linear):
-            parameters[f"{linear}.weight"] = quantize_linear(array, quantization)
+        quantized = name.endswith("proj.weight") and not quantization.keeps_float(linear)
+        if quantized and isinstance(tensor, CodedWeight):
+            parameters[f"{linear}.weight"] = tensor.pack(quantization.group_size, quantization.scale_dtype)
+        elif quantized:
+            parameters[f"{linear}.weight"] = quantize_linear(jnp.asarray(as_float(tensor)), quantization)
         else:
             wide = any(part in name for part in FLOAT32)
+            array = jnp.asarray(as_float(tensor))
             parameters[f"layers.{index}.{name}"] = array.astype(jnp.float32 if wide else dtype)
     return parameters
+
+
+def pack_codes(codes: Mapping[str, CodedWeight], quantization: QuantizationConfig) -> dict[str, QuantizedTensor]:
+    """A block's codes as a layer's parameters, by name without prefix; all parts of a linear layer have to be there."""
+    return {
+        name: tensor.pack(quantization.group_size, quantization.scale_dtype)
+        for name, tensor in fuse_block(codes).items()
+        if isinstance(tensor, CodedWeight)
+    }
 
 
 def global_parameters(

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from fireq_jax.models.coded_weight import CodedWeight, as_float, coded_alike
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TensorSource:
@@ -22,7 +24,7 @@ class TensorSource:
         reshaped: the final shape, where it is another.
         stack: how many matrices (or vectors) of which all this holds the tensor is: the checkpoint's tensors of
             as many names, or its first axis. None means one.
-        transposed: whether the checkpoint's matrices are [columns, rows].
+        transposed: whether the checkpoint's matrices are [columns, rows]. Codes never are.
     """
 
     name: str
@@ -40,12 +42,42 @@ class TensorSource:
         """The checkpoint's tensors that it is made of."""
         return tuple(dict.fromkeys(self.name.format(expert=i) for i in range(self.stack or 1)))
 
-    def read(self, *tensors: np.ndarray) -> np.ndarray:
-        """The block's tensor of those called ``names``; in their dtype where no number changes, else float32."""
+    def read(self, *tensors: np.ndarray | CodedWeight) -> np.ndarray | CodedWeight:
+        """The block's tensor of those called ``names``; in their dtype where no number changes, else float32.
+
+        Codes stay codes if all are, and can follow (:meth:`keeps`).
+        """
+        first = tensors[0]
+        if isinstance(first, CodedWeight) and coded_alike(tensors) and self.keeps(first.group_size):
+            return self._read_codes([tensor for tensor in tensors if isinstance(tensor, CodedWeight)])
+        arrays = [np.asarray(as_float(tensor)) for tensor in tensors]
+        return self._read_floats(arrays, transposed=self.transposed and not isinstance(first, CodedWeight))
+
+    def keeps(self, group_size: int | None) -> bool:
+        """Whether codes in groups of so many inputs, or without groups, can be read as codes.
+
+        Not where something is added to them, or where columns move from group to group.
+        """
+        moved = self.columns is not None and not np.array_equal(self.columns, np.arange(self.shape[-1]))
+        return not self.offset and self.scale > 0 and self.reshaped is None and not (moved and group_size)
+
+    def _read_codes(self, tensors: list[CodedWeight]) -> CodedWeight:
+        coded = tensors[0]
+        if "{expert}" in self.name:
+            arrays = [(each.values, each.group_scale, each.channel_scale) for each in tensors]
+            values, group, channel = (None if part[0] is None else np.stack(part) for part in zip(*arrays, strict=True))
+            coded = dataclasses.replace(coded, values=values, group_scale=group, channel_scale=channel)
+        if self.columns is not None:
+            coded = dataclasses.replace(coded, values=_take(coded.values, self.columns, coded.values.ndim - 1))
+        if self.scale != 1:
+            coded = dataclasses.replace(coded, channel_scale=coded.channel_scale * np.float32(self.scale))
+        return coded if self.rows is None else coded.take_rows(self.rows)
+
+    def _read_floats(self, tensors: list[np.ndarray], *, transposed: bool) -> np.ndarray:
         tensor = np.stack(tensors) if "{expert}" in self.name else tensors[0]
         if self.offset or self.scale != 1:
             tensor = (tensor.astype(np.float32) + np.float32(self.offset)) * np.float32(self.scale)
-        if self.transposed:
+        if transposed:
             tensor = tensor.swapaxes(-2, -1)
         for axis, index in enumerate((self.rows, self.columns), start=0 if self.stack is None else 1):
             if index is not None:

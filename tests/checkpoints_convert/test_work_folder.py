@@ -151,7 +151,7 @@ def test_files_of_one_name_in_two_folders_are_two(source: Path, tmp_path: Path) 
     shutil.copy(model / "model.safetensors", model / "a")
     (model / "model.safetensors").rename(model / "b" / "model.safetensors")
     files = [model / "a/model.safetensors", model / "b/model.safetensors"]
-    found: Any = SimpleNamespace(config=conversion.open_checkpoint(source).config, files=files)
+    found: Any = SimpleNamespace(config=conversion.open_checkpoint(source).config, files=files, quantized=False)
     fingerprint = conversion._fingerprint(options(model, tmp_path), found, None, None)
     assert {"a/model.safetensors, size and time", "b/model.safetensors, size and time"} <= set(fingerprint)
 

@@ -159,7 +159,6 @@ def test_options_that_say_what_the_model_does_anyway(changes, caplog):
         {"is_encoder_decoder": True},
         {"add_cross_attention": True},
         {"transformers_weights": "other.safetensors"},
-        {"quantization_config": {}},
     ],
     ids=str,
 )

@@ -110,7 +110,6 @@ def test_defaults_without_any_rope_key():
         ({"partial_rotary_factor": 0.25}, r"partial_rotary_factor is 0\.25"),
         ({"model_type": "mamba"}, "'mamba'; expected one of .*llama"),
         ({"hidden_act": "gelu"}, "'gelu'"),
-        ({"quantization_config": {"quant_method": "awq"}}, "awq"),
         ({"num_key_value_heads": 3}, "num_heads is 4.*3"),
         ({"head_dim": 15}, "head_dim is 15"),
         ({"vocab_size": 0}, "vocab_size is 0"),

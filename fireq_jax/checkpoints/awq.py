@@ -1,0 +1,70 @@
+"""AWQ checkpoints of AutoAWQ: ``quant_method`` "awq", version "gemm"."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fireq_jax.checkpoints.packing import AWQ_ORDER, Zeros, unpack_rows
+from fireq_jax.checkpoints.storage import FLOAT_SCALES, Part, QuantizedFormat, ScaleGrid, Shape, coded, matrix
+from fireq_jax.config_fields import is_a, quote
+from fireq_jax.models.coded_weight import CodedKind, CodedWeight
+
+
+def read_format(fields: Mapping[str, Any]) -> QuantizedFormat:
+    """What ``quantization_config`` or ``quant_config.json`` says.
+
+    Raises:
+        ValueError: naming the key, for what cannot be read here.
+    """
+    version = fields.get("version", "gemm")
+    if not isinstance(version, str) or version.lower() != "gemm":
+        raise ValueError(f"version is {quote(version)}; expected 'gemm': save the model for that")
+    bits = fields.get("bits", fields.get("w_bit"))
+    if bits != 4:
+        raise ValueError(f"bits is {quote(bits)}; expected 4")
+    size = fields.get("group_size", fields.get("q_group_size", 128))
+    if not is_a(size, int) or not (size > 0 or size == -1):
+        raise ValueError(f"group_size is {quote(size)}; expected a positive whole number, or -1 for none")
+    if (zero_point := fields.get("zero_point", True)) is not True:
+        raise ValueError(f"zero_point is {quote(zero_point)}; expected true")
+    storage = AwqStorage(None if size == -1 else size)
+    return QuantizedFormat("awq", lambda layer: storage)
+
+
+@dataclasses.dataclass(frozen=True)
+class AwqStorage:
+    """Integers of 4 bits packed along N, [K, N], with zero points.
+
+    Attributes:
+        group_size: inputs that share a scale; None for all.
+    """
+
+    group_size: int | None
+
+    @property
+    def kind(self) -> CodedKind | None:
+        """INT4, if the kernels have such groups; some codes are clipped."""
+        return ScaleGrid(1, self.group_size).int4_kind(exact=False)
+
+    def parts(self, shape: Shape) -> dict[str, Part]:
+        """Codes, zero points and scales of the transposed weight."""
+        n, k = matrix(shape)
+        if n % 8:
+            raise ValueError(f"the weight has shape {shape}; expected a multiple of 8 rows")
+        groups = ScaleGrid(1, self.group_size).shape(n, k)[1]
+        return {
+            ".qweight": Part(((k, n // 8),), ("I32",)),
+            ".qzeros": Part(((groups, n // 8),), ("I32",)),
+            ".scales": Part(((groups, n),), FLOAT_SCALES),
+        }
+
+    def decode(self, parts: Mapping[str, np.ndarray], shape: Shape) -> CodedWeight | np.ndarray:
+        """Codes less zero points, or multiplied by their scales."""
+        n, k = matrix(shape)
+        grid = ScaleGrid(1, self.group_size)
+        zeros = unpack_rows(parts[".qzeros"], AWQ_ORDER).view(np.uint8)
+        codes = unpack_rows(parts[".qweight"], AWQ_ORDER, Zeros(zeros, self.group_size))
+        scale = parts[".scales"].T
+        return codes * grid.expand(scale, n, k) if self.kind is None else coded(codes, scale, grid, self.kind)
