@@ -24,12 +24,14 @@ from jaxtyping import Array, Int
 from tqdm.auto import tqdm
 
 from checkpoints_convert.algorithms.reconstruction import check_sequences
+from checkpoints_convert.algorithms.rotation import can_rotate
 from checkpoints_convert.algorithms.smoothing import smooth_with_keys
 from checkpoints_convert.block_effects import smoothing_effect, weight_errors
 from checkpoints_convert.cache_format import fit_cache
 from checkpoints_convert.calibrate import BlockStatistics, Calibrator
 from checkpoints_convert.compensation import Compensator, compensation_operations
 from checkpoints_convert.held_out import HeldOut, Streams, check_amount, log_report, scored
+from checkpoints_convert.rotated_checkpoint import RotatedCheckpoint
 from checkpoints_convert.work_folder import REPORT, WorkFolder, save_array, save_arrays
 from fireq_jax import json_files
 from fireq_jax.checkpoints import folder
@@ -114,7 +116,11 @@ def convert(
         KeyboardInterrupt: if Ctrl-C was pressed; likewise.
     """
     started = time.perf_counter()
-    source = open_checkpoint(options.model)
+    original = open_checkpoint(options.model)
+    options = _with_fitting_basis(options, original.config)
+    smoothing = options.quantization.smoothing
+    rotated = smoothing is not None and smoothing.residual_basis == "hadamard"
+    source = RotatedCheckpoint(original) if rotated else original
     config, quantization = source.config, options.quantization
     quantization.check_fits(linear_names(config), config.head_dim)
     if tokens is None and needs_calibration(quantization):
@@ -146,7 +152,7 @@ def convert(
         quantization = options.quantization
         rest = None if unseen is None else HeldOut(config, quantization, options.dtype, options.batch_size, unseen)
         if first < 0:
-            _convert_globals(source, options, tokens, rest, work)
+            _convert_globals(original, source, options, tokens, rest, work)
         calibrator = Calibrator(config, options.batch_size) if tokens is not None else None
         compensator = Compensator(config, quantization, options.batch_size) if quantization.reads_text else None
         first = max(first, 0)
@@ -159,10 +165,20 @@ def convert(
             disable=not progress,
         ):
             check_interrupted()
-            _convert_block(source, options, index, calibrator, compensator, rest, work)
-        report = _finish(source, options, fingerprint, rest, work, time.perf_counter() - started, first)
+            _convert_block(original, source, options, index, calibrator, compensator, rest, work)
+        report = _finish(original, source, options, fingerprint, rest, work, time.perf_counter() - started, first)
     work.remove()
     return report
+
+
+def _with_fitting_basis(options: ConversionOptions, config: ModelConfig) -> ConversionOptions:
+    """The options without a rotation that the family cannot have."""
+    smoothing = options.quantization.smoothing
+    if smoothing is None or smoothing.residual_basis == "channels" or can_rotate(config):
+        return options
+    logger.info("the residual stream is not rotated: a %s has norms that do not allow it", config.model_type)
+    smoothing = dataclasses.replace(smoothing, residual_basis="channels")
+    return dataclasses.replace(options, quantization=dataclasses.replace(options.quantization, smoothing=smoothing))
 
 
 def _with_fitted_cache(
@@ -184,6 +200,7 @@ def _with_fitted_cache(
 
 
 def _convert_globals(
+    original: CheckpointReader,
     source: CheckpointReader,
     options: ConversionOptions,
     tokens: Int[np.ndarray, "samples T"] | None,
@@ -200,7 +217,7 @@ def _convert_globals(
         if name == "embed_tokens" and tokens is not None:
             save_array(work.hidden(0), array[tokens].astype(np.float32) * np.float32(source.config.embedding_scale))
             if held_out is not None:
-                save_array(work.held_out(0), np.stack(held_out.start(array)))
+                save_array(work.held_out(0), np.stack(held_out.start(original.global_tensor(name), array)))
         parameters = global_parameters({name: array}, options.quantization, options.dtype)
         part = folder.part_of(name)
         digests[f"params/{part}"] = folder.save_part(options.output, part, parameters)
@@ -209,6 +226,7 @@ def _convert_globals(
 
 
 def _convert_block(
+    original: CheckpointReader,
     source: CheckpointReader,
     options: ConversionOptions,
     index: int,
@@ -219,7 +237,7 @@ def _convert_block(
 ) -> None:
     started = time.perf_counter()
     config, quantization = source.config, options.quantization
-    block = {name: jnp.asarray(array).astype(jnp.float32) for name, array in source.block(index).items()}
+    block = _float_block(source, index)
     statistics: BlockStatistics | None = None
     if calibrator is not None:
         hidden = np.load(work.hidden(index), mmap_mode="r")
@@ -231,7 +249,8 @@ def _convert_block(
         del output, hidden
     unseen = None
     if held_out is not None:
-        unseen = held_out.run_float(index, block, Streams(*np.load(work.held_out(index))))
+        plain = block if source is original else _float_block(original, index)
+        unseen = held_out.run_float(index, plain, Streams(*np.load(work.held_out(index))))
     if quantization.smoothing is not None:
         keys = inputs = values = None
         if statistics is not None:
@@ -260,6 +279,10 @@ def _convert_block(
     work.finish(index, {f"params/layers.{index}": sha256}, report)
 
 
+def _float_block(source: CheckpointReader, index: int) -> dict[str, Array]:
+    return {name: jnp.asarray(array).astype(jnp.float32) for name, array in source.block(index).items()}
+
+
 def _compensate_block(
     compensator: Compensator, block: Mapping[str, Array], index: int, dtype: str, work: WorkFolder
 ) -> dict[str, Parameter]:
@@ -274,6 +297,7 @@ def _compensate_block(
 
 
 def _finish(
+    original: CheckpointReader,
     source: CheckpointReader,
     options: ConversionOptions,
     fingerprint: Mapping[str, Any],
@@ -304,7 +328,7 @@ def _finish(
         "options": dict(fingerprint),
     }
     if held_out is not None:
-        report["held_out"] = held_out.report(source, Streams(*np.load(work.held_out(config.num_layers))))
+        report["held_out"] = held_out.report(original, source, Streams(*np.load(work.held_out(config.num_layers))))
         log_report(report["held_out"], options.recipe)
     effects = {
         f"layers.{i}.{name}": array

@@ -69,11 +69,14 @@ class HeldOut:
         self.config, self.quantization, self.dtype = config, quantization, dtype
         self.batch_size, self.tokens = batch_size, tokens
 
-    def start(self, embedding: Float[np.ndarray, "V D"]) -> Streams:
-        """What enters the first block."""
-        exact = embedding[self.tokens].astype(np.float32) * np.float32(self.config.embedding_scale)
-        stored = np.asarray(jnp.asarray(exact).astype(self.dtype).astype(jnp.float32))
-        return Streams(exact, stored, stored)
+    def start(self, original: Float[np.ndarray, "V D"], converted: Float[np.ndarray, "V D"]) -> Streams:
+        """What enters the first block: of the embeddings as they were, and as they are converted (maybe rotated)."""
+        exact, stored = (
+            embedding[self.tokens].astype(np.float32) * np.float32(self.config.embedding_scale)
+            for embedding in (original, converted)
+        )
+        nearest, stored = (np.asarray(jnp.asarray(x).astype(self.dtype).astype(jnp.float32)) for x in (exact, stored))
+        return Streams(exact, stored, nearest)
 
     def run_float(self, index: int, block: Block, hidden: Streams) -> Streams:
         """Block ``index`` as it was, float32 by Hugging Face name, and rounded to nearest."""
@@ -89,27 +92,28 @@ class HeldOut:
         """Block ``index`` as it is stored, by full name."""
         return hidden._replace(quantized=self._run(self.quantization, index, parameters, hidden.quantized))
 
-    def report(self, source: CheckpointReader, hidden: Streams) -> dict[str, Any]:
+    def report(self, original: CheckpointReader, converted: CheckpointReader, hidden: Streams) -> dict[str, Any]:
         """What the three models lose.
 
         Args:
-            source: where the last norm and the head are.
+            original: where the last norm and the head are as they were.
+            converted: where they are as they are converted.
             hidden: what left the last block.
 
         Returns:
             ``tokens``, how many were predicted: all but each window's first; and ``perplexity``, by the names of
             :class:`Streams`, None where it is not finite.
         """
-        own = {name: source.global_tensor(name) for name in source.global_names() if name != "embed_tokens"}
-        if source.config.tie_word_embeddings:
-            own["lm_head"] = source.global_tensor("embed_tokens")
-        exact = global_parameters(own, recipes.none(), own["lm_head"].dtype)
-        stored = global_parameters(own, self.quantization, self.dtype)
+        own, other = _last_parameters(original), _last_parameters(converted)
+        parameters = Streams(
+            global_parameters(own, recipes.none(), own["lm_head"].dtype),
+            global_parameters(other, self.quantization, self.dtype),
+            global_parameters(own, self.quantization, self.dtype),
+        )
         return {
             "tokens": self.tokens[:, 1:].size,
             "perplexity": {
-                name: self._perplexity(exact if name == "float" else stored, states)
-                for name, states in hidden._asdict().items()
+                name: self._perplexity(getattr(parameters, name), states) for name, states in hidden._asdict().items()
             },
         }
 
@@ -138,6 +142,12 @@ class HeldOut:
         )
         layer = abstract_layer(self.config, dataclasses.replace(quantization, keep_float=left), index)
         return run_samples(with_parameters(layer, own), self.config, hidden, self.batch_size)
+
+
+def _last_parameters(source: CheckpointReader) -> dict[str, np.ndarray]:
+    """The last norm's gain, and the head."""
+    own = {name: source.global_tensor(name) for name in source.global_names() if name != "embed_tokens"}
+    return {"lm_head": source.global_tensor("embed_tokens"), **own} if source.config.tie_word_embeddings else own
 
 
 @functools.partial(jax.jit, static_argnums=1, compiler_options=COMPILE_QUICKLY)

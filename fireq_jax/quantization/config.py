@@ -14,6 +14,7 @@ CalibrationStream = Literal["float", "quantized"]
 ColumnStatistic = Literal["mean", "max"]
 PairStatistic = Literal["max", "rms"]
 ValueBasis = Literal["channels", "hadamard", "balanced"]
+ResidualBasis = Literal["channels", "hadamard"]
 
 
 # Of alpha and beta: far from where the keys' scales leave bfloat16 and float32.
@@ -26,6 +27,9 @@ class SmoothingConfig:
     """Function-preserving rescaling before rounding (FireQ, channel-wise and RoPE-aware scaling).
 
     Attributes:
+        residual_basis: the residual stream's channels as they are, or rotated by random signs and a "hadamard"
+            matrix, which is folded into every layer that writes to the stream or reads from it; a tied head becomes a
+            matrix of its own. Not in models with norms after their branches, or with LayerNorm.
         qkv_input: balance the columns of q/k/v_proj against the norm's gain before them, if there is one; where
             gate/up_proj read the same norm, together with theirs.
         value_output: balance v_proj rows against o_proj columns (Lambda1).
@@ -60,6 +64,7 @@ class SmoothingConfig:
             block's output least, in place of the given ones.
     """
 
+    residual_basis: ResidualBasis = "channels"
     qkv_input: bool = True
     value_output: bool = True
     gate_up_input: bool = True
@@ -266,8 +271,9 @@ class QuantizationConfig:
         values = dict(mapping(fields, "quantization"))
         check_names(cls, values)
         if values["smoothing"] is not None:
-            check_names(SmoothingConfig, mapping(values["smoothing"], "smoothing"))
-            values["smoothing"] = SmoothingConfig(**values["smoothing"])
+            smoothing = {"residual_basis": "channels", **mapping(values["smoothing"], "smoothing")}
+            check_names(SmoothingConfig, smoothing)
+            values["smoothing"] = SmoothingConfig(**smoothing)
         if not isinstance(values["keep_float"], list | tuple):
             raise ValueError(f"keep_float is {values['keep_float']!r}; expected a list of patterns")
         return cls(**values)
