@@ -118,9 +118,7 @@ def convert(
     started = time.perf_counter()
     original = open_checkpoint(options.model)
     options = _with_fitting_basis(options, original.config)
-    smoothing = options.quantization.smoothing
-    rotated = smoothing is not None and smoothing.residual_basis == "hadamard"
-    source = RotatedCheckpoint(original) if rotated else original
+    source = RotatedCheckpoint(original, options.quantization) if options.quantization.rotates else original
     config, quantization = source.config, options.quantization
     quantization.check_fits(linear_names(config), config.head_dim)
     if tokens is None and needs_calibration(quantization):
@@ -174,7 +172,7 @@ def convert(
 def _with_fitting_basis(options: ConversionOptions, config: ModelConfig) -> ConversionOptions:
     """The options without a rotation that the family cannot have."""
     smoothing = options.quantization.smoothing
-    if smoothing is None or smoothing.residual_basis == "channels" or can_rotate(config):
+    if smoothing is None or not options.quantization.rotates or can_rotate(config):
         return options
     logger.info("the residual stream is not rotated: a %s has norms that do not allow it", config.model_type)
     smoothing = dataclasses.replace(smoothing, residual_basis="channels")

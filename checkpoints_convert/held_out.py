@@ -157,7 +157,7 @@ def _mean_nll(
     """Negative log-likelihood of a window's tokens 1, 2, ..., T - 1."""
     norm = nnx.eval_shape(lambda: Norm(config, "xla"))
     norm = with_parameters(norm, {"weight": parameters["norm.weight"]})
-    logits = apply_head(config, norm, parameters["lm_head"], hidden[:-1])
+    logits = apply_head(config, norm, parameters["lm_head"], hidden[:-1], parameters.get("head_basis"))
     chosen = jnp.take_along_axis(logits, tokens[1:, None], axis=-1)[:, 0]
     return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen)
 

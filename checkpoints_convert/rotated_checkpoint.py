@@ -11,20 +11,24 @@ from jaxtyping import Array, Float
 from checkpoints_convert.algorithms.rotation import residual_rotation, rotate_block, rotate_rows
 from fireq_jax.checkpoints.reader import CheckpointReader
 from fireq_jax.models.config import ModelConfig
+from fireq_jax.quantization.config import QuantizationConfig
 
 
 class RotatedCheckpoint:
     """A :class:`CheckpointReader` of what ``source`` holds, rotated (:mod:`~checkpoints_convert.algorithms.rotation`).
 
-    A tied head is a matrix of its own here, for it takes over the last norm's gain and the embedding does not.
+    A head takes over the last norm's gain. The embedding cannot, so a tied head becomes a matrix of its own where it
+    is quantized, and stays tied otherwise, behind a ``head_basis`` Q^T diag(gain) Q.
 
     Args:
         source: a checkpoint whose config ``can_rotate``.
+        quantization: says whether the head is quantized.
     """
 
-    def __init__(self, source: CheckpointReader) -> None:
+    def __init__(self, source: CheckpointReader, quantization: QuantizationConfig) -> None:
         self.source = source
-        self.config: ModelConfig = dataclasses.replace(source.config, tie_word_embeddings=False)
+        tied = source.config.tie_word_embeddings and quantization.lm_head_format == "none"
+        self.config: ModelConfig = dataclasses.replace(source.config, tie_word_embeddings=tied)
 
     @property
     def files(self) -> list[Path]:
@@ -44,18 +48,20 @@ class RotatedCheckpoint:
         }
 
     def global_names(self) -> list[str]:
-        """Names of the tensors outside the blocks, the head among them."""
-        names = self.source.global_names()
-        return names if "lm_head" in names else [*names, "lm_head"]
+        """Names of the tensors outside the blocks, ``head_basis`` or ``lm_head`` among them."""
+        last = "head_basis" if self.config.tie_word_embeddings else "lm_head"
+        return [*(name for name in self.source.global_names() if name != last), last]
 
     def global_tensor(self, name: str) -> np.ndarray:
         """One of ``global_names``, in float32."""
         if name == "norm.weight":
             return np.ones(self.config.hidden_size, np.float32)
-        if name != "lm_head":
+        if name == "embed_tokens":
             return rotate_rows(self.source.global_tensor(name), self._rotation)
-        tied = self.source.config.tie_word_embeddings
         gain = self.source.global_tensor("norm.weight").astype(np.float32)
+        if name == "head_basis":  # [out, in], as all matrices, and symmetric
+            return rotate_rows(np.asarray(self._rotation).T, self._rotation, gain)
+        tied = self.source.config.tie_word_embeddings
         return rotate_rows(self.source.global_tensor("embed_tokens" if tied else name), self._rotation, gain)
 
     def check_finite(self, *, progress: bool = True) -> None:

@@ -28,8 +28,9 @@ class SmoothingConfig:
 
     Attributes:
         residual_basis: the residual stream's channels as they are, or rotated by random signs and a "hadamard"
-            matrix, which is folded into every layer that writes to the stream or reads from it; a tied head becomes a
-            matrix of its own. Not in models with norms after their branches, or with LayerNorm.
+            matrix, which is folded into every layer that writes to the stream or reads from it. A tied head that
+            stays float has a [D, D] matrix before it, which takes the last norm's gain. Not in models with norms after
+            their branches, or with LayerNorm.
         qkv_input: balance the columns of q/k/v_proj against the norm's gain before them, if there is one; where
             gate/up_proj read the same norm, together with theirs.
         value_output: balance v_proj rows against o_proj columns (Lambda1).
@@ -198,6 +199,11 @@ class QuantizationConfig:
             raise ValueError("weight_format 'fp8' needs activation_format 'fp8'")
         if self.weight_format == "none" and self.activation_format != "none":
             raise ValueError(f"activation_format {self.activation_format!r} needs quantized weights, not 'none'")
+
+    @property
+    def rotates(self) -> bool:
+        """Whether the residual stream is in another basis than the checkpoint's."""
+        return self.smoothing is not None and self.smoothing.residual_basis != "channels"
 
     @property
     def measures_inputs(self) -> bool:
