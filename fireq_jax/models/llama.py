@@ -353,6 +353,7 @@ def apply_head(
     else:
         rows = norm(x)
         if basis is not None:
+            assert not isinstance(basis, QuantizedTensor)
             rows = matmul_float(rows, basis).astype(rows.dtype)
         logits = matmul_float(rows, head)
     if config.logit_scale != 1:
