@@ -105,15 +105,15 @@ class HeldOut:
             :class:`Streams`, None where it is not finite.
         """
         own, other = _last_parameters(original), _last_parameters(converted)
-        parameters = Streams(
-            global_parameters(own, recipes.none(), own["lm_head"].dtype),
-            global_parameters(other, self.quantization, self.dtype),
-            global_parameters(own, self.quantization, self.dtype),
-        )
+        parameters = {
+            "float": global_parameters(own, recipes.none(), own["lm_head"].dtype),
+            "quantized": global_parameters(other, self.quantization, self.dtype),
+            "round_to_nearest": global_parameters(own, self.quantization, self.dtype),
+        }
         return {
             "tokens": self.tokens[:, 1:].size,
             "perplexity": {
-                name: self._perplexity(getattr(parameters, name), states) for name, states in hidden._asdict().items()
+                name: self._perplexity(parameters[name], states) for name, states in hidden._asdict().items()
             },
         }
 
