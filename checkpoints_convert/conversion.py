@@ -27,6 +27,7 @@ from checkpoints_convert.calibrate import BlockStatistics, Calibrator
 from checkpoints_convert.compensation import Compensator
 from checkpoints_convert.held_out import HeldOut, Streams, check_amount, log_report, scored
 from checkpoints_convert.report import cost_of, report_of
+from checkpoints_convert.rotated_checkpoint import RotatedCheckpoint, fit_basis
 from checkpoints_convert.stored_codes import fit_codes, read_block, report_codes
 from checkpoints_convert.work_folder import REPORT, WorkFolder, save_array, save_arrays
 from fireq_jax import json_files
@@ -117,8 +118,10 @@ def convert(
         KeyboardInterrupt: if Ctrl-C was pressed; likewise.
     """
     started = time.perf_counter()
-    source = open_checkpoint(options.model)
-    quantization, kept = fit_codes(source, options.quantization, keep=options.keep_codes)
+    original = open_checkpoint(options.model)
+    quantization, kept = fit_codes(original, options.quantization, keep=options.keep_codes)
+    quantization = fit_basis(quantization, original.config, kept)
+    source = RotatedCheckpoint(original, quantization) if quantization.rotates else original
     config, options = source.config, dataclasses.replace(options, quantization=quantization)
     quantization.check_fits(linear_names(config), config.head_dim)
     _check_text(options, config, tokens, held_out)
@@ -140,7 +143,7 @@ def convert(
         first = work.finished_blocks(config.num_layers)
         options = _with_fitted_cache(source, options, tokens, work)
         quantization = options.quantization
-        rest = None if unseen is None else HeldOut(config, quantization, options.dtype, options.batch_size, unseen)
+        rest = None if unseen is None else HeldOut(original, quantization, options.dtype, options.batch_size, unseen)
         if first < 0:
             _convert_globals(source, options, tokens, rest, work)
         first = max(first, 0)
@@ -244,7 +247,8 @@ def _convert_block(
         del output, hidden
     unseen = None
     if held_out is not None:
-        unseen = held_out.run_float(index, block, Streams(*np.load(work.held_out(index))))
+        plain = held_out.original_block(index) if quantization.rotates else block
+        unseen = held_out.run_float(index, plain, Streams(*np.load(work.held_out(index))))
     smoothing = quantization.smoothing
     if smoothing is not None:
         smoothing = leaving(smoothing, [name.removeprefix(f"layers.{index}.") for name in kept], config)

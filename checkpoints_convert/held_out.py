@@ -22,6 +22,7 @@ from checkpoints_convert.calibrate import Hidden, abstract_layer, run_samples
 from fireq_jax.checkpoints.reader import CheckpointReader
 from fireq_jax.compilation import COMPILE_QUICKLY
 from fireq_jax.models.block import Block
+from fireq_jax.models.coded_weight import float32_block
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.layers import Norm
 from fireq_jax.models.llama import apply_head
@@ -51,7 +52,7 @@ class HeldOut:
     """Runs held-out windows through the blocks of the three models, in float32 as calibration runs.
 
     Args:
-        config: the architecture.
+        original: the checkpoint, as it was before anything was rotated.
         quantization: of the conversion.
         dtype: of what it leaves unquantized.
         batch_size: windows a step, at most.
@@ -60,20 +61,28 @@ class HeldOut:
 
     def __init__(
         self,
-        config: ModelConfig,
+        original: CheckpointReader,
         quantization: QuantizationConfig,
         dtype: jax.typing.DTypeLike,
         batch_size: int,
         tokens: Int[np.ndarray, "windows T"],
     ) -> None:
-        self.config, self.quantization, self.dtype = config, quantization, dtype
+        self.original, self.config = original, original.config
+        self.quantization, self.dtype = quantization, dtype
         self.batch_size, self.tokens = batch_size, tokens
 
-    def start(self, embedding: Float[np.ndarray, "V D"]) -> Streams:
-        """What enters the first block."""
-        exact = embedding[self.tokens].astype(np.float32) * np.float32(self.config.embedding_scale)
-        stored = np.asarray(jnp.asarray(exact).astype(self.dtype).astype(jnp.float32))
-        return Streams(exact, stored, stored)
+    def start(self, converted: Float[np.ndarray, "V D"]) -> Streams:
+        """What enters the first block; of embeddings as they are ``converted`` in the quantized model."""
+        exact, stored = (
+            embedding[self.tokens].astype(np.float32) * np.float32(self.config.embedding_scale)
+            for embedding in (self.original.global_tensor("embed_tokens"), converted)
+        )
+        nearest, stored = (np.asarray(jnp.asarray(x).astype(self.dtype).astype(jnp.float32)) for x in (exact, stored))
+        return Streams(exact, stored, nearest)
+
+    def original_block(self, index: int) -> dict[str, Array]:
+        """Block ``index`` as it was, in float32."""
+        return float32_block(self.original.block(index))
 
     def run_float(self, index: int, block: Block, hidden: Streams) -> Streams:
         """Block ``index`` as it was, float32 by Hugging Face name, and rounded to nearest."""
@@ -89,27 +98,27 @@ class HeldOut:
         """Block ``index`` as it is stored, by full name."""
         return hidden._replace(quantized=self._run(self.quantization, index, parameters, hidden.quantized))
 
-    def report(self, source: CheckpointReader, hidden: Streams) -> dict[str, Any]:
+    def report(self, converted: CheckpointReader, hidden: Streams) -> dict[str, Any]:
         """What the three models lose.
 
         Args:
-            source: where the last norm and the head are.
+            converted: where the last norm and the head are as they are converted.
             hidden: what left the last block.
 
         Returns:
             ``tokens``, how many were predicted: all but each window's first; and ``perplexity``, by the names of
             :class:`Streams`, None where it is not finite.
         """
-        own = {name: source.global_tensor(name) for name in source.global_names() if name != "embed_tokens"}
-        if source.config.tie_word_embeddings:
-            own["lm_head"] = source.global_tensor("embed_tokens")
-        exact = global_parameters(own, recipes.none(), own["lm_head"].dtype)
-        stored = global_parameters(own, self.quantization, self.dtype)
+        own, other = _last_parameters(self.original), _last_parameters(converted)
+        parameters = {
+            "float": global_parameters(own, recipes.none(), own["lm_head"].dtype),
+            "quantized": global_parameters(other, self.quantization, self.dtype),
+            "round_to_nearest": global_parameters(own, self.quantization, self.dtype),
+        }
         return {
             "tokens": self.tokens[:, 1:].size,
             "perplexity": {
-                name: self._perplexity(exact if name == "float" else stored, states)
-                for name, states in hidden._asdict().items()
+                name: self._perplexity(parameters[name], states) for name, states in hidden._asdict().items()
             },
         }
 
@@ -140,6 +149,12 @@ class HeldOut:
         return run_samples(with_parameters(layer, own), self.config, hidden, self.batch_size)
 
 
+def _last_parameters(source: CheckpointReader) -> dict[str, np.ndarray]:
+    """The last norm's gain, and the head."""
+    own = {name: source.global_tensor(name) for name in source.global_names() if name != "embed_tokens"}
+    return {"lm_head": source.global_tensor("embed_tokens"), **own} if source.config.tie_word_embeddings else own
+
+
 @functools.partial(jax.jit, static_argnums=1, compiler_options=COMPILE_QUICKLY)
 def _mean_nll(
     parameters: Mapping[str, Parameter], config: ModelConfig, hidden: Float[Array, "T D"], tokens: Int[Array, " T"]
@@ -147,7 +162,7 @@ def _mean_nll(
     """Negative log-likelihood of a window's tokens 1, 2, ..., T - 1."""
     norm = nnx.eval_shape(lambda: Norm(config, "xla"))
     norm = with_parameters(norm, {"weight": parameters["norm.weight"]})
-    logits = apply_head(config, norm, parameters["lm_head"], hidden[:-1])
+    logits = apply_head(config, norm, parameters["lm_head"], hidden[:-1], parameters.get("head_basis"))
     chosen = jnp.take_along_axis(logits, tokens[1:, None], axis=-1)[:, 0]
     return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen)
 

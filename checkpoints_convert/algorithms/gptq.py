@@ -26,9 +26,10 @@ from pallas_kernels.formats import WeightCodes
 from pallas_kernels.quantized_tensor import QuantizedTensor, over_stack
 
 # Ridges, as fractions of the mean diagonal: of H in GPTQ, and of H when a weight is re-fitted to
-# other inputs, where calibration noise could otherwise move the weight itself.
-GPTQ_DAMPING = 0.01
-TARGET_DAMPING = 0.02
+# other inputs, where calibration noise could otherwise move the weight itself. Less fits calibration text better, and
+# any other text worse.
+GPTQ_DAMPING = 0.1
+TARGET_DAMPING = 0.1
 
 # Passes of coordinate descent after GPTQ.
 DESCENT_PASSES = 4

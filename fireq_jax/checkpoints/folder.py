@@ -4,7 +4,7 @@ A converted folder holds::
 
     fireq.json              model and quantization config; written last, so its presence means complete
     params/layers.0 ...     one Orbax checkpoint a layer, committed as a whole
-    params/embed_tokens, params/norm, params/lm_head
+    params/embed_tokens, params/norm, params/lm_head, params/head_basis
     config.json, tokenizer files, generation_config.json   as they came
     report.json             what conversion measured
 
@@ -46,7 +46,7 @@ UNVERIFIED = "convert it again, or take it as it is with --no-verify (verify=Fal
 _WITHOUT_DIGESTS = 1  # an earlier format, which is read too
 _RESTORE_THREADS = 4
 _FLOATS = {jnp.dtype(name) for name in ("bfloat16", "float16", "float32")}
-_PART = re.compile(r"(layers\.\d+|embed_tokens|norm|lm_head)(\.orbax-checkpoint-tmp.*)?")
+_PART = re.compile(r"(layers\.\d+|embed_tokens|norm|lm_head|head_basis)(\.orbax-checkpoint-tmp.*)?")
 # What makes Orbax write elsewhere, or part of it nowhere: patterns, separators and, as in "gs:/", schemes.
 _MISTAKEN = re.compile(r"\[|\\|gs:(?=/|$)")
 logger = logging.getLogger(__name__)

@@ -166,6 +166,7 @@ class CausalLM(nnx.Module):
         elif not config.tie_word_embeddings:
             head = (jax.random.normal(rngs.params(), shape) * 0.02).astype(dtype)
         self.lm_head = None if head is None else nnx.Param(head)
+        self.head_basis = nnx.Param(jnp.eye(shape[1], dtype=dtype)) if head is None and quantization.rotates else None
 
     @classmethod
     def from_pretrained(
@@ -338,16 +339,26 @@ class CausalLM(nnx.Module):
     def logits(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """float32 logits of hidden states that left the last layer."""
         head = (self.embed_tokens if self.lm_head is None else self.lm_head).get_value()
-        return apply_head(self.config, self.norm, head, x)
+        basis = None if self.head_basis is None else self.head_basis.get_value()
+        return apply_head(self.config, self.norm, head, x, basis)
 
 
-def apply_head(config: ModelConfig, norm: Norm, head: Parameter, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
-    """float32 logits: the last norm, ``head`` [V, D], plain or FP8, and what the family does to them."""
+def apply_head(
+    config: ModelConfig, norm: Norm, head: Parameter, x: Float[Array, "*rows D"], basis: Parameter | None = None
+) -> Float[Array, "*rows V"]:
+    """float32 logits: the last norm, ``head`` [V, D], plain or FP8, and what the family does to them.
+
+    ``basis`` [D, D] is of a plain head that is tied to embeddings in another basis than the norm's gain.
+    """
     if isinstance(head, QuantizedTensor):
         # XLA multiplies FP8 by FP8 at full speed.
         logits = matmul(norm.quantized(x), head, out_dtype=jnp.float32, implementation="xla")
     else:
-        logits = matmul_float(norm(x), head)
+        rows = norm(x)
+        if basis is not None:
+            assert not isinstance(basis, QuantizedTensor)
+            rows = matmul_float(rows, basis).astype(rows.dtype)
+        logits = matmul_float(rows, head)
     if config.logit_scale != 1:
         logits = logits * config.logit_scale
     cap = config.logit_softcap

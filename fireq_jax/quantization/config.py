@@ -14,6 +14,7 @@ CalibrationStream = Literal["float", "quantized"]
 ColumnStatistic = Literal["mean", "max"]
 PairStatistic = Literal["max", "rms"]
 ValueBasis = Literal["channels", "hadamard", "balanced"]
+ResidualBasis = Literal["channels", "hadamard"]
 
 
 # Of alpha and beta: far from where the keys' scales leave bfloat16 and float32.
@@ -26,6 +27,10 @@ class SmoothingConfig:
     """Function-preserving rescaling before rounding (FireQ, channel-wise and RoPE-aware scaling).
 
     Attributes:
+        residual_basis: the residual stream's channels as they are, or rotated by random signs and a "hadamard"
+            matrix, which is folded into every layer that writes to the stream or reads from it. A tied head that
+            stays float has a [D, D] matrix before it, which takes the last norm's gain. Not in models with norms after
+            their branches, or with LayerNorm.
         qkv_input: balance the columns of q/k/v_proj against the norm's gain before them, if there is one; where
             gate/up_proj read the same norm, together with theirs.
         value_output: balance v_proj rows against o_proj columns (Lambda1).
@@ -60,6 +65,7 @@ class SmoothingConfig:
             block's output least, in place of the given ones.
     """
 
+    residual_basis: ResidualBasis = "channels"
     qkv_input: bool = True
     value_output: bool = True
     gate_up_input: bool = True
@@ -195,6 +201,11 @@ class QuantizationConfig:
             raise ValueError(f"activation_format {self.activation_format!r} needs quantized weights, not 'none'")
 
     @property
+    def rotates(self) -> bool:
+        """Whether the residual stream is in another basis than the checkpoint's."""
+        return self.smoothing is not None and self.smoothing.residual_basis != "channels"
+
+    @property
     def measures_inputs(self) -> bool:
         """Whether rounding a weight needs the second moments of its inputs."""
         return self.scale_search or self.error_compensation
@@ -266,8 +277,9 @@ class QuantizationConfig:
         values = dict(mapping(fields, "quantization"))
         check_names(cls, values)
         if values["smoothing"] is not None:
-            check_names(SmoothingConfig, mapping(values["smoothing"], "smoothing"))
-            values["smoothing"] = SmoothingConfig(**values["smoothing"])
+            smoothing = {"residual_basis": "channels", **mapping(values["smoothing"], "smoothing")}
+            check_names(SmoothingConfig, smoothing)
+            values["smoothing"] = SmoothingConfig(**smoothing)
         if not isinstance(values["keep_float"], list | tuple):
             raise ValueError(f"keep_float is {values['keep_float']!r}; expected a list of patterns")
         return cls(**values)

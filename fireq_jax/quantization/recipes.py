@@ -12,7 +12,7 @@ def fireq() -> QuantizationConfig:
 
 
 def fireq_plus() -> QuantizationConfig:
-    """``fireq``'s bits and kernels, fewer errors: searched scales, GPTQ, fitted and centred keys, balanced values."""
+    """``fireq``'s bits and kernels, fewer errors: rotation, searched scales, GPTQ, fitted keys, balanced values."""
     return QuantizationConfig(
         rounding="table",
         scale_search=True,
@@ -22,6 +22,7 @@ def fireq_plus() -> QuantizationConfig:
         value_clip=0.91,
         unbiased_keys=True,
         smoothing=SmoothingConfig(
+            residual_basis="hadamard",
             pair_statistic="rms",
             query_exponent=0.25,
             post_rope_channels=0,

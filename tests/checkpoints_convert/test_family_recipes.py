@@ -1,7 +1,6 @@
 """Recipes on the blocks of every family: smoothing changes no function, and converting works."""
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_families import CASES, family_fields, family_tokens
+from family_blocks import block_of, kinds
+from tiny_families import family_fields, family_tokens
 from tiny_llama import weights_of, write_folder
 
 from checkpoints_convert.algorithms import smoothing
@@ -19,7 +19,6 @@ from checkpoints_convert.calibrate import abstract_layer, block_step, run_layer
 from checkpoints_convert.conversion import ConversionOptions, convert, needs_calibration
 from fireq_jax import AutoModelForCausalLM, ModelConfig, QuantizationConfig, recipes
 from fireq_jax.checkpoints.huggingface import HuggingFaceCheckpoint
-from fireq_jax.models.architectures import config_from_huggingface, tensor_table
 from fireq_jax.models.block import Block
 from fireq_jax.models.llama import DecoderLayer
 from fireq_jax.models.parameters import layer_parameters, with_parameters
@@ -33,32 +32,6 @@ SCALED = SmoothingConfig(
     activation_exponent=0.25,
 )  # fmt: skip
 HIDDEN = np.random.default_rng(0).normal(size=(1, 40, 48)).astype(np.float32)
-
-
-def kinds() -> list[tuple[str, int]]:
-    """Case, and the first layer of each kind that its model has."""
-    configs = {case: config_from_huggingface(family_fields(case)) for case in CASES}
-    return [
-        (case, index)
-        for case, config in configs.items()
-        for index in sorted({*map(config.first_like, range(config.num_layers))})
-    ]
-
-
-@functools.cache
-def model_of(case: str):
-    fields = family_fields(case)
-    config = config_from_huggingface(fields)
-    return config, tensor_table(fields, config), weights_of(fields)
-
-
-def block_of(case: str, index: int) -> tuple[ModelConfig, Block]:
-    config, table, tensors = model_of(case)
-    prefix = table.prefix.format(index=index)
-    block = {
-        ours: source.read(*(tensors[prefix + name] for name in source.names)) for ours, source in table.block.items()
-    }
-    return config, {name: jnp.asarray(array, jnp.float32) for name, array in block.items()}
 
 
 def statistics_of(config: ModelConfig) -> tuple[KeyStatistics, dict[str, jax.Array], jax.Array]:
