@@ -27,7 +27,7 @@ from checkpoints_convert.calibrate import BlockStatistics, Calibrator
 from checkpoints_convert.compensation import Compensator
 from checkpoints_convert.held_out import HeldOut, Streams, check_amount, log_report, scored
 from checkpoints_convert.report import cost_of, report_of
-from checkpoints_convert.rotated_checkpoint import RotatedCheckpoint, fit_basis
+from checkpoints_convert.rotated_checkpoint import in_its_basis
 from checkpoints_convert.stored_codes import fit_codes, read_block, report_codes
 from checkpoints_convert.work_folder import REPORT, WorkFolder, save_array, save_arrays
 from fireq_jax import json_files
@@ -120,8 +120,7 @@ def convert(
     started = time.perf_counter()
     original = open_checkpoint(options.model)
     quantization, kept = fit_codes(original, options.quantization, keep=options.keep_codes)
-    quantization = fit_basis(quantization, original.config, kept)
-    source = RotatedCheckpoint(original, quantization) if quantization.rotates else original
+    source, quantization = in_its_basis(original, quantization, kept)
     config, options = source.config, dataclasses.replace(options, quantization=quantization)
     quantization.check_fits(linear_names(config), config.head_dim)
     _check_text(options, config, tokens, held_out)

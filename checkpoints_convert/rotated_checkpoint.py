@@ -19,15 +19,23 @@ from fireq_jax.quantization.config import QuantizationConfig
 logger = logging.getLogger(__name__)
 
 
-def fit_basis(quantization: QuantizationConfig, config: ModelConfig, kept: Collection[str]) -> QuantizationConfig:
-    """The recipe without a rotation that the family cannot have, or that would not leave the layers ``kept`` alone."""
-    if not quantization.rotates or (can_rotate(config) and not kept):
-        return quantization
-    why = f"{len(kept)} layers keep their codes" if kept else f"a {config.model_type} has norms that do not allow it"
+def in_its_basis(
+    source: CheckpointReader, quantization: QuantizationConfig, kept: Collection[str]
+) -> tuple[CheckpointReader, QuantizationConfig]:
+    """A checkpoint in the basis that the recipe asks for, and the recipe.
+
+    It asks for no rotation any more where the family cannot have one, or where layers ``kept`` are to stay as they are.
+    """
+    if not quantization.rotates:
+        return source, quantization
+    if not kept and can_rotate(source.config):
+        return RotatedCheckpoint(source, quantization), quantization
+    family = source.config.model_type
+    why = f"{len(kept)} layers keep their codes" if kept else f"a {family} has norms that do not allow it"
     logger.info("the residual stream is not rotated: %s", why)
     assert quantization.smoothing is not None
     smoothing = dataclasses.replace(quantization.smoothing, residual_basis="channels")
-    return dataclasses.replace(quantization, smoothing=smoothing)
+    return source, dataclasses.replace(quantization, smoothing=smoothing)
 
 
 class RotatedCheckpoint:

@@ -14,7 +14,11 @@ from fireq_jax.models.block import Block
 def kinds() -> list[tuple[str, int]]:
     """Case, and the first layer of each kind that its model has."""
     configs = {case: config_from_huggingface(family_fields(case)) for case in CASES}
-    return [(case, index) for case, config in configs.items() for index in sorted({*map(config.first_like, range(4))})]
+    return [
+        (case, index)
+        for case, config in configs.items()
+        for index in sorted({*map(config.first_like, range(config.num_layers))})
+    ]
 
 
 def block_of(case: str, index: int) -> tuple[ModelConfig, Block]:
