@@ -114,8 +114,7 @@ def convert(
         ValueError: for anything wrong with the checkpoint, the options or the output folder; nothing has been
             written then. Also for a block that calibration text or rounding turns into NaN or infinity: the blocks
             before it stay.
-        OSError: naming what cannot be read or written; what has been written can be resumed.
-        KeyboardInterrupt: if Ctrl-C was pressed; likewise.
+        OSError, KeyboardInterrupt: naming what cannot be read or written, or for Ctrl-C; resume to go on.
     """
     started = time.perf_counter()
     original = open_checkpoint(options.model)
