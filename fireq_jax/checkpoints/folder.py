@@ -34,6 +34,7 @@ from fireq_jax.checkpoints.reader import CheckpointReader, open_checkpoint
 from fireq_jax.config_fields import mapping, quote
 from fireq_jax.json_files import errors_name, read_json, read_sealed, write_sealed
 from fireq_jax.models.block import linear_names
+from fireq_jax.models.coded_weight import BlockTensor
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.parameters import Parameter, global_parameters, layer_parameters
 from fireq_jax.quantization.config import QuantizationConfig
@@ -135,13 +136,21 @@ class StoredModel:
         """
         if self.source is None:
             return _restore_all(self.folder, expected, self.digests)
-        parameters: dict[str, Parameter] = {}
+        source, parameters, clipped = self.source, dict[str, Parameter](), 0
         kept = [name for name in linear_names(self.config) if not self.quantization.keeps_float(name)]
-        clipped = 0
-        for index in range(self.config.num_layers):
-            block = self.source.block(index)
-            clipped += sum(codes.clipped for codes in kept_tensors(block, index, self.config, kept).values())
-            parameters |= layer_parameters(block, index, self.quantization, dtype)
+
+        def read_block(index: int) -> tuple[dict[str, BlockTensor], int]:
+            block = source.block(index)
+            return block, sum(codes.clipped for codes in kept_tensors(block, index, self.config, kept).values())
+
+        with ThreadPoolExecutor(1) as pool:  # reads a block while the one before goes to the device
+            blocks = [pool.submit(read_block, 0)]
+            for index in range(self.config.num_layers):
+                block, count = blocks.pop().result()
+                if index + 1 < self.config.num_layers:
+                    blocks.append(pool.submit(read_block, index + 1))
+                clipped += count
+                parameters |= layer_parameters(block, index, self.quantization, dtype)
         if clipped:
             logger.info("%s: %d codes of -8 are -7 here, with the same scales", self.folder, clipped)
         arrays = {name: self.source.global_tensor(name) for name in self.source.global_names()}

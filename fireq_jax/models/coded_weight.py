@@ -19,6 +19,7 @@ from pallas_kernels import formats, layouts
 from pallas_kernels.quantized_tensor import QuantizedTensor, over_stack
 
 CodedFormat = Literal["int4", "fp8"]
+_PIECE = 2**18  # codes
 # The largest group scale of a channel in E4M3: 7 times it is E4M3's largest number.
 _LARGEST_GROUP_SCALE = formats.E4M3_MAX / formats.INT4_MAX
 
@@ -70,7 +71,11 @@ class CodedWeight:
         """How many codes the kernels do not have."""
         if self.format != "int4":
             return 0
-        return int(np.count_nonzero(np.abs(np.asarray(self.values)) > formats.INT4_MAX))
+        codes = np.asarray(self.values).reshape(-1).view(np.uint8)
+        most = np.uint8(formats.INT4_MAX)
+        # Modulo 256, the codes that there are, plus 7, are 0..14; a piece at a time, which stays in a core's cache.
+        pieces = (codes[start : start + _PIECE] for start in range(0, codes.size, _PIECE))
+        return sum(int(np.count_nonzero(piece + most > 2 * most)) for piece in pieces)
 
     def dequantize(self) -> np.ndarray:
         """float32 [*stack, N, K] on the host: what the codes stand for."""
