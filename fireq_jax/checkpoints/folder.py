@@ -139,7 +139,7 @@ class StoredModel:
         source, parameters, clipped = self.source, dict[str, Parameter](), 0
         kept = [name for name in linear_names(self.config) if not self.quantization.keeps_float(name)]
 
-        def read_block(index: int) -> tuple[dict[str, BlockTensor], int]:
+        def read_block(index: int) -> tuple[Mapping[str, BlockTensor], int]:
             block = source.block(index)
             return block, sum(codes.clipped for codes in kept_tensors(block, index, self.config, kept).values())
 
