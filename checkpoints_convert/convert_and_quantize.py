@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -14,7 +13,7 @@ from fireq_jax.checkpoints.folder import MANIFEST
 from fireq_jax.checkpoints.hub import check_config, resolve_model
 from fireq_jax.checkpoints.huggingface import read_config
 from fireq_jax.checkpoints.tokenizer import load_tokenizer
-from fireq_jax.command_line import exit_code, leave
+from fireq_jax.command_line import add_verbosity, exit_code, leave
 from fireq_jax.compilation import keep_programs
 from fireq_jax.models.llama import linear_names
 from fireq_jax.quantization import recipes
@@ -61,18 +60,14 @@ def parser() -> argparse.ArgumentParser:
         help="of a quantized checkpoint, keep the codes that fit the recipe's weights (default: keep)",
     )
     parse.add_argument("--resume", action="store_true", help="go on with an interrupted conversion")
+    add_verbosity(parse, default=logging.INFO)
     return parse
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code (``command_line``)."""
     args = parser().parse_args(arguments)
-    root = logging.getLogger()
-    for handler in [handler for handler in root.handlers if type(handler) is logging.StreamHandler]:
-        root.removeHandler(handler)  # absl's, which Orbax calls when it is imported; basicConfig would keep it
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("absl").setLevel(logging.WARNING)
-    return exit_code("fireq-convert", lambda: run(args))
+    return exit_code("fireq-convert", lambda: run(args), args.log_level)
 
 
 def run(args: argparse.Namespace) -> None:

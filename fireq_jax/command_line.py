@@ -1,5 +1,6 @@
-"""How the commands end: with an exit code and one line of what was wrong, not with a traceback."""
+"""What the commands say on stderr, and how they end: with an exit code and one line, not with a traceback."""
 
+import argparse
 import contextlib
 import logging
 import os
@@ -15,14 +16,26 @@ import jax
 # What users can put right: arguments and files, what a named kernel cannot run, packages that are not installed.
 _EXPECTED = ValueError, NotImplementedError, OSError, ImportError
 _INTERRUPTED = 128 + signal.SIGINT
+_OURS = "fireq_jax", "pallas_kernels", "checkpoints_convert"
 _interrupted = threading.Event()
 
 
-def exit_code(command: str, run: Callable[[], None]) -> int:
-    """``run``'s exit code: 0, 2 for invalid input or too little memory, 130 if interrupted, 141 if stdout is closed."""
-    logging.basicConfig(format="%(message)s")
+def add_verbosity(parse: argparse.ArgumentParser, *, default: int = logging.WARNING) -> None:
+    """``--verbose`` and ``--quiet``, as ``args.log_level`` for :func:`exit_code`."""
+    group = parse.add_mutually_exclusive_group()
+    add = group.add_argument
+    add("-v", "--verbose", dest="log_level", action="store_const", const=logging.INFO, default=default,
+        help="say more on stderr: what things cost, why an op takes plain XLA")  # fmt: skip
+    add("-q", "--quiet", dest="log_level", action="store_const", const=logging.ERROR, help="say nothing but errors")
+
+
+def exit_code(command: str, run: Callable[[], None], log_level: int = logging.WARNING) -> int:
+    """``run``'s exit code: 0, 2 for invalid input or too little memory, 130 if interrupted, 141 if stdout is closed.
+
+    What is logged meanwhile, from ``log_level`` on, goes to stderr; other packages' from WARNING on.
+    """
     try:
-        with _interruptible():
+        with _logging_to_stderr(log_level), _interruptible():
             run()
         sys.stdout.flush()  # here, where a closed pipe is caught, and not at exit
     except BrokenPipeError:
@@ -41,6 +54,26 @@ def exit_code(command: str, run: Callable[[], None]) -> int:
         print(f"{command}: {message.splitlines()[0]}", file=sys.stderr)
         return 2
     return 0
+
+
+@contextlib.contextmanager
+def _logging_to_stderr(level: int) -> Iterator[None]:
+    root, loggers = logging.getLogger(), [logging.getLogger(package) for package in _OURS]
+    # Without absl's, which is set up when Orbax is imported. Handlers of other types are not for stderr.
+    before = root.level, root.handlers[:], [logger.level for logger in loggers]
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    root.handlers[:] = [each for each in root.handlers if type(each) is not logging.StreamHandler] + [handler]
+    root.setLevel(max(level, logging.WARNING))
+    for logger in loggers:
+        logger.setLevel(level)
+    try:
+        yield
+    finally:
+        root.setLevel(before[0])
+        root.handlers[:] = before[1]
+        for logger, own in zip(loggers, before[2], strict=True):
+            logger.setLevel(own)
 
 
 def leave(code: int) -> NoReturn:

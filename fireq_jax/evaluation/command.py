@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn, get_args
 
-from fireq_jax.command_line import exit_code, leave
+from fireq_jax.command_line import add_verbosity, exit_code, leave
 from fireq_jax.compilation import keep_programs
 from fireq_jax.evaluation.comparison import evaluate, format_table, resolve_models
 from fireq_jax.evaluation.perplexity import check_windows
@@ -55,13 +55,14 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument(
         "--no-verify", dest="verify", action="store_false", help="take converted models' files as they are"
     )
+    add_verbosity(parse)
     return parse
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code (``command_line``)."""
     args = parser().parse_args(arguments)
-    return exit_code("fireq-evaluate", lambda: run(args))
+    return exit_code("fireq-evaluate", lambda: run(args), args.log_level)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from fireq_jax.checkpoints.folder import StoredModel
 from fireq_jax.checkpoints.hub import check_config, resolve_model
 from fireq_jax.checkpoints.tokenizer import load_tokenizer
-from fireq_jax.command_line import exit_code, leave
+from fireq_jax.command_line import add_verbosity, exit_code, leave
 from fireq_jax.compilation import keep_programs
 from fireq_jax.generation import chat
 from fireq_jax.generation.defaults import SAMPLING, GenerationDefaults
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code (``command_line``)."""
     arguments = _parser().parse_args(argv)
-    return exit_code("fireq-generate", lambda: _run(arguments))
+    return exit_code("fireq-generate", lambda: _run(arguments), arguments.log_level)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--kv-format", choices=get_args(formats.KVFormat), help="of the cache, in place of the model's own")
     add("--implementation", choices=get_args(Implementation), default="auto", help="of the ops; default auto")
     add("--no-verify", dest="verify", action="store_false", help="take a converted model's files as they are")
+    add_verbosity(parser)
     return parser
 
 

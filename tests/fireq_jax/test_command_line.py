@@ -1,6 +1,9 @@
 """How commands end."""
 
+import argparse
 import contextlib
+import importlib
+import logging
 import os
 import signal
 import subprocess
@@ -10,7 +13,7 @@ import threading
 import jax
 import pytest
 
-from fireq_jax.command_line import check_interrupted, exit_code
+from fireq_jax.command_line import add_verbosity, check_interrupted, exit_code
 
 
 def test_a_command_that_ran_ends_with_0(capsys):
@@ -25,6 +28,26 @@ def test_what_users_can_put_right_is_one_line(capsys, kind):
 
     assert exit_code("fireq-test", run) == 2
     assert capsys.readouterr() == ("", "fireq-test: x is 3; expected 4\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"), [([], ["warning"]), (["--verbose"], ["cost", "warning"]), (["--quiet"], [])]
+)
+def test_as_much_is_said_as_is_asked_for(arguments, shown, capsys):
+    """Also after Orbax, whose import sets up a handler for the root; nothing stays behind."""
+    importlib.import_module("orbax.checkpoint")
+    parse = argparse.ArgumentParser()
+    add_verbosity(parse)
+    before = logging.getLogger().handlers[:], logging.getLogger("fireq_jax").level
+
+    def run():
+        logging.getLogger("fireq_jax.something").info("cost")
+        logging.getLogger("fireq_jax.something").warning("warning")
+        logging.getLogger("absl").info("of others")
+
+    assert exit_code("fireq-test", run, parse.parse_args(arguments).log_level) == 0
+    assert capsys.readouterr().err.splitlines() == shown
+    assert (logging.getLogger().handlers, logging.getLogger("fireq_jax").level) == before
 
 
 def test_an_interrupted_command_says_so(capsys):
@@ -75,7 +98,7 @@ def test_an_interruption_that_was_lost_is_raised_again(capsys):
 def test_a_second_interruption_ends_the_process():
     program = """
 import contextlib, signal
-from fireq_jax.command_line import check_interrupted, exit_code
+from fireq_jax.command_line import add_verbosity, check_interrupted, exit_code
 def run():
     while True:
         with contextlib.suppress(KeyboardInterrupt):
