@@ -26,14 +26,13 @@ _KEYS = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "attention.sliding_window": "sliding_window",
     "attention.causal": "is_causal",
-    "rope.freq_base": "rope_theta",
     "vocab_size": "vocab_size",
 }
 # Read here in other ways, or of no meaning for what is computed.
 _READ = {
-    "attention.value_length", "rope.dimension_count", "expert_count", "expert_used_count", "tensor_data_layout",
-    "rope.scale_linear", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length",
-    "rope.scaling.finetuned", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
+    "attention.value_length", "expert_count", "expert_used_count", "tensor_data_layout", "rope.dimension_count",
+    "rope.freq_base", "rope.scale_linear", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.finetuned",
+    "rope.scaling.original_context_length", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
 }  # fmt: skip
 _REQUIRED = (
     "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
@@ -144,6 +143,8 @@ def _rope(name: str, said: Fields, file: GGUFFile, head_dim: int) -> Fields:
     elif kind not in (None, "none", "linear"):
         raise ValueError(f"{name}.rope.scaling.type is {quote(kind)}; expected 'none', 'linear' or 'yarn'")
     scaled = kind in ("linear", "yarn")
+    if scaled and (odd := sorted(key for key in set(said) - _READ if key.startswith("rope.scaling."))):
+        raise ValueError(f"{name}.{odd[0]} is {quote(said[odd[0]])}; expected none, as it is not computed here")
     if _ROPE_FACTORS in file.tensors:
         if scaled:
             raise ValueError(f"{name}.rope.scaling.type is {quote(kind)} beside {_ROPE_FACTORS}; expected one of them")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
 _SPECIAL = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id",
             "pad_token": "padding_token_id"}  # fmt: skip
+_TEMPLATE = "tokenizer.chat_template"
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # as SentencePiece writes it
 
 # How text is cut into words: contractions, letters after at most one other sign, up to so many digits, other signs.
@@ -99,7 +100,7 @@ def gguf_tokenizer(file: GGUFFile) -> "PreTrainedTokenizerBase":
     begin = special["bos_token"] if said.get("add_bos_token", adds_bos) else None
     end = special["eos_token"] if said.get("add_eos_token", False) else None
     _add_ends(tokenizer, begin, end)
-    template = file.metadata.get("tokenizer.chat_template")
+    template = said.get(_TEMPLATE)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         clean_up_tokenization_spaces=False,
@@ -117,8 +118,13 @@ def _check(said: Mapping[str, Any]) -> None:
         if not isinstance(values, list) or not values or not all(is_a(value, kind) for value in values):
             raise ValueError(f"tokenizer.ggml.{name} is missing, or no list of {kind.__name__}")
     for name in ("scores", "token_type"):
-        if name in said and len(said[name]) != len(said["tokens"]):
-            raise ValueError(f"tokenizer.ggml.{name} has {len(said[name])} entries; expected {len(said['tokens'])}")
+        values, count = said.get(name, said["tokens"]), len(said["tokens"])
+        if not isinstance(values, list) or len(values) != count:
+            raise ValueError(
+                f"tokenizer.ggml.{name} is {quote(values)}; expected a list of {count}, one for each token"
+            )
+    if not isinstance(template := said.get(_TEMPLATE, ""), str):
+        raise ValueError(f"{_TEMPLATE} is {quote(template)}; expected text")
 
 
 def _token(said: Mapping[str, Any], key: str) -> str | None:

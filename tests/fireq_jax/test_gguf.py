@@ -20,6 +20,7 @@ from tiny_llama import weights_of, write_folder
 from fireq_jax import AutoModelForCausalLM
 from fireq_jax.checkpoints.gguf import GGUFCheckpoint
 from fireq_jax.checkpoints.gguf_file import GGUFFile, find_gguf
+from fireq_jax.checkpoints.hub import resolve_model
 from fireq_jax.checkpoints.huggingface import HuggingFaceCheckpoint
 from fireq_jax.checkpoints.reader import checkpoint_config, open_checkpoint
 from fireq_jax.models.architectures import config_from_huggingface
@@ -181,6 +182,16 @@ def test_what_stands_for_a_gguf_file(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(tmp_path / "nothing.gguf")
 
 
+def test_a_file_is_a_model_by_name(small: Path) -> None:
+    """As the commands take it; a name that ends so is never looked for on the hub."""
+    assert resolve_model(str(small)) == small
+    assert resolve_model(str(small.parent)) == small.parent
+    with pytest.raises(ValueError, match=rf"revision is 'main', and {small} is a file"):
+        resolve_model(str(small), "main")
+    with pytest.raises(ValueError, match=r"model is 'owner/model\.gguf'; expected an existing folder or a hub id"):
+        resolve_model("owner/model.gguf")
+
+
 def test_what_ends_a_turn_ends_the_text(tmp_path: Path) -> None:
     fields, path = config(vocab_size=6), tmp_path / "model.gguf"
     tokens = ["a", "<s>", "</s>", "<|im_end|>", "<|eot_id|>", "b"]
@@ -202,6 +213,14 @@ def test_what_ends_a_turn_ends_the_text(tmp_path: Path) -> None:
         ({"llama.rope.dimension_count": 8}, "partial_rotary_factor is 0.5; expected 1.0 for this model_type"),
         ({"llama.rope.dimension_count": 18}, "rope.dimension_count is 18; expected at most the 16 of a head"),
         ({"llama.rope.scaling.type": "longrope"}, "rope.scaling.type is 'longrope'; expected 'none', 'linear' or"),
+        (
+            {
+                "llama.rope.scaling.type": "yarn",
+                "llama.rope.scaling.factor": 2.0,
+                "llama.rope.scaling.attn_factor": 2.0,
+            },
+            "llama.rope.scaling.attn_factor is 2.0; expected none",
+        ),
         ({"llama.attention.sliding_window": 8}, "sliding_window is 8; only attention to all 64 positions"),
         ({"llama.attention.causal": False}, "is_causal is False; only True is supported"),
         ({"llama.block_count": 3}, r"lacks tensor blk.2.attn_k.weight \(and 8 more\), which its metadata asks for"),
