@@ -34,7 +34,7 @@ from fireq_jax import json_files
 from fireq_jax.checkpoints import folder
 from fireq_jax.checkpoints.quantized import FORMAT_FILES
 from fireq_jax.checkpoints.reader import CheckpointReader, open_checkpoint
-from fireq_jax.checkpoints.tokenizer import TOKENIZER_FILES
+from fireq_jax.checkpoints.tokenizer import TOKENIZER_FILES, companion_files
 from fireq_jax.command_line import check_interrupted
 from fireq_jax.config_fields import check_kinds, check_types
 from fireq_jax.models.block import linear_names
@@ -45,7 +45,6 @@ from fireq_jax.whole_files import check_digests, digest, write_whole
 from pallas_kernels import formats
 from pallas_kernels.quantized_tensor import QuantizedTensor
 
-COMPANION_FILES = ("generation_config.json", *TOKENIZER_FILES)
 logger = logging.getLogger(__name__)
 
 
@@ -54,7 +53,7 @@ class ConversionOptions:
     """What to convert, and how.
 
     Attributes:
-        model: Hugging Face folder.
+        model: Hugging Face folder, or GGUF file.
         output: folder to write; must not hold anything else.
         recipe: name of the recipe, for the report.
         quantization: the recipe's config, with overrides applied.
@@ -325,16 +324,12 @@ def _finish(
     written = {name: sha256 for record in records for name, sha256 in record["sha256"].items()}
     parts = {name: sha256 for name, sha256 in written.items() if name.startswith("params/")}
     folder.remove_other_parts(output, [name.removeprefix("params/") for name in parts])
-    copies = {name: _copy(path, output / name) for name, path in _companions(options.model).items()}
+    with companion_files(options.model) as companions:
+        copies = {name: _copy(path, output / name) for name, path in companions.items()}
     tokenizer = {name: sha256 for name, sha256 in copies.items() if name in TOKENIZER_FILES}
     json_files.write_json(output / REPORT, report)
     folder.write_manifest(output, config, options.quantization, parts | tokenizer)
     return report
-
-
-def _companions(model: Path) -> dict[str, Path]:
-    """What goes along with the model, by name."""
-    return {name: path for name in COMPANION_FILES if (path := model / name).is_file()}
 
 
 def _copy(source: Path, target: Path) -> str:
@@ -386,14 +381,17 @@ def _fingerprint(
     held_out: Int[np.ndarray, "windows T"] | None,
 ) -> dict[str, Any]:
     """What must not change between an interrupted run and its continuation."""
+    home = options.model if options.model.is_dir() else options.model.parent
+    with companion_files(options.model) as companions:
+        digests = {f"{name}, SHA-256": digest(path) for name, path in companions.items()}
     return {
         "model": str(options.model.resolve()),
         **{f"the model's {name}": value for name, value in source.config.to_dict().items()},
         **{
-            f"{os.path.relpath(path, options.model)}, size and time": [path.stat().st_size, path.stat().st_mtime_ns]
+            f"{os.path.relpath(path, home)}, size and time": [path.stat().st_size, path.stat().st_mtime_ns]
             for path in source.files
         },
-        **{f"{name}, SHA-256": digest(path) for name, path in _companions(options.model).items()},
+        **digests,
         **{
             f"{name}, SHA-256": digest(path)
             for name in (FORMAT_FILES if source.quantized else ())

@@ -11,7 +11,7 @@ from checkpoints_convert.calibration_data import calibration_windows, check_size
 from checkpoints_convert.conversion import ConversionOptions, convert, needs_calibration
 from fireq_jax.checkpoints.folder import MANIFEST
 from fireq_jax.checkpoints.hub import check_config, resolve_model
-from fireq_jax.checkpoints.huggingface import read_config
+from fireq_jax.checkpoints.reader import checkpoint_config
 from fireq_jax.checkpoints.tokenizer import load_tokenizer
 from fireq_jax.command_line import add_verbosity, exit_code, leave
 from fireq_jax.compilation import keep_programs
@@ -25,7 +25,7 @@ from pallas_kernels import formats
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parse = argparse.ArgumentParser(prog="fireq-convert", description=__doc__)
-    parse.add_argument("--model", required=True, help="Hugging Face folder, or a hub id to download")
+    parse.add_argument("--model", required=True, help="Hugging Face folder, GGUF file, or a hub id to download")
     parse.add_argument("--revision", help="branch, tag or commit of the hub id")
     parse.add_argument("--output", required=True, type=Path, help="folder to write")
     parse.add_argument(
@@ -129,7 +129,7 @@ def _check(folder: Path, quantization: QuantizationConfig) -> None:
     if (folder / MANIFEST).is_file():
         raise ValueError(f"{folder} is a converted model already; expected a Hugging Face checkpoint")
     check_config(folder)
-    config = read_config(folder)
+    config = checkpoint_config(folder)
     quantization.check_fits(linear_names(config), config.head_dim)
 
 

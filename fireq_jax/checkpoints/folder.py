@@ -29,6 +29,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array
 
+from fireq_jax.checkpoints.gguf_file import find_gguf
 from fireq_jax.checkpoints.kept_codes import kept_tensors, quantization_as_stored
 from fireq_jax.checkpoints.reader import CheckpointReader, open_checkpoint
 from fireq_jax.config_fields import mapping, quote
@@ -69,13 +70,13 @@ class Manifest(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StoredModel:
-    """A model folder of either kind, before its arrays are read.
+    """A model of any kind, before its arrays are read.
 
     Attributes:
         folder: where it is.
         config: the architecture.
-        quantization: how it is quantized; of a Hugging Face checkpoint how it runs as it is.
-        source: the Hugging Face checkpoint; None for a converted folder.
+        quantization: how it is quantized; of a checkpoint of others how it runs as it is.
+        source: the Hugging Face checkpoint or GGUF file; None for a converted folder.
         digests: those of the manifest that reading verifies; None for nothing.
     """
 
@@ -95,14 +96,16 @@ class StoredModel:
         """Recognise a folder.
 
         Args:
-            folder: a Hugging Face checkpoint or a converted model.
+            folder: a Hugging Face checkpoint or a converted model; or a GGUF file.
             verify: of a converted one, that what is read is what was written (``whole_files.digest`` says how fast).
 
         Raises:
-            ValueError: if it is neither kind, incomplete, or its tensors do not fit its config.
+            ValueError: if it is none of these, incomplete, or its tensors do not fit its config.
         """
-        if not folder.is_dir():
-            raise ValueError(f"{folder} is not a folder; expected a Hugging Face checkpoint or a converted model")
+        if not folder.is_dir() and find_gguf(folder) is None:
+            raise ValueError(
+                f"{folder} is not a folder; expected a Hugging Face checkpoint, a converted model or a GGUF file"
+            )
         if (folder / MANIFEST).is_file():
             config, quantization, digests = read_manifest(folder, verify=verify)
             if digests is None:

@@ -1,4 +1,4 @@
-"""Models by name: local folders, and repositories of the Hugging Face hub, which are downloaded.
+"""Models by name: local folders and GGUF files, and repositories of the Hugging Face hub, which are downloaded.
 
 Where downloads are kept, tokens and ``HF_HUB_OFFLINE`` are the ``huggingface_hub`` library's.
 """
@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fireq_jax.checkpoints.folder import MANIFEST, check_finished, read_manifest
-from fireq_jax.checkpoints.huggingface import read_config
+from fireq_jax.checkpoints.gguf_file import find_gguf
 from fireq_jax.checkpoints.quantized import FORMAT_FILES
+from fireq_jax.checkpoints.reader import checkpoint_config
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 # What says whether a model can be loaded, in a few kilobytes.
@@ -19,24 +20,24 @@ _COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja")
 
 
 def check_config(folder: Path) -> None:
-    """Raise ValueError unless a folder's config files describe a model that can be loaded."""
+    """Raise ValueError unless a folder's config files, or a GGUF file, describe a model that can be loaded."""
     check_finished(folder)
     if (folder / MANIFEST).is_file():
         read_manifest(folder)
     else:
-        read_config(folder)
+        checkpoint_config(folder)
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether ``name`` is no local path, and has the form of ``owner/model``."""
-    return not Path(name).exists() and _HUB_ID.fullmatch(name) is not None
+    """Whether ``name`` is no local path, nor that of a GGUF file, and has the form of ``owner/model``."""
+    return not (Path(name).exists() or name.endswith(".gguf")) and _HUB_ID.fullmatch(name) is not None
 
 
 def resolve_model(name: str, revision: str | None = None, *, check: Callable[[Path], None] = check_config) -> Path:
-    """The folder of a model: ``name`` itself, or where that hub id is downloaded to.
+    """The folder or GGUF file of a model: ``name`` itself, or where that hub id is downloaded to.
 
     Args:
-        name: a folder, or a hub id ``owner/model`` of a Hugging Face checkpoint or a converted model.
+        name: a folder, a GGUF file, or a hub id ``owner/model`` of a Hugging Face checkpoint or a converted model.
         revision: the hub's branch, tag or commit; None means its default branch.
         check: raises ValueError for a folder of config files whose model is not wanted. It is called before
             weights are downloaded.
@@ -46,13 +47,16 @@ def resolve_model(name: str, revision: str | None = None, *, check: Callable[[Pa
             fails; and what ``check`` raises.
     """
     path = Path(name)
-    if name and path.is_dir():
+    if name and (path.is_dir() or find_gguf(path)):
         if revision is not None:
-            raise ValueError(f"revision is {revision!r}, and {name} is a folder; only hub ids have revisions")
+            kind = "folder" if path.is_dir() else "file"
+            raise ValueError(f"revision is {revision!r}, and {name} is a {kind}; only hub ids have revisions")
         check(path)
         return path
     if not is_hub_id(name):
-        raise ValueError(f"model is {name!r}; expected an existing folder or a hub id such as 'owner/model'")
+        raise ValueError(
+            f"model is {name!r}; expected an existing folder or a hub id such as 'owner/model', or a GGUF file"
+        )
     folder = _download(name, revision, _CONFIGS)
     try:
         check(folder)

@@ -36,7 +36,7 @@ _LARGEST = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Whose buffers old exports carry; RoPE is computed from the config.
 _ROTARY_MODULE = "rotary_emb"
-_GENERATION_CONFIG = "generation_config.json"
+GENERATION_CONFIG = "generation_config.json"
 _COMPARED_BYTES = 2**24  # of each of two tensors at a time
 
 
@@ -64,7 +64,7 @@ def _read_fields_and_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
         fields.pop("eos_token_id", None)
     with errors_name(path):
         config = config_from_huggingface(fields)
-    with errors_name(folder / _GENERATION_CONFIG):
+    with errors_name(folder / GENERATION_CONFIG):
         return fields, config if eos is None else dataclasses.replace(config, eos_token_ids=eos_ids(eos))
 
 
@@ -74,7 +74,7 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: naming the file, if it is not a JSON object.
     """
-    path = folder / _GENERATION_CONFIG
+    path = folder / GENERATION_CONFIG
     return read_json(path) if is_file(path) else {}
 
 
@@ -156,7 +156,7 @@ class HuggingFaceCheckpoint:
             tensor = self.tensor(name)
             path = self._linears[name].path if name in self._linears else self._tensors[name].path
             for values in jax.tree.leaves(tensor):
-                _check_finite(name, path, values)
+                check_values(name, path, values)
 
     def _resolve_head(self, config: ModelConfig, table: TensorTable) -> ModelConfig:
         """The config, tied only if the stored tensors are; a tied matrix goes by the embedding's name."""
@@ -186,7 +186,7 @@ class HuggingFaceCheckpoint:
             if missing[0] in absent:
                 raise ValueError(absent[missing[0]])
             raise ValueError(
-                f"{self.folder} lacks tensor {missing[0]}{_and_more(missing)}, which its config.json asks for"
+                f"{self.folder} lacks tensor {missing[0]}{and_more(missing)}, which its config.json asks for"
                 + (" (tie_word_embeddings is false)" if missing[0] == HEAD else "")
             )
         parts = {
@@ -194,13 +194,13 @@ class HuggingFaceCheckpoint:
         }
         if extra := sorted(name for name in found - wanted - parts if not self._is_unused(name)):
             raise ValueError(
-                f"{self.folder} has unexpected tensor {extra[0]}{_and_more(extra)}; "
+                f"{self.folder} has unexpected tensor {extra[0]}{and_more(extra)}; "
                 f"no layer of a {self.config.model_type} takes it"
             )
         if unneeded := sorted(set(absent) - set(expected)):
             logger.warning(
                 "%s: the index lists %s%s, which no file holds and no layer takes",
-                self.folder, unneeded[0], _and_more(unneeded),
+                self.folder, unneeded[0], and_more(unneeded),
             )  # fmt: skip
         for name, shape in expected.items():
             if name in self._linears:
@@ -241,7 +241,8 @@ class HuggingFaceCheckpoint:
         return coded
 
 
-def _check_finite(name: str, path: Path, values: np.ndarray) -> None:
+def check_values(name: str, path: Path, values: np.ndarray) -> None:
+    """ValueError names a float tensor with a NaN or an infinity, also of bfloat16."""
     if not jnp.issubdtype(values.dtype, np.floating):
         return
     finite = np.isfinite(values)
@@ -266,7 +267,8 @@ def _equal(one: StoredTensor, two: StoredTensor) -> bool:
     return all(readers[0].read(one, rows).tobytes() == readers[1].read(two, rows).tobytes() for rows in slices)
 
 
-def _and_more(names: list[str]) -> str:
+def and_more(names: list[str]) -> str:
+    """What follows the first of ``names`` in a message."""
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 

@@ -6,7 +6,9 @@ from typing import Protocol
 
 import numpy as np
 
-from fireq_jax.checkpoints.huggingface import HuggingFaceCheckpoint
+from fireq_jax.checkpoints.gguf import GGUFCheckpoint, read_gguf_config
+from fireq_jax.checkpoints.gguf_file import find_gguf
+from fireq_jax.checkpoints.huggingface import HuggingFaceCheckpoint, read_config
 from fireq_jax.models.coded_weight import CodedKind, CodedWeight
 from fireq_jax.models.config import ModelConfig
 
@@ -62,10 +64,21 @@ class CheckpointReader(Protocol):
         ...
 
 
-def open_checkpoint(folder: Path) -> CheckpointReader:
-    """The reader of a folder with a ``config.json`` and weights.
+def open_checkpoint(model: Path) -> CheckpointReader:
+    """The reader of a folder with a ``config.json`` and weights, or of a GGUF file (``gguf_file.find_gguf``).
 
     Raises:
         ValueError: naming the file, if there is none for it, or its tensors do not fit its config.
     """
-    return HuggingFaceCheckpoint(folder)
+    file = find_gguf(model)
+    return HuggingFaceCheckpoint(model) if file is None else GGUFCheckpoint(file)
+
+
+def checkpoint_config(model: Path) -> ModelConfig:
+    """The architecture of what :func:`open_checkpoint` opens, without its tensors.
+
+    Raises:
+        ValueError: naming the file, if it does not describe a model of a family that is here.
+    """
+    file = find_gguf(model)
+    return read_config(model) if file is None else read_gguf_config(file)

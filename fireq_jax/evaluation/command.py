@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
         required=True,
         action="append",
         metavar="DIR_OR_ID",
-        help="Hugging Face or converted folder, or a hub id to download; repeat it to compare several with the first",
+        help="a model's folder or GGUF file, or a hub id to download; repeat it to compare several with the first",
     )
     parse.add_argument("--revision", help="branch, tag or commit of the models that are hub ids")
     parse.add_argument("--text", required=True, help="text file, .jsonl, .parquet, a folder of them, or a dataset name")

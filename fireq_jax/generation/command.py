@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         "stderr. What is not given comes from generation_config.json in the model's folder, if it is there.",
     )
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR_OR_ID", help="Hugging Face or converted folder, or a hub id to download")
+    add("--model", required=True, metavar="DIR_OR_ID", help="a model's folder or GGUF file, or a hub id to download")
     add("--revision", help="branch, tag or commit of the hub id")
     add("--prompt", required=True, action="append", metavar="TEXT", help="repeat it for a batch, printed when complete")
     add("--max-new-tokens", type=int, metavar="N", help=f"default {DEFAULT_NEW_TOKENS}")

@@ -178,13 +178,14 @@ class CausalLM(nnx.Module):
         implementation: Implementation = "auto",
         verify: bool = True,
     ) -> Self:
-        """Load a Hugging Face folder, or one that ``fireq-convert`` wrote.
+        """Load a Hugging Face folder, a GGUF file, or a folder that ``fireq-convert`` wrote.
 
         Weights that were quantized by others keep their codes where these are exact
         (:func:`~fireq_jax.checkpoints.kept_codes.quantization_as_stored`), else they become floats.
 
         Args:
-            folder: with ``config.json`` and safetensors or .bin files, or a converted model.
+            folder: with ``config.json`` and safetensors or .bin files, or a converted model; or a GGUF file, or a
+                folder with nothing else (``pip install 'fireq-jax[gguf]'``).
             dtype: of embeddings, norms, hidden states and unquantized weights.
             kv_format: overrides the cache format of the recipe.
             implementation: of the ops, see ``pallas_kernels.dispatch``.
@@ -192,7 +193,7 @@ class CausalLM(nnx.Module):
                 (:func:`~fireq_jax.whole_files.digest`).
 
         Raises:
-            ValueError: if the folder is neither, is incomplete, has changed, or its tensors do not fit.
+            ValueError: if the folder is none of these, is incomplete, has changed, or its tensors do not fit.
         """
         # Orbax takes a second to import, which a model made from scratch need not pay.
         from fireq_jax.checkpoints.folder import StoredModel
