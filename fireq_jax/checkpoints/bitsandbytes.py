@@ -84,7 +84,7 @@ def _each(scale: np.ndarray, block: Any, count: int, name: str) -> np.ndarray:
     """The scale of each of ``count`` numbers."""
     if not is_a(block, int) or block < 1 or scale.size != -(-count // block):
         raise ValueError(f"{name} has {scale.size} numbers, for {count} in blocks of {quote(block)}")
-    return np.repeat(scale.reshape(-1), block)[:count]
+    return np.repeat(scale.reshape(-1), min(block, count))[:count]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -159,13 +159,14 @@ class IntStorage:
         n, k = matrix(shape)
         rows, columns = self.grid.shape(n, k)
         word = 32 // self.bits
+        single: tuple[Shape, ...] = () if columns > 1 else ((rows,),) if rows > 1 else ((1,), ())
         parts = {
             ".weight_packed": Part(((n, -(-k // word)),), ("I32",), optional=True),
             ".weight": Part(((n, k),), ("I8",), optional=True),
             ".weight_shape": Part(((2,),), ("I64", "I32"), optional=True),
             ".weight_scale": self.grid.part(n, k),
             ".weight_zero_point": Part(
-                ((rows, columns), (-(-rows // word), columns), *(((rows,),) if columns == 1 else ()), ()),
+                ((rows, columns), (-(-rows // word), columns), *single),
                 ("I32", "I8"),
                 optional=self.symmetric,
             ),

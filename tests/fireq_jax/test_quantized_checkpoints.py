@@ -340,6 +340,7 @@ DAMAGED = [
         changed("int4 g128", weight_zero_point=lambda _: np.ones((128, 2), np.int8)),
         rf"{DOWN}\.weight in .*weight_zero_point is not 0 everywhere",
     ),
+    (changed("int4 asymmetric", weight_zero_point=lambda x: x[0, 0]), r"weight_zero_point in .*shape \(\); expected"),
     (changed("int4 asymmetric", weight_zero_point=nothing), rf"{DOWN}\.weight_zero_point is missing"),
     (changed("fp8 channel", weight=lambda x: x.view(np.int8)), rf"{DOWN}\.weight in .*dtype I8; expected F8_E4M3"),
     (changed("fp8 channel", weight=lambda x: np.full_like(x, np.nan)), rf"{DOWN}\.weight in .*holds nan"),
