@@ -9,24 +9,22 @@ layer says how much of that a model forgives, so it is asked: a little text goes
 import functools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from checkpoints_convert.algorithms.smoothing import smooth_block
+from checkpoints_convert.algorithms.smoothing import leaving, smooth_block
 from checkpoints_convert.calibrate import Calibrator, Hidden, abstract_layer, run_samples
+from checkpoints_convert.model_head import head_logits, head_tensors
 from fireq_jax.checkpoints.reader import CheckpointReader
 from fireq_jax.compilation import COMPILE_QUICKLY
 from fireq_jax.models.block import Block
 from fireq_jax.models.coded_weight import float32_block
 from fireq_jax.models.config import ModelConfig
-from fireq_jax.models.layers import Norm
-from fireq_jax.models.llama import apply_head
 from fireq_jax.models.parameters import Parameter, global_parameters, layer_parameters, with_parameters
 from fireq_jax.quantization import recipes
 from fireq_jax.quantization.config import QuantizationConfig
@@ -44,6 +42,7 @@ def fit_cache(
     quantization: QuantizationConfig,
     tokens: Int[np.ndarray, "samples T"] | None,
     batch_size: int,
+    kept: Collection[str] = (),
 ) -> tuple[formats.KVFormat, dict[str, float | None] | None]:
     """The smallest cache format, from the recipe's on, that costs ``MOST_DIVERGENCE`` at most.
 
@@ -55,6 +54,7 @@ def fit_cache(
         quantization: the recipe's config; its weights are not looked at.
         tokens: calibration tokens, or None.
         batch_size: windows a step, at most.
+        kept: linear layers that nothing is folded into, as their codes are kept.
 
     Returns:
         The format, and the divergence that was measured by format, None where it is not finite; None if nothing was.
@@ -67,7 +67,7 @@ def fit_cache(
             "text to see: the cache is not quantized; --kv-format overrides"
         )
         return "none", None
-    divergence = cache_divergence(source, quantization, tokens[:WINDOWS], batch_size)
+    divergence = cache_divergence(source, quantization, tokens[:WINDOWS], batch_size, kept)
     fitting: list[formats.KVFormat] = [name for name, cost in divergence.items() if cost <= MOST_DIVERGENCE]
     chosen = fitting[0] if fitting else "none"
     changed = chosen != quantization.kv_format
@@ -88,6 +88,7 @@ def cache_divergence(
     quantization: QuantizationConfig,
     tokens: Int[np.ndarray, "samples T"],
     batch_size: int,
+    kept: Collection[str] = (),
 ) -> dict[formats.KVFormat, float]:
     """Mean Kullback-Leibler divergence of next tokens, in nats, by each quantized cache format from the config's on.
 
@@ -108,15 +109,15 @@ def cache_divergence(
         hidden, statistics = calibrator.run(block, index, hidden)
         if quantization.smoothing is not None:
             inputs = {name: channels.mean_abs for name, channels in statistics.inputs.items()}
-            block = smooth_block(block, statistics.keys, config, quantization.smoothing, inputs, statistics.values)
+            left = [name.removeprefix(f"layers.{index}.") for name in kept]
+            smoothing = leaving(quantization.smoothing, left, config)
+            block = smooth_block(block, statistics.keys, config, smoothing, inputs, statistics.values)
         for name, cached in tried.items():
             parameters = layer_parameters(block, index, cached, jnp.float32)
             own = {full.removeprefix(f"layers.{index}."): value for full, value in parameters.items()}
             layer = with_parameters(abstract_layer(config, cached, index), own)
             streams[name] = run_samples(layer, config, streams[name], batch_size)
-    head = {name: source.global_tensor(name) for name in source.global_names() if name != "embed_tokens"}
-    if config.tie_word_embeddings:
-        head["lm_head"] = source.global_tensor("embed_tokens")
+    head = head_tensors(source)
     own = global_parameters(head, recipes.none(), head["lm_head"].dtype)
     # A window at a time, for all logits are of the size of the vocabulary.
     return {
@@ -130,7 +131,5 @@ def _divergence(
     parameters: Mapping[str, Parameter], config: ModelConfig, exact: Float[Array, "T D"], other: Float[Array, "T D"]
 ) -> Float[Array, ""]:
     """Mean divergence of the next tokens that hidden states of a window say."""
-    norm = nnx.eval_shape(lambda: Norm(config, "xla"))
-    norm = with_parameters(norm, {"weight": parameters["norm.weight"]})
-    logs = [jax.nn.log_softmax(apply_head(config, norm, parameters["lm_head"], x)) for x in (exact, other)]
+    logs = [jax.nn.log_softmax(head_logits(parameters, config, x)) for x in (exact, other)]
     return jnp.mean(jnp.sum(jnp.exp(logs[0]) * (logs[0] - logs[1]), axis=-1))

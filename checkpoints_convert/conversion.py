@@ -138,7 +138,7 @@ def convert(
 
     with work.begun(fingerprint, resume=resume):
         first = work.finished_blocks(config.num_layers)
-        options = _with_fitted_cache(source, options, tokens, work)
+        options = _with_fitted_cache(source, options, tokens, kept, work)
         quantization = options.quantization
         rest = None if unseen is None else HeldOut(original, quantization, options.dtype, options.batch_size, unseen)
         if first < 0:
@@ -155,13 +155,14 @@ def _with_fitted_cache(
     source: CheckpointReader,
     options: ConversionOptions,
     tokens: Int[np.ndarray, "samples T"] | None,
+    kept: frozenset[str],
     work: WorkFolder,
 ) -> ConversionOptions:
     """The options with the cache format that text asks for, once for all runs of a conversion."""
     if not options.fit_cache:
         return options
     if not work.fitted_cache.is_file():
-        kv_format, divergence = fit_cache(source, options.quantization, tokens, options.batch_size)
+        kv_format, divergence = fit_cache(source, options.quantization, tokens, options.batch_size, kept)
         json_files.write_json(work.fitted_cache, {"kv_format": kv_format, "divergence": divergence})
     kv_format = json_files.read_json(work.fitted_cache)["kv_format"]
     if kv_format == options.quantization.kv_format:

@@ -15,17 +15,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from checkpoints_convert.calibrate import Hidden, abstract_layer, run_samples
+from checkpoints_convert.model_head import head_logits, head_tensors
 from fireq_jax.checkpoints.reader import CheckpointReader
 from fireq_jax.compilation import COMPILE_QUICKLY
 from fireq_jax.models.block import Block
 from fireq_jax.models.coded_weight import float32_block
 from fireq_jax.models.config import ModelConfig
-from fireq_jax.models.layers import Norm
-from fireq_jax.models.llama import apply_head
 from fireq_jax.models.parameters import Parameter, global_parameters, layer_parameters, with_parameters
 from fireq_jax.quantization import recipes
 from fireq_jax.quantization.config import QuantizationConfig
@@ -109,7 +107,7 @@ class HeldOut:
             ``tokens``, how many were predicted: all but each window's first; and ``perplexity``, by the names of
             :class:`Streams`, None where it is not finite.
         """
-        own, other = _last_parameters(self.original), _last_parameters(converted)
+        own, other = head_tensors(self.original), head_tensors(converted)
         parameters = {
             "float": global_parameters(own, recipes.none(), own["lm_head"].dtype),
             "quantized": global_parameters(other, self.quantization, self.dtype),
@@ -149,20 +147,12 @@ class HeldOut:
         return run_samples(with_parameters(layer, own), self.config, hidden, self.batch_size)
 
 
-def _last_parameters(source: CheckpointReader) -> dict[str, np.ndarray]:
-    """The last norm's gain, and the head."""
-    own = {name: source.global_tensor(name) for name in source.global_names() if name != "embed_tokens"}
-    return {"lm_head": source.global_tensor("embed_tokens"), **own} if source.config.tie_word_embeddings else own
-
-
 @functools.partial(jax.jit, static_argnums=1, compiler_options=COMPILE_QUICKLY)
 def _mean_nll(
     parameters: Mapping[str, Parameter], config: ModelConfig, hidden: Float[Array, "T D"], tokens: Int[Array, " T"]
 ) -> Float[Array, ""]:
     """Negative log-likelihood of a window's tokens 1, 2, ..., T - 1."""
-    norm = nnx.eval_shape(lambda: Norm(config, "xla"))
-    norm = with_parameters(norm, {"weight": parameters["norm.weight"]})
-    logits = apply_head(config, norm, parameters["lm_head"], hidden[:-1], parameters.get("head_basis"))
+    logits = head_logits(parameters, config, hidden[:-1])
     chosen = jnp.take_along_axis(logits, tokens[1:, None], axis=-1)[:, 0]
     return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen)
 

@@ -7,8 +7,17 @@ from typing import Any
 import numpy as np
 
 from fireq_jax.checkpoints.packing import AWQ_ORDER, Zeros, unpack_rows
-from fireq_jax.checkpoints.storage import FLOAT_SCALES, Part, QuantizedFormat, ScaleGrid, Shape, coded, matrix
-from fireq_jax.config_fields import is_a, quote
+from fireq_jax.checkpoints.storage import (
+    FLOAT_SCALES,
+    Part,
+    QuantizedFormat,
+    ScaleGrid,
+    Shape,
+    coded,
+    group_size,
+    matrix,
+)
+from fireq_jax.config_fields import quote
 from fireq_jax.models.coded_weight import CodedKind, CodedWeight
 
 
@@ -24,12 +33,10 @@ def read_format(fields: Mapping[str, Any]) -> QuantizedFormat:
     bits = fields.get("bits", fields.get("w_bit"))
     if bits != 4:
         raise ValueError(f"bits is {quote(bits)}; expected 4")
-    size = fields.get("group_size", fields.get("q_group_size", 128))
-    if not is_a(size, int) or not (size > 0 or size == -1):
-        raise ValueError(f"group_size is {quote(size)}; expected a positive whole number, or -1 for none")
+    size = group_size(fields.get("group_size", fields.get("q_group_size", 128)), "group_size")
     if (zero_point := fields.get("zero_point", True)) is not True:
         raise ValueError(f"zero_point is {quote(zero_point)}; expected true")
-    storage = AwqStorage(None if size == -1 else size)
+    storage = AwqStorage(size)
     return QuantizedFormat("awq", lambda layer: storage)
 
 

@@ -9,9 +9,10 @@ import numpy as np
 
 from fireq_jax.checkpoints.packing import unpack_nibbles
 from fireq_jax.checkpoints.storage import Part, QuantizedFormat, Shape, Storage, matrix
-from fireq_jax.config_fields import is_a, quote
+from fireq_jax.config_fields import is_a, mapping, quote
 from fireq_jax.models.coded_weight import CodedKind
 
+_NESTED = (".weight.nested_absmax", ".weight.nested_quant_map")
 _STATES = (".weight.quant_state.bitsandbytes__nf4", ".weight.quant_state.bitsandbytes__fp4")
 
 
@@ -45,8 +46,8 @@ class Bits4Storage:
             ".weight": Part(((half, 1), (1, half)), ("U8",)),
             ".weight.absmax": Part((), ("F32", "U8")),
             ".weight.quant_map": Part(((16,),), ("F32",)),
-            ".weight.nested_absmax": Part((), ("F32",), optional=True),
-            ".weight.nested_quant_map": Part(((256,),), ("F32",), optional=True),
+            _NESTED[0]: Part((), ("F32",), optional=True),
+            _NESTED[1]: Part(((256,),), ("F32",), optional=True),
             **{state: Part((), ("U8",), optional=True) for state in _STATES},
         }
 
@@ -56,25 +57,34 @@ class Bits4Storage:
         state = next((parts[name] for name in _STATES if name in parts), None)
         if state is None:
             raise ValueError("weight.quant_state is missing; expected the JSON text that is saved beside codes")
-        fields = json.loads(state.tobytes())
-        if list(fields.get("shape", [])) != [n, k]:
+        fields = mapping(json.loads(state.tobytes()), "quant_state")
+        if fields.get("shape") != [n, k]:
             raise ValueError(f"the shape in quant_state is {quote(fields.get('shape'))}; expected {[n, k]}")
         block, scale = fields.get("blocksize"), parts[".weight.absmax"]
-        if ".weight.nested_absmax" in parts:
-            scale = parts[".weight.nested_quant_map"][scale] * _each(
-                parts[".weight.nested_absmax"], fields.get("nested_blocksize"), scale.size, "nested_absmax"
-            ) + np.float32(fields.get("nested_offset", 0))
+        if scale.dtype == np.uint8:
+            scale = _nested(scale, parts, fields)
         octets = parts[".weight"].reshape(1, -1)
         codes = unpack_nibbles(octets << 4 | octets >> 4)[0, : n * k]
         weight = parts[".weight.quant_map"][codes] * _each(scale, block, n * k, "absmax")
         return weight.reshape(n, k).astype(np.float32)
 
 
+def _nested(scale: np.ndarray, parts: Mapping[str, np.ndarray], fields: Mapping[str, Any]) -> np.ndarray:
+    """Scales that are numbers of a table, in float32."""
+    if missing := [name for name in _NESTED if name not in parts]:
+        raise ValueError(f"{missing[0][1:]} is missing; expected it, for absmax is quantized")
+    above, table = (parts[name] for name in _NESTED)
+    if not is_a(offset := fields.get("nested_offset", 0), float):
+        raise ValueError(f"nested_offset in quant_state is {quote(offset)}; expected a number")
+    each = _each(above, fields.get("nested_blocksize"), scale.size, "nested_absmax")
+    return table[scale.reshape(-1)] * each + np.float32(offset)
+
+
 def _each(scale: np.ndarray, block: Any, count: int, name: str) -> np.ndarray:
     """The scale of each of ``count`` numbers."""
     if not is_a(block, int) or block < 1 or scale.size != -(-count // block):
         raise ValueError(f"{name} has {scale.size} numbers, for {count} in blocks of {quote(block)}")
-    return np.repeat(scale.reshape(-1), block)[:count]
+    return np.repeat(scale.reshape(-1), min(block, count))[:count]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,13 +14,16 @@ from fireq_jax.checkpoints.packing import MIDDLE, unpack_nibbles
 from fireq_jax.checkpoints.storage import (
     E2M1,
     FLOAT_SCALES,
+    MX_GROUP,
     Fp8Storage,
     Part,
     QuantizedFormat,
     ScaleGrid,
     Shape,
     Storage,
+    block_sizes,
     coded,
+    group_size,
     matrix,
     mx_weight,
 )
@@ -43,15 +46,16 @@ def read_format(fields: Mapping[str, Any]) -> QuantizedFormat:
         ("transform_config", "rotations at run time are not supported; quantize the model without transforms"),
     ):
         given = fields.get(name) or {}
-        if given and (name != "sparsity_config" or given.get("format") not in (None, "dense")):
+        dense = name == "sparsity_config" and isinstance(given, Mapping) and given.get("format") in (None, "dense")
+        if given and not dense:
             raise ValueError(f"{name} is {quote(given)}: {advice}")
-    if (status := fields.get("quantization_status", "compressed")) != "compressed":
+    if (status := fields.get("quantization_status")) not in (None, "compressed", "frozen"):
         raise ValueError(f"quantization_status is {quote(status)}; expected 'compressed': save the model compressed")
     groups = mapping(fields.get("config_groups"), "config_groups")
-    storages = [
-        (_targets(group, name), _storage(mapping(group, name), fields.get("format"), f"config_groups.{name}"))
-        for name, group in groups.items()
-    ]
+    storages: list[tuple[list[str], Storage]] = []
+    for key, group in groups.items():
+        name = f"config_groups.{key}"
+        storages.append((_targets(mapping(group, name), name), _storage(group, fields.get("format"), name)))
     if not storages:
         raise ValueError("config_groups is empty; expected how weights are quantized")
 
@@ -65,7 +69,12 @@ def read_format(fields: Mapping[str, Any]) -> QuantizedFormat:
 def _targets(group: Mapping[str, Any], name: str) -> list[str]:
     targets = group.get("targets")
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        raise ValueError(f"config_groups.{name}.targets is {quote(targets)}; expected a list of names")
+        raise ValueError(f"{name}.targets is {quote(targets)}; expected a list of names")
+    for target in targets:
+        try:
+            re.compile(target[3:] if target.startswith("re:") else "")
+        except re.error as error:
+            raise ValueError(f"{name}.targets has {quote(target)}, which is no pattern: {error}") from error
     return targets
 
 
@@ -89,7 +98,7 @@ def _storage(group: Mapping[str, Any], everywhere: Any, name: str) -> Storage:
     if kind == "nvfp4-pack-quantized":
         return Nvfp4Storage()
     grid = _grid(weights, f"{name}.weights")
-    inputs = group.get("input_activations") or {}
+    inputs = mapping(group.get("input_activations") or {}, f"{name}.input_activations")
     fp8_rows = inputs.get("type") == "float" and inputs.get("num_bits") == 8
     bits, numbers = weights.get("num_bits"), weights.get("type")
     if numbers == "float" and bits == 8:
@@ -114,15 +123,9 @@ def _grid(weights: Mapping[str, Any], name: str) -> ScaleGrid:
     if strategy == "channel":
         return ScaleGrid(1, None)
     if strategy == "group":
-        if size == -1:
-            return ScaleGrid(1, None)
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"{name}.group_size is {quote(size)}; expected a positive whole number")
-        return ScaleGrid(1, size)
+        return ScaleGrid(1, group_size(size, f"{name}.group_size"))
     if strategy == "block":
-        if not isinstance(block, list) or len(block) != 2 or not all(is_a(each, int) and each > 0 for each in block):
-            raise ValueError(f"{name}.block_structure is {quote(block)}; expected two positive whole numbers")
-        return ScaleGrid(block[0], block[1])
+        return ScaleGrid(*block_sizes(block, f"{name}.block_structure"))
     raise ValueError(f"{name}.strategy is {quote(strategy)}; expected 'tensor', 'channel', 'group' or 'block'")
 
 
@@ -156,13 +159,14 @@ class IntStorage:
         n, k = matrix(shape)
         rows, columns = self.grid.shape(n, k)
         word = 32 // self.bits
+        single: tuple[Shape, ...] = () if columns > 1 else ((rows,),) if rows > 1 else ((1,), ())
         parts = {
             ".weight_packed": Part(((n, -(-k // word)),), ("I32",), optional=True),
             ".weight": Part(((n, k),), ("I8",), optional=True),
             ".weight_shape": Part(((2,),), ("I64", "I32"), optional=True),
             ".weight_scale": self.grid.part(n, k),
             ".weight_zero_point": Part(
-                ((rows, columns), (-(-rows // word), columns), *(((rows,),) if columns == 1 else ()), ()),
+                ((rows, columns), (-(-rows // word), columns), *single),
                 ("I32", "I8"),
                 optional=self.symmetric,
             ),
@@ -179,7 +183,11 @@ class IntStorage:
             raise ValueError("expected one of weight_packed and weight, the codes")
         codes = parts[".weight"] if ".weight" in parts else self._unpack(parts[".weight_packed"], k)
         groups = self.grid.shape(n, k)
-        zeros = None if self.symmetric else self._zeros(parts[".weight_zero_point"], groups)
+        zeros = self._zeros(parts[".weight_zero_point"], groups) if ".weight_zero_point" in parts else None
+        if self.symmetric and zeros is not None:  # early versions keep them
+            if zeros.any():
+                raise ValueError("weight_zero_point is not 0 everywhere, and the config says symmetric")
+            zeros = None
         if self.ordered:
             group = parts[".weight_g_idx"].astype(np.int64)
             if group.min() < 0 or group.max() >= groups[1]:
@@ -219,13 +227,14 @@ class Mxfp4Storage:
         """Two weights a byte, the first in its low half."""
         n, k = matrix(shape)
         return {
-            ".weight_packed": Part(((n, k // 2),), ("U8",)),
-            ".weight_scale": Part(((n, -(-k // 32)),), ("U8", "F8_E8M0")),
+            ".weight_packed": Part(((n, -(-k // 2)),), ("U8",)),
+            ".weight_scale": Part(((n, -(-k // MX_GROUP)),), ("U8", "F8_E8M0")),
         }
 
     def decode(self, parts: Mapping[str, np.ndarray], shape: Shape) -> CodedWeight:
         """As FP8."""
-        return mx_weight(unpack_nibbles(parts[".weight_packed"]), parts[".weight_scale"].view(np.uint8))
+        codes = unpack_nibbles(parts[".weight_packed"])[:, : shape[1]]
+        return mx_weight(codes, parts[".weight_scale"].view(np.uint8))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +256,7 @@ class Nvfp4Storage:
         """Weights and two kinds of scales."""
         n, k = matrix(shape)
         return {
-            self.weight: Part(((n, k // 2),), ("U8",)),
+            self.weight: Part(((n, -(-k // 2)),), ("U8",)),
             ".weight_scale": Part(((n, -(-k // 16)),), ("F8_E4M3",)),
             self.above: Part(((1,), ()), FLOAT_SCALES),
         }
@@ -258,4 +267,4 @@ class Nvfp4Storage:
         above = parts[self.above].astype(np.float32).reshape(())
         scale = parts[".weight_scale"].astype(np.float32)
         scale = scale / above if self.divides else scale * above
-        return E2M1[unpack_nibbles(parts[self.weight])] * ScaleGrid(1, 16).expand(scale, n, k)
+        return E2M1[unpack_nibbles(parts[self.weight])[:, :k]] * ScaleGrid(1, 16).expand(scale, n, k)

@@ -16,23 +16,26 @@ from fireq_jax.checkpoints.storage import (
     ScaleGrid,
     Shape,
     Storage,
+    block_sizes,
+    group_size,
     matrix,
 )
-from fireq_jax.config_fields import is_a, quote
+from fireq_jax.config_fields import quote
 from fireq_jax.models.coded_weight import CodedKind, CodedWeight
 
 
 def read_fp8(fields: Mapping[str, Any]) -> QuantizedFormat:
     """``quant_method`` "fp8": blocks that share a scale, or one scale a tensor.
 
+    Transformers writes ``weight_block_size``, be it null, and calls scales ``weight_scale_inv``. AutoFP8 writes
+    neither.
+
     Raises:
         ValueError: naming the key, for what cannot be read here.
     """
-    block = fields.get("weight_block_size", [128, 128])
-    sizes = isinstance(block, list) and len(block) == 2 and all(is_a(size, int) and size > 0 for size in block)
-    if block is not None and not sizes:
-        raise ValueError(f"weight_block_size is {quote(block)}; expected two positive whole numbers, or null")
-    storage = Fp8Storage(ScaleGrid(None, None) if block is None else ScaleGrid(*block), ".weight_scale_inv")
+    block, name = fields.get("weight_block_size"), ".weight_scale_inv"
+    sizes = (None, None) if block is None else block_sizes(block, "weight_block_size")
+    storage = Fp8Storage(ScaleGrid(*sizes), name if "weight_block_size" in fields else ".weight_scale")
     return QuantizedFormat("fp8", lambda layer: storage)
 
 
@@ -48,9 +51,7 @@ def read_modelopt(fields: Mapping[str, Any]) -> QuantizedFormat:
     Raises:
         ValueError: naming the key, for what cannot be read here.
     """
-    size = fields.get("group_size") or 128
-    if not is_a(size, int) or size < 1:
-        raise ValueError(f"group_size is {quote(size)}; expected a positive whole number")
+    size = group_size(fields.get("group_size") or 128, "group_size")
     storages: dict[str, Storage] = {
         "FP8": Fp8Storage(ScaleGrid(None, None)),
         "FP8_PER_CHANNEL_PER_TOKEN": Fp8Storage(ScaleGrid(1, None)),

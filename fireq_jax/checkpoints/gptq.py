@@ -7,7 +7,16 @@ from typing import Any
 import numpy as np
 
 from fireq_jax.checkpoints.packing import MIDDLE, Zeros, unpack_columns, unpack_rows
-from fireq_jax.checkpoints.storage import FLOAT_SCALES, Part, QuantizedFormat, ScaleGrid, Shape, coded, matrix
+from fireq_jax.checkpoints.storage import (
+    FLOAT_SCALES,
+    Part,
+    QuantizedFormat,
+    ScaleGrid,
+    Shape,
+    coded,
+    group_size,
+    matrix,
+)
 from fireq_jax.config_fields import is_a, quote
 from fireq_jax.models.coded_weight import CodedKind, CodedWeight
 
@@ -21,24 +30,21 @@ def read_format(fields: Mapping[str, Any]) -> QuantizedFormat:
         ValueError: naming the key, for what cannot be read here.
     """
     version = fields.get("checkpoint_format") or fields.get("format") or "gptq"
-    if version not in _VERSIONS:
+    if not isinstance(version, str) or version not in _VERSIONS:
         raise ValueError(
             f"checkpoint_format is {quote(version)}; expected one of {', '.join(_VERSIONS)}: save the model in one"
         )
     if (bits := fields.get("bits")) not in (4, 8):
         raise ValueError(f"bits is {quote(bits)}; expected 4 or 8")
-    size = fields.get("group_size", -1)
-    if not is_a(size, int) or not (size > 0 or size == -1):
-        raise ValueError(f"group_size is {quote(size)}; expected a positive whole number, or -1 for none")
+    size = group_size(fields.get("group_size", -1), "group_size")
     flags = {name: fields.get(name, default) for name, default in (("sym", True), ("desc_act", False))}
     for name, value in flags.items():
         if not is_a(value, bool):
             raise ValueError(f"{name} is {quote(value)}; expected true or false")
     if fields.get("dynamic"):
         raise ValueError(f"dynamic is {quote(fields['dynamic'])}; expected one format for all layers")
-    storage = GptqStorage(
-        bits, None if size == -1 else size, flags["sym"], flags["desc_act"] and size != -1, _VERSIONS[version]
-    )
+    ordered = flags["desc_act"] and size is not None
+    storage = GptqStorage(bits, size, flags["sym"], ordered, _VERSIONS[version])
     return QuantizedFormat("gptq", lambda layer: storage)
 
 

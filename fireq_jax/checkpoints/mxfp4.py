@@ -7,10 +7,8 @@ from typing import Any
 import numpy as np
 
 from fireq_jax.checkpoints.packing import unpack_nibbles
-from fireq_jax.checkpoints.storage import Part, QuantizedFormat, Shape, mx_weight
+from fireq_jax.checkpoints.storage import MX_GROUP, Part, QuantizedFormat, Shape, mx_weight
 from fireq_jax.models.coded_weight import CodedKind, CodedWeight
-
-_GROUP = 32
 
 
 def read_format(fields: Mapping[str, Any]) -> QuantizedFormat:
@@ -30,12 +28,12 @@ class StackedStorage:
 
     def parts(self, shape: Shape) -> dict[str, Part]:
         """Groups of 16 bytes, the first weight of each in its low half, and their exponents; ``shape`` is [E, K, N]."""
-        if len(shape) != 3 or shape[1] % _GROUP:
-            raise ValueError(f"the weight has shape {shape}; expected experts' matrices of whole groups of {_GROUP}")
+        if len(shape) != 3 or shape[1] % MX_GROUP:
+            raise ValueError(f"the weight has shape {shape}; expected experts' matrices of whole groups of {MX_GROUP}")
         count, k, n = shape
-        groups = k // _GROUP
+        groups = k // MX_GROUP
         return {
-            "_blocks": Part(((count, n, groups, _GROUP // 2),), ("U8",)),
+            "_blocks": Part(((count, n, groups, MX_GROUP // 2),), ("U8",)),
             "_scales": Part(((count, n, groups),), ("U8", "F8_E8M0")),
         }
 

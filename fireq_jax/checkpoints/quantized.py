@@ -92,11 +92,15 @@ class StoredLinear:
         Raises:
             ValueError: naming a part that is missing or of another shape or dtype.
         """
+        if len(shape) < 2:  # gains and biases are floats in all formats
+            return None
         layer = name.removesuffix(".weight")
         storage = found.storage_of(layer)
         try:
             expected = storage.parts(shape)
         except ValueError as error:
+            if not any(other.startswith(layer) for other in tensors):
+                return None
             raise ValueError(f"tensor {name}, {found.name}: {error}") from error
         parts = {suffix: tensors[layer + suffix] for suffix in expected if layer + suffix in tensors}
         if not parts:

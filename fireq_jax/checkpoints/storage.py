@@ -6,11 +6,12 @@ the kernels may multiply by, or float32.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 import numpy as np
 
+from fireq_jax.config_fields import is_a, quote
 from fireq_jax.models.coded_weight import CodedKind, CodedWeight
 from pallas_kernels import formats
 
@@ -21,7 +22,36 @@ UNUSED = (
     ".input_scale", ".input_zero_point", ".input_global_scale", ".input_scale_ub", ".activation_scale",
     ".activation_scale_ub", ".output_scale",
 )  # fmt: skip
+_LARGEST_GROUP = 2**16  # inputs of a group, or rows or columns of a block
 CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale", ".kv_scale", ".k_zero_point", ".v_zero_point", ".prob_scale")
+
+
+def group_size(value: Any, name: str) -> int | None:
+    """How many inputs share a scale, None for all of them, as a config's -1 says.
+
+    Raises:
+        ValueError: for anything but that or a size.
+    """
+    if value == -1 and is_a(value, int):
+        return None
+    if not _is_size(value):
+        raise ValueError(f"{name} is {quote(value)}; expected a whole number from 1 to {_LARGEST_GROUP}, or -1 for all")
+    return value
+
+
+def block_sizes(value: Any, name: str) -> tuple[int, int]:
+    """Rows and columns of the blocks that share a scale.
+
+    Raises:
+        ValueError: for anything but a list of both.
+    """
+    if not isinstance(value, list) or len(value) != 2 or not all(map(_is_size, value)):
+        raise ValueError(f"{name} is {quote(value)}; expected two whole numbers from 1 to {_LARGEST_GROUP}")
+    return value[0], value[1]
+
+
+def _is_size(value: Any) -> bool:
+    return is_a(value, int) and 1 <= value <= _LARGEST_GROUP
 
 
 class Part(NamedTuple):
@@ -129,12 +159,14 @@ def coded(values: np.ndarray, scale: np.ndarray, grid: ScaleGrid, kind: CodedKin
         raise ValueError(f"a scale is {scale[where]} at {tuple(map(int, where))}; expected positive numbers")
     if not scale.all():  # of weights that are all 0
         values = np.where(np.repeat(scale == 0, grid.columns or k, axis=1)[:, :k], values.dtype.type(0), values)
-        scale = np.where(scale == 0, np.float32(1), scale)
+        row = scale.max(axis=1, keepdims=True)  # in E4M3, a scale above all others would leave these no digits
+        scale = np.where(scale == 0, np.where(row == 0, np.float32(1), row), scale)
     if grid.columns is None:
         return CodedWeight(values, None, np.ascontiguousarray(scale[:, 0]), kind.format)
     return CodedWeight(values, np.ascontiguousarray(scale), np.ones(n, np.float32), kind.format, grid.columns)
 
 
+MX_GROUP = 32
 # E2M1's sixteen numbers, by their bits.
 E2M1 = np.array([*formats.CODEBOOKS["fp4"], *(-x for x in formats.CODEBOOKS["fp4"])], np.float32)
 
@@ -177,7 +209,7 @@ def mx_weight(codes: np.ndarray, exponents: np.ndarray) -> CodedWeight:
 
     Args:
         codes: uint8 [*stack, N, K], E2M1's bits.
-        exponents: uint8 [*stack, N, K / 32], of E8M0 scales 2^(e - 127).
+        exponents: uint8 [*stack, N, ceil(K / 32)], of E8M0 scales 2^(e - 127).
     """
     if (exponents == 255).any():
         raise ValueError("a scale is NaN; expected finite numbers")
@@ -185,7 +217,7 @@ def mx_weight(codes: np.ndarray, exponents: np.ndarray) -> CodedWeight:
     # 64 * 6 is in E4M3's range, and a channel scale has to be a normal float32.
     channel = np.maximum(powers.max(axis=-1) - 6, -126)
     relative = np.ldexp(np.float32(1), powers - channel[..., None])
-    values = E2M1[codes] * np.repeat(relative, codes.shape[-1] // exponents.shape[-1], axis=-1)
+    values = E2M1[codes] * np.repeat(relative, MX_GROUP, axis=-1)[..., : codes.shape[-1]]
     scale = np.ldexp(np.float32(1), channel)
     return CodedWeight(np.asarray(formats.to_e4m3(jnp.asarray(values))), None, scale, "fp8")
 

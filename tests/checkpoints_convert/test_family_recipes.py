@@ -14,12 +14,13 @@ from tiny_llama import weights_of, write_folder
 
 from checkpoints_convert.algorithms import smoothing
 from checkpoints_convert.algorithms.keys import KeyMoments, KeySample, KeyStatistics
-from checkpoints_convert.cache_format import MOST_DIVERGENCE, fit_cache
+from checkpoints_convert.cache_format import MOST_DIVERGENCE, cache_divergence, fit_cache
 from checkpoints_convert.calibrate import abstract_layer, block_step, run_layer
 from checkpoints_convert.conversion import ConversionOptions, convert, needs_calibration
+from checkpoints_convert.rotated_checkpoint import RotatedCheckpoint
 from fireq_jax import AutoModelForCausalLM, ModelConfig, QuantizationConfig, recipes
 from fireq_jax.checkpoints.huggingface import HuggingFaceCheckpoint
-from fireq_jax.models.block import Block
+from fireq_jax.models.block import Block, linear_names
 from fireq_jax.models.llama import DecoderLayer
 from fireq_jax.models.parameters import layer_parameters, with_parameters
 from fireq_jax.quantization import SmoothingConfig
@@ -185,6 +186,27 @@ def test_a_recipe_without_text_quantizes_no_biased_keys_unless_told_to(
     other = ConversionOptions(source, tmp_path / "out", "test", recipes.rtn(), "float32", 6, fit_cache=given)
     with pytest.raises(ValueError, match=f"fit_cache was {not given} and is now {given}"):
         convert(other, None, resume=True)
+
+
+def test_the_cache_of_a_rotated_model_with_a_tied_head_costs_what_it_did(tmp_path: Path) -> None:
+    fields = family_fields("qwen2", num_hidden_layers=1, tie_word_embeddings=True)
+    source = HuggingFaceCheckpoint(write_folder(tmp_path, fields))
+    expected, found = (
+        cache_divergence(each, recipes.rtn(), TOKENS[:2], 2)
+        for each in (source, RotatedCheckpoint(source, recipes.rtn()))
+    )
+    assert found == pytest.approx(expected, rel=0.02)
+
+
+def test_the_cache_is_measured_without_what_kept_codes_do_not_take(tmp_path: Path) -> None:
+    source = HuggingFaceCheckpoint(biased_source(tmp_path, 2, 100.0))
+    quantization, names = recipes.fireq(), linear_names(source.config)
+    assert quantization.smoothing is not None
+    parts = [name.removeprefix("layers.0.") for name in names]
+    left = smoothing.leaving(quantization.smoothing, parts, source.config)
+    found = cache_divergence(source, quantization, TOKENS[:2], 2, names)
+    assert found == cache_divergence(source, dataclasses.replace(quantization, smoothing=left), TOKENS[:2], 2)
+    assert found != cache_divergence(source, quantization, TOKENS[:2], 2)
 
 
 def test_the_chosen_cache_is_in_the_model_and_the_report(tmp_path: Path) -> None:

@@ -14,10 +14,12 @@ from tiny_families import family_fields
 from tiny_llama import config_of, weights_of
 
 from fireq_jax import AutoModelForCausalLM
+from fireq_jax.checkpoints import compressed_tensors
 from fireq_jax.checkpoints.huggingface import read_config
 from fireq_jax.checkpoints.reader import open_checkpoint
+from fireq_jax.checkpoints.storage import ScaleGrid, coded
 from fireq_jax.models.block import fuse_block
-from fireq_jax.models.coded_weight import CodedWeight, as_float
+from fireq_jax.models.coded_weight import CodedKind, CodedWeight, as_float
 from fireq_jax.models.parameters import parameters_of
 from pallas_kernels.quantized_tensor import QuantizedTensor
 
@@ -96,6 +98,10 @@ CASES = {
     "hugging face fp8 tensor": Case(
         files.fp8(None, None, name=".weight_scale_inv", shape=()),
         {"quant_method": "fp8", "weight_block_size": None, "activation_scheme": "static"}, "fp8", ROUNDED,
+    ),
+    "autofp8": Case(
+        files.fp8(None, None, shape=(), inputs=True), {"quant_method": "fp8", "activation_scheme": "static"}, "fp8",
+        ROUNDED,
     ),
     "fbgemm": Case(files.fp8(1, None), {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, "fp8", ROUNDED),
     "modelopt fp8": Case(
@@ -258,6 +264,39 @@ def test_gpt_oss_as_it_is_published(tmp_path):
     assert isinstance(parameters_of(model)["layers.0.mlp.experts.down_proj.weight"], QuantizedTensor)
 
 
+@pytest.mark.parametrize("columns", [72, 24])
+@pytest.mark.parametrize(("form", "store"), [("mxfp4", files.mxfp4), ("nvfp4", files.nvfp4)])
+def test_a_last_group_may_be_smaller(form, store, columns):
+    weight = np.random.default_rng(0).standard_normal((8, columns)).astype(np.float32)
+    stored = store(weight)
+    said = files.compressed_config(f"{form}-pack-quantized", kind="float")
+    storage = compressed_tensors.read_format(said).storage_of("model.layers.0.mlp.down_proj")
+    np.testing.assert_allclose(as_float(storage.decode(stored.parts, weight.shape)), stored.dense, rtol=1e-6)
+
+
+def test_a_group_of_zeros_leaves_the_others_scales_their_digits():
+    codes = np.ones((2, 256), np.int8)
+    scale = np.array([[0, 1e-6], [0, 0]], np.float32)
+    weight = coded(codes, scale, ScaleGrid(1, 128), CodedKind("int4", 128))
+    expected = np.repeat(scale, 128, axis=1)
+    np.testing.assert_array_equal(weight.dequantize(), expected)
+    np.testing.assert_allclose(weight.pack(128, "e4m3").dequantize(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("changes", [{"quantization_status": "frozen"}, {"quantization_status": None}])
+def test_what_early_versions_of_compressed_tensors_say(tmp_path, changes):
+    def store(weight):
+        stored = files.compressed_int(64)(weight)
+        zeros = np.zeros(stored.parts[".weight_scale"].shape, np.int8)
+        return stored._replace(parts={**stored.parts, ".weight_zero_point": zeros})
+
+    quantized, floats = files.write_quantized(
+        tmp_path, FIELDS, TENSORS, store, {**files.compressed_config("pack-quantized", group=64), **changes}
+    )
+    for name, tensor in open_checkpoint(quantized).block(0).items():
+        np.testing.assert_array_equal(as_float(tensor), open_checkpoint(floats).block(0)[name])
+
+
 # --- damaged and refused -------------------------------------------------------------------------------------
 
 
@@ -273,6 +312,9 @@ def changed(name, **changes):
 
 def nothing(_):
     return None
+
+
+NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
 
 
 DAMAGED = [
@@ -294,6 +336,11 @@ DAMAGED = [
         changed("w4afp8 int8", weight_packed=lambda _: np.zeros((128, 24), np.int32)),
         "expected one of weight_packed and",
     ),
+    (
+        changed("int4 g128", weight_zero_point=lambda _: np.ones((128, 2), np.int8)),
+        rf"{DOWN}\.weight in .*weight_zero_point is not 0 everywhere",
+    ),
+    (changed("int4 asymmetric", weight_zero_point=lambda x: x[0, 0]), r"weight_zero_point in .*shape \(\); expected"),
     (changed("int4 asymmetric", weight_zero_point=nothing), rf"{DOWN}\.weight_zero_point is missing"),
     (changed("fp8 channel", weight=lambda x: x.view(np.int8)), rf"{DOWN}\.weight in .*dtype I8; expected F8_E4M3"),
     (changed("fp8 channel", weight=lambda x: np.full_like(x, np.nan)), rf"{DOWN}\.weight in .*holds nan"),
@@ -305,6 +352,8 @@ DAMAGED = [
     (changed("awq", qweight=lambda x: x.T), rf"{DOWN}\.qweight in .*shape \(16, 192\); expected \(192, 16\)"),
     (changed("mxfp4", weight_scale=lambda x: np.full_like(x, 255)), rf"{DOWN}\.weight in .*a scale is NaN"),
     (changed("nf4", **{"weight.absmax": lambda x: x[1:]}), rf"{DOWN}\.weight in .*absmax has 383 numbers"),
+    (changed("nf4", **{"weight.absmax": lambda x: x.astype(np.uint8)}), r"weight\.nested_absmax is missing"),
+    (changed("nf4", **{NF4_STATE: lambda _: np.frombuffer(b"[7]", np.uint8)}), r"quant_state is \[7\]"),
 ]
 
 
@@ -317,6 +366,16 @@ def test_damage_is_named(tmp_path, damage, message):
     files.write_safetensors(quantized / "model.safetensors", tensors)
     with pytest.raises(ValueError, match=message):
         open_checkpoint(quantized).check_finite(progress=False)
+
+
+@pytest.mark.parametrize("name", ["norm", "layers.0.input_layernorm", "embed_tokens"])
+def test_floats_that_are_missing_are_not_looked_for_as_codes(tmp_path, name):
+    quantized, _ = write(tmp_path, "gptq")
+    reader, name = open_checkpoint(quantized), f"model.{name}.weight"
+    tensors = {each: reader._reader.read(tensor) for each, tensor in reader._tensors.items() if each != name}
+    files.write_safetensors(quantized / "model.safetensors", tensors)
+    with pytest.raises(ValueError, match=f"lacks tensor {name}, which"):
+        open_checkpoint(quantized)
 
 
 def test_a_file_of_several_that_is_missing(tmp_path):
@@ -342,13 +401,24 @@ def test_a_file_that_ends_early(tmp_path):
 
 
 INT4 = files.compressed_config("pack-quantized")
+
+
+def one_group(**changes):
+    return {**INT4, "config_groups": {"g": {**INT4["config_groups"]["group_0"], **changes}}}
+
+
 REFUSED = [
     ({"quant_method": "hqq"}, "quant_method is 'hqq'; expected one of .*gptq"),
     ({}, "quant_method is None"),
     ({**INT4, "transform_config": {"config_groups": {"u": {}}}}, "transform_config is .*quantize the model without"),
     ({**INT4, "sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config is .*save the model dense"),
-    ({**INT4, "quantization_status": "frozen"}, "quantization_status is 'frozen'"),
+    ({**INT4, "quantization_status": "calibration"}, "quantization_status is 'calibration'"),
+    ({**INT4, "sparsity_config": [1]}, r"sparsity_config is \[1\]"),
     ({**INT4, "config_groups": {}}, "config_groups is empty"),
+    ({**INT4, "config_groups": {"g": None}}, r"config_groups\.g is None; expected an object"),
+    (one_group(targets=["re:("]), r"config_groups\.g\.targets has 're:\('"),
+    (one_group(input_activations="fp8"), r"config_groups\.g\.input_activations is 'fp8'"),
+    (files.compressed_config("pack-quantized", group=10**30), "group_size is 10+; expected a whole number from 1"),
     (files.compressed_config("marlin-24"), r"config_groups\.group_0\.format is 'marlin-24'"),
     (files.compressed_config("pack-quantized", num_bits=3), "num_bits 3 and type 'int'; expected 4 or 8"),
     (files.compressed_config("pack-quantized", group=0), "group_size is 0"),
@@ -357,6 +427,7 @@ REFUSED = [
     (files.gptq_config(bits=3), "bits is 3; expected 4 or 8"),
     (files.gptq_config(0), "group_size is 0"),
     (files.gptq_config(sym="yes"), "sym is 'yes'"),
+    (files.gptq_config(checkpoint_format=["gptq"]), r"checkpoint_format is \['gptq'\]"),
     (files.gptq_config(checkpoint_format="marlin"), "checkpoint_format is 'marlin'"),
     (files.gptq_config(dynamic={"-:.*": {}}), "dynamic is"),
     ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version is 'gemv'; expected 'gemm'"),
