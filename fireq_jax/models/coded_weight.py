@@ -81,6 +81,23 @@ class CodedWeight:
         weight *= np.asarray(self.channel_scale)[..., None]
         return weight
 
+    @classmethod
+    def unpack(cls, weight: QuantizedTensor) -> "CodedWeight":
+        """What a weight of the kernels, or a stack of such, holds: the inverse of :meth:`pack`, on the host.
+
+        With E4M3 group scales the kernels round each code times its group's scale to E4M3, which the codes do not say.
+
+        Raises:
+            ValueError: for a format that has other numbers than its codes.
+        """
+        if weight.format == "fp8":
+            return cls(np.asarray(weight.values), None, np.asarray(weight.channel_scale), "fp8")
+        if weight.format != "int4":
+            raise ValueError(f"the weight's format is {weight.format!r}; expected 'int4' or 'fp8'")
+        codes = jax.tree.map(np.asarray, over_stack(QuantizedTensor.codes)(weight))
+        scale = codes.group_scale.astype(np.float32)
+        return cls(codes.codes, scale, codes.channel_scale, "int4", weight.group_size)
+
     def pack(self, group_size: int, scale_dtype: formats.ScaleDtype) -> QuantizedTensor:
         """The same codes for the kernels.
 
@@ -116,6 +133,7 @@ class CodedWeight:
 
 
 BlockTensor = np.ndarray | Array | CodedWeight
+HostTensor = np.ndarray | CodedWeight  # a checkpoint's
 
 
 def float32_block(tensors: Mapping[str, BlockTensor]) -> dict[str, Array]:
