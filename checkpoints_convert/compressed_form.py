@@ -16,6 +16,7 @@ from fireq_jax.quantization.config import QuantizationConfig
 
 _INT32, _FLOAT32, _INT64 = np.dtype(np.int32), np.dtype(np.float32), np.dtype(np.int64)
 _WORD = 8  # codes
+_GROUPS = (32, 64, 128)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,12 @@ class PackedInt4:
 
     group_size: int
     name: str = "pack-quantized"
+
+    @property
+    def description(self) -> str:
+        """For people."""
+        rare = "" if self.group_size in _GROUPS else ", a size that few engines have kernels for"
+        return f"INT4 weights in groups of {self.group_size}{rare}"
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -60,6 +67,11 @@ class Float8:
     """E4M3 weights, and a float32 scale for each output channel."""
 
     name: str = "float-quantized"
+
+    @property
+    def description(self) -> str:
+        """For people."""
+        return "FP8 weights by channel"
 
     @property
     def arguments(self) -> dict[str, Any]:

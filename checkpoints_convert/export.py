@@ -38,7 +38,7 @@ from fireq_jax.whole_files import check_digest
 from pallas_kernels.quantized_tensor import QuantizedTensor
 
 ExportFormat = Literal["compressed-tensors", "huggingface"]
-Dtype = Literal["bfloat16", "float16", "float32"]
+Dtype = Literal["bfloat16", "float32"]
 COMPANIONS = ("generation_config.json", *TOKENIZER_FILES)
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class _Exporter:
         """What the folder is going to hold, and what of the model it is not."""
         quantization, form = self.stored.quantization, self._form
         rows = ", activations in FP8 by token" if quantization.activation_format == "fp8" else ""
-        lines = [f"floats in {self.dtype}" if form is None else f"{form.name} ({form.arguments}){rows}"]
+        lines = [f"weights in {self.dtype}" if form is None else f"{form.description}{rows} ({form.name})"]
         if form is not None and (left := [name for name in self._floats() if name != HEAD.removesuffix(".weight")]):
             lines.append(f"{len(left)} linear layers stay floats, {left[0]} first")
         if any(name in parameter for parameter in self._parameters for name in ONLINE):
