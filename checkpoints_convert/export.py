@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
@@ -41,6 +42,7 @@ ExportFormat = Literal["compressed-tensors", "huggingface"]
 Dtype = Literal["bfloat16", "float32"]
 COMPANIONS = ("generation_config.json", *TOKENIZER_FILES)
 logger = logging.getLogger(__name__)
+_dequantize = jax.jit(QuantizedTensor.dequantize)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,7 +254,7 @@ class _Exporter:
             array: Parameter = jnp.matmul(*wide, precision="highest")
         else:
             array = self._read(name.split(".")[0])[name]
-        values = np.asarray(array.dequantize() if isinstance(array, QuantizedTensor) else array)
+        values = np.asarray(_dequantize(array) if isinstance(array, QuantizedTensor) else array)
         for theirs, tensor in written({name: self._table.outside[name]}, {name: values}).items():
             yield theirs, np.asarray(tensor).astype(self._dtype_of(name))
 
@@ -265,7 +267,7 @@ class _Exporter:
             elif name.removesuffix(".weight") in self._coded:
                 fused[name.removeprefix(prefix)] = self._codes(parameter)
             else:
-                fused[name.removeprefix(prefix)] = np.asarray(parameter.dequantize())
+                fused[name.removeprefix(prefix)] = np.asarray(_dequantize(parameter))
         try:
             theirs = exported_block(fused, self.config, self._table)
         except ValueError as error:
@@ -285,7 +287,7 @@ class _Exporter:
     def _codes(self, weight: QuantizedTensor) -> CodedWeight:
         coded = CodedWeight.unpack(weight)
         if weight.group_scale is not None:
-            kernels = np.asarray(weight.dequantize())
+            kernels = np.asarray(_dequantize(weight))
             self._energy += float(np.vdot(kernels, kernels))
             difference = kernels - coded.dequantize()
             self._difference += float(np.vdot(difference, difference))

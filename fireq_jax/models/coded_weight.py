@@ -94,7 +94,7 @@ class CodedWeight:
             return cls(np.asarray(weight.values), None, np.asarray(weight.channel_scale), "fp8")
         if weight.format != "int4":
             raise ValueError(f"the weight's format is {weight.format!r}; expected 'int4' or 'fp8'")
-        codes = jax.tree.map(np.asarray, over_stack(QuantizedTensor.codes)(weight))
+        codes = jax.tree.map(np.asarray, _codes(weight))
         scale = codes.group_scale.astype(np.float32)
         return cls(codes.codes, scale, codes.channel_scale, "int4", weight.group_size)
 
@@ -162,6 +162,9 @@ def joined(tensors: Sequence[BlockTensor], join: Callable[..., Array]) -> Any:
     whole = jax.tree.map(lambda *arrays: join(*map(jnp.asarray, arrays)), *tensors)
     ones = jax.tree.map(lambda scale: jnp.where(scale == 0, 1, scale), (whole.group_scale, whole.channel_scale))
     return dataclasses.replace(whole, group_scale=ones[0], channel_scale=ones[1])
+
+
+_codes = jax.jit(over_stack(QuantizedTensor.codes))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2), compiler_options=COMPILE_QUICKLY)
