@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -94,9 +95,9 @@ def assert_same_function(folder: Path, model: AutoModelForCausalLM, *, ours: boo
 
 def assert_same_weights(folder: Path, model: Path) -> None:
     """Bit for bit, floats and what codes stand for, of the only layer and outside."""
-    reader = open_checkpoint(folder)
+    reader, dequantize = open_checkpoint(folder), jax.jit(QuantizedTensor.dequantize)
     mine = {
-        name.removeprefix("layers.0."): np.asarray(value.dequantize() if isinstance(value, QuantizedTensor) else value)
+        name.removeprefix("layers.0."): np.asarray(dequantize(value) if isinstance(value, QuantizedTensor) else value)
         for name, value in parameters_of(read(model)).items()
     }
     theirs = reader.block(0) | {name: reader.global_tensor(name) for name in reader.global_names()}
@@ -156,9 +157,9 @@ def test_compressed_tensors_decompresses_to_the_same_weights(recipe: Quantizatio
             np.testing.assert_array_equal(found, codes.dequantize())
 
 
-@pytest.mark.parametrize("case", ["phi3", "mixtral", "glm"])
+@pytest.mark.parametrize("case", ["phi3", "mixtral"])
 def test_other_families_codes_come_back(case: str, tmp_path: Path) -> None:
-    """Fused again, of each expert, with another order of channels."""
+    """Fused again, and of each expert."""
     model = saved(tmp_path, family_fields(case, **WIDE), recipes.rtn())
     folder = exported(model, "compressed-tensors")
     reader = open_checkpoint(folder)
