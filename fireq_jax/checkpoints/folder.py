@@ -126,6 +126,20 @@ class StoredModel:
             )  # fmt: skip
         return cls(folder, source.config, quantization, source)
 
+    def read_part(
+        self, part: str, expected: Mapping[str, Parameter], default: jax.sharding.Sharding | None = None
+    ) -> dict[str, Parameter]:
+        """The parameters of one part ("layers.N", "embed_tokens" ...) of a converted folder, verified.
+
+        Arguments and errors are those of :func:`restore_part`; ``expected`` is of all parts.
+        """
+        if self.digests is not None:
+            if (name := f"params/{part}") not in self.digests:
+                raise ValueError(f"{self.folder / MANIFEST} has no digest of {name}; {UNVERIFIED}")
+            check_digest(part_path(self.folder, part), self.digests[name], UNVERIFIED)
+        wanted = {name: value for name, value in expected.items() if part_of(name) == part}
+        return restore_part(self.folder, part, wanted, default)
+
     def read(self, expected: Mapping[str, Parameter], dtype: jax.typing.DTypeLike) -> dict[str, Parameter]:
         """All parameters by name.
 
@@ -138,7 +152,7 @@ class StoredModel:
             ValueError: if the stored arrays are others than ``expected``'s, or than those that were stored.
         """
         if self.source is None:
-            return _restore_all(self.folder, expected, self.digests)
+            return self._read_all(expected)
         source, parameters, clipped = self.source, dict[str, Parameter](), 0
         kept = [name for name in linear_names(self.config) if not self.quantization.keeps_float(name)]
 
@@ -158,6 +172,17 @@ class StoredModel:
             logger.info("%s: %d codes of -8 are -7 here, with the same scales", self.folder, clipped)
         arrays = {name: self.source.global_tensor(name) for name in self.source.global_names()}
         return parameters | global_parameters(arrays, self.quantization, dtype)
+
+    def _read_all(self, expected: Mapping[str, Parameter]) -> dict[str, Parameter]:
+        parts = list(dict.fromkeys(map(part_of, expected)))
+        stored = [path for path in (self.folder / "params").glob("*") if path.is_dir()]
+        if unknown := sorted(path for path in stored if path.name not in parts):
+            described = self.folder / MANIFEST
+            raise ValueError(f"{unknown[0]} is no part of the model that {described} describes; expected {parts}")
+        default = _default_sharding()  # not on a thread, where it may be another
+        with ThreadPoolExecutor(_RESTORE_THREADS) as pool:
+            read = pool.map(lambda part: self.read_part(part, expected, default), parts)
+            return {name: value for loaded in read for name, value in loaded.items()}
 
 
 def check_finished(folder: Path) -> None:
@@ -266,27 +291,6 @@ def remove_other_parts(folder: Path, parts: Sequence[str]) -> None:
     for path in (folder / "params").iterdir():
         if path.name not in parts and _PART.fullmatch(path.name):
             shutil.rmtree(path)
-
-
-def _restore_all(
-    folder: Path, expected: Mapping[str, Parameter], digests: Mapping[str, str] | None
-) -> dict[str, Parameter]:
-    parts = list(dict.fromkeys(map(part_of, expected)))
-    stored = [path for path in (folder / "params").glob("*") if path.is_dir()]
-    if unknown := sorted(path for path in stored if path.name not in parts):
-        raise ValueError(f"{unknown[0]} is no part of the model that {folder / MANIFEST} describes; expected {parts}")
-    default = _default_sharding()  # not on a thread, where it may be another
-
-    def restore(part: str) -> dict[str, Parameter]:
-        if digests is not None:
-            if (name := f"params/{part}") not in digests:
-                raise ValueError(f"{folder / MANIFEST} has no digest of {name}; {UNVERIFIED}")
-            check_digest(part_path(folder, part), digests[name], UNVERIFIED)
-        wanted = {name: value for name, value in expected.items() if part_of(name) == part}
-        return restore_part(folder, part, wanted, default)
-
-    with ThreadPoolExecutor(_RESTORE_THREADS) as pool:
-        return {name: value for loaded in pool.map(restore, parts) for name, value in loaded.items()}
 
 
 def restore_part(

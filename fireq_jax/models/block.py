@@ -20,9 +20,10 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
-from fireq_jax.models.coded_weight import BlockTensor, joined
+from fireq_jax.models.coded_weight import BlockTensor, CodedWeight, HostTensor, joined
 from fireq_jax.models.config import ModelConfig
 from pallas_kernels import layouts
 
@@ -151,6 +152,27 @@ def fuse_block(block: Mapping[str, TensorT]) -> dict[str, TensorT]:
         elif not any(part in name for part in (".k_proj.", ".v_proj.", ".up_proj.")):
             fused[name] = tensor
     return fused
+
+
+def split_block(fused: Mapping[str, HostTensor], config: ModelConfig) -> dict[str, HostTensor]:
+    """The inverse of :func:`fuse_block`, on the host."""
+    heads, kv_heads = config.num_heads, config.num_kv_heads
+    ends = np.cumsum([heads, kv_heads, kv_heads]) * config.head_dim
+    qkv = dict(zip("qkv", np.split(np.arange(ends[-1]), ends[:-1]), strict=True))
+    inner = config.intermediate_size
+    gate, up = layouts.split_gate_up(jnp.arange(layouts.interleaved_rows(inner)))
+    both = {"gate": np.asarray(gate)[:inner], "up": np.asarray(up)[:inner]}
+    split: dict[str, HostTensor] = {}
+    for name, tensor in fused.items():
+        whole = next((whole for whole in ("qkv", "gate_up") if f".{whole}_proj." in name), None)
+        if whole is None:
+            split[name] = tensor
+            continue
+        for part, rows in (qkv if whole == "qkv" else both).items():
+            axis = int(".experts." in name)
+            taken = tensor.take_rows(rows) if isinstance(tensor, CodedWeight) else np.take(tensor, rows, axis)
+            split[name.replace(f".{whole}_proj.", f".{part}_proj.")] = taken
+    return split
 
 
 def _concatenate(*arrays: Array) -> Array:

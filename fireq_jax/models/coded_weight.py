@@ -86,6 +86,23 @@ class CodedWeight:
         weight *= np.asarray(self.channel_scale)[..., None]
         return weight
 
+    @classmethod
+    def unpack(cls, weight: QuantizedTensor) -> "CodedWeight":
+        """What a weight of the kernels, or a stack of such, holds: the inverse of :meth:`pack`, on the host.
+
+        With E4M3 group scales the kernels round each code times its group's scale to E4M3, which the codes do not say.
+
+        Raises:
+            ValueError: for a format that has other numbers than its codes.
+        """
+        if weight.format == "fp8":
+            return cls(np.asarray(weight.values), None, np.asarray(weight.channel_scale), "fp8")
+        if weight.format != "int4":
+            raise ValueError(f"the weight's format is {weight.format!r}; expected 'int4' or 'fp8'")
+        codes = jax.tree.map(np.asarray, _codes(weight))
+        scale = codes.group_scale.astype(np.float32)
+        return cls(codes.codes, scale, codes.channel_scale, "int4", weight.group_size)
+
     def pack(self, group_size: int, scale_dtype: formats.ScaleDtype) -> QuantizedTensor:
         """The same codes for the kernels.
 
@@ -121,6 +138,7 @@ class CodedWeight:
 
 
 BlockTensor = np.ndarray | Array | CodedWeight
+HostTensor = np.ndarray | CodedWeight  # a checkpoint's
 
 
 def float32_block(tensors: Mapping[str, BlockTensor]) -> dict[str, Array]:
@@ -149,6 +167,9 @@ def joined(tensors: Sequence[BlockTensor], join: Callable[..., Array]) -> Any:
     whole = jax.tree.map(lambda *arrays: join(*map(jnp.asarray, arrays)), *tensors)
     ones = jax.tree.map(lambda scale: jnp.where(scale == 0, 1, scale), (whole.group_scale, whole.channel_scale))
     return dataclasses.replace(whole, group_scale=ones[0], channel_scale=ones[1])
+
+
+_codes = jax.jit(over_stack(QuantizedTensor.codes))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2), compiler_options=COMPILE_QUICKLY)

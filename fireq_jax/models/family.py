@@ -28,7 +28,7 @@ HEAD = "lm_head.weight"
 _SLIDING = "sliding_attention"
 
 # transformers' name -> ours.
-_NAMES = {
+NAMES = {
     "model_type": "model_type",
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -119,11 +119,11 @@ def config_of(family: Family, fields: Fields) -> ModelConfig:
         ValueError: for an option that this project does not have, or a field out of range.
     """
     fields = _completed(family, fields)
-    values = {ours: fields[theirs] for theirs, ours in _NAMES.items() if fields.get(theirs) is not None}
+    values = {ours: fields[theirs] for theirs, ours in NAMES.items() if fields.get(theirs) is not None}
     if missing := [name for name in _REQUIRED if fields.get(name) is None]:
         raise ValueError(f"{missing[0]} is missing; expected a whole number")
     values["eos_token_ids"] = eos_ids(fields.get("eos_token_id"))
-    check_values(ModelConfig, values, RANGES, {ours: theirs for theirs, ours in _NAMES.items()})
+    check_values(ModelConfig, values, RANGES, {ours: theirs for theirs, ours in NAMES.items()})
     _check_options(family, fields, values)
     heads, hidden = values["num_heads"], values["hidden_size"]
     values.setdefault("num_kv_heads", heads)
@@ -148,7 +148,7 @@ def _check_options(family: Family, fields: Fields, values: Fields) -> None:
     for name, accepted in _ACCEPTED.items():
         if fields.get(name, accepted[0]) not in accepted:
             raise ValueError(f"{name} is {quote(fields[name])}; only {quote(accepted[0])} is supported")
-    known = {*_NAMES, *_ACCEPTED, *_NO_EFFECT, *family.defaults, *family.aliases}
+    known = {*NAMES, *_ACCEPTED, *_NO_EFFECT, *family.defaults, *family.aliases}
     if "sliding_window" not in family.defaults:
         _check_sees_everything(fields, values)
         known |= {"sliding_window", "layer_types"}
