@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn, get_args
@@ -40,11 +39,6 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code (``command_line``)."""
     args = parser().parse_args(arguments)
-    root = logging.getLogger()
-    for handler in [handler for handler in root.handlers if type(handler) is logging.StreamHandler]:
-        root.removeHandler(handler)  # absl's, which Orbax calls when it is imported; basicConfig would keep it
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("absl").setLevel(logging.WARNING)
     return exit_code("fireq-export", lambda: run(args), args.log_level)
 
 

@@ -15,10 +15,12 @@ from checkpoints_convert.algorithms.smoothing import leaving, smooth_block
 from checkpoints_convert.calibrate import Calibrator
 from checkpoints_convert.conversion import ConversionOptions, convert
 from checkpoints_convert.convert_and_quantize import main
+from checkpoints_convert.stored_codes import report_codes
 from fireq_jax import AutoModelForCausalLM, ModelConfig, recipes
 from fireq_jax.checkpoints.folder import read_manifest
 from fireq_jax.checkpoints.reader import open_checkpoint
 from fireq_jax.models.block import fuse_block
+from fireq_jax.models.coded_weight import CodedWeight
 from fireq_jax.models.parameters import parameters_of
 from pallas_kernels.quantized_tensor import QuantizedTensor
 
@@ -102,6 +104,13 @@ def test_zero_points_are_kept_with_a_clip(tmp_path, caplog):
     assert_same_codes(source, model)
     assert all(0.01 < error < 0.1 for layer in report["layers"].values() for error in layer["weight_error"].values())
     assert all(layer["codes"]["clipped"] > 0 for layer in report["layers"].values())
+    assert "--no-keep-codes" not in caplog.text
+
+
+def test_many_clipped_codes_are_a_warning(caplog):
+    codes = {"mlp.down_proj.weight": CodedWeight(np.full((2, 64), 9, np.int8), None, np.ones(2, np.float32), "int4")}
+    report_codes({"mlp.down_proj": 0.2}, 0, ["layers.0.mlp.down_proj"], codes)
+    assert "100% of the stored codes are outside -7..7 and clipped; --no-keep-codes" in caplog.text
 
 
 def test_fp8_is_kept_by_a_recipe_of_fp8(tmp_path):
