@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from fireq_jax.checkpoints.packing import WORD, pack_words
 from fireq_jax.checkpoints.safetensors_writer import TensorSpec
 from fireq_jax.models.coded_weight import CodedWeight
 from fireq_jax.quantization.config import QuantizationConfig
 
 _INT32, _FLOAT32, _INT64 = np.dtype(np.int32), np.dtype(np.float32), np.dtype(np.int64)
-_WORD = 8  # codes
 _GROUPS = (32, 64, 128)
 
 
@@ -45,7 +45,7 @@ class PackedInt4:
         """What stands for a weight [N, K], by what follows the layer's name."""
         n, k = shape
         return {
-            ".weight_packed": TensorSpec((n, -(-k // _WORD)), _INT32),
+            ".weight_packed": TensorSpec((n, -(-k // WORD)), _INT32),
             ".weight_scale": TensorSpec((n, k // self.group_size), _FLOAT32),
             ".weight_shape": TensorSpec((2,), _INT64),
         }
@@ -56,7 +56,7 @@ class PackedInt4:
         assert weight.group_size is not None
         scale = np.repeat(weight.group_scale, weight.group_size // self.group_size, axis=1)
         return {
-            ".weight_packed": _packed(np.asarray(weight.values)),
+            ".weight_packed": pack_words(np.asarray(weight.values)),
             ".weight_scale": scale[:, : k // self.group_size] * weight.channel_scale[:, None],
             ".weight_shape": np.array([n, k], np.int64),
         }
@@ -137,9 +137,3 @@ def compression_config(form: Form, ignore: list[str], *, fp8_rows: bool) -> dict
         "ignore": ignore,
         "kv_cache_scheme": None,
     }
-
-
-def _packed(codes: np.ndarray) -> np.ndarray:
-    """int32 words [N, ceil(K / 8)] of int8 codes [N, K]."""
-    nibbles = np.pad((codes + np.int8(8)).view(np.uint8), ((0, 0), (0, -codes.shape[1] % _WORD)))
-    return np.ascontiguousarray(nibbles[:, ::2] | nibbles[:, 1::2] << 4).view(np.int32)

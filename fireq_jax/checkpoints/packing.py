@@ -1,4 +1,4 @@
-"""Codes of four bits out of the words that checkpoint formats pack them into, less zero points: int8 [N, K].
+"""Codes of four bits out of the words that checkpoint formats pack them into, less zero points, and into words again.
 
 Work is cut into pieces that stay in a core's cache, a piece to a thread: NumPy lets other threads run meanwhile.
 """
@@ -12,6 +12,7 @@ import numpy as np
 
 # The column of nibble 0, 1, ... of a word of AutoAWQ's, in its eight.
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+WORD = 8  # codes of a 32-bit word
 _IN_ORDER = tuple(range(8))
 _PIECE = 2**20  # codes
 _WORDS, _COLUMNS = 128, 4096  # of a tile that is turned over in the cache
@@ -55,6 +56,12 @@ def unpack_nibbles(packed: np.ndarray, zeros: Zeros = NO_ZEROS) -> np.ndarray:
 
     _in_pieces(unpack, len(codes), max(1, _PIECE // max(1, codes.shape[1])))
     return codes.view(np.int8)
+
+
+def pack_words(codes: np.ndarray) -> np.ndarray:
+    """int32 [N, ceil(K / 8)] of codes -8..7 [N, K], plus 8: what :func:`unpack_nibbles` less ``MIDDLE`` takes apart."""
+    nibbles = np.pad((codes + np.int8(8)).view(np.uint8), ((0, 0), (0, -codes.shape[1] % WORD)))
+    return np.ascontiguousarray(nibbles[:, ::2] | nibbles[:, 1::2] << 4).view(np.int32)
 
 
 def unpack_columns(packed: np.ndarray, zeros: Zeros = NO_ZEROS) -> np.ndarray:
