@@ -36,7 +36,7 @@ def read_format(fields: Mapping[str, Any]) -> QuantizedFormat:
     size = group_size(fields.get("group_size", fields.get("q_group_size", 128)), "group_size")
     if (zero_point := fields.get("zero_point", True)) is not True:
         raise ValueError(f"zero_point is {quote(zero_point)}; expected true")
-    storage = AwqStorage(size)
+    storage = AwqStorage(ScaleGrid(1, size))
     return QuantizedFormat("awq", lambda layer: storage)
 
 
@@ -45,22 +45,22 @@ class AwqStorage:
     """Integers of 4 bits packed along N, [K, N], with zero points.
 
     Attributes:
-        group_size: inputs that share a scale; None for all.
+        grid: of the scales, which groups of a row's inputs share.
     """
 
-    group_size: int | None
+    grid: ScaleGrid
 
     @property
     def kind(self) -> CodedKind | None:
         """INT4, if the kernels have such groups; some codes are clipped."""
-        return ScaleGrid(1, self.group_size).int4_kind(exact=False)
+        return self.grid.int4_kind(exact=False)
 
     def parts(self, shape: Shape) -> dict[str, Part]:
         """Codes, zero points and scales of the transposed weight."""
         n, k = matrix(shape)
         if n % 8:
             raise ValueError(f"the weight has shape {shape}; expected a multiple of 8 rows")
-        groups = ScaleGrid(1, self.group_size).shape(n, k)[1]
+        groups = self.grid.shape(n, k)[1]
         return {
             ".qweight": Part(((k, n // 8),), ("I32",)),
             ".qzeros": Part(((groups, n // 8),), ("I32",)),
@@ -70,8 +70,7 @@ class AwqStorage:
     def decode(self, parts: Mapping[str, np.ndarray], shape: Shape) -> CodedWeight | np.ndarray:
         """Codes less zero points, or multiplied by their scales."""
         n, k = matrix(shape)
-        grid = ScaleGrid(1, self.group_size)
         zeros = unpack_rows(parts[".qzeros"], AWQ_ORDER).view(np.uint8)
-        codes = unpack_rows(parts[".qweight"], AWQ_ORDER, Zeros(zeros, self.group_size))
+        codes = unpack_rows(parts[".qweight"], AWQ_ORDER, Zeros(zeros, self.grid.columns))
         scale = parts[".scales"].T
-        return codes * grid.expand(scale, n, k) if self.kind is None else coded(codes, scale, grid, self.kind)
+        return codes * self.grid.expand(scale, n, k) if self.kind is None else coded(codes, scale, self.grid, self.kind)

@@ -44,7 +44,7 @@ def read_format(fields: Mapping[str, Any]) -> QuantizedFormat:
     if fields.get("dynamic"):
         raise ValueError(f"dynamic is {quote(fields['dynamic'])}; expected one format for all layers")
     ordered = flags["desc_act"] and size is not None
-    storage = GptqStorage(bits, size, flags["sym"], ordered, _VERSIONS[version])
+    storage = GptqStorage(bits, ScaleGrid(1, size), flags["sym"], ordered, _VERSIONS[version])
     return QuantizedFormat("gptq", lambda layer: storage)
 
 
@@ -54,14 +54,14 @@ class GptqStorage:
 
     Attributes:
         bits: of each.
-        group_size: inputs that share a scale; None for all.
+        grid: of the scales, which groups of a row's inputs share.
         symmetric: whether zero points are all in the middle.
         ordered: whether groups are of columns that are not neighbours.
         offset: what is added to a stored zero point.
     """
 
     bits: int
-    group_size: int | None
+    grid: ScaleGrid
     symmetric: bool
     ordered: bool
     offset: int
@@ -71,12 +71,12 @@ class GptqStorage:
         """INT4, if the kernels have such groups, and columns are in order."""
         if self.bits != 4 or self.ordered:
             return None
-        return ScaleGrid(1, self.group_size).int4_kind(exact=self.symmetric)
+        return self.grid.int4_kind(exact=self.symmetric)
 
     def parts(self, shape: Shape) -> dict[str, Part]:
         """Codes, zero points and scales of the transposed weight."""
         n, k = matrix(shape)
-        word, groups = 32 // self.bits, ScaleGrid(1, self.group_size).shape(n, k)[1]
+        word, groups = 32 // self.bits, self.grid.shape(n, k)[1]
         if k % word or n % word:
             raise ValueError(f"the weight has shape {shape}; expected multiples of {word}")
         return {
@@ -89,21 +89,22 @@ class GptqStorage:
     def decode(self, parts: Mapping[str, np.ndarray], shape: Shape) -> CodedWeight | np.ndarray:
         """Codes less zero points, or multiplied by their scales."""
         n, k = matrix(shape)
-        grid = ScaleGrid(1, self.group_size)
-        groups, natural = grid.shape(n, k)[1], np.arange(k) // (self.group_size or k)
+        groups, natural = self.grid.shape(n, k)[1], np.arange(k) // (self.grid.columns or k)
         group = parts[".g_idx"].astype(np.int64) if ".g_idx" in parts else natural
         if group.min() < 0 or group.max() >= groups:
             raise ValueError(f"g_idx reaches from {group.min()} to {group.max()}; there are {groups} groups")
         if not self.ordered and not np.array_equal(group, natural):
-            raise ValueError(f"g_idx is not in order, and the config says desc_act false, group_size {self.group_size}")
+            raise ValueError(
+                f"g_idx is not in order, and the config says desc_act false, group_size {self.grid.columns}"
+            )
         four = self.bits == 4
         zeros = unpack_rows(parts[".qzeros"]) if four else np.ascontiguousarray(parts[".qzeros"]).view(np.uint8).T
         zeros = zeros.astype(np.int16) + self.offset
         self._check_zeros(zeros)
         weight, scale = parts[".qweight"], parts[".scales"].T
         if self.kind is not None:
-            less = MIDDLE if self.symmetric else Zeros(zeros.astype(np.uint8), self.group_size)
-            return coded(unpack_columns(weight, less), scale, grid, self.kind)
+            less = MIDDLE if self.symmetric else Zeros(zeros.astype(np.uint8), self.grid.columns)
+            return coded(unpack_columns(weight, less), scale, self.grid, self.kind)
         codes = unpack_columns(weight) if four else np.ascontiguousarray(weight.T).view(np.uint8)
         return (codes.astype(np.float32) - zeros[:, group]) * scale.astype(np.float32)[:, group]
 
