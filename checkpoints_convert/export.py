@@ -24,7 +24,7 @@ from checkpoints_convert.huggingface_config import exported_config
 from fireq_jax import json_files
 from fireq_jax.checkpoints.folder import UNVERIFIED, StoredModel
 from fireq_jax.checkpoints.safetensors_writer import TensorSpec, shards_of, write_shards
-from fireq_jax.checkpoints.tokenizer import TOKENIZER_FILES
+from fireq_jax.checkpoints.tokenizer import companion_files
 from fireq_jax.command_line import check_interrupted
 from fireq_jax.config_fields import check_kinds
 from fireq_jax.models.architectures import tensor_table
@@ -40,7 +40,6 @@ from pallas_kernels.quantized_tensor import QuantizedTensor
 
 ExportFormat = Literal["compressed-tensors", "huggingface"]
 Dtype = Literal["bfloat16", "float32"]
-COMPANIONS = ("generation_config.json", *TOKENIZER_FILES)
 logger = logging.getLogger(__name__)
 _dequantize = jax.jit(QuantizedTensor.dequantize)
 
@@ -152,8 +151,7 @@ class _Exporter:
 
     def tensors(self, *, progress: bool) -> Iterator[tuple[str, np.ndarray]]:
         """Name and array of everything planned; a layer at a time is in memory."""
-        outside = ["embed_tokens", *(name for name in self._table.outside if name != "embed_tokens")]
-        for name in outside:
+        for name in self._outside:
             yield from self._globals(name)
         layers = range(self.config.num_layers)
         for index in tqdm(layers, desc="exporting", unit="block", disable=not progress, leave=False):
@@ -198,10 +196,14 @@ class _Exporter:
             )
         return found
 
+    @property
+    def _outside(self) -> list[str]:
+        """Names here of what is in no block, the embedding first."""
+        return ["embed_tokens", *(name for name in self._table.outside if name != "embed_tokens")]
+
     def _plan(self) -> dict[str, TensorSpec]:
         outside = self._table.outside
-        names = ["embed_tokens", *(name for name in outside if name != "embed_tokens")]
-        planned = {outside[name].name: TensorSpec(outside[name].shape, self._dtype_of(name)) for name in names}
+        planned = {outside[name].name: TensorSpec(outside[name].shape, self._dtype_of(name)) for name in self._outside}
         for index in range(self.config.num_layers):
             prefix = self._table.prefix.format(index=index)
             coded = self._coded_parts(index)
@@ -236,11 +238,10 @@ class _Exporter:
 
     def _find_companions(self) -> list[Path]:
         folder, digests = self.stored.folder, self.stored.digests or {}
-        there = [folder / name for name in COMPANIONS if (folder / name).is_file()]
-        for path in there:
-            if path.name in digests:
-                check_digest(path, digests[path.name], UNVERIFIED)
-        return [path for path in there if path.name != "config.json"]
+        with companion_files(folder) as companions:  # a converted folder's are its own
+            for name in companions.keys() & digests.keys():
+                check_digest(companions[name], digests[name], UNVERIFIED)
+            return [path for name, path in companions.items() if name != "config.json"]
 
     # --- its tensors --------------------------------------------------------------------------------------
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from fireq_jax.checkpoints.folder import MANIFEST, check_finished, read_manifest
 from fireq_jax.checkpoints.gguf_file import find_gguf
+from fireq_jax.checkpoints.huggingface import GENERATION_CONFIG
 from fireq_jax.checkpoints.quantized import FORMAT_FILES
 from fireq_jax.checkpoints.reader import checkpoint_config
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 # What says whether a model can be loaded, in a few kilobytes.
-_CONFIGS = (*FORMAT_FILES, "generation_config.json", MANIFEST)
+_CONFIGS = (*FORMAT_FILES, GENERATION_CONFIG, MANIFEST)
 # Beside the weights: configs, tokenizers, chat templates.
 _COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja")
 

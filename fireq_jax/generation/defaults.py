@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from fireq_jax.checkpoints.huggingface import read_generation_config
+from fireq_jax.checkpoints.huggingface import GENERATION_CONFIG, read_generation_config
 from fireq_jax.config_fields import check_types
 from fireq_jax.generation.sampling import SamplingConfig, SamplingOptions
 
@@ -76,7 +76,7 @@ class GenerationDefaults:
         if isinstance(eos := values.get("eos_token_id"), list):
             values["eos_token_id"] = tuple(eos)
         ignored = sorted(name for name in set(fields) - known - _HARMLESS if not _is_neutral(name, fields[name]))
-        return cls(folder / "generation_config.json", tuple(ignored), **values)
+        return cls(folder / GENERATION_CONFIG, tuple(ignored), **values)
 
     def sampling(self, given: Mapping[str, Any] | None = None) -> SamplingOptions:
         """Options ``given`` (None: not given), then those of the file.
