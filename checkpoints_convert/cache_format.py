@@ -2,7 +2,7 @@
 
 Qwen2's keys have biases many times as large as what text adds to them. Where RoPE hardly turns them ``key_offset``
 takes them away, and where no query reads them N does; what is left takes the range of INT4's 15 values, of FP8's three
-bits of mantissa, and of FP8 queries too (examples/benchmarks/NOTES.md, "Keys with large biases"). No number of one
+bits of mantissa, and of FP8 queries too (docs/decisions/keys_and_values.md). No number of one
 layer says how much of that a model forgives, so it is asked: a little text goes through float weights with each format.
 """
 
