@@ -5,7 +5,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, get_args
 
 from checkpoints_convert.calibration_data import calibration_windows, check_sizes
 from checkpoints_convert.conversion import ConversionOptions, convert, needs_calibration
@@ -17,7 +17,7 @@ from fireq_jax.command_line import add_verbosity, exit_code, leave
 from fireq_jax.compilation import keep_programs
 from fireq_jax.models.llama import linear_names
 from fireq_jax.quantization import recipes
-from fireq_jax.quantization.config import QuantizationConfig
+from fireq_jax.quantization.config import QuantizationConfig, WeightFormat
 from fireq_jax.text_data import read_documents
 from pallas_kernels import formats
 
@@ -53,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="PATTERN",
         help="linear layers to leave alone, as in 'layers.0.*'",
     )
+    _add_layer_formats(parse)
     parse.add_argument(
         "--keep-codes",
         action=argparse.BooleanOptionalAction,
@@ -81,7 +82,12 @@ def run(args: argparse.Namespace) -> None:
         quantization = dataclasses.replace(quantization, weight_format=args.weight_format)
     if args.lm_head_format is not None:
         quantization = dataclasses.replace(quantization, lm_head_format=args.lm_head_format)
-    quantization = dataclasses.replace(quantization, keep_float=quantization.keep_float + tuple(args.keep_float))
+    quantization = dataclasses.replace(
+        quantization,
+        keep_float=quantization.keep_float + tuple(args.keep_float),
+        layer_formats=quantization.layer_formats + _choices("--layer-format", args.layer_format),
+        layer_kv_formats=quantization.layer_kv_formats + _choices("--layer-kv-format", args.layer_kv_format),
+    )
     options = ConversionOptions(
         Path(args.model),
         args.output,
@@ -110,6 +116,32 @@ def run(args: argparse.Namespace) -> None:
     report = convert(options, tokens, held_out=held_out, resume=args.resume)
     before, after = report["bytes_before"] / 1e6, report["bytes_after"] / 1e6
     print(f"{args.output}: {before:.1f} MB -> {after:.1f} MB in {report['seconds']:.1f} s ({args.recipe})")
+
+
+def _add_layer_formats(parse: argparse.ArgumentParser) -> None:
+    for name, formats_there, example in (
+        ("--layer-format", get_args(WeightFormat), "layers.29.mlp.down_proj=fp8"),
+        ("--layer-kv-format", get_args(formats.KVFormat), "layers.3.self_attn=fp8"),
+    ):
+        what = "weights" if name == "--layer-format" else "cache"
+        parse.add_argument(
+            name,
+            nargs="+",
+            action="extend",
+            default=[],
+            metavar="PATTERN=FORMAT",
+            help=f"{what} of some layers in another format ({', '.join(formats_there)}), as in {example!r}; of several "
+            "patterns that match a layer the last decides",
+        )
+
+
+def _choices(option: str, texts: Sequence[str]) -> tuple[tuple[str, Any], ...]:
+    """Pairs of a pattern and a format, which the config checks."""
+    for text in texts:
+        if "=" not in text:
+            raise ValueError(f"{option} is {text!r}; expected PATTERN=FORMAT")
+    pairs = (text.rpartition("=") for text in texts)
+    return tuple((pattern, chosen_format) for pattern, _, chosen_format in pairs)
 
 
 def _documents(args: argparse.Namespace, quantization: QuantizationConfig) -> list[str] | None:

@@ -5,7 +5,10 @@ import json
 
 import pytest
 
+from fireq_jax.models.block import linears_of
+from fireq_jax.models.config import ExpertsConfig, ModelConfig
 from fireq_jax.quantization import QuantizationConfig, SmoothingConfig, recipes
+from fireq_jax.quantization.layer_patterns import parts_of
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
@@ -156,3 +159,56 @@ def test_rounding_to_nearest_keeps_formats_and_nothing_else():
     for recipe in (recipes.fireq(), recipes.fireq_plus()):
         plain = dataclasses.replace(recipe, **changes).round_to_nearest()
         assert plain == dataclasses.replace(recipes.rtn(), **changes)
+
+
+NAMES = [f"layers.{i}.{name}" for i in (0, 1) for name in
+         ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")]  # fmt: skip
+
+
+def test_layers_have_the_formats_that_the_last_pattern_says():
+    """``keep_float`` goes first; and what the config says survives JSON, with and without patterns."""
+    config = dataclasses.replace(
+        recipes.fireq_plus(),
+        layer_formats={"*.mlp.*": "nf4", "layers.1.mlp.down_proj": "fp8", "*.[qkv]_proj": "none"},
+        layer_kv_formats=[("layers.1.*", "fp8")],
+        keep_float=("layers.0.mlp.down_proj",),
+    )
+    config.check_fits(NAMES, head_dim=64)
+    found = ["none", "int4", "nf4", "none", "none", "int4", "nf4", "fp8"]
+    assert [config.weight_format_of(name) for name in NAMES] == found
+    assert [config.for_attention(f"layers.{i}.self_attn").kv_format for i in (0, 1)] == ["int4", "fp8"]
+    assert config.for_linear(NAMES[6]) == dataclasses.replace(recipes.fireq_plus(), weight_format="nf4")
+    assert not config.for_linear(NAMES[7]).reads_text
+    assert QuantizationConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert hash(config) == hash(QuantizationConfig.from_dict(config.to_dict()))
+    assert "layer_formats" not in recipes.fireq_plus().to_dict()  # which earlier versions do not have
+
+
+def test_names_of_fused_layers_are_those_of_the_models():
+    for experts in (None, ExpertsConfig(2, 1)):
+        config = ModelConfig(9, 32, 48, 1, 2, 1, 16, experts=experts)
+        for linear in linears_of(config):
+            assert parts_of(linear.name) == (list(linear.parts) if len(linear.parts) > 1 else [])
+
+
+@pytest.mark.parametrize(
+    ("fields", "quoted"),
+    [
+        ({"layer_formats": {"layers.0.*": "int3"}}, r"layer_formats of 'layers\.0\.\*' is 'int3'; expected one of"),
+        ({"layer_formats": "layers.0.*"}, r"layer_formats is 'layers\.0\.\*'; expected pairs"),
+        ({"layer_kv_formats": [("*", "nf4")]}, r"layer_kv_formats of '\*' is 'nf4'"),
+        ({"activation_format": "none", "layer_formats": {"*.o_proj": "fp8"}}, r"'fp8' of layer_formats '\*\.o_proj'"),
+        ({"layer_formats": {"layers.1.down_proj": "fp8"}}, r"matches no layer; layers are \['layers.1.mlp.down_proj'"),
+        (
+            {"layer_formats": {"layers.1.self_attn.k_proj": "fp8"}},
+            r"matches layers.1.self_attn.k_proj alone, .* layers.1.self_attn.qkv_proj",
+        ),
+        ({"keep_float": ("*.up_proj",)}, r"'\*\.up_proj' matches layers\.0\.mlp\.up_proj alone, .*gate_up_proj"),
+        ({"layer_formats": {"*.down_proj": "fp8", "*": "nf4"}}, r"'\*\.down_proj' decides nothing"),
+        ({"layer_formats": {"*.down_proj": "fp8"}, "keep_float": ("*.mlp.*",)}, r"'\*\.down_proj' decides nothing"),
+        ({"layer_kv_formats": {"layers.1.mlp.*": "fp8"}}, "matches no layer; layers are .*self_attn"),
+    ],
+)
+def test_formats_of_layers_that_cannot_be(fields, quoted):
+    with pytest.raises(ValueError, match=quoted):
+        QuantizationConfig(**fields).check_fits(NAMES, head_dim=64)
