@@ -24,13 +24,22 @@ from pallas_kernels import formats
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parse = argparse.ArgumentParser(prog="fireq-convert", description=__doc__)
+    parse = argparse.ArgumentParser(
+        prog="fireq-convert",
+        description=__doc__,
+        epilog=f"recipes:\n{recipes.described()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parse.add_argument("--model", required=True, help="Hugging Face folder, GGUF file, or a hub id to download")
     parse.add_argument("--revision", help="branch, tag or commit of the hub id")
     parse.add_argument("--output", required=True, type=Path, help="folder to write")
     parse.add_argument(
-        "--recipe", default="fireq_plus", help=f"one of {', '.join(recipes.RECIPES)} (default: fireq_plus)"
+        "--recipe",
+        default="fireq_plus",
+        help="one of those below, or FILE.json: fields of QuantizationConfig and a recipe to start from, as in "
+        '{"base": "fireq_plus", "group_size": 64} (default: fireq_plus)',
     )
+    parse.add_argument("--list-recipes", action=_ListRecipes, help="say which recipe is for what, and exit")
     parse.add_argument("--calibration", help="text file, .jsonl, .parquet, a folder of them, or a dataset name")
     parse.add_argument("--text-field", default="text", help="where .jsonl and .parquet hold their text (default: text)")
     parse.add_argument("--calibration-samples", type=int, default=128, help="token windows (default: 128)")
@@ -73,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Convert as the parsed command line says."""
-    quantization = recipes.by_name(args.recipe)
+    quantization = recipes.by_name_or_file(args.recipe)
     if args.kv_format is not None:
         quantization = quantization.with_kv_format(args.kv_format)
     if args.weight_format is not None:
@@ -116,6 +125,17 @@ def run(args: argparse.Namespace) -> None:
     report = convert(options, tokens, held_out=held_out, resume=args.resume)
     before, after = report["bytes_before"] / 1e6, report["bytes_after"] / 1e6
     print(f"{args.output}: {before:.1f} MB -> {after:.1f} MB in {report['seconds']:.1f} s ({args.recipe})")
+
+
+class _ListRecipes(argparse.Action):
+    """Print what each recipe is, as ``--help`` prints the options: without what else the command needs."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        print(recipes.described())
+        parser.exit()
 
 
 def _add_layer_formats(parse: argparse.ArgumentParser) -> None:

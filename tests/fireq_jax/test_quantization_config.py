@@ -44,6 +44,42 @@ def test_unknown_recipe_lists_all_of_them():
     assert all(f"\n  {name}: " in str(error.value) for name in recipes.RECIPES)
 
 
+def test_a_recipe_in_a_file_changes_its_base_or_is_complete(tmp_path):
+    path = tmp_path / "mine.json"
+    for fields, expected in [
+        ({"base": "fireq_plus", "group_size": 64}, dataclasses.replace(recipes.fireq_plus(), group_size=64)),
+        ({"base": "rtn", "smoothing": {"alpha": 4.0}}, QuantizationConfig(smoothing=SmoothingConfig(alpha=4.0))),
+        ({"base": "rtn", "layer_formats": {"*.o_proj": "fp8"}}, QuantizationConfig(layer_formats={"*.o_proj": "fp8"})),
+        ({"base": "fireq", "smoothing": None}, dataclasses.replace(recipes.fireq(), smoothing=None)),
+        (recipes.fireq_plus().to_dict(), recipes.fireq_plus()),
+    ]:
+        path.write_text(json.dumps(fields))
+        assert recipes.by_name_or_file(str(path)) == expected
+    own = dataclasses.replace(recipes.fireq_plus().smoothing, query_exponent=0.5)
+    path.write_text('{"base": "fireq_plus", "smoothing": {"query_exponent": 0.5}}')
+    assert recipes.from_file(path).smoothing == own
+    for fields, quoted in [
+        ({"base": "gptq"}, r"mine\.json: recipe is 'gptq'"),
+        ({"base": 3}, r"mine\.json: base is 3"),
+        ({"group_size": 64}, "are missing; .* or a recipe to start from"),
+        ({"base": "rtn", "grouped": 64}, r"mine\.json: unknown QuantizationConfig keys \['grouped'\]"),
+        ({"base": "rtn", "smoothing": {"alfa": 1}}, r"unknown SmoothingConfig keys \['alfa'\]"),
+        ({"base": "rtn", "smoothing": 3}, "smoothing is 3; expected an object"),
+        ({"base": "rtn", "group_size": 32}, r"mine\.json: group_size is 32"),
+    ]:
+        path.write_text(json.dumps(fields))
+        with pytest.raises(ValueError, match=quoted):
+            recipes.from_file(path)
+    with pytest.raises(ValueError, match=r"gone\.json is missing"):
+        recipes.by_name_or_file("gone.json")
+
+
+def test_each_recipe_says_what_it_is_and_when_to_take_it():
+    text = recipes.described()
+    assert all(f"\n  {name} " in "\n" + text for name in recipes.RECIPES)
+    assert max(map(len, text.splitlines())) <= 110
+
+
 @pytest.mark.parametrize(
     ("fields", "quoted"),
     [
