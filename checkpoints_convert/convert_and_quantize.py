@@ -17,7 +17,7 @@ from fireq_jax.command_line import add_verbosity, exit_code, leave
 from fireq_jax.compilation import keep_programs
 from fireq_jax.models.llama import linear_names
 from fireq_jax.quantization import recipes
-from fireq_jax.quantization.config import QuantizationConfig, WeightFormat
+from fireq_jax.quantization.config import QuantizationConfig, weight_formats
 from fireq_jax.text_data import read_documents
 from pallas_kernels import formats
 
@@ -140,7 +140,7 @@ class _ListRecipes(argparse.Action):
 
 def _add_layer_formats(parse: argparse.ArgumentParser) -> None:
     for name, formats_there, example in (
-        ("--layer-format", get_args(WeightFormat), "layers.29.mlp.down_proj=fp8"),
+        ("--layer-format", weight_formats(), "layers.29.mlp.down_proj=fp8"),
         ("--layer-kv-format", get_args(formats.KVFormat), "layers.3.self_attn=fp8"),
     ):
         what = "weights" if name == "--layer-format" else "cache"

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Self, get_args
 
-from fireq_jax.config_fields import check_kinds, check_names, check_types, mapping
+from fireq_jax.config_fields import check_kinds, check_names, check_types, mapping, pairs, quote
 from fireq_jax.quantization.layer_patterns import (
     Choices,
     as_choices,
@@ -15,8 +15,9 @@ from fireq_jax.quantization.layer_patterns import (
     matches,
 )
 from pallas_kernels import formats
+from pallas_kernels.codebooks import own_codebooks, register_codebook
 
-WeightFormat = Literal["int4", "fp4", "nf4", "fp8", "none"]
+WeightFormat = formats.Codebook | Literal["fp8", "none"]
 ActivationFormat = Literal["fp8", "none"]
 CalibrationStream = Literal["float", "quantized"]
 ColumnStatistic = Literal["mean", "max"]
@@ -25,11 +26,16 @@ ValueBasis = Literal["channels", "hadamard", "balanced"]
 ResidualBasis = Literal["channels", "hadamard"]
 
 
+def weight_formats() -> tuple[WeightFormat, ...]:
+    """All formats of weights that there are, those of registered codebooks too."""
+    return (*formats.CODEBOOKS, "fp8", "none")
+
+
 # Of alpha and beta: far from where the keys' scales leave bfloat16 and float32.
 _KEY_SIZES = 1e-6, 1e6
 _MOST_STEPS = 1_000_000
 # Fields that models of earlier versions do not have.
-_LATER = "layer_formats", "layer_kv_formats"
+_LATER = "layer_formats", "layer_kv_formats", "codebooks"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +173,9 @@ class QuantizationConfig:
             decides; ``keep_float`` goes first. Layers of 8 bits are rounded to nearest, whatever the others measure.
         layer_kv_formats: likewise cache formats of some layers, by the names of their attention: {"layers.3.*":
             "fp8"} or {"layers.3.self_attn": "fp8"}. Queries are as :meth:`with_kv_format` has them.
+        codebooks: the registered codebooks (:func:`~pallas_kernels.codebooks.register_codebook`) among weight formats:
+            pairs of a name and magnitudes, or a mapping. They are registered when the config is made, and are found
+            by themselves where they are registered already, so that the config is whole without that.
     """
 
     weight_format: WeightFormat = "int4"
@@ -190,13 +199,20 @@ class QuantizationConfig:
     keep_float: tuple[str, ...] = ()
     layer_formats: Choices[WeightFormat] = ()
     layer_kv_formats: Choices[formats.KVFormat] = ()
+    codebooks: tuple[tuple[str, tuple[float, ...]], ...] = ()
 
     def __post_init__(self) -> None:
+        given = registered(self.codebooks)
+        if not isinstance(self.weight_format, str) or self.weight_format not in weight_formats():
+            raise ValueError(f"weight_format is {self.weight_format!r}; expected one of {weight_formats()}")
         check_types(self)
         check_kinds(self)
+        layer_formats = as_choices("layer_formats", self.layer_formats, weight_formats())
+        used = {self.weight_format, *(chosen_format for _, chosen_format in layer_formats)}
         for name, value in (
+            ("codebooks", tuple(sorted((given | own_codebooks(used)).items()))),
             ("keep_float", as_patterns("keep_float", self.keep_float)),
-            ("layer_formats", as_choices("layer_formats", self.layer_formats, get_args(WeightFormat))),
+            ("layer_formats", layer_formats),
             ("layer_kv_formats", as_choices("layer_kv_formats", self.layer_kv_formats, get_args(formats.KVFormat))),
         ):
             object.__setattr__(self, name, value)
@@ -332,3 +348,13 @@ class QuantizationConfig:
         if not isinstance(values["keep_float"], list | tuple):
             raise ValueError(f"keep_float is {values['keep_float']!r}; expected a list of patterns")
         return cls(**values)
+
+
+def registered(codebooks: Any) -> dict[str, tuple[float, ...]]:
+    """The codebooks that a config holds, pairs or a mapping, which are registered."""
+    given = pairs(codebooks, "codebooks", "a name and magnitudes")
+    for name, magnitudes in given:
+        if not isinstance(magnitudes, list | tuple):
+            raise ValueError(f"codebook {quote(name)} is {quote(magnitudes)}; expected eight numbers")
+        register_codebook(name, magnitudes)
+    return own_codebooks(name for name, _ in given)

@@ -6,15 +6,14 @@ match the names of all that it is made of: "*.self_attn.qkv_proj", "*.self_attn.
 
 import difflib
 import fnmatch
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from typing import Any, TypeVar
 
-from fireq_jax.config_fields import quote
+from fireq_jax.config_fields import pairs, quote
 
 # What a checkpoint calls the parts of a fused layer.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
-_SEVERAL = list | tuple
 FormatT = TypeVar("FormatT", bound=str)
 Choices = tuple[tuple[str, FormatT], ...]
 
@@ -47,15 +46,13 @@ def as_patterns(field: str, value: Any) -> tuple[str, ...]:
 
 def as_choices(field: str, value: Any, formats: Collection[FormatT]) -> Choices[FormatT]:
     """``value``, which must be pairs of a pattern and one of ``formats``, or a mapping."""
-    pairs = list(value.items()) if isinstance(value, Mapping) else value
-    if not (isinstance(pairs, _SEVERAL) and all(isinstance(pair, _SEVERAL) and len(pair) == 2 for pair in pairs)):
-        raise ValueError(f"{field} is {quote(value)}; expected pairs of a pattern and a format")
-    for pattern, name in pairs:
+    choices = pairs(value, field, "a pattern and a format")
+    for pattern, name in choices:
         if not isinstance(pattern, str):
             raise ValueError(f"{field} has {quote(pattern)}; expected a pattern")
         if not isinstance(name, str) or name not in formats:
             raise ValueError(f"{field} of {pattern!r} is {quote(name)}; expected one of {tuple(formats)}")
-    return tuple((pattern, name) for pattern, name in pairs)
+    return tuple(choices)
 
 
 def check_patterns(field: str, patterns: Iterable[str], names: Collection[str]) -> None:

@@ -9,6 +9,7 @@ from fireq_jax.models.block import linears_of
 from fireq_jax.models.config import ExpertsConfig, ModelConfig
 from fireq_jax.quantization import QuantizationConfig, SmoothingConfig, recipes
 from fireq_jax.quantization.layer_patterns import parts_of
+from pallas_kernels.codebooks import register_codebook
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
@@ -248,3 +249,23 @@ def test_names_of_fused_layers_are_those_of_the_models():
 def test_formats_of_layers_that_cannot_be(fields, quoted):
     with pytest.raises(ValueError, match=quoted):
         QuantizationConfig(**fields).check_fits(NAMES, head_dim=64)
+
+
+def test_a_config_holds_the_codebooks_that_it_uses(tmp_path):
+    """So that another process reads it without having registered them."""
+    register_codebook("own_config", (0, 1, 2, 3, 4, 5, 6, 8))
+    config = dataclasses.replace(recipes.rtn(), layer_formats={"*.o_proj": "own_config"})
+    assert config.codebooks == (("own_config", (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)),)
+    fields = json.loads(json.dumps(config.to_dict()))
+    assert QuantizationConfig.from_dict(fields) == config
+    renamed = json.loads(json.dumps(fields).replace("own_config", "never_registered"))
+    assert QuantizationConfig.from_dict(renamed).weight_format_of("layers.0.self_attn.o_proj") == "never_registered"
+    path = tmp_path / "mine.json"
+    path.write_text('{"base": "rtn", "weight_format": "mine", "codebooks": {"mine": [0, 1, 2, 3, 4, 6, 8, 12]}}')
+    assert recipes.from_file(path).codebooks[0][1][-1] == 12
+    fields["codebooks"][0][1][-1] = 9
+    with pytest.raises(ValueError, match=r"'own_config' is .*9\.0\), and is registered as .*8\.0\)"):
+        QuantizationConfig.from_dict(fields)
+    for codebooks, quoted in [(3, "codebooks is 3"), ({"x": 3}, "codebook 'x' is 3; expected eight numbers")]:
+        with pytest.raises(ValueError, match=quoted):
+            QuantizationConfig(codebooks=codebooks)
