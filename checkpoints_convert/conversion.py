@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from checkpoints_convert.algorithms.reconstruction import check_sequences
 from checkpoints_convert.algorithms.smoothing import leaving, smooth_with_keys
-from checkpoints_convert.block_effects import smoothing_effect, weight_errors
+from checkpoints_convert.block_effects import smoothing_effect, weight_errors, weight_sizes
 from checkpoints_convert.cache_format import fit_cache
 from checkpoints_convert.calibrate import BlockStatistics, Calibrator
 from checkpoints_convert.compensation import Compensator
@@ -60,7 +60,7 @@ class ConversionOptions:
         dtype: of embeddings, head and unquantized weights in the output.
         batch_size: calibration sequences a step.
         fit_cache: in a model with biases in attention, take a larger cache format if calibration text asks for it
-            (:mod:`~checkpoints_convert.cache_format`).
+            (:mod:`~checkpoints_convert.cache_format`). Not where ``layer_kv_formats`` says what layers have.
         keep_codes: of a quantized checkpoint keep the codes of the linear layers whose codes fit the recipe; else all
             are made of what its codes stand for.
     """
@@ -159,7 +159,7 @@ def _with_fitted_cache(
     work: WorkFolder,
 ) -> ConversionOptions:
     """The options with the cache format that text asks for, once for all runs of a conversion."""
-    if not options.fit_cache:
+    if not options.fit_cache or options.quantization.layer_kv_formats:
         return options
     if not work.fitted_cache.is_file():
         kv_format, divergence = fit_cache(source, options.quantization, tokens, options.batch_size, kept)
@@ -271,6 +271,7 @@ def _convert_block(
         raise ValueError(f"block {index}: {broken[0]} became NaN or infinite when it was smoothed or quantized")
     report = {
         "weight_error": errors,
+        "weights": weight_sizes(index, parameters),
         **({"codes": report_codes(errors, index, kept, codes)} if source.quantized else {}),
         "bytes": formats.nbytes(parameters),
         "seconds": round(time.perf_counter() - started, 3),

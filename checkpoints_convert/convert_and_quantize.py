@@ -5,7 +5,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, get_args
 
 from checkpoints_convert.calibration_data import calibration_windows, check_sizes
 from checkpoints_convert.conversion import ConversionOptions, convert, needs_calibration
@@ -17,20 +17,29 @@ from fireq_jax.command_line import add_verbosity, exit_code, leave
 from fireq_jax.compilation import keep_programs
 from fireq_jax.models.llama import linear_names
 from fireq_jax.quantization import recipes
-from fireq_jax.quantization.config import QuantizationConfig
+from fireq_jax.quantization.config import QuantizationConfig, weight_formats
 from fireq_jax.text_data import read_documents
 from pallas_kernels import formats
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parse = argparse.ArgumentParser(prog="fireq-convert", description=__doc__)
+    parse = argparse.ArgumentParser(
+        prog="fireq-convert",
+        description=__doc__,
+        epilog=f"recipes:\n{recipes.described()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parse.add_argument("--model", required=True, help="Hugging Face folder, GGUF file, or a hub id to download")
     parse.add_argument("--revision", help="branch, tag or commit of the hub id")
     parse.add_argument("--output", required=True, type=Path, help="folder to write")
     parse.add_argument(
-        "--recipe", default="fireq_plus", help=f"one of {', '.join(recipes.RECIPES)} (default: fireq_plus)"
+        "--recipe",
+        default="fireq_plus",
+        help="one of those below, or FILE.json: fields of QuantizationConfig and a recipe to start from, as in "
+        '{"base": "fireq_plus", "group_size": 64} (default: fireq_plus)',
     )
+    parse.add_argument("--list-recipes", action=_ListRecipes, help="say which recipe is for what, and exit")
     parse.add_argument("--calibration", help="text file, .jsonl, .parquet, a folder of them, or a dataset name")
     parse.add_argument("--text-field", default="text", help="where .jsonl and .parquet hold their text (default: text)")
     parse.add_argument("--calibration-samples", type=int, default=128, help="token windows (default: 128)")
@@ -53,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="PATTERN",
         help="linear layers to leave alone, as in 'layers.0.*'",
     )
+    _add_layer_formats(parse)
     parse.add_argument(
         "--keep-codes",
         action=argparse.BooleanOptionalAction,
@@ -72,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Convert as the parsed command line says."""
-    quantization = recipes.by_name(args.recipe)
+    quantization = recipes.by_name_or_file(args.recipe)
     if args.kv_format is not None:
         quantization = quantization.with_kv_format(args.kv_format)
     if args.weight_format is not None:
@@ -81,7 +91,12 @@ def run(args: argparse.Namespace) -> None:
         quantization = dataclasses.replace(quantization, weight_format=args.weight_format)
     if args.lm_head_format is not None:
         quantization = dataclasses.replace(quantization, lm_head_format=args.lm_head_format)
-    quantization = dataclasses.replace(quantization, keep_float=quantization.keep_float + tuple(args.keep_float))
+    quantization = dataclasses.replace(
+        quantization,
+        keep_float=quantization.keep_float + tuple(args.keep_float),
+        layer_formats=quantization.layer_formats + _choices("--layer-format", args.layer_format),
+        layer_kv_formats=quantization.layer_kv_formats + _choices("--layer-kv-format", args.layer_kv_format),
+    )
     options = ConversionOptions(
         Path(args.model),
         args.output,
@@ -110,6 +125,43 @@ def run(args: argparse.Namespace) -> None:
     report = convert(options, tokens, held_out=held_out, resume=args.resume)
     before, after = report["bytes_before"] / 1e6, report["bytes_after"] / 1e6
     print(f"{args.output}: {before:.1f} MB -> {after:.1f} MB in {report['seconds']:.1f} s ({args.recipe})")
+
+
+class _ListRecipes(argparse.Action):
+    """Print what each recipe is, as ``--help`` prints the options: without what else the command needs."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        print(recipes.described())
+        parser.exit()
+
+
+def _add_layer_formats(parse: argparse.ArgumentParser) -> None:
+    for name, formats_there, example in (
+        ("--layer-format", weight_formats(), "layers.29.mlp.down_proj=fp8"),
+        ("--layer-kv-format", get_args(formats.KVFormat), "layers.3.self_attn=fp8"),
+    ):
+        what = "weights" if name == "--layer-format" else "cache"
+        parse.add_argument(
+            name,
+            nargs="+",
+            action="extend",
+            default=[],
+            metavar="PATTERN=FORMAT",
+            help=f"{what} of some layers in another format ({', '.join(formats_there)}), as in {example!r}; of several "
+            "patterns that match a layer the last decides",
+        )
+
+
+def _choices(option: str, texts: Sequence[str]) -> tuple[tuple[str, Any], ...]:
+    """Pairs of a pattern and a format, which the config checks."""
+    for text in texts:
+        if "=" not in text:
+            raise ValueError(f"{option} is {text!r}; expected PATTERN=FORMAT")
+    pairs = (text.rpartition("=") for text in texts)
+    return tuple((pattern, chosen_format) for pattern, _, chosen_format in pairs)
 
 
 def _documents(args: argparse.Namespace, quantization: QuantizationConfig) -> list[str] | None:

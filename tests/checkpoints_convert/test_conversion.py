@@ -253,6 +253,14 @@ def test_other_magnitudes_are_stored_and_read_back(source: Path, tmp_path: Path)
     assert 0.05 < error < 0.12  # 15 levels of normal weights
 
 
+def test_recipes_are_listed_without_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("--list-recipes", "--help"):
+        with pytest.raises(SystemExit) as stop:
+            main([option])
+        assert stop.value.code == 0
+        assert recipes.described() in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("recipe", ["rtn", "w4a16", "w8a8_fp8", "none"])
 def test_recipes_without_calibration_need_no_text(source: Path, tmp_path: Path, recipe: str) -> None:
     command = ["--model", str(source), "--output", str(tmp_path / "out"), "--recipe", recipe, "--dtype", "float32"]
