@@ -40,9 +40,12 @@ def fenced(page, language):
 
 
 def commands(page):
-    """Lines of a page's shell blocks that begin with one of this project's commands, as arguments."""
-    lines = [shlex.split(line, comments=True) for block in fenced(page, "sh") for line in block.splitlines()]
-    return [line for line in lines if line and line[0] in PARSERS]
+    """Lines of a page's shell blocks, and code in its text, that are this project's commands with arguments."""
+    text = page.read_text(encoding="utf-8")
+    lines = [line for block in fenced(page, "sh") for line in block.splitlines()]
+    lines += re.findall(r"`(fireq-[a-z]+ [^`]+)`", text)
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [line for line in words if line and line[0] in PARSERS]
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +92,17 @@ def test_links_and_commands_exist(page):
     for link in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
         assert link.startswith("https://") or (page.parent / link).exists(), f"{page}: {link}"
     for name, *arguments in commands(page):
-        PARSERS[name]().parse_args(arguments)
+        try:
+            PARSERS[name]().parse_args(arguments)
+        except SystemExit as end:
+            assert not end.code, f"{page}: {name} {shlex.join(arguments)}"
 
 
 def test_readme_commands_run(folder, monkeypatch, capsys):
     """The README's own way from a checkpoint to text, by the recipe that needs no calibration."""
     monkeypatch.chdir(folder)
     lines = commands(ROOT / "README.md")
-    assert [name for name, *_ in lines] == ["fireq-convert", "fireq-generate", "fireq-evaluate"]
+    assert [name for name, *_ in lines[:3]] == ["fireq-convert", "fireq-generate", "fireq-evaluate"]
     convert, generate = (arguments for _, *arguments in lines[:2])
     assert convert_and_quantize.main([*convert, "--recipe", "w4a16"]) == 0, capsys.readouterr().err
     fewer = ["--max-new-tokens", "8", "--top-p", "0.9", "--no-stream"]
