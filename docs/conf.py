@@ -52,13 +52,21 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-def _as_text(app: object, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+def _as_text(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     """Shapes such as [*rows, K] and magnitudes such as |q| are text in docstrings, not reStructuredText's marks."""
     parts = re.split(r"(``.*?``|:\w+:`.*?`)", "\n".join(lines), flags=re.DOTALL)
     parts[::2] = [re.sub(r"(?<!\\)[*|]", r"\\\g<0>", part) for part in parts[::2]]
     lines[:] = "".join(parts).split("\n")
 
 
+def _short_arrays(
+    app: Sphinx, what: str, name: str, obj: object, options: object, signature: str | None, returned: str | None
+) -> tuple[str | None, str | None]:
+    """``Float[Array, "B T"]`` as it is written in the code."""
+    return tuple(text and text.replace("jaxlib._jax.Array", "Array") for text in (signature, returned))
+
+
 def setup(app: Sphinx) -> None:
-    """Before napoleon, which takes docstrings apart."""
+    """Docstrings before napoleon takes them apart."""
+    app.connect("autodoc-process-signature", _short_arrays)
     app.connect("autodoc-process-docstring", _as_text, priority=400)
