@@ -5,7 +5,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
@@ -22,6 +22,7 @@ from fireq_jax.generation import chat
 from fireq_jax.generation.defaults import SAMPLING, GenerationDefaults
 from fireq_jax.generation.generate import check_call, generate, stream, warmup
 from fireq_jax.generation.sampling import SamplingConfig
+from fireq_jax.generation.text import TextStream
 from fireq_jax.models.llama import CausalLM
 from pallas_kernels import formats
 from pallas_kernels.dispatch import Implementation
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEFAULT_NEW_TOKENS = 128
-# Tokens of the prompt that the first new token is decoded after; many tokenizers drop a text's first space.
-_CONTEXT = 8
 logger = logging.getLogger(__name__)
 
 
@@ -158,33 +157,11 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", text: str, arguments: argparse
     return ids
 
 
-def pieces(tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[int], tokens: Iterator[int]) -> Iterator[str]:
-    """Text of each new token; "" while a character is incomplete, one more piece at the end.
-
-    Only the tokens since the last complete piece, and that piece for context, are decoded again.
-    """
-
-    def decode(ids: list[int]) -> str:
-        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
-        return text
-
-    ids, width = list(prompt), _CONTEXT
-    # Of a character that the cut splits, byte-fallback decoders spoil the whole run of bytes that follows.
-    while width < len(ids) and decode(ids[-width:]).startswith("\N{REPLACEMENT CHARACTER}"):
-        width *= 2
-    ids = ids[-width:]
-    context, done = 0, len(ids)
-    for token in tokens:
-        ids.append(token)
-        before, text = decode(ids[context:done]), decode(ids[context:])
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):
-            yield ""
-            continue
-        yield text[len(before) :]
-        # What leaves no text, a special token, is no context: after nothing a first space would be dropped.
-        context, done = (done if len(text) > len(before) else context), len(ids)
-    yield decode(ids[context:])[len(decode(ids[context:done])) :]
+def pieces(tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
+    """Text of each new token, and what is left when no more come."""
+    text = TextStream(tokenizer, prompt)
+    yield from map(text.push, tokens)
+    yield text.finish()
 
 
 def _stream(model: CausalLM, tokenizer: "PreTrainedTokenizerBase", prompt: list[int], options: dict[str, Any]) -> None:
@@ -214,7 +191,7 @@ def _print_complete(
     arguments: argparse.Namespace,
 ) -> None:
     start = time.perf_counter()
-    sequences, lengths, finished = map(np.asarray, generate(model, **options))
+    sequences, lengths, finished = map(np.asarray, generate(model, **options)[:3])
     seconds = time.perf_counter() - start
     width = sequences.shape[1] - options["max_new_tokens"]
     results = [
