@@ -1,6 +1,7 @@
 """Jitted text generation."""
 
 from fireq_jax.generation.generate import GenerationOutput, StreamStep, check_call, generate, stream, warmup
+from fireq_jax.generation.likelihood import token_logprobs
 from fireq_jax.generation.options import GenerationOptions, LogitsProcessor, Options
 from fireq_jax.generation.sampling import SamplingConfig
 from fireq_jax.generation.text import TextStream
@@ -16,5 +17,6 @@ __all__ = [
     "check_call",
     "generate",
     "stream",
+    "token_logprobs",
     "warmup",
 ]

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float32, Int32
 from fireq_jax.compilation import cached_export
 from fireq_jax.device_memory import check_fits
 from fireq_jax.generation.request import round_up
-from fireq_jax.models.inputs import as_array, check_shapes, check_values
-from fireq_jax.models.llama import CausalLM, right_pad
+from fireq_jax.models.inputs import as_array, check_shapes, check_values, right_pad
+from fireq_jax.models.llama import CausalLM
 
 
 def token_logprobs(
