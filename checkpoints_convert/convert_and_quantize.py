@@ -13,7 +13,7 @@ from fireq_jax.checkpoints.folder import MANIFEST
 from fireq_jax.checkpoints.hub import check_config, resolve_model
 from fireq_jax.checkpoints.reader import checkpoint_config
 from fireq_jax.checkpoints.tokenizer import load_tokenizer
-from fireq_jax.command_line import add_verbosity, exit_code, leave
+from fireq_jax.command_line import add_common_options, exit_code, leave
 from fireq_jax.compilation import keep_programs
 from fireq_jax.models.llama import linear_names
 from fireq_jax.quantization import recipes
@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
         help="of a quantized checkpoint, keep the codes that fit the recipe's weights (default: keep)",
     )
     parse.add_argument("--resume", action="store_true", help="go on with an interrupted conversion")
-    add_verbosity(parse, default=logging.INFO)
+    add_common_options(parse, default=logging.INFO)
     return parse
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn, get_args
 
-from fireq_jax.command_line import add_verbosity, exit_code, leave
+from fireq_jax.command_line import add_common_options, exit_code, leave
 from fireq_jax.compilation import keep_programs
 from fireq_jax.evaluation.comparison import evaluate, format_table, resolve_models
 from fireq_jax.evaluation.perplexity import check_windows
@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument(
         "--no-verify", dest="verify", action="store_false", help="take converted models' files as they are"
     )
-    add_verbosity(parse)
+    add_common_options(parse)
     return parse
 
 
