@@ -10,7 +10,7 @@ from jaxtyping import Int, Int32
 from checkpoints_convert.algorithms.reconstruction import check_sequences
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.quantization.config import QuantizationConfig
-from fireq_jax.text_data import read_documents, tokenize
+from fireq_jax.text_data import Document, read_documents, tokenize
 
 # Held-out windows: an eighth of the calibration windows, or more where that is fewer than this many tokens.
 HELD_OUT_TOKENS = 2048
@@ -67,7 +67,13 @@ def calibration_and_held_out(
 
 
 def calibration_windows(
-    documents: Sequence[str], tokenizer: Any, *, source: str | Path, samples: int, sequence_length: int, seed: int = 0
+    documents: Sequence[Document],
+    tokenizer: Any,
+    *,
+    source: str | Path,
+    samples: int,
+    sequence_length: int,
+    seed: int = 0,
 ) -> tuple[Windows, Windows]:
     """:func:`calibration_batches` of texts that are read already, and :func:`held_out_windows` of the same text.
 

@@ -25,7 +25,7 @@ from fireq_jax.json_files import read_json
 from fireq_jax.models.llama import linear_names
 from fireq_jax.quantization import recipes
 from fireq_jax.quantization.config import QuantizationConfig, weight_formats
-from fireq_jax.text_data import read_documents
+from fireq_jax.text_data import Document, read_documents
 from pallas_kernels import formats
 
 
@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--list-recipes", action=_ListRecipes, help="say which recipe is for what, and exit")
     parse.add_argument("--calibration", help="text file, .jsonl, .parquet, a folder of them, or a dataset name")
     parse.add_argument("--text-field", default="text", help="where .jsonl and .parquet hold their text (default: text)")
+    parse.add_argument("--join", action="store_true", help="join documents by blank lines into one text")
     parse.add_argument("--calibration-samples", type=int, default=128, help="token windows (default: 128)")
     parse.add_argument("--sequence-length", type=int, default=1024, help="tokens of a window (default: 1024)")
     parse.add_argument("--seed", type=int, default=0, help="chooses the windows (default: 0)")
@@ -201,7 +202,7 @@ def _plan(args: argparse.Namespace, options: ConversionOptions, *, reads_text: b
     return plan_of(Work(config, options.quantization, args.output, args.dtype, **sizes, kept=kept))
 
 
-def _documents(args: argparse.Namespace, quantization: QuantizationConfig) -> list[str] | None:
+def _documents(args: argparse.Namespace, quantization: QuantizationConfig) -> list[Document] | None:
     """The calibration text; None for a recipe that measures nothing on text."""
     if not needs_calibration(quantization):
         if args.calibration is not None:
@@ -210,7 +211,7 @@ def _documents(args: argparse.Namespace, quantization: QuantizationConfig) -> li
     if args.calibration is None:
         raise ValueError(f"recipe {args.recipe!r} needs --calibration TEXT")
     check_sizes(samples=args.calibration_samples, sequence_length=args.sequence_length, seed=args.seed)
-    return read_documents(args.calibration, text_field=args.text_field)
+    return read_documents(args.calibration, text_field=args.text_field, join=args.join)
 
 
 def _check(folder: Path, quantization: QuantizationConfig) -> None:

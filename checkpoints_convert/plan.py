@@ -152,10 +152,8 @@ def _memory(work: Work) -> Iterator[str]:
         width = 2 * config.hidden_size + 3 * config.intermediate_size
         device += _FLOAT32 * work.batch_size * work.text[1] * width
     host = 2 * _FLOAT32 * config.vocab_size * config.hidden_size
-    yield (
-        f"memory beside JAX itself: about {_gigabytes(device)} on the device for a block, {_gigabytes(host)} on the host "
-        "for embeddings"
-    )
+    sizes = f"{_gigabytes(device)} on the device for a block, {_gigabytes(host)} on the host for embeddings"
+    yield f"memory beside JAX itself: about {sizes}"
 
 
 def _disk(work: Work) -> Iterator[str]:
