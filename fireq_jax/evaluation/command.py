@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn, get_args
 
-from fireq_jax.command_line import add_verbosity, exit_code, leave
+from fireq_jax.command_line import add_common_options, exit_code, leave
 from fireq_jax.compilation import keep_programs
 from fireq_jax.evaluation.comparison import evaluate, format_table, resolve_models
 from fireq_jax.evaluation.perplexity import check_windows
 from fireq_jax.evaluation.plots import SmoothingEffect, plot_smoothing, read_smoothing, was_smoothed
 from fireq_jax.json_files import write_json
+from fireq_jax.text_data import protocol
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.formats import KVFormat
 
@@ -29,6 +30,9 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--revision", help="branch, tag or commit of the models that are hub ids")
     parse.add_argument("--text", required=True, help="text file, .jsonl, .parquet, a folder of them, or a dataset name")
     parse.add_argument("--text-field", default="text", help="where .jsonl and .parquet hold their text (default: text)")
+    parse.add_argument(
+        "--join", action="store_true", help="join documents by blank lines into one text, as is usual for WikiText"
+    )
     parse.add_argument("--window", type=int, default=1024, help="tokens the model sees at once (default: 1024)")
     parse.add_argument(
         "--stride", type=int, help="tokens between the beginnings of windows; less than the window makes them overlap"
@@ -55,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument(
         "--no-verify", dest="verify", action="store_false", help="take converted models' files as they are"
     )
-    add_verbosity(parse)
+    add_common_options(parse)
     return parse
 
 
@@ -83,6 +87,7 @@ def run(args: argparse.Namespace) -> None:
         args.models,
         args.text,
         text_field=args.text_field,
+        join=args.join,
         window=args.window,
         stride=args.stride,
         max_windows=args.max_windows,
@@ -94,6 +99,9 @@ def run(args: argparse.Namespace) -> None:
         verify=args.verify,
     )
     print(format_table(results))
+    print(
+        f"{args.text}: {protocol(join=args.join)}; windows of {args.window} tokens, stride {args.stride or args.window}"
+    )
     for folder, effect in figures.items():
         print(f"{len(plot_smoothing(effect, folder))} figures in {folder}")
     if args.json is not None:

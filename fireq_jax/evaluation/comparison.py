@@ -13,7 +13,7 @@ from fireq_jax.checkpoints.hub import is_hub_id, resolve_model
 from fireq_jax.checkpoints.tokenizer import load_tokenizer
 from fireq_jax.evaluation.perplexity import PerplexityResult, check_windows, perplexity
 from fireq_jax.models import CausalLM
-from fireq_jax.text_data import read_documents, tokenize
+from fireq_jax.text_data import Document, read_documents, tokenize
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.formats import KVFormat
 
@@ -40,6 +40,7 @@ def evaluate(
     text: str | Path,
     *,
     text_field: str = "text",
+    join: bool = False,
     window: int = 1024,
     stride: int | None = None,
     max_windows: int | None = None,
@@ -56,6 +57,7 @@ def evaluate(
     Args:
         models: folders or hub ids, of Hugging Face checkpoints or converted models.
         text: file, folder or data set (see :mod:`fireq_jax.text_data`), with its ``text_field``.
+        join: make one document of all, as in :func:`~fireq_jax.text_data.read_documents`.
         window, stride, max_windows, batch_size, progress: as in
             :func:`~fireq_jax.evaluation.perplexity.perplexity`.
         kv_format: overrides the models' cache format.
@@ -72,7 +74,7 @@ def evaluate(
     for model in models:
         if list(models).count(model) > 1:
             raise ValueError(f"model {model!r} is named more than once")
-    documents = read_documents(text, text_field=text_field)
+    documents = read_documents(text, text_field=text_field, join=join)
     folders = resolve_models(models, revision)
     tokens = _common_tokens(folders, documents, verify=verify)
     if len(tokens) < 2:
@@ -124,7 +126,7 @@ def format_table(results: Sequence[Evaluation]) -> str:
 
 
 def _common_tokens(
-    folders: Mapping[str, Path], documents: Sequence[str], *, verify: bool
+    folders: Mapping[str, Path], documents: Sequence[Document], *, verify: bool
 ) -> Int32[np.ndarray, " tokens"]:
     reference, *others = folders
     first = tokenize(documents, load_tokenizer(folders[reference], verify=verify))

@@ -13,19 +13,16 @@ The last window may be shorter than the others.
 """
 
 import dataclasses
-import functools
 import logging
 import math
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Int, Int32
+from jaxtyping import Int, Int32
 from tqdm import tqdm
 
-from fireq_jax.compilation import cached_export
 from fireq_jax.device_memory import check_fits
+from fireq_jax.generation.likelihood import token_nll as _token_nll
 from fireq_jax.models import CausalLM
 
 _MOST_NLL = 700.0  # nats a token, whose exponential is still a float
@@ -136,18 +133,6 @@ def scored_range(index: int, length: int, window: int, stride: int) -> tuple[int
     """Begin and end, counted inside window ``index``, of the tokens that it scores."""
     begin = 1 if index == 0 else max(1, window - stride)
     return begin, min(window, length - index * stride)
-
-
-@functools.partial(jax.jit, static_argnames="structure")
-@cached_export("structure")
-def _token_nll(
-    structure: Any, arrays: list[Array], tokens: Int32[Array, "B T"], mask: Int32[Array, "B T"] | None
-) -> Float32[Array, "B T-1"]:
-    """Negative log-likelihood of each row's tokens 1, 2, ..., T - 1 by the model that was flattened."""
-    model: CausalLM = jax.tree.unflatten(structure, arrays)
-    logits = model(tokens, mask)[:, :-1]
-    chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
 def check_windows(window: int, stride: int | None, batch_size: int, max_windows: int | None) -> None:

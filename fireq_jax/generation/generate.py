@@ -12,11 +12,12 @@ from typing import Any, NamedTuple, Unpack
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
-from fireq_jax.generation.programs import decode, prefill
+from fireq_jax.generation.options import GenerationOptions
+from fireq_jax.generation.programs import NewTokens, decode, prefill
 from fireq_jax.generation.request import Request, prepare
-from fireq_jax.generation.sampling import SamplingOptions
+from fireq_jax.generation.text import TextStream
 from fireq_jax.models.llama import CausalLM
 
 # Seconds that a reader does not notice. A call costs the host as much as several steps of a fast GPU, so streaming asks
@@ -25,29 +26,26 @@ GLANCE = 0.1
 logger = logging.getLogger(__name__)
 
 
-class GenerationOptions(SamplingOptions, total=False):
-    """Further options of :func:`generate`, which says what they mean, :func:`stream` and :func:`warmup`."""
-
-    eos_token_ids: int | Sequence[int] | None
-    pad_token_id: int | None
-    key: Key[Array, "..."] | None
-    cache_capacity: int | None
-    token_type_ids: jax.typing.ArrayLike | Sequence[Sequence[int]] | None
-
-
 class GenerationOutput(NamedTuple):
-    """What :func:`generate` returns.
+    """What :func:`generate` returns; B counts each prompt's ``num_return_sequences``.
 
     Attributes:
         sequences: int32 [B, T + max_new_tokens], the prompts as they were given, then the new
             tokens, then the padding id after a sequence's end.
         lengths: int32 [B], new tokens of each sequence, its EOS token included.
-        finished: bool [B], whether the sequence ended with an EOS token.
+        finished: bool [B], whether the sequence ended with an EOS token or a stop string.
+        logprobs: float32 [B, max_new_tokens], log-probabilities of the new tokens, 0 after a sequence's end,
+            so that a row's sum is its text's; None unless ``logprobs`` was asked for.
+        top_logprobs: float32 [B, max_new_tokens, K], of the ``top_logprobs`` most likely tokens, best first.
+        top_tokens: int32 [B, max_new_tokens, K], these tokens.
     """
 
     sequences: Int[Array, "B total"]
     lengths: Int[Array, " B"]
     finished: Bool[Array, " B"]
+    logprobs: Float[Array, "B N"] | None = None
+    top_logprobs: Float[Array, "B N K"] | None = None
+    top_tokens: Int[Array, "B N K"] | None = None
 
 
 class StreamStep(NamedTuple):
@@ -56,10 +54,24 @@ class StreamStep(NamedTuple):
     Attributes:
         tokens: int32 [B], the new token of each sequence; the padding id where it had ended before.
         active: bool [B], sequences that had not.
+        logprobs: float32 [B], of these tokens; None unless asked for.
+        top_logprobs: float32 [B, K], of the most likely tokens, best first; None unless asked for.
+        top_tokens: int32 [B, K], these tokens.
     """
 
     tokens: np.ndarray
     active: np.ndarray
+    logprobs: np.ndarray | None = None
+    top_logprobs: np.ndarray | None = None
+    top_tokens: np.ndarray | None = None
+
+
+class _Chunk(NamedTuple):
+    """What one call of the device made: new tokens [B, S], how many of each sequence, and which go on; on the host."""
+
+    new: NewTokens
+    lengths: np.ndarray
+    running: np.ndarray
 
 
 def generate(
@@ -75,8 +87,8 @@ def generate(
     It stops early when all sequences have ended. Neither the rest of the batch nor padding changes
     a sequence's text, beyond rounding. The model is compiled again only if the batch size, the
     lengths rounded up (to 64 tokens, past 1024 to an eighth of the power of two below), the number of
-    EOS ids, or which sampling options are on, are new; their values are not compiled in. It cannot
-    itself be called under ``jax.jit``.
+    EOS ids, the number and length of bad words (to powers of two), ``top_logprobs``, the logits processors or which
+    options are on, are new; other values are not compiled in. It cannot itself be called under ``jax.jit``.
 
     Past the model's ``max_position_embeddings`` it goes on, with a warning in the log: text gets
     worse there, but most sequences end before.
@@ -87,17 +99,8 @@ def generate(
         attention_mask: 1 for tokens, 0 for padding on either side, [B, T]; None means no padding.
             Ids under padding are free.
         max_new_tokens: at most so many, at least 1.
-        eos_token_ids: ids that end a sequence; None means the model's, () none.
-        pad_token_id: what follows a sequence's end; None means the model's, or the first EOS id, or 0.
-        key: ``jax.random.key`` for all sequences, or one each [B]; None means ``jax.random.key(0)``.
-            Sequences under one key share its noise, and equal prompts get equal text: to sample a
-            prompt several times, give each copy its own key.
-            Keys of the default threefry implementation keep sequences independent of the batch.
-        cache_capacity: slots of the cache; None means as many as needed, rounded up.
-        token_type_ids: 0 throughout, for these models have no segments: some tokenizers' results hold them, which
-            may be passed whole, ``generate(model, **tokenizer(texts), ...)``.
-        **options: the options above from ``eos_token_ids`` on, and
-            :class:`~fireq_jax.generation.sampling.SamplingConfig`'s fields: ``temperature``,
+        **options: the fields of :class:`~fireq_jax.generation.options.Options` (ends, keys, constraints,
+            log-probabilities) and of :class:`~fireq_jax.generation.sampling.SamplingConfig`: ``temperature``,
             ``top_k``, ``top_p``, ``min_p`` and ``repetition_penalty``.
 
     Raises:
@@ -108,15 +111,14 @@ def generate(
     """
     request = prepare(model, input_ids, attention_mask, max_new_tokens, **options)
     _warn_beyond_positions(model, request)
-    arrays, structure = jax.tree.flatten(model)
-    tokens, lengths, choice = jax.device_put(request.inputs)
-    cache, progress = prefill(structure, arrays, tokens, lengths, choice, request.capacity)
-    first, further = progress.tokens, request.new_tokens - 1
-    _, progress, new_tokens, lengths = decode(structure, arrays, cache, progress, choice, _on_device(further))
+    chunks = list(_two_chunks(model, request) if request.stop is None else _chunks(model, request))
     # Put together by numpy, which compiles nothing for lengths that it has not seen.
-    first, new_tokens, lengths, running = jax.device_get((first, new_tokens, lengths, progress.running))
-    sequences = np.concatenate([request.prompt, first[:, None], new_tokens[:, :further]], axis=1)
-    return GenerationOutput(*jax.device_put((sequences, 1 + lengths, ~running)))
+    tokens, logprobs = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *(chunk.new for chunk in chunks))
+    pad = request.choice.pad
+    tokens, logprobs = jax.tree.map(lambda x: _widened(x, request.new_tokens, pad), (tokens, logprobs))
+    sequences = np.concatenate([request.prompt, tokens], axis=1)
+    lengths = np.sum([chunk.lengths for chunk in chunks], axis=0, dtype=np.int32)
+    return GenerationOutput(*jax.device_put((sequences, lengths, ~chunks[-1].running, *(logprobs or ()))))
 
 
 def stream(
@@ -170,12 +172,12 @@ def warmup(
     request = prepare(model, input_ids, attention_mask, max_new_tokens, **options)
     arrays, structure = jax.tree.flatten(model)
     tokens, lengths, choice = jax.device_put(request.inputs)
-    prompt = structure, arrays, tokens, lengths, choice, request.capacity
+    prompt = structure, arrays, tokens, lengths, choice, request.capacity, request.static
     with ThreadPoolExecutor() as pool:
         compiling = [pool.submit(prefill.lower(*prompt).compile)]
         if not only_prefill:
             cache, progress = _placed_with(arrays[0], jax.eval_shape(prefill, *prompt))
-            decode_program = decode.lower(structure, arrays, cache, progress, choice, _on_device(1))
+            decode_program = decode.lower(structure, arrays, cache, progress, choice, _on_device(1), request.static)
             compiling.append(pool.submit(decode_program.compile))
         for program in compiling:
             program.result()
@@ -188,24 +190,85 @@ def _placed_with(array: Array | jax.ShapeDtypeStruct, results: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), results)
 
 
-def _steps(model: CausalLM, request: Request) -> Iterator[StreamStep]:
+def _two_chunks(model: CausalLM, request: Request) -> Iterator[_Chunk]:
+    """The first token, and all the others, without a look at them in between."""
     arrays, structure = jax.tree.flatten(model)
     tokens, lengths, choice = jax.device_put(request.inputs)
-    cache, progress = prefill(structure, arrays, tokens, lengths, choice, request.capacity)
-    tokens, running = jax.device_get((progress.tokens, progress.running))
-    yield StreamStep(tokens, np.ones(len(tokens), bool))
+    cache, progress = prefill(structure, arrays, tokens, lengths, choice, request.capacity, request.static)
+    first, further = progress.new, request.new_tokens - 1
+    steps = _on_device(further)
+    _, progress, new, lengths = decode(structure, arrays, cache, progress, choice, steps, request.static)
+    first, new, lengths, running = jax.device_get((first, new, lengths, progress.running))
+    yield _first_chunk(first, running)
+    yield _Chunk(jax.tree.map(lambda x: x[:, :further], new), lengths, running)
+
+
+def _chunks(model: CausalLM, request: Request) -> Iterator[_Chunk]:
+    """As many tokens at a time as come at a glance, looked at for stop strings."""
+    arrays, structure = jax.tree.flatten(model)
+    tokens, lengths, choice = jax.device_put(request.inputs)
+    cache, progress = prefill(structure, arrays, tokens, lengths, choice, request.capacity, request.static)
+    texts, pad = request.text_streams(), request.choice.pad
+    chunk = _until_stop(_first_chunk(*jax.device_get((progress.new, progress.running))), texts, pad)
+    yield chunk
     done, count = 1, 1
-    while done < request.new_tokens and running.any():
+    while done < request.new_tokens and chunk.running.any():
+        if texts:
+            progress = progress._replace(running=_placed_like(progress.running, chunk.running))
         count = min(count, request.new_tokens - done)
         begin = time.perf_counter()
         steps = _on_device(count)
-        cache, progress, new_tokens, lengths = decode(structure, arrays, cache, progress, choice, steps)
-        new_tokens, lengths, running = jax.device_get((new_tokens, lengths, progress.running))
+        cache, progress, new, lengths = decode(structure, arrays, cache, progress, choice, steps, request.static)
+        new, lengths, running = jax.device_get((new, lengths, progress.running))
         seconds = time.perf_counter() - begin
-        for step in range(lengths.max()):
-            yield StreamStep(new_tokens[:, step].copy(), step < lengths)
+        made = int(lengths.max())
+        chunk = _until_stop(_Chunk(jax.tree.map(lambda x: x[:, :made], new), lengths, running), texts, pad)  # noqa: B023
+        yield chunk
         done += count
         count = _next_count(count, seconds)
+
+
+def _steps(model: CausalLM, request: Request) -> Iterator[StreamStep]:
+    for new, lengths, _ in _chunks(model, request):
+        for step in range(lengths.max()):
+            tokens, logprobs = jax.tree.map(lambda x: x[:, step].copy(), new)  # noqa: B023
+            yield StreamStep(tokens, step < lengths, *(logprobs or ()))
+
+
+def _first_chunk(new: NewTokens, running: np.ndarray) -> _Chunk:
+    return _Chunk(jax.tree.map(lambda x: x[:, None], new), np.ones(len(running), np.int32), running)
+
+
+def _until_stop(chunk: _Chunk, texts: list[TextStream], pad: np.int32) -> _Chunk:
+    """The same, with sequences ended where their text has a stop string."""
+    if not texts:
+        return chunk
+    new, lengths, running = jax.tree.map(np.array, chunk)
+    for row, text in enumerate(texts):
+        for step in range(lengths[row]):
+            text.push(new.tokens[row, step])
+            if text.stopped:
+                lengths[row], running[row] = step + 1, False
+                for array in jax.tree.leaves(new):
+                    array[row, step + 1 :] = _padding(array, pad)
+                break
+    return _Chunk(new, lengths, running)
+
+
+def _widened(array: np.ndarray, steps: int, pad: np.int32) -> np.ndarray:
+    """[B, S, ...] as [B, steps, ...], padded after the S that are there."""
+    missing = np.full((len(array), steps - array.shape[1], *array.shape[2:]), _padding(array, pad), array.dtype)
+    return np.concatenate([array, missing], axis=1)
+
+
+def _padding(array: np.ndarray, pad: np.int32) -> np.int32 | float:
+    """What stands after a sequence's end: of tokens the padding id, of log-probabilities 0."""
+    return pad if np.issubdtype(array.dtype, np.integer) else 0.0
+
+
+def _placed_like(array: Array, values: np.ndarray) -> Array:
+    """``values`` where a program's result of the same shape is: another placement would be another program."""
+    return jax.device_put(values, array.sharding if array.committed else None)
 
 
 def _on_device(count: int) -> Int[Array, ""]:

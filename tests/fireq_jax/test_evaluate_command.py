@@ -42,7 +42,8 @@ def test_two_models_table_and_json(tmp_path, text, capsys):
     tokens = load_tokens(text, load_tokenizer(MODEL))
     expected = perplexity(model, tokens, window=16, max_windows=2, batch_size=2, progress=False)
     assert result[str(MODEL)] == {"perplexity": expected.perplexity, "tokens": 30, "bytes": model.nbytes}
-    header, *lines = capsys.readouterr().out.splitlines()
+    header, *lines, protocol = capsys.readouterr().out.splitlines()
+    assert protocol.endswith("without empty ones; windows of 16 tokens, stride 16")
     assert header.split() == ["model", "perplexity", "ratio", "tokens", "size"]
     assert [line.split()[0] for line in lines] == [str(MODEL), str(other)]
     assert lines[0].split()[1:] == [f"{expected.perplexity:.4f}", "1.0000", "30", "8.4", "MB"]
