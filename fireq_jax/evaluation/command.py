@@ -1,6 +1,7 @@
-"""``fireq-evaluate``: perplexity of one or several models on a text, as a table and as JSON."""
+"""``fireq-evaluate``: perplexity of models on a text, and their divergence from the first, as a table and as JSON."""
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn, get_args
@@ -35,6 +36,12 @@ def parser() -> argparse.ArgumentParser:
     )
     parse.add_argument("--max-windows", type=int, metavar="N", help="evaluate only the first N windows")
     parse.add_argument("--batch-size", type=int, default=4, help="windows computed together (default: 4)")
+    parse.add_argument(
+        "--no-divergence",
+        dest="divergence",
+        action="store_false",
+        help="only perplexities, one model in memory at a time; divergence takes the first model beside each other one",
+    )
     parse.add_argument("--kv-format", choices=get_args(KVFormat), help="overrides the models' cache format")
     parse.add_argument(
         "--dtype",
@@ -87,6 +94,7 @@ def run(args: argparse.Namespace) -> None:
         stride=args.stride,
         max_windows=args.max_windows,
         batch_size=args.batch_size,
+        divergence=args.divergence,
         kv_format=args.kv_format,
         dtype=args.dtype,
         implementation=args.implementation,
@@ -94,14 +102,11 @@ def run(args: argparse.Namespace) -> None:
         verify=args.verify,
     )
     print(format_table(results))
+    print(f"\n{results[0].protocol}")
     for folder, effect in figures.items():
         print(f"{len(plot_smoothing(effect, folder))} figures in {folder}")
     if args.json is not None:
-        fields = {
-            result.model: {"perplexity": result.perplexity, "tokens": result.tokens, "bytes": result.bytes}
-            for result in results
-        }
-        write_json(args.json, fields)
+        write_json(args.json, {fields.pop("model"): fields for fields in map(dataclasses.asdict, results)})
 
 
 def _smoothing(args: argparse.Namespace) -> dict[Path, SmoothingEffect]:
