@@ -1,0 +1,143 @@
+"""Simulated layers compute what models do, rounding by rounding, and what is measured of them adds up."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from make_golden import FAMILIES, KEPT
+from tiny_families import family_fields, family_tokens
+from tiny_llama import write_folder
+
+from fireq_jax import AutoModelForCausalLM, LlamaForCausalLM, ModelConfig, recipes
+from fireq_jax.evaluation.activations import largest_to_median, measure_activations
+from fireq_jax.evaluation.perplexity import perplexity
+from fireq_jax.evaluation.sensitivity import Piece, Sensitivity, pieces_of
+from fireq_jax.evaluation.simulated import Roundings, embed, run_layer
+from fireq_jax.models.parameters import abstract, parameters_of, with_parameters
+from pallas_kernels.quantized_tensor import QuantizedTensor
+
+CONFIG = ModelConfig(61, 64, 96, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, max_position_embeddings=64)
+RECIPE = dataclasses.replace(recipes.rtn(), key_clip=0.95, value_clip=0.9, unbiased_keys=True)
+WINDOWS = np.random.default_rng(0).integers(0, 61, (3, 24), dtype=np.int32)
+NOISY = "layers.1.mlp.down_proj.weight"
+
+
+def shapes_of(recipe):
+    return abstract(lambda: LlamaForCausalLM(CONFIG, recipe, dtype=jnp.float32))
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    model = LlamaForCausalLM(CONFIG, RECIPE, dtype=jnp.float32)
+    parameters = parameters_of(model)
+    return with_parameters(model, parameters | {"lm_head": parameters["lm_head"] * 20})
+
+
+@pytest.fixture(scope="module")
+def exact(quantized):
+    """What the codes stand for, but in one linear layer, where something is added to it."""
+    parameters = {
+        name: value.dequantize() if isinstance(value, QuantizedTensor) else value
+        for name, value in parameters_of(quantized).items()
+    }
+    parameters[NOISY] += 0.02 * jax.random.normal(jax.random.key(0), parameters[NOISY].shape)
+    return with_parameters(shapes_of(recipes.none()), parameters)
+
+
+@pytest.fixture(scope="module")
+def sensitivity(exact, quantized):
+    return Sensitivity(exact, quantized, {"a": WINDOWS[:2], "b": WINDOWS[2:]})
+
+
+def test_everything_is_the_real_model(exact, quantized, sensitivity):
+    everything = pieces_of(CONFIG, RECIPE)[0]
+    cost = sensitivity.measure(everything)
+    real = perplexity(quantized, WINDOWS[:2].reshape(-1), reference=exact, window=24, progress=False)
+    # A value between two of FP8's may round either way under another order of sums.
+    assert 0.001 < cost["a"].divergence == pytest.approx(real.divergence, rel=0.05)
+    assert cost["a"].perplexity == pytest.approx(real.perplexity, rel=5e-3)
+    assert cost["a"].loss == cost["a"].perplexity / sensitivity.perplexity["a"] - 1
+    assert cost["b"] != cost["a"]
+
+
+def test_weights_cost_where_they_differ(sensitivity):
+    names = ("weights", "weights: down_proj", "weights: gate_up_proj", "weights: layer 0", "weights: layer 1")
+    pieces = {piece.name: piece for piece in pieces_of(CONFIG, RECIPE)}
+    costs = {name: sensitivity.measure(pieces[name])["a"].divergence for name in names}
+    assert costs["weights: layer 0"] == costs["weights: gate_up_proj"] == pytest.approx(0, abs=1e-5)
+    assert costs["weights"] == costs["weights: down_proj"] == pytest.approx(costs["weights: layer 1"], rel=1e-4)
+    assert costs["weights"] > 1e-3
+    assert [sensitivity.passes(pieces[name]) for name in names] == [6, 6, 6, 6, 3]
+    assert sensitivity.estimate(list(pieces.values())) > 0
+
+
+def test_each_rounding_costs_something_and_int4_more_than_fp8(sensitivity):
+    costs = {
+        f"{field.name} {form}": sensitivity.measure(Piece("", roundings=Roundings(**{field.name: form})))[
+            "a"
+        ].divergence
+        for field in dataclasses.fields(Roundings)
+        for form in (("fp8", "int4") if field.name in ("keys", "values") else ("fp8",))
+    }
+    assert min(costs.values()) > 0
+    assert costs["keys int4"] > costs["keys fp8"]
+    assert costs["values int4"] > costs["values fp8"]
+
+
+def test_every_piece_is_named_once():
+    for recipe in (RECIPE, recipes.none(), recipes.w4a16(), dataclasses.replace(RECIPE, lm_head_format="fp8")):
+        names = [piece.name for piece in pieces_of(CONFIG, recipe)]
+        assert len(set(names)) == len(names)
+        assert {"everything", "keys int4", "values fp8"} <= set(names)
+    assert "all but probabilities" not in names or recipe.query_format == "fp8"
+
+
+def test_what_cannot_be_compared_is_refused(exact, quantized, sensitivity):
+    with pytest.raises(ValueError, match="weight_format 'int4'; expected 'none'"):
+        Sensitivity(quantized, quantized, {"a": WINDOWS})
+    with pytest.raises(ValueError, match=r"a has windows of shape \(3, 1\)"):
+        Sensitivity(exact, quantized, {"a": WINDOWS[:, :1]})
+    with pytest.raises(ValueError, match=r"'layers\.7' matches no layer"):
+        sensitivity.measure(Piece("", ("layers.7",)))
+    smoothed = shapes_of(recipes.fireq())
+    with pytest.raises(ValueError, match="convert it with float weights"):
+        Sensitivity(exact, smoothed, {"a": WINDOWS})
+
+
+@pytest.mark.parametrize("case", ["gemma2", "cohere", "gpt_oss"])
+def test_simulated_families(case, tmp_path):
+    """Norms around branches, parallel blocks, softcaps, windows, experts and sinks."""
+    model = AutoModelForCausalLM.from_pretrained(
+        write_folder(tmp_path / "model", family_fields(case)), dtype=jnp.float32
+    )
+    x = embed(model, family_tokens())
+    for layer in model.layers:
+        graph, state = nnx.split(layer)
+        x = run_layer(graph, model.config, recipes.none(), Roundings(), state, x)
+    golden = np.load(FAMILIES)[f"{case}.logits"]
+    np.testing.assert_allclose(np.asarray(model.logits(x))[:, KEPT], golden, rtol=0, atol=2e-5 * np.abs(golden).max())
+
+
+def test_activations_show_what_is_planted(exact):
+    """A massive channel in one token's embedding, a large key channel, and a uniform first layer's attention."""
+    parameters = parameters_of(exact)
+    packed = parameters["layers.0.self_attn.qkv_proj.weight"]
+    parameters["layers.0.self_attn.qkv_proj.weight"] = packed.at[:64].set(0).at[64 + 7].multiply(50)
+    parameters["embed_tokens"] = parameters["embed_tokens"].at[WINDOWS[0, 5], 3].set(9.0)
+    found = measure_activations(with_parameters(exact, parameters), WINDOWS, progress=False)
+    assert found.tokens == WINDOWS.size
+    assert found.hidden_max[0] == 9
+    assert found.hidden_median[0] < 0.1
+    assert found.keys.shape == (2, 2, 16)
+    assert largest_to_median(found.keys[0, 0]) > 10 > largest_to_median(found.keys[0, 1])
+    assert found.first_token[0] == pytest.approx(np.mean(1 / np.arange(2, 25)), rel=1e-5)
+    assert {name: value.absmax.shape for name, value in found.inputs.items()} == {
+        "qkv_input": (2, 64), "o_input": (2, 64), "gate_up_input": (2, 64), "down_input": (2, 96)
+    }  # fmt: skip
+    assert found.inputs["o_input"].kurtosis.min() > 1
+    assert found.inputs["qkv_input"].absmax[0].argmax() == 3
+    with pytest.raises(ValueError, match=r"shape \(3, 1\); expected \[windows, T\]"):
+        measure_activations(exact, WINDOWS[:, :1])
