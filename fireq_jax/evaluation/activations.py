@@ -92,7 +92,8 @@ def measure_activations(
     hidden = np.concatenate([np.asarray(entering)[:, None], seen.hidden], axis=1)  # [windows, L + 1, T]
     inputs = {
         name: InputStatistics(seen.absmax[name].max(axis=0), _kurtosis(seen.squares[name], seen.fourths[name]))
-        for name in seen.absmax
+        for name in INPUTS
+        if name in seen.absmax
     }
     return ActivationStatistics(
         tokens=windows.size,

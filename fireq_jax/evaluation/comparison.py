@@ -212,8 +212,8 @@ def resolve_models(models: Sequence[str | Path], revision: str | None = None) ->
     return {name: resolve_model(name, revision if is_hub_id(name) else None) for name in names}
 
 
-def format_table(results: Sequence[Evaluation]) -> str:
-    """Aligned columns: model, perplexity, what of :class:`Evaluation` compares with the first model, tokens, size."""
+def table_columns(results: Sequence[Evaluation]) -> dict[str, list[str]]:
+    """Name -> cells of each column: model, perplexity, what compares it with the first model, tokens, size."""
     columns: dict[str, list[str]] = {
         "model": [result.model for result in results],
         "perplexity": [f"{result.perplexity:.4f}" for result in results],
@@ -224,6 +224,12 @@ def format_table(results: Sequence[Evaluation]) -> str:
             columns[name] = ["" if value is None else format(value, form) for value in values]
     columns["tokens"] = [f"{result.tokens:,}" for result in results]
     columns["size"] = [f"{result.bytes / 1e6:,.1f} MB" for result in results]
+    return columns
+
+
+def format_table(results: Sequence[Evaluation]) -> str:
+    """:func:`table_columns`, aligned."""
+    columns = table_columns(results)
     rows = [list(columns), *map(list, zip(*columns.values(), strict=True))]
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     return "\n".join(

@@ -85,6 +85,18 @@ def test_options_reach_the_model(tmp_path, text):
     assert result("--dtype", "float32")["bytes"] == model.nbytes > 1.9 * plain["bytes"]
 
 
+def test_figures_and_report(tmp_path, text, capsys):
+    options = ["--plots", str(tmp_path / "plots"), "--report", str(tmp_path / "a.html"), "--plot-layers", "1"]
+    assert main(["--model", str(MODEL), "--text", str(text), *SHORT, *options]) == 0
+    figures = tmp_path / "plots" / MODEL.name
+    assert sorted(path.name for path in figures.iterdir()) == ["layer.01.png", "overview.png"]
+    page = (tmp_path / "a.html").read_text()
+    assert page.count("<details>") == 1
+    assert f"--report {tmp_path / 'a.html'}" in page
+    assert "2 windows of 16 tokens" in page
+    assert "2 figures in" in capsys.readouterr().out
+
+
 def test_models_may_be_paths(text):
     (result,) = evaluate([MODEL], text, window=16, max_windows=1, progress=False)
     assert format_table([result]).splitlines()[1].startswith(str(MODEL))
@@ -122,7 +134,11 @@ def test_errors_before_anything_is_loaded(tmp_path, text, capsys):
     check_error(["--model", MODEL, "--text", text, "--json", gone / "a.json"], capsys, "a folder that exists")
     check_error(["--model", MODEL, "--text", text, "--json", tmp_path], capsys, "a folder; expected a file")
     check_error(["--model", MODEL, "--text", text, "--plots", text], capsys, "expected a folder")
-    check_error(["--model", MODEL, "--text", text, "--plots", gone], capsys, "nothing to draw: none of", str(MODEL))
+    check_error(["--model", MODEL, "--text", text, "--report", gone / "a.html"], capsys, "--report is", "that exists")
+    check_error(["--model", MODEL, "--text", text, "--plot-layers", "1"], capsys, "nothing is drawn")
+    pages = ["--model", MODEL, "--text", text, "--plots", gone, "--plot-layers"]
+    check_error([*pages, "0", "4"], capsys, "--plot-layers is '4'; expected 'all' or numbers from 0 to 3")
+    assert not gone.exists()
     same = ["--model", MODEL, "--model", tmp_path / MODEL.name, "--text", text, "--plots", tmp_path]
     check_error(same, capsys, "expected different ones")
     check_error(["--model", MODEL, "--text", text, "--window", "1"], capsys, "window is 1; expected at least 2")
