@@ -109,7 +109,7 @@ def plot_overview(subject: Subject) -> Figure:
     rows = _heat_rows(subject)
     curves = _curves(subject)
     heights = [1.0] * len(rows) + [1.7] * -(-len(curves) // 2)
-    figure = _figure(subject.title, size=(13, 0.9 + 1.75 * sum(heights)))
+    figure = new_figure(subject.title, size=(13, 0.9 + 1.75 * sum(heights)))
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
     _draw_heat_maps(figure, grid, rows)
     for place, (title, unit, log, series) in enumerate(curves):
@@ -127,7 +127,7 @@ def plot_layer(subject: Subject, layer: int) -> Figure:
     if not 0 <= layer < subject.num_layers:
         raise ValueError(f"layer is {layer}; expected 0 to {subject.num_layers - 1}")
     panels = [*_input_panels(subject, layer), *_weight_panels(subject, layer), *_key_panels(subject, layer)]
-    figure = _figure(f"Layer {layer} of {subject.title}", size=(13, 0.8 + 2.3 * -(-len(panels) // 2)))
+    figure = new_figure(f"Layer {layer} of {subject.title}", size=(13, 0.8 + 2.3 * -(-len(panels) // 2)))
     grid = figure.add_gridspec(-(-len(panels) // 2), 2)
     for place, (title, x, series) in enumerate(panels):
         _draw_channels(figure.add_subplot(grid[place // 2, place % 2]), title, x, series)
@@ -143,6 +143,14 @@ def save_figures(subject: Subject, folder: Path, layers: Iterable[int] = ()) -> 
         paths.append(folder / f"layer.{layer:02d}.png")
         plot_layer(subject, layer).savefig(paths[-1])
     return paths
+
+
+def new_figure(title: str, size: tuple[float, float]) -> Figure:
+    """An empty figure of ``size`` in hundreds of pixels."""
+    figure = Figure(figsize=size, dpi=100, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=12)
+    return figure
 
 
 def draw_curves(
@@ -326,10 +334,3 @@ def _pooled(rows: Float[np.ndarray, "rows K"]) -> Float[np.ndarray, "rows column
         return rows
     begins = np.linspace(0, rows.shape[1], _COLUMNS, endpoint=False).astype(int)
     return np.maximum.reduceat(rows, begins, axis=1)
-
-
-def _figure(title: str, size: tuple[float, float]) -> Figure:
-    figure = Figure(figsize=size, dpi=100, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=12)
-    return figure

@@ -24,6 +24,7 @@ from fireq_jax.models.block import linear_names, linears_of
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.quantization.config import QuantizationConfig
 
+LAYER_PIECE = "weights: layer "  # what names of pieces of one layer begin with
 Windows = Mapping[str, Int[np.ndarray, "windows T"]]
 
 
@@ -72,7 +73,7 @@ def pieces_of(config: ModelConfig, quantization: QuantizationConfig) -> list[Pie
     Keys and values are tried in both of the cache's formats, whichever the recipe has.
     """
     everything = Roundings.of(quantization)
-    weights = ("*",) if quantization.weight_format != "none" else ()
+    weights = () if all(map(quantization.keeps_float, linear_names(config))) else ("*",)
     head = quantization.lm_head_format != "none"
     nothing, replace = Roundings(), dataclasses.replace
     whole = Piece("everything", weights, everything, head)
@@ -95,7 +96,7 @@ def pieces_of(config: ModelConfig, quantization: QuantizationConfig) -> list[Pie
         replace(whole, name=f"all but {name}", roundings=replace(everything, **{name: "none"})) for name in rounded
     ]
     if weights:
-        pieces += [Piece(f"weights: layer {i}", (f"layers.{i}.*",)) for i in range(config.num_layers)]
+        pieces += [Piece(f"{LAYER_PIECE}{i}", (f"layers.{i}.*",)) for i in range(config.num_layers)]
     return pieces
 
 
@@ -222,8 +223,11 @@ def _compare(
 def _check(exact: CausalLM, quantized: CausalLM, texts: Windows) -> None:
     if exact.config != quantized.config:
         raise ValueError("the float and the quantized model have different architectures; expected one")
-    if exact.quantization.weight_format != "none":
-        raise ValueError(f"the float model has weight_format {exact.quantization.weight_format!r}; expected 'none'")
+    coded = [name for name in linear_names(exact.config) if not exact.quantization.keeps_float(name)]
+    if coded:
+        raise ValueError(
+            f"the float model has quantized weights in {coded[0]} (and {len(coded) - 1} more); expected none"
+        )
     if exact.quantization.smoothing != quantized.quantization.smoothing:
         raise ValueError(
             f"the float model has smoothing {exact.quantization.smoothing}, and the quantized one "

@@ -13,6 +13,7 @@ from tiny_llama import write_folder
 
 from fireq_jax import AutoModelForCausalLM, LlamaForCausalLM, ModelConfig, recipes
 from fireq_jax.evaluation.activations import largest_to_median, measure_activations
+from fireq_jax.evaluation.costs import cost_table, format_costs, load_report, measure_pieces, plot_costs
 from fireq_jax.evaluation.perplexity import perplexity
 from fireq_jax.evaluation.sensitivity import Piece, Sensitivity, pieces_of
 from fireq_jax.evaluation.simulated import Roundings, embed, run_layer
@@ -95,8 +96,33 @@ def test_every_piece_is_named_once():
     assert "all but probabilities" not in names or recipe.query_format == "fp8"
 
 
+def test_pieces_are_measured_once_and_shown(sensitivity, tmp_path, capsys, monkeypatch):
+    pieces = {piece.name: piece for piece in pieces_of(CONFIG, RECIPE)}
+    first, *others = (pieces[name] for name in ("weights", "weights: layer 0", "weights: layer 1"))
+    path, settings = tmp_path / "apart.json", {"recipe": "mine"}
+    measure_pieces(sensitivity, [first], path, settings)
+    asked = []
+    measure = sensitivity.measure
+    monkeypatch.setattr(sensitivity, "measure", lambda piece: (asked.append(piece), measure(piece))[1])
+    report = measure_pieces(sensitivity, [first, *others], path, settings)
+    assert asked == others
+    assert "2 of 3 pieces to measure: 9 passes" in capsys.readouterr().out
+    assert report == load_report(path, settings)
+    assert set(report["float perplexity"]) == set(report["costs"]["weights"]) == {"a", "b"}
+    with pytest.raises(ValueError, match=rf"{path} was measured with {{'recipe': 'mine'}}"):
+        load_report(path, {"recipe": "yours"})
+
+    assert len(format_costs(report["costs"]).splitlines()) == 2 + 3 * 2
+    assert cost_table(report["costs"]).count("<tr>") == 1 + 3 * 2
+    bars, *_, curves = plot_costs(report["costs"], "title").axes
+    divergence = {text: report["costs"]["weights"][text]["divergence"] for text in "ab"}
+    assert [bar.get_width() for bar in bars.patches] == list(divergence.values())
+    layers = [report["costs"][piece.name]["b"]["loss"] for piece in others]
+    np.testing.assert_allclose(curves.lines[1].get_ydata(), 100 * np.asarray(layers))
+
+
 def test_what_cannot_be_compared_is_refused(exact, quantized, sensitivity):
-    with pytest.raises(ValueError, match="weight_format 'int4'; expected 'none'"):
+    with pytest.raises(ValueError, match=r"quantized weights in layers\.0\.self_attn\.qkv_proj \(and 7 more\)"):
         Sensitivity(quantized, quantized, {"a": WINDOWS})
     with pytest.raises(ValueError, match=r"a has windows of shape \(3, 1\)"):
         Sensitivity(exact, quantized, {"a": WINDOWS[:, :1]})
