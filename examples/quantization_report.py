@@ -39,7 +39,7 @@ from fireq_jax import AutoModelForCausalLM, QuantizationConfig, recipes
 from fireq_jax.checkpoints.tokenizer import load_tokenizer
 from fireq_jax.command_line import exit_code
 from fireq_jax.evaluation.activations import measure_activations
-from fireq_jax.evaluation.costs import cost_table, format_costs, load_report, measure_pieces, plot_costs
+from fireq_jax.evaluation.costs import average, cost_table, format_costs, load_report, measure_pieces, plot_costs
 from fireq_jax.evaluation.perplexity import perplexity
 from fireq_jax.evaluation.plots import subject_of
 from fireq_jax.evaluation.report import model_section, versions
@@ -235,7 +235,7 @@ def measure_rows(
     calibration: Int32[np.ndarray, " tokens"],
     texts: Texts,
 ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """Costs of all rows, by name and seed, and a section about their sizes."""
+    """Costs of all rows, means over the seeds, and a section about their sizes."""
     path = args.output / "report.json"
     report = load_report(path, settings)
     exact = AutoModelForCausalLM.from_pretrained(args.model, dtype=jnp.float32)
@@ -246,19 +246,20 @@ def measure_rows(
     names = args.rows or list(rows())
     for number, name in enumerate(names, start=1):
         config = rows()[name]
+        runs = report.setdefault("runs", {}).setdefault(name, {})
         for seed in args.seeds if needs_calibration(config) else args.seeds[:1]:
-            key = f"{name} (seed {seed})" if len(args.seeds) > 1 else name
-            if key in report["costs"]:
+            if str(seed) in runs:
                 continue
-            print(f"row {number} of {len(names)}: {key}", flush=True)
-            costs, sizes = measure(args, config, samples_for(config, calibration, args, seed), exact, report, texts)
-            report["costs"][key] = costs
-            report.setdefault("sizes", {})[key] = sizes
+            print(f"row {number} of {len(names)}: {name}, seed {seed}", flush=True)
+            runs[str(seed)], sizes = measure(
+                args, config, samples_for(config, calibration, args, seed), exact, report["float perplexity"], texts
+            )
+            report["costs"][name] = average(list(runs.values()))
+            report.setdefault("sizes", {})[name] = sizes
             report.setdefault("configs", {})[name] = config.to_dict()
             write_json(path, report)
-            print(
-                f"{key}: KL {', '.join(format(cost['divergence'], '.4f') for cost in costs.values())} nats", flush=True
-            )
+            found = ", ".join(f"{cost['divergence']:.4f}" for cost in runs[str(seed)].values())
+            print(f"{name}, seed {seed}: KL {found} nats", flush=True)
     sizes = [[name, f"{made['megabytes']:.2f}", f"{made['seconds']:.0f}"] for name, made in report["sizes"].items()]
     return report["costs"], [("Sizes", table(["row", "MB", "seconds to convert"], sizes))]
 
@@ -268,10 +269,13 @@ def measure(
     config: QuantizationConfig,
     samples: Int[np.ndarray, "samples T"] | None,
     exact: AutoModelForCausalLM,
-    report: Mapping[str, Any],
+    before: Mapping[str, float],
     texts: Texts,
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """Convert to a temporary folder and evaluate: costs by text, and what the conversion took."""
+    """Convert to a temporary folder and evaluate: costs by text, and what the conversion took.
+
+    ``before``: the float model's perplexity, by text.
+    """
     with tempfile.TemporaryDirectory() as folder:
         options = ConversionOptions(args.model, Path(folder) / "model", "report", config)
         made = convert(options, samples, progress=False)
@@ -279,7 +283,7 @@ def measure(
     costs = {}
     for text, windows in texts.items():
         found = perplexity(quantized, windows.reshape(-1), reference=exact, window=args.window, progress=False)
-        loss = found.perplexity / report["float perplexity"][text] - 1
+        loss = found.perplexity / before[text] - 1
         costs[text] = {
             "perplexity": found.perplexity,
             "loss": loss,

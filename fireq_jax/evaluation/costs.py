@@ -4,7 +4,7 @@ A report is a JSON object::
 
     settings            what must be the same for all that is in it
     float perplexity    by text
-    costs               variant -> text -> fields of ``sensitivity.Cost``
+    costs               variant -> text -> fields of ``sensitivity.Cost``, of means over runs with ``spread``s
 """
 
 import dataclasses
@@ -73,8 +73,7 @@ def format_costs(costs: Costs) -> str:
     lines = [f"| variant | text | {' | '.join(heading for heading, *_ in FIELDS.values())} |", "|---" * 6 + "|"]
     for name, by_text in costs.items():
         for text, cost in by_text.items():
-            numbers = (f"{factor * cost[field]:.{digits}f}" for field, (_, factor, digits) in FIELDS.items())
-            lines.append(f"| {name} | {text} | {' | '.join(numbers)} |")
+            lines.append(f"| {name} | {text} | {' | '.join(_number(cost, field) for field in FIELDS)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -87,10 +86,25 @@ def cost_table(costs: Costs) -> str:
     for name, by_text in costs.items():
         for text, cost in by_text.items():
             cells: list[Cell] = [name, text] if several else [name]
-            for field, (_, factor, digits) in FIELDS.items():
-                cells.append((f"{factor * cost[field]:.{digits}f}", factor * cost[field]))
-            rows.append(cells)
+            rows.append([*cells, *((_number(cost, field), cost[field]) for field in FIELDS)])
     return table(header, rows, sortable=True)
+
+
+def average(runs: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
+    """Costs by text of one variant: means over its runs, such as over seeds, and standard deviations ("... spread")."""
+    means: dict[str, dict[str, float]] = {}
+    for text in runs[0]:
+        means[text] = {field: float(np.mean([run[text][field] for run in runs])) for field in FIELDS}
+        if len(runs) > 1:
+            spreads = {f"{field} spread": float(np.std([run[text][field] for run in runs], ddof=1)) for field in FIELDS}
+            means[text] |= spreads
+    return means
+
+
+def _number(cost: Mapping[str, float], field: str) -> str:
+    _, factor, digits = FIELDS[field]
+    spread = cost.get(f"{field} spread")
+    return f"{factor * cost[field]:.{digits}f}" + ("" if spread is None else f" +- {factor * spread:.{digits}f}")
 
 
 def plot_costs(costs: Costs, title: str) -> Figure:
@@ -108,7 +122,9 @@ def plot_costs(costs: Costs, title: str) -> Figure:
         for i, text in enumerate(texts):
             values = [factor * by_text[text][field] for by_text in variants.values()]
             places = np.arange(len(values)) + (i - (len(texts) - 1) / 2) * width
-            axes.barh(places, values, height=width, color=STYLES[i % len(STYLES)]["color"], label=text)
+            spreads = [factor * by_text[text].get(f"{field} spread", 0.0) for by_text in variants.values()]
+            color = STYLES[i % len(STYLES)]["color"]
+            axes.barh(places, values, xerr=spreads if any(spreads) else None, height=width, color=color, label=text)
         axes.set_yticks(range(len(variants)), list(variants) if column == 0 else [""] * len(variants), fontsize=9)
         axes.invert_yaxis()
         axes.set_xlabel(heading, fontsize=9)

@@ -13,7 +13,7 @@ from tiny_llama import write_folder
 
 from fireq_jax import AutoModelForCausalLM, LlamaForCausalLM, ModelConfig, recipes
 from fireq_jax.evaluation.activations import largest_to_median, measure_activations
-from fireq_jax.evaluation.costs import cost_table, format_costs, load_report, measure_pieces, plot_costs
+from fireq_jax.evaluation.costs import average, cost_table, format_costs, load_report, measure_pieces, plot_costs
 from fireq_jax.evaluation.perplexity import perplexity
 from fireq_jax.evaluation.sensitivity import Piece, Sensitivity, pieces_of
 from fireq_jax.evaluation.simulated import Roundings, embed, run_layer
@@ -32,7 +32,8 @@ def shapes_of(recipe):
 
 @pytest.fixture(scope="module")
 def quantized():
-    model = LlamaForCausalLM(CONFIG, RECIPE, dtype=jnp.float32)
+    # One program instead of one for each operation of the initializers.
+    model = nnx.jit(lambda: LlamaForCausalLM(CONFIG, RECIPE, dtype=jnp.float32))()
     parameters = parameters_of(model)
     return with_parameters(model, parameters | {"lm_head": parameters["lm_head"] * 20})
 
@@ -40,10 +41,9 @@ def quantized():
 @pytest.fixture(scope="module")
 def exact(quantized):
     """What the codes stand for, but in one linear layer, where something is added to it."""
-    parameters = {
-        name: value.dequantize() if isinstance(value, QuantizedTensor) else value
-        for name, value in parameters_of(quantized).items()
-    }
+    coded = {name: value for name, value in parameters_of(quantized).items() if isinstance(value, QuantizedTensor)}
+    decoded = jax.jit(lambda: {name: value.dequantize() for name, value in coded.items()})()
+    parameters = parameters_of(quantized) | decoded
     parameters[NOISY] += 0.02 * jax.random.normal(jax.random.key(0), parameters[NOISY].shape)
     return with_parameters(shapes_of(recipes.none()), parameters)
 
@@ -119,6 +119,10 @@ def test_pieces_are_measured_once_and_shown(sensitivity, tmp_path, capsys, monke
     assert [bar.get_width() for bar in bars.patches] == list(divergence.values())
     layers = [report["costs"][piece.name]["b"]["loss"] for piece in others]
     np.testing.assert_allclose(curves.lines[1].get_ydata(), 100 * np.asarray(layers))
+
+    runs = [{"a": dict.fromkeys(("perplexity", "loss", "divergence", "agreement"), value)} for value in (0.1, 0.3)]
+    assert "| mean | a | 0.2000 +- 0.1414 | 20.00 +- 14.14 |" in format_costs({"mean": average(runs)})
+    assert len(plot_costs({"mean": average(runs)}, "title").axes[0].lines) == 0
 
 
 def test_what_cannot_be_compared_is_refused(exact, quantized, sensitivity):
