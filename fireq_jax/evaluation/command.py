@@ -41,6 +41,9 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--revision", help="branch, tag or commit of the models that are hub ids")
     parse.add_argument("--text", required=True, help="text file, .jsonl, .parquet, a folder of them, or a dataset name")
     parse.add_argument("--text-field", default="text", help="where .jsonl and .parquet hold their text (default: text)")
+    parse.add_argument(
+        "--join", action="store_true", help="join documents by blank lines into one text, as is usual for WikiText"
+    )
     parse.add_argument("--window", type=int, default=1024, help="tokens the model sees at once (default: 1024)")
     parse.add_argument(
         "--stride", type=int, help="tokens between the beginnings of windows; less than the window makes them overlap"
@@ -111,6 +114,7 @@ def run(args: argparse.Namespace) -> None:
         args.models,
         args.text,
         text_field=args.text_field,
+        join=args.join,
         window=args.window,
         stride=args.stride,
         max_windows=args.max_windows,

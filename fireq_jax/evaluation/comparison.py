@@ -16,7 +16,7 @@ from fireq_jax.checkpoints.tokenizer import load_tokenizer
 from fireq_jax.device_memory import check_fits
 from fireq_jax.evaluation.perplexity import PerplexityResult, check_windows, logits_nbytes, perplexity
 from fireq_jax.models import CausalLM
-from fireq_jax.text_data import read_documents, tokenize
+from fireq_jax.text_data import Document, protocol, read_documents, tokenize
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.formats import KVFormat
 
@@ -30,6 +30,7 @@ class Protocol:
 
     Attributes:
         text: where it came from.
+        joined: whether its documents were joined by blank lines before they were tokenized.
         text_tokens: of all of it.
         window: tokens that a model sees at once.
         stride: tokens from one window's beginning to the next.
@@ -38,6 +39,7 @@ class Protocol:
     """
 
     text: str
+    joined: bool
     text_tokens: int
     window: int
     stride: int
@@ -48,7 +50,7 @@ class Protocol:
         overlap = "side by side" if self.stride == self.window else f"stride {self.stride}"
         return (
             f"{self.windows:,} windows of {self.window:,} tokens, {overlap}, of {self.text} ({self.text_tokens:,} "
-            f"tokens, each document by itself with the tokenizer's special tokens): {self.tokens:,} tokens scored"
+            f"tokens; {protocol(join=self.joined)}): {self.tokens:,} tokens scored"
         )
 
 
@@ -83,6 +85,7 @@ def evaluate(
     text: str | Path,
     *,
     text_field: str = "text",
+    join: bool = False,
     window: int = 1024,
     stride: int | None = None,
     max_windows: int | None = None,
@@ -101,6 +104,7 @@ def evaluate(
     Args:
         models: folders or hub ids, of Hugging Face checkpoints or converted models.
         text: file, folder or data set (see :mod:`fireq_jax.text_data`), with its ``text_field``.
+        join: make one document of all, as in :func:`~fireq_jax.text_data.read_documents`.
         window, stride, max_windows, batch_size, progress: as in
             :func:`~fireq_jax.evaluation.perplexity.perplexity`.
         divergence: measure divergence and agreement, for which the first model reads the text once more for each of
@@ -119,7 +123,7 @@ def evaluate(
     check_windows(window, stride, batch_size, max_windows)
     if repeated := next((model for model in models if list(models).count(model) > 1), None):
         raise ValueError(f"model {repeated!r} is named more than once")
-    documents = read_documents(text, text_field=text_field)
+    documents = read_documents(text, text_field=text_field, join=join)
     folders = resolve_models(models, revision)
     tokens = _common_tokens(folders, documents, verify=verify)
     if len(tokens) < 2:
@@ -130,8 +134,8 @@ def evaluate(
     )
     together = divergence and _fit_together(list(folders.values()), batch_size, min(window, len(tokens)), **options)
     load = functools.partial(CausalLM.from_pretrained, verify=verify, **options)
-    protocol = Protocol(str(text), len(tokens), window, stride or window, 0, 0)
-    return _evaluate(folders, tokens, load, score, protocol, visit, together=together)
+    how = Protocol(str(text), join, len(tokens), window, stride or window, 0, 0)
+    return _evaluate(folders, tokens, load, score, how, visit, together=together)
 
 
 def _evaluate(
@@ -139,7 +143,7 @@ def _evaluate(
     tokens: Int32[np.ndarray, " tokens"],
     load: Callable[[Path], CausalLM],
     score: Callable[..., PerplexityResult],
-    protocol: Protocol,
+    how: Protocol,
     visit: Visit | None,
     *,
     together: bool,
@@ -155,7 +159,7 @@ def _evaluate(
             found = score(model, tokens, reference=reference, description=name)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        done = dataclasses.replace(protocol, windows=found.windows, tokens=found.tokens)
+        done = dataclasses.replace(how, windows=found.windows, tokens=found.tokens)
         loss = found.perplexity / results[0].perplexity - 1 if results else None
         compared = loss, found.divergence, found.agreement, done
         results.append(Evaluation(name, found.perplexity, found.tokens, model.nbytes, *compared))
@@ -238,7 +242,7 @@ def format_table(results: Sequence[Evaluation]) -> str:
 
 
 def _common_tokens(
-    folders: Mapping[str, Path], documents: Sequence[str], *, verify: bool
+    folders: Mapping[str, Path], documents: Sequence[Document], *, verify: bool
 ) -> Int32[np.ndarray, " tokens"]:
     reference, *others = folders
     first = tokenize(documents, load_tokenizer(folders[reference], verify=verify))

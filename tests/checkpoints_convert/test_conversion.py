@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from safetensors.numpy import load_file
 from small_checkpoint import parameter_bytes, write_checkpoint
 
 from checkpoints_convert import conversion, work_folder
-from checkpoints_convert.conversion import ConversionOptions, convert
+from checkpoints_convert.conversion import ConversionOptions, convert, dry_run
 from checkpoints_convert.convert_and_quantize import main
 from fireq_jax import LlamaForCausalLM, QuantizationConfig, recipes
 from fireq_jax.checkpoints.folder import WORK_FOLDER
@@ -252,6 +253,40 @@ def test_other_magnitudes_are_stored_and_read_back(source: Path, tmp_path: Path)
     exact = load_file(source / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
     error = np.linalg.norm(np.asarray(down.dequantize()) - exact) / np.linalg.norm(exact)
     assert 0.05 < error < 0.12  # 15 levels of normal weights
+
+
+def test_recipes_are_listed_without_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("--list-recipes", "--help"):
+        with pytest.raises(SystemExit) as stop:
+            main([option])
+        assert stop.value.code == 0
+        assert recipes.described() in capsys.readouterr().out
+
+
+def test_a_dry_run_says_what_a_run_logs_and_writes_nothing(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    output = tmp_path / "out"
+    command = ["--model", str(source), "--output", str(output), "--recipe", "rtn", "--lm-head-format", "fp8"]
+    command += ["--layer-format", "layers.1.*=fp8", "layers.2.mlp.*=none"]
+    assert main([*command, "--dry-run"]) == 0
+    assert not output.exists()
+    said = capsys.readouterr().out.splitlines()
+    assert main(command) == 0
+    assert "\n".join(said[:-1]) in caplog.text  # the last has how much of the disk is free
+    report = json.loads((output / "report.json").read_text())
+    assert f"from {report['bytes_before'] / 1e6:.2f} MB to {report['bytes_after'] / 1e6:.2f} MB" in said[2]
+    assert "linear layers: 6 in int4, 4 in fp8" in said[3]
+    assert "2 linear layers stay bfloat16" in said[4]
+    assert "layers.2.mlp.gate_up_proj, layers.2.mlp.down_proj" in said[4]
+
+
+def test_what_calibration_costs_is_said_in_time(source: Path, tmp_path: Path) -> None:
+    planned = options(source, tmp_path / "out", dataclasses.replace(recipes.fireq_plus(), learned_steps=2))
+    said = "\n".join(dry_run(planned, (6, 24), 2))
+    assert re.search(r"on 144 tokens, 48 held out: \S+ TFLOP, at least \d+ s of matrix products at \S+ TFLOP/s", said)
+    assert "cache: int4 in 3 layers" in said
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("recipe", ["rtn", "w4a16", "w8a8_fp8", "none"])
