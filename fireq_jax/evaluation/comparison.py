@@ -30,8 +30,8 @@ class Protocol:
 
     Attributes:
         text: where it came from.
+        joined: whether its documents were joined by blank lines before they were tokenized.
         text_tokens: of all of it.
-        joined: whether its documents were made one.
         window: tokens that a model sees at once.
         stride: tokens from one window's beginning to the next.
         windows: that were read.
@@ -39,8 +39,8 @@ class Protocol:
     """
 
     text: str
-    text_tokens: int
     joined: bool
+    text_tokens: int
     window: int
     stride: int
     windows: int
@@ -50,7 +50,7 @@ class Protocol:
         overlap = "side by side" if self.stride == self.window else f"stride {self.stride}"
         return (
             f"{self.windows:,} windows of {self.window:,} tokens, {overlap}, of {self.text} ({self.text_tokens:,} "
-            f"tokens, {protocol(join=self.joined)}): {self.tokens:,} tokens scored"
+            f"tokens; {protocol(join=self.joined)}): {self.tokens:,} tokens scored"
         )
 
 
@@ -134,8 +134,8 @@ def evaluate(
     )
     together = divergence and _fit_together(list(folders.values()), batch_size, min(window, len(tokens)), **options)
     load = functools.partial(CausalLM.from_pretrained, verify=verify, **options)
-    planned = Protocol(str(text), len(tokens), join, window, stride or window, 0, 0)
-    return _evaluate(folders, tokens, load, score, planned, visit, together=together)
+    how = Protocol(str(text), join, len(tokens), window, stride or window, 0, 0)
+    return _evaluate(folders, tokens, load, score, how, visit, together=together)
 
 
 def _evaluate(
@@ -143,7 +143,7 @@ def _evaluate(
     tokens: Int32[np.ndarray, " tokens"],
     load: Callable[[Path], CausalLM],
     score: Callable[..., PerplexityResult],
-    planned: Protocol,
+    how: Protocol,
     visit: Visit | None,
     *,
     together: bool,
@@ -159,7 +159,7 @@ def _evaluate(
             found = score(model, tokens, reference=reference, description=name)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        done = dataclasses.replace(planned, windows=found.windows, tokens=found.tokens)
+        done = dataclasses.replace(how, windows=found.windows, tokens=found.tokens)
         loss = found.perplexity / results[0].perplexity - 1 if results else None
         compared = loss, found.divergence, found.agreement, done
         results.append(Evaluation(name, found.perplexity, found.tokens, model.nbytes, *compared))

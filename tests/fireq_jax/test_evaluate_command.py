@@ -42,7 +42,7 @@ def test_two_models_table_and_json(tmp_path, text, capsys):
     expected = perplexity(model, tokens, window=16, max_windows=2, batch_size=2, progress=False)
     compared = {"loss": None, "divergence": None, "agreement": None}
     protocol = {
-        "text": str(text), "text_tokens": len(tokens), "joined": False, "window": 16, "stride": 16, "windows": 2,
+        "text": str(text), "joined": False, "text_tokens": len(tokens), "window": 16, "stride": 16, "windows": 2,
         "tokens": 30,
     }  # fmt: skip
     assert first == {
@@ -56,6 +56,7 @@ def test_two_models_table_and_json(tmp_path, text, capsys):
     assert lines[0].split()[1:] == [f"{expected.perplexity:.4f}", "30", "8.4", "MB"]
     assert lines[1].split()[2:] == ["+0.00%", "0.0000", "100.00%", "30", "8.4", "MB"]
     assert "2 windows of 16 tokens, side by side" in lines[-1]
+    assert "without empty ones): 30 tokens scored" in lines[-1]
     assert not list(tmp_path.glob("result.json?*"))
 
 

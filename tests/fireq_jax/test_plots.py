@@ -105,7 +105,7 @@ class Page(html.parser.HTMLParser):
 
 
 def test_report_is_one_file(folder, tmp_path):
-    protocol = Protocol("text.txt", 900, False, 16, 16, 2, 30)
+    protocol = Protocol("text.txt", False, 900, 16, 16, 2, 30)
     results = [Evaluation("a", 9.0, 30, 100), Evaluation("<b>&", 9.9, 30, 50, 0.1, 0.02, 0.9, protocol)]
     subject = subject_of("<b>&", folder, statistics_of(0))
     write_report(tmp_path / "a.html", results, {"<b>&": subject}, command=["run", "a b"], layers=[1])
