@@ -105,6 +105,7 @@ def run(args: argparse.Namespace) -> None:
         args.batch_size,
         fit_cache=args.kv_format is None,
         keep_codes=args.keep_codes,
+        base_model=args.model if is_hub_id(args.model) else None,
     )
     # What costs little comes first: text is read before weights are downloaded, and tokenized after.
     documents = _documents(args, quantization)

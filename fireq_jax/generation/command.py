@@ -123,7 +123,7 @@ def _run(arguments: argparse.Namespace) -> None:
         elif len(prompts) == 1 and not (arguments.no_stream or arguments.json or arguments.prompts):
             model = _load(stored, arguments, _padded(ids, width) | options, only_prefill=True)
             answer = print_stream(model, tokenizer, ids[0], options)
-            _report(arguments, width, answer.tokens, answer.times[-1] - answer.times[0], answer.speed)
+            _report(arguments, width, len(answer.tokens), answer.times[-1] - answer.times[0], answer.speed)
         else:
             _print_complete(stored, tokenizer, list(zip(prompts, ids, strict=True)), options, arguments)
 
@@ -250,7 +250,7 @@ def _chat(
     model = _load(stored, arguments, _padded([first], len(first)) | options, only_prefill=False)
 
     def report(answer: Answer) -> None:
-        logger.info("%d tokens (%s)", answer.tokens, answer.speed)
+        logger.info("%d tokens (%s)", len(answer.tokens), answer.speed)
 
     run_chat(Chat(model, tokenizer, arguments.model, options, arguments.system), report)
 

@@ -15,9 +15,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from fireq_jax.generation.options import GenerationOptions
-from fireq_jax.generation.programs import NewTokens, decode, prefill
-from fireq_jax.generation.request import Request, prepare
+from fireq_jax.generation.programs import NewTokens, decode, looks_back, prefill, resume
+from fireq_jax.generation.request import Choice, Request, prepare
 from fireq_jax.generation.text import TextStream
+from fireq_jax.models.kv_cache import KVCache
 from fireq_jax.models.llama import CausalLM
 
 # Seconds that a reader does not notice. A call costs the host as much as several steps of a fast GPU, so streaming asks
@@ -38,6 +39,7 @@ class GenerationOutput(NamedTuple):
             so that a row's sum is its text's; None unless ``logprobs`` was asked for.
         top_logprobs: float32 [B, max_new_tokens, K], of the ``top_logprobs`` most likely tokens, best first.
         top_tokens: int32 [B, max_new_tokens, K], these tokens.
+        cache: keys and values of all tokens but each sequence's last; None unless ``return_cache`` was asked for.
     """
 
     sequences: Int[Array, "B total"]
@@ -46,6 +48,7 @@ class GenerationOutput(NamedTuple):
     logprobs: Float[Array, "B N"] | None = None
     top_logprobs: Float[Array, "B N K"] | None = None
     top_tokens: Int[Array, "B N K"] | None = None
+    cache: KVCache | None = None
 
 
 class StreamStep(NamedTuple):
@@ -64,6 +67,28 @@ class StreamStep(NamedTuple):
     logprobs: np.ndarray | None = None
     top_logprobs: np.ndarray | None = None
     top_tokens: np.ndarray | None = None
+
+
+class Stream(Iterator[StreamStep]):
+    """The steps of :func:`stream`, and the cache that they leave."""
+
+    def __init__(self, run: "_Run") -> None:
+        """Of a call on its way."""
+        self._run, self._steps = run, _steps(run)
+        self._lengths = np.zeros_like(run.request.lengths)
+
+    def __next__(self) -> StreamStep:
+        step = next(self._steps)
+        self._lengths += step.active
+        return step
+
+    @property
+    def cache(self) -> KVCache:
+        """Keys and values of all tokens so far but each sequence's last, as a further call takes them.
+
+        It is of use when no further step is asked for, whose call of the device would take its memory.
+        """
+        return self._run.cache_after(self._lengths)
 
 
 class _Chunk(NamedTuple):
@@ -111,14 +136,16 @@ def generate(
     """
     request = prepare(model, input_ids, attention_mask, max_new_tokens, **options)
     _warn_beyond_positions(model, request)
-    chunks = list(_two_chunks(model, request) if request.stop is None else _chunks(model, request))
+    run = _Run(model, request)
+    chunks = list(_two_chunks(run) if request.stop is None else _chunks(run))
     # Put together by numpy, which compiles nothing for lengths that it has not seen.
     tokens, logprobs = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *(chunk.new for chunk in chunks))
     pad = request.choice.pad
     tokens, logprobs = jax.tree.map(lambda x: _widened(x, request.new_tokens, pad), (tokens, logprobs))
     sequences = np.concatenate([request.prompt, tokens], axis=1)
-    lengths = np.sum([chunk.lengths for chunk in chunks], axis=0, dtype=np.int32)
-    return GenerationOutput(*jax.device_put((sequences, lengths, ~chunks[-1].running, *(logprobs or ()))))
+    lengths = np.stack([chunk.lengths for chunk in chunks]).sum(axis=0, dtype=np.int32)
+    output = GenerationOutput(*jax.device_put((sequences, lengths, ~chunks[-1].running, *(logprobs or ()))))
+    return output._replace(cache=run.cache_after(lengths)) if options.get("return_cache") else output
 
 
 def stream(
@@ -128,7 +155,7 @@ def stream(
     *,
     max_new_tokens: int,
     **options: Unpack[GenerationOptions],
-) -> Iterator[StreamStep]:
+) -> Stream:
     """:func:`generate`, handing out tokens as they are made.
 
     Arguments and errors are the same, and so are the tokens. Errors are raised by the call itself,
@@ -136,7 +163,7 @@ def stream(
     """
     request = prepare(model, input_ids, attention_mask, max_new_tokens, **options)
     _warn_beyond_positions(model, request)
-    return _steps(model, request)
+    return Stream(_Run(model, request))
 
 
 def check_call(
@@ -171,12 +198,12 @@ def warmup(
     """
     request = prepare(model, input_ids, attention_mask, max_new_tokens, **options)
     arrays, structure = jax.tree.flatten(model)
-    tokens, lengths, choice = jax.device_put(request.inputs)
-    prompt = structure, arrays, tokens, lengths, choice, request.capacity, request.static
+    choice = jax.device_put(request.choice)
+    first, inputs = _first_program(structure, arrays, request, choice)
     with ThreadPoolExecutor() as pool:
-        compiling = [pool.submit(prefill.lower(*prompt).compile)]
+        compiling = [pool.submit(first.lower(*inputs).compile)]
         if not only_prefill:
-            cache, progress = _placed_with(arrays[0], jax.eval_shape(prefill, *prompt))
+            cache, progress = _placed_with(arrays[0], jax.eval_shape(first, *inputs))
             decode_program = decode.lower(structure, arrays, cache, progress, choice, _on_device(1), request.static)
             compiling.append(pool.submit(decode_program.compile))
         for program in compiling:
@@ -190,36 +217,64 @@ def _placed_with(array: Array | jax.ShapeDtypeStruct, results: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), results)
 
 
-def _two_chunks(model: CausalLM, request: Request) -> Iterator[_Chunk]:
+def _first_program(structure: Any, arrays: list[Array], request: Request, choice: Choice) -> tuple[Any, tuple]:
+    """What makes the first token, and its arguments."""
+    tokens, lengths, static = request.tokens, request.lengths, request.static
+    if request.cache is None:
+        return prefill, (structure, arrays, *jax.device_put((tokens, lengths)), choice, request.capacity, static)
+    whole = tokens if looks_back(request.choice, static) else None
+    rest, whole, lengths = jax.device_put((request.rest, whole, lengths))
+    return resume, (structure, arrays, request.cache, rest, whole, lengths, choice, request.capacity, static)
+
+
+class _Run:
+    """A call on its way: its state on the device, whose first token is being made."""
+
+    def __init__(self, model: CausalLM, request: Request) -> None:
+        self.request = request
+        self._arrays, self._structure = jax.tree.flatten(model)
+        self._choice = jax.device_put(request.choice)
+        program, inputs = _first_program(self._structure, self._arrays, request, self._choice)
+        self._cache, self.progress = program(*inputs)
+
+    def decode(self, count: int) -> tuple[NewTokens, Int[Array, " B"], Bool[Array, " B"]]:
+        """Up to ``count`` more tokens: these, how many of each sequence, and which go on."""
+        static, steps = self.request.static, _on_device(count)
+        self._cache, self.progress, new, lengths = decode(
+            self._structure, self._arrays, self._cache, self.progress, self._choice, steps, static
+        )
+        return new, lengths, self.progress.running
+
+    def stop(self, running: np.ndarray) -> None:
+        """End sequences that are not among ``running``."""
+        self.progress = self.progress._replace(running=_placed_like(self.progress.running, running))
+
+    def cache_after(self, lengths: np.ndarray) -> KVCache:
+        """The cache, where so many new tokens of each sequence were taken."""
+        return self._cache.cut(self.request.lengths + np.maximum(lengths - 1, 0))
+
+
+def _two_chunks(run: _Run) -> Iterator[_Chunk]:
     """The first token, and all the others, without a look at them in between."""
-    arrays, structure = jax.tree.flatten(model)
-    tokens, lengths, choice = jax.device_put(request.inputs)
-    cache, progress = prefill(structure, arrays, tokens, lengths, choice, request.capacity, request.static)
-    first, further = progress.new, request.new_tokens - 1
-    steps = _on_device(further)
-    _, progress, new, lengths = decode(structure, arrays, cache, progress, choice, steps, request.static)
-    first, new, lengths, running = jax.device_get((first, new, lengths, progress.running))
+    first, further = run.progress.new, run.request.new_tokens - 1
+    first, (new, lengths, running) = jax.device_get((first, run.decode(further)))
     yield _first_chunk(first, running)
     yield _Chunk(jax.tree.map(lambda x: x[:, :further], new), lengths, running)
 
 
-def _chunks(model: CausalLM, request: Request) -> Iterator[_Chunk]:
+def _chunks(run: _Run) -> Iterator[_Chunk]:
     """As many tokens at a time as come at a glance, looked at for stop strings."""
-    arrays, structure = jax.tree.flatten(model)
-    tokens, lengths, choice = jax.device_put(request.inputs)
-    cache, progress = prefill(structure, arrays, tokens, lengths, choice, request.capacity, request.static)
+    request = run.request
     texts, pad = request.text_streams(), request.choice.pad
-    chunk = _until_stop(_first_chunk(*jax.device_get((progress.new, progress.running))), texts, pad)
+    chunk = _until_stop(_first_chunk(*jax.device_get((run.progress.new, run.progress.running))), texts, pad)
     yield chunk
     done, count = 1, 1
     while done < request.new_tokens and chunk.running.any():
         if texts:
-            progress = progress._replace(running=_placed_like(progress.running, chunk.running))
+            run.stop(chunk.running)
         count = min(count, request.new_tokens - done)
         begin = time.perf_counter()
-        steps = _on_device(count)
-        cache, progress, new, lengths = decode(structure, arrays, cache, progress, choice, steps, request.static)
-        new, lengths, running = jax.device_get((new, lengths, progress.running))
+        new, lengths, running = jax.device_get(run.decode(count))
         seconds = time.perf_counter() - begin
         made = int(lengths.max())
         chunk = _until_stop(_Chunk(jax.tree.map(lambda x: x[:, :made], new), lengths, running), texts, pad)  # noqa: B023
@@ -228,8 +283,8 @@ def _chunks(model: CausalLM, request: Request) -> Iterator[_Chunk]:
         count = _next_count(count, seconds)
 
 
-def _steps(model: CausalLM, request: Request) -> Iterator[StreamStep]:
-    for new, lengths, _ in _chunks(model, request):
+def _steps(run: _Run) -> Iterator[StreamStep]:
+    for new, lengths, _ in _chunks(run):
         for step in range(lengths.max()):
             tokens, logprobs = jax.tree.map(lambda x: x[:, step].copy(), new)  # noqa: B023
             yield StreamStep(tokens, step < lengths, *(logprobs or ()))

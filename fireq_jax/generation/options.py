@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, Key
 from fireq_jax.generation.constraints import is_whole
 from fireq_jax.generation.sampling import SamplingOptions
 from fireq_jax.generation.text import check_stop_strings
+from fireq_jax.models.kv_cache import KVCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,6 +35,8 @@ class OwnOptions(TypedDict, total=False):
     num_return_sequences: int
     logprobs: bool
     top_logprobs: int | None
+    cache: KVCache | None
+    return_cache: bool
 
 
 class GenerationOptions(OwnOptions, SamplingOptions, total=False):
@@ -73,6 +76,10 @@ class Options:
         logprobs: return log-probabilities (nats) of the chosen tokens, by the model's own distribution: before
             temperature, penalties and filters.
         top_logprobs: return those of so many most likely tokens, too; implies ``logprobs``.
+        cache: of an earlier call for the same batch, in the same order, whose tokens each prompt begins with, which is
+            not checked: only the rest of a prompt, at least one token, is computed. It stays as it is;
+            ``cache.cut(lengths)`` forgets tokens that another prompt does not begin with.
+        return_cache: return the cache, with the prompt and the new tokens but the last one.
 
     Raises:
         ValueError: for values out of range, or ``stop_strings`` without a tokenizer.
@@ -92,6 +99,8 @@ class Options:
     num_return_sequences: int = 1
     logprobs: bool = False
     top_logprobs: int | None = None
+    cache: KVCache | None = None
+    return_cache: bool = False
 
     def __post_init__(self) -> None:
         if self.cache_capacity is not None and not is_whole(self.cache_capacity):
@@ -104,6 +113,10 @@ class Options:
             raise ValueError(f"logprobs is {self.logprobs!r}; expected True or False: top_logprobs takes a number")
         if self.top_logprobs is not None and (not is_whole(self.top_logprobs) or self.top_logprobs < 1):
             raise ValueError(f"top_logprobs is {self.top_logprobs!r}; expected a whole number of at least 1, or None")
+        if self.cache is not None and not isinstance(self.cache, KVCache):
+            raise ValueError(
+                f"cache is a {type(self.cache).__name__}; expected the KVCache of an earlier call, or None"
+            )
         processors = () if self.logits_processor is None else self.logits_processor
         if not isinstance(processors, Sequence) or not all(map(callable, processors)):
             raise ValueError(f"logits_processor is {processors!r}; expected a list of functions f(tokens, logits)")

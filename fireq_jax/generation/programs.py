@@ -1,4 +1,4 @@
-"""The two compiled programs of generation: a prompt's first token, and the tokens after it."""
+"""The compiled programs of generation: a prompt's first token, with or without a cache, and the tokens after it."""
 
 import functools
 from typing import Any, NamedTuple
@@ -74,15 +74,59 @@ def prefill(
     """The first token; ``structure`` and ``arrays`` are the model, flattened once for several calls."""
     model: CausalLM = jax.tree.unflatten(structure, arrays)
     logits, cache = model.prefill(tokens, lengths, capacity)
-    (batch, vocabulary), slots = logits.shape, jnp.arange(tokens.shape[1])[None]
+    seen, history = _looked_at(tokens, lengths, logits.shape[1], capacity, choice, static)
+    return cache, _choose(logits, cache, jnp.ones_like(lengths, bool), seen, history, choice, static)
+
+
+@functools.partial(jax.jit, static_argnames=("structure", "capacity", "static"))
+@cached_export("structure", "capacity", "static")
+def resume(
+    structure: Any,
+    arrays: list[Array],
+    cache: KVCache,
+    rest: tuple[Int[Array, "B R"], Int[Array, " B"]],
+    tokens: Int[Array, "B T"] | None,
+    lengths: Int[Array, " B"],
+    choice: Choice,
+    capacity: int,
+    static: Static,
+) -> tuple[KVCache, Progress]:
+    """:func:`prefill` of prompts of which ``cache`` holds the beginnings, and ``rest`` are the other tokens.
+
+    ``tokens`` are the whole prompts; None if nothing looks at them.
+    """
+    model: CausalLM = jax.tree.unflatten(structure, arrays)
+    logits, cache = model.extend(*rest, cache.grown(capacity))
+    seen = history = None
+    if tokens is not None:
+        seen, history = _looked_at(tokens, lengths, logits.shape[1], capacity, choice, static)
+    return cache, _choose(logits, cache, jnp.ones_like(lengths, bool), seen, history, choice, static)
+
+
+def looks_back(choice: Choice, static: Static) -> bool:
+    """Whether a choice depends on the tokens so far."""
+    penalty = choice.sampling.repetition_penalty is not None
+    return penalty or choice.constraints.look_back or bool(static.logits_processor)
+
+
+def _looked_at(
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    vocabulary: int,
+    capacity: int,
+    choice: Choice,
+    static: Static,
+) -> tuple[Bool[Array, "B V"] | None, Int[Array, "B S"] | None]:
+    """``seen`` and ``history`` of :class:`Progress`, after the prompts; None for what nobody looks at."""
+    batch, there = len(lengths), jnp.arange(tokens.shape[1])[None] < lengths[:, None]
     seen = history = None
     if choice.sampling.repetition_penalty is not None:
-        token_or_none = jnp.where(slots < lengths[:, None], tokens, vocabulary)
+        token_or_none = jnp.where(there, tokens, vocabulary)
         seen = jnp.zeros((batch, vocabulary), bool).at[jnp.arange(batch)[:, None], token_or_none].set(True, mode="drop")
     if choice.constraints.look_back or static.logits_processor:
-        token_or_none = jnp.where(slots < lengths[:, None], tokens, -1)
+        token_or_none = jnp.where(there, tokens, -1)
         history = jnp.full((batch, capacity), -1, jnp.int32).at[:, : tokens.shape[1]].set(token_or_none)
-    return cache, _choose(logits, cache, jnp.ones((batch,), bool), seen, history, choice, static)
+    return seen, history
 
 
 @functools.partial(jax.jit, static_argnames=("structure", "static"), donate_argnames="cache")

@@ -14,7 +14,7 @@ from fireq_jax.generation.sampling import SamplingArrays, SamplingConfig, Sampli
 from fireq_jax.generation.text import TextStream, split_stop_strings
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.inputs import as_array, check_shapes, check_values
-from fireq_jax.models.kv_cache import slot_bytes
+from fireq_jax.models.kv_cache import KVCache, slot_bytes
 from fireq_jax.models.llama import CausalLM
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class StopStrings(NamedTuple):
 
 
 class Request(NamedTuple):
-    """A validated call."""
+    """A validated call; ``cached`` are the tokens of each prompt that ``cache`` holds already."""
 
     prompt: Int[np.ndarray, "B T"]
     tokens: Int[np.ndarray, "B padded"]
@@ -62,14 +62,21 @@ class Request(NamedTuple):
     choice: Choice
     static: Static
     stop: StopStrings | None
+    cache: KVCache | None
+    cached: Int[np.ndarray, " B"]
     new_tokens: int
     capacity: int
     cache_bytes: int
 
     @property
-    def inputs(self) -> tuple[np.ndarray, np.ndarray, Choice]:
-        """What the programs take besides the model."""
-        return self.tokens, self.lengths, self.choice
+    def rest(self) -> tuple[Int[np.ndarray, "B padded"], Int[np.ndarray, " B"]]:
+        """Tokens of each prompt that the cache does not hold, and how many."""
+        lengths = self.lengths - self.cached
+        width = min(round_up(int(lengths.max())), self.capacity)
+        slots = np.arange(width)[None]
+        sources = np.minimum(self.cached[:, None] + slots, self.tokens.shape[1] - 1)
+        tokens = np.take_along_axis(self.tokens, sources, axis=1)
+        return np.where(slots < lengths[:, None], tokens, 0), lengths
 
     def text_streams(self) -> list[TextStream]:
         """One for each sequence, to find its stop strings; [] without any."""
@@ -102,6 +109,9 @@ def prepare(
     prompt, tokens, lengths = (np.repeat(rows, copies, axis=0) for rows in (prompt, tokens, lengths))
     longest = int(lengths.max())
     capacity = _capacity(longest, max_new_tokens, options.cache_capacity)
+    cached = np.zeros_like(lengths) if options.cache is None else _cached(model, options, lengths)
+    if options.cache is not None:
+        capacity = max(capacity, options.cache.capacity)
     cache_bytes = len(tokens) * capacity * slot_bytes(config, model.quantization, model.dtype)
     check_fits(f"the cache of {len(tokens)} x {capacity} tokens", cache_bytes, jax.tree.leaves(model))
     width = min(round_up(longest), capacity)
@@ -128,6 +138,8 @@ def prepare(
         choice=choice,
         static=_static(options, config.vocab_size),
         stop=StopStrings(stops, options.tokenizer) if stops and options.tokenizer is not None else None,
+        cache=options.cache,
+        cached=cached,
         new_tokens=int(max_new_tokens),
         capacity=capacity,
         cache_bytes=cache_bytes,
@@ -164,6 +176,35 @@ def _capacity(longest: int, max_new_tokens: Any, asked: int | None) -> int:
     if total > _MOST_SLOTS:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at most {_MOST_SLOTS} tokens with the prompt's")
     return round_up(total) if asked is None else int(asked)
+
+
+def _cached(model: CausalLM, options: Options, lengths: Int[np.ndarray, " B"]) -> Int[np.ndarray, " B"]:
+    """Tokens of each prompt that the caller's cache holds."""
+    cache = options.cache
+    assert cache is not None
+    if options.num_return_sequences > 1:
+        raise ValueError(f"num_return_sequences is {options.num_return_sequences}, and there is a cache; expected 1")
+    expected = jax.eval_shape(
+        lambda: KVCache.create(model.config, model.quantization, len(lengths), cache.capacity, model.dtype)
+    )
+    found = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), cache)
+    if found != expected:
+        keys = cache.layers[0].key
+        raise ValueError(
+            f"cache is of {len(cache.lengths)} sequences and {len(cache.layers)} layers with keys in format "
+            f"{keys.format!r}, {keys.values.dtype}{list(keys.values.shape)}; expected that of an earlier call for "
+            f"{len(lengths)} prompts of this model"
+        )
+    if options.cache_capacity is not None and options.cache_capacity < cache.capacity:
+        raise ValueError(f"cache_capacity is {options.cache_capacity}; expected at least the cache's, {cache.capacity}")
+    held = np.asarray(jax.device_get(cache.lengths))
+    if full := [row for row in range(len(held)) if held[row] >= lengths[row]]:
+        row = full[0]
+        raise ValueError(
+            f"the cache holds {held[row]} tokens of sequence {row}, and the prompt has {lengths[row]}; "
+            "expected a longer prompt, or cache.cut(lengths)"
+        )
+    return held
 
 
 def _ends(config: ModelConfig, options: Options) -> tuple[tuple[int, ...], int]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fireq_jax.generation.generate import stream
 from fireq_jax.generation.prompts import Message, Prompt
 from fireq_jax.generation.text import TextStream, split_stop_strings
+from fireq_jax.models.kv_cache import KVCache
 from fireq_jax.models.llama import CausalLM
 
 if TYPE_CHECKING:
@@ -23,22 +24,17 @@ COMMANDS = "/reset forgets all, /system TEXT sets the system message, /exit or C
 
 
 class Answer(NamedTuple):
-    """A text and when its tokens came, in seconds, the call's beginning first."""
+    """A text and its tokens; when they came, in seconds, the call's beginning first; and the cache that they leave."""
 
     text: str
+    tokens: list[int]
     times: list[float]
-
-    @property
-    def tokens(self) -> int:
-        """How many there were."""
-        return len(self.times) - 1
+    cache: KVCache
 
     @property
     def speed(self) -> str:
         """The same in words."""
-        times, count = self.times, self.tokens
-        if count < 1:
-            return "none came"
+        times, count = self.times, len(self.tokens)
         speed = f"first after {times[1] - times[0]:.2f} s"
         if count > 2:
             # The second waits for the decoding step's compilation.
@@ -64,20 +60,22 @@ def print_stream(
         enough: asked after each token whether to stop there.
     """
     text = TextStream(tokenizer, prompt, split_stop_strings(options.get("stop_strings"), tokenizer)[0])
-    parts, times = [], [time.perf_counter()]
+    parts, tokens, times = [], [], [time.perf_counter()]
 
     def show(part: str) -> None:
         parts.append(part)
         print(part, end="", flush=True)
 
-    for step in stream(model, [prompt], **options):
+    steps = stream(model, [prompt], **options)
+    for step in steps:
         times.append(time.perf_counter())
-        show(text.push(step.tokens[0]))
+        tokens.append(int(step.tokens[0]))
+        show(text.push(tokens[-1]))
         if enough():
             break
     show(text.finish())
     print()
-    return Answer("".join(parts), times)
+    return Answer("".join(parts), tokens, times, steps.cache)
 
 
 class Chat:
@@ -102,6 +100,7 @@ class Chat:
         """
         self._model, self._tokenizer, self._name, self._options = model, tokenizer, name, options
         self.system, self.messages, self._slots = system, list[Message](), options["cache_capacity"]
+        self._held: tuple[list[int], KVCache] | None = None  # what the cache holds, and the cache
 
     def answer(self, text: str, enough: Callable[[], bool]) -> Answer:
         """Print what the model says to ``text``, and remember both.
@@ -117,10 +116,20 @@ class Chat:
         new_tokens = min(self._options["max_new_tokens"], left)
         while self._slots < len(prompt) + new_tokens:
             self._slots *= 2
-        options = self._options | {"max_new_tokens": new_tokens, "cache_capacity": self._slots}
-        answer = print_stream(self._model, self._tokenizer, prompt, options, enough)
+        sizes = {"max_new_tokens": new_tokens, "cache_capacity": self._slots, "cache": self._cache_for(prompt)}
+        answer = print_stream(self._model, self._tokenizer, prompt, self._options | sizes, enough)
+        self._held = prompt + answer.tokens[:-1], answer.cache
         self.messages = [*said, {"role": "assistant", "content": answer.text}]
         return answer
+
+    def _cache_for(self, prompt: list[int]) -> KVCache | None:
+        """As much of the last answer's cache as a prompt begins with, but for its last token, which makes the next."""
+        if self._held is None:
+            return None
+        held, cache = self._held
+        differ = (i for i, pair in enumerate(zip(held, prompt, strict=False)) if pair[0] != pair[1])
+        same = min(next(differ, len(held)), len(prompt) - 1)
+        return cache.cut([same]) if same > 0 else None
 
 
 def run_chat(chat: Chat, report: Callable[[Answer], None]) -> None:

@@ -213,7 +213,7 @@ def test_ctrl_c_stops_an_answer_and_a_second_one_the_chat(monkeypatch):
             for _ in range(int(text)):
                 signal.raise_signal(signal.SIGINT)
             heard.append(enough())
-            return Answer("", [0.0])
+            return Answer("", [3], [0.0, 1.0], None)
 
     heard, reported = [], []
     before = signal.getsignal(signal.SIGINT)

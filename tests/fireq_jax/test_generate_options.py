@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_llama import config_of, write_folder
 
-from fireq_jax import LlamaForCausalLM, generate
+from fireq_jax import LlamaForCausalLM, ModelConfig, generate, recipes
 from fireq_jax.generation import TextStream, stream
 from fireq_jax.generation.constraints import constrain, constraints_of
 from fireq_jax.generation.likelihood import token_logprobs
@@ -184,6 +184,65 @@ def test_options_that_change_values_alone_compile_nothing(model, caplog):
     with jax.log_compiles():
         call(2, 3, 4, [[5, 6], [8, 8, 8, 8], [4], [3]])
     assert [record for record in caplog.records if record.getMessage().startswith("Compiling")] == []
+
+
+@pytest.fixture(scope="module")
+def quantized() -> LlamaForCausalLM:
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_layers": 1}
+    config = ModelConfig(**sizes, num_heads=4, num_kv_heads=2, head_dim=16)
+    model = LlamaForCausalLM(config, recipes.rtn(), dtype=jnp.float32)
+    model.lm_head.set_value(model.lm_head.get_value() * 20)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["model", "quantized"])
+def test_a_further_turn_computes_only_what_is_new(kind, request):
+    """Rows of different lengths, one ended by an EOS id, one by a stop string inside a call's tokens."""
+    model = request.getfixturevalue(kind)
+    ids, mask = np.array([[0, 0, 71, 101, 110], [80, 72, 33, 200, 9]]), np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    letters = [[token] for token in range(VOCABULARY) if not 34 <= token < 60]
+    options = {"max_new_tokens": NEW, "bad_words_ids": letters, "eos_token_ids": 0, "cache_capacity": 5 + NEW}
+    free = np.asarray(generate(model, ids, mask, **options).sequences)[:, 5:]
+    options |= {"eos_token_ids": int(free[0][3]), "stop_strings": [BYTES.decode(free[1][5:7])], "tokenizer": BYTES}
+    output = generate(model, ids, mask, return_cache=True, **options)
+    used, lengths = mask.sum(axis=1), np.asarray(output.lengths)
+    assert output.cache.lengths.tolist() == (used + lengths - 1).tolist()
+    assert (lengths < NEW).all()
+    steps = stream(model, ids, mask, **options)
+    assert len(list(steps)) == lengths.max()
+    assert steps.cache.lengths.tolist() == output.cache.lengths.tolist()
+    made = np.arange(NEW) < lengths[:, None]
+    said = np.concatenate([np.asarray(output.sequences), np.full((2, 3), 41)], axis=1)
+    there = np.concatenate([mask, made, np.ones((2, 3), int)], axis=1).astype(int)
+    further = {"max_new_tokens": 8, "repetition_penalty": 1.2, "no_repeat_ngram_size": 3}
+    expected = generate(model, said, there, logprobs=True, **further)
+    assert output.cache.capacity == 17
+    for cache in (output.cache, steps.cache, output.cache.cut([4, 99])):
+        again = generate(model, said, there, logprobs=True, cache=cache, **further)
+        np.testing.assert_allclose(again.logprobs[:, 0], expected.logprobs[:, 0], rtol=1e-3, atol=1e-3)
+        np.testing.assert_array_equal(again.sequences, expected.sequences)
+    assert not output.cache.lengths.is_deleted()
+
+
+def test_a_cache_of_another_call_is_refused(model, quantized):
+    cache = generate(model, PROMPTS, max_new_tokens=2, return_cache=True).cache
+    longer = np.concatenate([PROMPTS, PROMPTS], axis=1)
+    for call, message in (
+        (
+            (model, longer[:1], {}),
+            r"2 layers with keys in format 'none', float32\[2, 2, 64, 12\]; expected .* for 1 prompts",
+        ),
+        ((quantized, longer, {}), "cache is of 2 sequences"),
+        ((model, PROMPTS, {}), "holds 5 tokens of sequence 0, and the prompt has 4; expected a longer prompt"),
+        ((model, longer, {"cache_capacity": 20}), "cache_capacity is 20; expected at least the cache's, 64"),
+        ((model, longer, {"num_return_sequences": 2, "top_k": 4}), "num_return_sequences is 2, and there is a cache"),
+        ((model, longer, {"cache": 3}), "cache is a int; expected the KVCache of an earlier call"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(*call[:2], max_new_tokens=4, **{"cache": cache, **call[2]})
+    for lengths in ([1], [1, -1], [1.0, 2.0]):
+        with pytest.raises(ValueError, match="expected 2 whole numbers"):
+            cache.cut(lengths)
 
 
 BAD_OPTIONS = {
