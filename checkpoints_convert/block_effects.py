@@ -1,6 +1,7 @@
 """What smoothing and rounding did to a block, for the report and for plots."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,18 @@ def weight_errors(block: Mapping[str, Array], index: int, parameters: Mapping[st
         name: round(float(_relative_error(parameters[full], fused[f"{name}.weight"])), 6)
         for name in sorted(linear.removesuffix(".weight") for linear in fused if linear.endswith("proj.weight"))
         if isinstance(parameters[full := f"layers.{index}.{name}.weight"], QuantizedTensor)
+    }
+
+
+def weight_sizes(index: int, parameters: Mapping[str, Parameter]) -> dict[str, dict[str, Any]]:
+    """``format`` and ``bytes`` of each linear layer's weight as it is stored, by name in the layer."""
+    return {
+        full.removeprefix(f"layers.{index}.").removesuffix(".weight"): {
+            "format": weight.format if isinstance(weight, QuantizedTensor) else str(weight.dtype),
+            "bytes": formats.nbytes(weight),
+        }
+        for full, weight in sorted(parameters.items())
+        if full.endswith("proj.weight")
     }
 
 

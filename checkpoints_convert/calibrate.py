@@ -4,8 +4,9 @@ Hidden states are carried from block to block, so only one block's weights are i
 is compiled once and reused for every block.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -87,10 +88,38 @@ class Calibrator:
 def abstract_layer(config: ModelConfig, quantization: QuantizationConfig, index: int) -> DecoderLayer:
     """The shapes of a float32 decoder layer that computes as layer ``index`` does.
 
-    It is called "layers.0" whichever that is, so that layers which compute alike are compiled once.
+    It is called "layers.0" whichever that is, so that layers which compute alike are compiled once; with patterns in
+    it, ``quantization`` is :func:`layer_quantization`.
     """
     return abstract(
         lambda: DecoderLayer("layers.0", index, config, LayerOptions(quantization, jnp.float32, "xla", nnx.Rngs(0)))
+    )
+
+
+def layer_quantization(
+    config: ModelConfig, quantization: QuantizationConfig, index: int, quantized: Collection[str] | None = None
+) -> QuantizationConfig:
+    """What patterns say of layer ``index``, as the config of one that is called "layers.0".
+
+    Args:
+        config: the architecture.
+        quantization: of the model.
+        index: of the layer.
+        quantized: names, in the layer, of the linear layers that are quantized already; others are floats. None means
+            all that the config does not keep float.
+    """
+    found = {
+        linear.name: quantization.weight_format_of(f"layers.{index}.{linear.name}")
+        for linear in linears_of(config)
+        if quantized is None or linear.name in quantized
+    }
+    quantized = [name for name, weight_format in found.items() if weight_format != "none"]
+    floats = [f"layers.0.{linear.name}" for linear in linears_of(config) if linear.name not in quantized]
+    others = [(f"layers.0.{name}", found[name]) for name in quantized if found[name] != quantization.weight_format]
+    return dataclasses.replace(
+        quantization.for_attention(f"layers.{index}.self_attn"),
+        keep_float=() if quantization.weight_format == "none" else tuple(floats),
+        layer_formats=tuple(others),
     )
 
 

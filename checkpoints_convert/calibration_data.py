@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, Int32
 
-from fireq_jax.text_data import read_documents, tokenize
+from checkpoints_convert.algorithms.reconstruction import check_sequences
+from fireq_jax.models.config import ModelConfig
+from fireq_jax.quantization.config import QuantizationConfig
+from fireq_jax.text_data import Document, read_documents, tokenize
 
 # Held-out windows: an eighth of the calibration windows, or more where that is fewer than this many tokens.
 HELD_OUT_TOKENS = 2048
@@ -64,7 +67,13 @@ def calibration_and_held_out(
 
 
 def calibration_windows(
-    documents: Sequence[str], tokenizer: Any, *, source: str | Path, samples: int, sequence_length: int, seed: int = 0
+    documents: Sequence[Document],
+    tokenizer: Any,
+    *,
+    source: str | Path,
+    samples: int,
+    sequence_length: int,
+    seed: int = 0,
 ) -> tuple[Windows, Windows]:
     """:func:`calibration_batches` of texts that are read already, and :func:`held_out_windows` of the same text.
 
@@ -108,8 +117,12 @@ def held_out_windows(tokens: Int32[np.ndarray, " tokens"], *, samples: int, sequ
         ([0, sequence_length]), where the text has no more.
     """
     windows, order = _shuffled(tokens, samples, sequence_length, seed)
-    count = min(MOST_HELD_OUT, max(samples // 8, -(-HELD_OUT_TOKENS // sequence_length)))
-    return windows[order[samples : samples + count]]
+    return windows[order[samples : samples + most_held_out(samples, sequence_length)]]
+
+
+def most_held_out(samples: int, sequence_length: int) -> int:
+    """How many windows are held out of a text that has enough."""
+    return min(MOST_HELD_OUT, max(samples // 8, -(-HELD_OUT_TOKENS // sequence_length)))
 
 
 def _shuffled(
@@ -127,3 +140,44 @@ def _shuffled(
     # of Generator's methods; ordering the windows by them is a random permutation.
     order = np.argsort(np.random.PCG64(seed).random_raw(windows), kind="stable")
     return tokens[: windows * sequence_length].reshape(windows, sequence_length), order
+
+
+def needs_calibration(quantization: QuantizationConfig) -> bool:
+    """Whether a config measures anything on text."""
+    smoothing = quantization.smoothing
+    return quantization.reads_text or (smoothing is not None and smoothing.measures_text)
+
+
+def check_text(
+    recipe: str,
+    config: ModelConfig,
+    quantization: QuantizationConfig,
+    tokens: Int[np.ndarray, "samples T"] | None,
+    held_out: Int[np.ndarray, "windows T"] | None,
+) -> None:
+    """Raise ValueError unless the text is what the ``recipe`` of that name and the model take."""
+    if tokens is None and needs_calibration(quantization):
+        raise ValueError(f"recipe {recipe!r} measures keys on text; give calibration text")
+    for name, text in (("calibration", tokens), ("held-out", held_out)):
+        if text is not None:
+            _check_tokens(name, text, config)
+    if tokens is not None and not tokens.size:
+        raise ValueError(f"calibration tokens have shape {tokens.shape}; expected one sample or more")
+    if tokens is not None and quantization.learned_steps:
+        check_sequences(len(tokens))
+
+
+def _check_tokens(name: str, tokens: Int[np.ndarray, "samples T"], config: ModelConfig) -> None:
+    if not isinstance(tokens, np.ndarray) or tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+        kind = f"{tokens.dtype}{list(tokens.shape)}" if isinstance(tokens, np.ndarray) else type(tokens).__name__
+        raise ValueError(f"{name} tokens are {kind}; expected an array of integers [samples, length]")
+    if tokens.size and (tokens.min() < 0 or tokens.max() >= config.vocab_size):
+        raise ValueError(
+            f"{name} tokens reach from {tokens.min()} to {tokens.max()}; the model's vocabulary has "
+            f"{config.vocab_size} entries"
+        )
+    if tokens.shape[1] > config.max_position_embeddings:
+        raise ValueError(
+            f"{name} sequences have {tokens.shape[1]} tokens; the model's positions end at "
+            f"{config.max_position_embeddings}"
+        )

@@ -6,7 +6,6 @@ the float model runs beside it and says what should come out. ``reconstruction``
 the rounded block.
 """
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 
@@ -17,7 +16,14 @@ from jaxtyping import Array, Float
 
 from checkpoints_convert.algorithms.gptq import InputMoments, quantize_measured, rounding_operations
 from checkpoints_convert.algorithms.reconstruction import reconstruct, reconstruction_operations
-from checkpoints_convert.calibrate import Hidden, abstract_layer, batches_of, run_layer, run_samples
+from checkpoints_convert.calibrate import (
+    Hidden,
+    abstract_layer,
+    batches_of,
+    layer_quantization,
+    run_layer,
+    run_samples,
+)
 from fireq_jax.compilation import COMPILE_QUICKLY
 from fireq_jax.models.block import Block, FusedLinear, linears_of
 from fireq_jax.models.config import ModelConfig
@@ -75,21 +81,21 @@ class Compensator:
         exact = self._layer(index, own, {}, self._float)
         done: dict[str, Parameter] = {}
         for linear in linears_of(self.config):
-            if self.quantization.keeps_float(f"layers.{index}.{linear.name}"):
+            if self.quantization.keeps_float(name := f"layers.{index}.{linear.name}"):
                 continue
-            weight = own[f"{linear.name}.weight"]
+            weight, recipe = own[f"{linear.name}.weight"], self.quantization.for_linear(name)
             if kept and f"{linear.name}.weight" in kept:
                 done[f"{linear.name}.weight"] = kept[f"{linear.name}.weight"]
-            elif self.quantization.measures_inputs:
+            elif recipe.measures_inputs:
                 seen = self._layer(index, own, done, self.quantization) if self.follows_quantized else exact
                 moments = self._moments(exact, seen, linear, hidden, quantized_hidden)
-                done[f"{linear.name}.weight"] = quantize_measured(weight, moments, self.quantization)
+                done[f"{linear.name}.weight"] = quantize_measured(weight, moments, recipe)
             else:
-                done[f"{linear.name}.weight"] = quantize_linear(weight, self.quantization)
+                done[f"{linear.name}.weight"] = quantize_linear(weight, recipe)
         if self.quantization.learned_steps and not kept:
             done |= reconstruct(
                 self.config,
-                self._staged(done, self.quantization),
+                self._staged(index, done, self.quantization),
                 {**own, **done},
                 own,
                 quantized_hidden,
@@ -111,14 +117,15 @@ class Compensator:
         self, index: int, own: Mapping[str, Array], done: Mapping[str, Parameter], quantization: QuantizationConfig
     ) -> DecoderLayer:
         """The block with the linear layers of ``done`` quantized and its ``own`` parameters otherwise."""
-        return with_parameters(abstract_layer(self.config, self._staged(done, quantization), index), {**own, **done})
+        staged = self._staged(index, done, quantization)
+        return with_parameters(abstract_layer(self.config, staged, index), {**own, **done})
 
-    def _staged(self, done: Mapping[str, Parameter], quantization: QuantizationConfig) -> QuantizationConfig:
-        """The config of a layer called "layers.0" in which only the linear layers of ``done`` are quantized."""
-        left = tuple(
-            f"layers.0.{linear.name}" for linear in linears_of(self.config) if f"{linear.name}.weight" not in done
-        )
-        return dataclasses.replace(quantization, keep_float=left)
+    def _staged(
+        self, index: int, done: Mapping[str, Parameter], quantization: QuantizationConfig
+    ) -> QuantizationConfig:
+        """Of layer ``index``, called "layers.0", where only the linear layers of ``done`` are quantized."""
+        names = [name.removesuffix(".weight") for name in done]
+        return layer_quantization(self.config, quantization, index, names)
 
     def _own_parameters(self, index: int, block: Block) -> dict[str, Array]:
         """The block's parameters in float32, by name without prefix."""

@@ -5,7 +5,7 @@ The reader of the same form is ``fireq_jax.checkpoints.compressed_tensors``.
 
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -93,47 +93,55 @@ class Float8:
 Form = PackedInt4 | Float8
 
 
-def form_of(quantization: QuantizationConfig, inputs: Collection[int]) -> Form:
-    """The form of a recipe's weights.
+def forms_of(quantization: QuantizationConfig, inputs: Mapping[str, int]) -> dict[str, Form]:
+    """The form of each quantized layer's weight, by the layer's name.
 
     Args:
         quantization: the recipe.
-        inputs: K of every layer that is quantized.
+        inputs: K of the layers that are quantized.
 
     Raises:
         ValueError: for weights that compressed-tensors has no form of.
     """
-    if quantization.weight_format == "fp8":
-        return Float8()
-    if quantization.weight_format != "int4":
-        raise ValueError(
-            f"weight_format is {quantization.weight_format!r}; compressed-tensors has a form of 'int4' and 'fp8' "
-            "only: use --format huggingface"
-        )
-    return PackedInt4(math.gcd(quantization.group_size, *inputs))
+    found = {name: quantization.weight_format_of(name) for name in inputs}
+    for name, weight_format in found.items():
+        if weight_format not in ("int4", "fp8"):
+            raise ValueError(
+                f"weight_format of {name} is {weight_format!r}; compressed-tensors has a form of 'int4' and 'fp8' "
+                "only: use --format huggingface"
+            )
+    packed = PackedInt4(math.gcd(quantization.group_size, *(inputs[name] for name in found if found[name] == "int4")))
+    return {name: packed if weight_format == "int4" else Float8() for name, weight_format in found.items()}
 
 
-def compression_config(form: Form, ignore: list[str], *, fp8_rows: bool) -> dict[str, Any]:
+def compression_config(forms: Mapping[str, Form], ignore: list[str], *, fp8_rows: bool) -> dict[str, Any]:
     """``quantization_config`` of a config.json.
 
+    A form that all have goes by the class of layers. Each of several lists its own layers: an engine that fuses some
+    looks for the names of their parts only where no class fits.
+
     Args:
-        form: of the weights.
+        forms: of the weights, by the checkpoint's names of the layers.
         ignore: names of linear layers that are floats.
         fp8_rows: whether activations are rounded to FP8, token by token.
     """
     rows = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
-    group = {
-        "targets": ["Linear"],
-        "weights": {**form.arguments, "symmetric": True, "dynamic": False},
-        "input_activations": rows if fp8_rows else None,
-        "output_activations": None,
-        "format": form.name,
+    different = list(dict.fromkeys(forms.values()))
+    groups = {
+        f"group_{i}": {
+            "targets": ["Linear"] if len(different) == 1 else [name for name in forms if forms[name] == form],
+            "weights": {**form.arguments, "symmetric": True, "dynamic": False},
+            "input_activations": rows if fp8_rows else None,
+            "output_activations": None,
+            "format": form.name,
+        }
+        for i, form in enumerate(different)
     }
     return {
         "quant_method": "compressed-tensors",
-        "format": form.name,
+        "format": different[0].name if len(different) == 1 else "mixed-precision",
         "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
+        "config_groups": groups,
         "ignore": ignore,
         "kv_cache_scheme": None,
     }

@@ -5,10 +5,8 @@ the output is complete when ``fireq.json`` is there.
 """
 
 import dataclasses
-import hashlib
 import logging
 import math
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -19,28 +17,24 @@ import numpy as np
 from jaxtyping import Array, Int
 from tqdm.auto import tqdm
 
-from checkpoints_convert.algorithms.reconstruction import check_sequences
 from checkpoints_convert.algorithms.smoothing import leaving, smooth_with_keys
-from checkpoints_convert.block_effects import smoothing_effect, weight_errors
+from checkpoints_convert.block_effects import smoothing_effect, weight_errors, weight_sizes
 from checkpoints_convert.cache_format import fit_cache
 from checkpoints_convert.calibrate import BlockStatistics, Calibrator
+from checkpoints_convert.calibration_data import check_text, needs_calibration
 from checkpoints_convert.compensation import Compensator
+from checkpoints_convert.conversion_options import ConversionOptions, Opened, fingerprint_of
 from checkpoints_convert.held_out import HeldOut, Streams, check_amount, log_report, scored
-from checkpoints_convert.report import cost_of, report_of
-from checkpoints_convert.rotated_checkpoint import in_its_basis
-from checkpoints_convert.stored_codes import fit_codes, read_block, report_codes
+from checkpoints_convert.model_card import write_card
+from checkpoints_convert.report import report_of
+from checkpoints_convert.stored_codes import read_block, report_codes
 from checkpoints_convert.work_folder import REPORT, WorkFolder, save_array, save_arrays
 from fireq_jax import json_files
 from fireq_jax.checkpoints import folder
-from fireq_jax.checkpoints.quantized import FORMAT_FILES
-from fireq_jax.checkpoints.reader import CheckpointReader, open_checkpoint
+from fireq_jax.checkpoints.reader import CheckpointReader
 from fireq_jax.checkpoints.tokenizer import TOKENIZER_FILES, companion_files
 from fireq_jax.command_line import check_interrupted
-from fireq_jax.config_fields import check_kinds, check_types
-from fireq_jax.models.block import linear_names
-from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.parameters import Parameter, global_parameters, layer_parameters, pack_codes
-from fireq_jax.quantization.config import QuantizationConfig
 from fireq_jax.whole_files import check_digests, digest, write_whole
 from pallas_kernels import formats
 from pallas_kernels.quantized_tensor import QuantizedTensor
@@ -48,45 +42,18 @@ from pallas_kernels.quantized_tensor import QuantizedTensor
 logger = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class ConversionOptions:
-    """What to convert, and how.
+def dry_run(options: ConversionOptions, text: tuple[int, int] | None, held_out: int = 0) -> list[str]:
+    """What :func:`convert` is going to do, a line each; writes nothing.
 
-    Attributes:
-        model: Hugging Face folder, or GGUF file.
-        output: folder to write; must not hold anything else.
-        recipe: name of the recipe, for the report.
-        quantization: the recipe's config, with overrides applied.
-        dtype: of embeddings, head and unquantized weights in the output.
-        batch_size: calibration sequences a step.
-        fit_cache: in a model with biases in attention, take a larger cache format if calibration text asks for it
-            (:mod:`~checkpoints_convert.cache_format`).
-        keep_codes: of a quantized checkpoint keep the codes of the linear layers whose codes fit the recipe; else all
-            are made of what its codes stand for.
+    Args:
+        options: what and how.
+        text: how many calibration windows there will be, and tokens of each; None for none.
+        held_out: windows that are held out.
+
+    Raises:
+        ValueError: as :func:`convert`, for the checkpoint and the options.
     """
-
-    model: Path
-    output: Path
-    recipe: str
-    quantization: QuantizationConfig
-    dtype: str = "bfloat16"
-    batch_size: int = 8
-    fit_cache: bool = False
-    keep_codes: bool = True
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        check_kinds(self)
-        if self.dtype not in ("bfloat16", "float32"):
-            raise ValueError(f"dtype is {self.dtype!r}; expected 'bfloat16' or 'float32'")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}; expected a positive number of sequences")
-
-
-def needs_calibration(quantization: QuantizationConfig) -> bool:
-    """Whether a config measures anything on text."""
-    smoothing = quantization.smoothing
-    return quantization.reads_text or (smoothing is not None and smoothing.measures_text)
+    return Opened.of(options).plan(text, held_out)
 
 
 def convert(
@@ -116,20 +83,19 @@ def convert(
         OSError, KeyboardInterrupt: naming what cannot be read or written, or for Ctrl-C; resume to go on.
     """
     started = time.perf_counter()
-    original = open_checkpoint(options.model)
-    quantization, kept = fit_codes(original, options.quantization, keep=options.keep_codes)
-    source, quantization = in_its_basis(original, quantization, kept)
-    config, options = source.config, dataclasses.replace(options, quantization=quantization)
-    quantization.check_fits(linear_names(config), config.head_dim)
-    _check_text(options, config, tokens, held_out)
+    opened = Opened.of(options)
+    original, source, options, kept = opened
+    config, quantization = source.config, options.quantization
+    check_text(options.recipe, config, quantization, tokens, held_out)
     tokens, unseen = (tokens, scored(held_out)) if needs_calibration(quantization) else (None, None)
-    work, fingerprint = WorkFolder(options.output), _fingerprint(options, source, tokens, unseen)
+    work, fingerprint = WorkFolder(options.output), fingerprint_of(options, source, tokens, unseen)
     if work.check(fingerprint, resume=resume):
         check_digests(options.output, folder.read_manifest(options.output).digests or {}, folder.UNVERIFIED)
         work.remove()
         logger.info("%s is complete", options.output)
         return json_files.read_json(options.output / REPORT)
-    logger.info("%s", cost_of(source, quantization, tokens, unseen))
+    sizes = None if tokens is None else (tokens.shape[0], tokens.shape[1])
+    logger.info("%s", "\n".join(opened.plan(sizes, 0 if unseen is None else len(unseen))))
     if tokens is not None:
         check_amount(config, quantization, tokens)
         if held_out is not None and unseen is None:
@@ -159,7 +125,7 @@ def _with_fitted_cache(
     work: WorkFolder,
 ) -> ConversionOptions:
     """The options with the cache format that text asks for, once for all runs of a conversion."""
-    if not options.fit_cache:
+    if not options.fit_cache or options.quantization.layer_kv_formats:
         return options
     if not work.fitted_cache.is_file():
         kv_format, divergence = fit_cache(source, options.quantization, tokens, options.batch_size, kept)
@@ -271,6 +237,7 @@ def _convert_block(
         raise ValueError(f"block {index}: {broken[0]} became NaN or infinite when it was smoothed or quantized")
     report = {
         "weight_error": errors,
+        "weights": weight_sizes(index, parameters),
         **({"codes": report_codes(errors, index, kept, codes)} if source.quantized else {}),
         "bytes": formats.nbytes(parameters),
         "seconds": round(time.perf_counter() - started, 3),
@@ -329,6 +296,7 @@ def _finish(
         copies = {name: _copy(path, output / name) for name, path in companions.items()}
     tokenizer = {name: sha256 for name, sha256 in copies.items() if name in TOKENIZER_FILES}
     json_files.write_json(output / REPORT, report)
+    write_card(output, options.base_model, options.model, config, report)
     folder.write_manifest(output, config, options.quantization, parts | tokenizer)
     return report
 
@@ -338,72 +306,3 @@ def _copy(source: Path, target: Path) -> str:
     with source.open("rb") as file:
         write_whole(target, lambda copy: shutil.copyfileobj(file, copy))
     return digest(target)
-
-
-def _check_text(
-    options: ConversionOptions,
-    config: ModelConfig,
-    tokens: Int[np.ndarray, "samples T"] | None,
-    held_out: Int[np.ndarray, "windows T"] | None,
-) -> None:
-    """Raise ValueError unless the text is what the recipe and the model take."""
-    quantization = options.quantization
-    if tokens is None and needs_calibration(quantization):
-        raise ValueError(f"recipe {options.recipe!r} measures keys on text; give calibration text")
-    for name, text in (("calibration", tokens), ("held-out", held_out)):
-        if text is not None:
-            _check_tokens(name, text, config)
-    if tokens is not None and not tokens.size:
-        raise ValueError(f"calibration tokens have shape {tokens.shape}; expected one sample or more")
-    if tokens is not None and quantization.learned_steps:
-        check_sequences(len(tokens))
-
-
-def _check_tokens(name: str, tokens: Int[np.ndarray, "samples T"], config: ModelConfig) -> None:
-    if not isinstance(tokens, np.ndarray) or tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
-        kind = f"{tokens.dtype}{list(tokens.shape)}" if isinstance(tokens, np.ndarray) else type(tokens).__name__
-        raise ValueError(f"{name} tokens are {kind}; expected an array of integers [samples, length]")
-    if tokens.size and (tokens.min() < 0 or tokens.max() >= config.vocab_size):
-        raise ValueError(
-            f"{name} tokens reach from {tokens.min()} to {tokens.max()}; the model's vocabulary has "
-            f"{config.vocab_size} entries"
-        )
-    if tokens.shape[1] > config.max_position_embeddings:
-        raise ValueError(
-            f"{name} sequences have {tokens.shape[1]} tokens; the model's positions end at "
-            f"{config.max_position_embeddings}"
-        )
-
-
-def _fingerprint(
-    options: ConversionOptions,
-    source: CheckpointReader,
-    tokens: Int[np.ndarray, "samples T"] | None,
-    held_out: Int[np.ndarray, "windows T"] | None,
-) -> dict[str, Any]:
-    """What must not change between an interrupted run and its continuation."""
-    home = options.model if options.model.is_dir() else options.model.parent
-    with companion_files(options.model) as companions:
-        digests = {f"{name}, SHA-256": digest(path) for name, path in companions.items()}
-    return {
-        "model": str(options.model.resolve()),
-        **{f"the model's {name}": value for name, value in source.config.to_dict().items()},
-        **{
-            f"{os.path.relpath(path, home)}, size and time": [path.stat().st_size, path.stat().st_mtime_ns]
-            for path in source.files
-        },
-        **digests,
-        **{
-            f"{name}, SHA-256": digest(path)
-            for name in (FORMAT_FILES if source.quantized else ())
-            if (path := options.model / name).is_file()
-        },
-        "quantization": options.quantization.to_dict(),
-        "fit_cache": options.fit_cache and source.config.attention_bias,
-        "dtype": options.dtype,
-        "keep_codes": options.keep_codes,
-        **{
-            name: None if text is None else [*text.shape, hashlib.sha256(text.tobytes()).hexdigest()]
-            for name, text in (("calibration", tokens), ("held_out", held_out))
-        },
-    }

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
-from checkpoints_convert.compressed_form import Form, compression_config, form_of
+from checkpoints_convert.compressed_form import Form, compression_config, forms_of
 from checkpoints_convert.exported_block import ONLINE, exported_block, is_shared
 from checkpoints_convert.huggingface_config import exported_config
 from fireq_jax import json_files
@@ -117,31 +117,32 @@ class _Exporter:
         self.fields = exported_config(stored.folder, self.config, options.dtype)
         self._table: TensorTable = tensor_table(self.fields, self.config)
         self._check_values()
-        self._form: Form | None = None
-        self._coded = self._find_coded() if options.format == "compressed-tensors" else {}
+        self._forms: dict[str, Form] = {}
         if options.format == "compressed-tensors":
-            self._form = form_of(stored.quantization, [shape[-1] for shape in self._coded.values()])
+            self._forms = forms_of(stored.quantization, self._find_coded())
         self.planned = self._plan()
-        if self._form is not None:
+        if self._forms:
             fp8_rows = stored.quantization.activation_format == "fp8"
-            self.fields["quantization_config"] = compression_config(self._form, self._floats(), fp8_rows=fp8_rows)
+            self.fields["quantization_config"] = compression_config(
+                self._forms_there(), self._floats(), fp8_rows=fp8_rows
+            )
         self.companions = self._find_companions()
         self._energy, self._difference = 0.0, 0.0
 
     @property
     def description(self) -> str:
         """What the folder is going to hold, and what of the model it is not."""
-        quantization, form = self.stored.quantization, self._form
+        quantization, forms = self.stored.quantization, list(dict.fromkeys(self._forms.values()))
         rows = ", activations in FP8 by token" if quantization.activation_format == "fp8" else ""
-        lines = [f"weights in {self.dtype}" if form is None else f"{form.description}{rows} ({form.name})"]
-        if form is not None and (left := [name for name in self._floats() if name != HEAD.removesuffix(".weight")]):
+        lines = [f"{form.description}{rows} ({form.name})" for form in forms] or [f"weights in {self.dtype}"]
+        if forms and (left := [name for name in self._floats() if name != HEAD.removesuffix(".weight")]):
             lines.append(f"{len(left)} linear layers stay floats, {left[0]} first")
         if any(name in parameter for parameter in self._parameters for name in ONLINE):
             lines.append("not exported: S and the offset of keys, by which INT4 caches gain, and float caches nothing")
         if is_shared(self.config):
             lines.append("the norms of queries and keys, which all heads share there, lose N of each head")
-        if quantization.kv_format != "none":
-            lines.append(f"not exported: the cache in {quantization.kv_format}; the other engine's own is used")
+        if kv_formats := {quantization.kv_format, *dict(quantization.layer_kv_formats).values()} - {"none"}:
+            lines.append(f"not exported: the cache in {', '.join(sorted(kv_formats))}; the other engine's own is used")
         if "head_basis" in self._parameters:
             lines.append("the head, tied to rotated embeddings here, becomes a matrix of its own")
         if quantization.lm_head_format != "none":
@@ -178,8 +179,8 @@ class _Exporter:
                 "a model for export with value_basis 'channels' (recipe fireq)"
             )
 
-    def _find_coded(self) -> dict[str, tuple[int, ...]]:
-        """The quantized linear layers, by their names here, whose codes the family's checkpoints can hold: K last."""
+    def _find_coded(self) -> dict[str, int]:
+        """K of the quantized linear layers, by their names here, whose codes the family's checkpoints can hold."""
         found, parameters = {}, self._parameters
         for index, linear in itertools.product(range(self.config.num_layers), linears_of(self.config)):
             name = f"layers.{index}.{linear.name}"
@@ -188,7 +189,7 @@ class _Exporter:
             if isinstance(weight, QuantizedTensor):
                 size = None if weight.group_scale is None else weight.group_size
                 if all(source.keeps(size) and not source.transposed for source in sources):
-                    found[name] = weight.shape
+                    found[name] = weight.shape[-1]
         if not found:
             raise ValueError(
                 f"{self.stored.folder} has no quantized layers that a {self.config.model_type} checkpoint can hold as "
@@ -206,12 +207,12 @@ class _Exporter:
         planned = {outside[name].name: TensorSpec(outside[name].shape, self._dtype_of(name)) for name in self._outside}
         for index in range(self.config.num_layers):
             prefix = self._table.prefix.format(index=index)
-            coded = self._coded_parts(index)
+            forms = self._forms_of_parts(index)
             for ours, source in self._table.block.items():
                 for name in source.names:
-                    if self._form is not None and ours in coded:
+                    if (form := forms.get(ours)) is not None:
                         stem = prefix + name.removesuffix(".weight")
-                        planned |= {stem + suffix: spec for suffix, spec in self._form.specs(source.shape).items()}
+                        planned |= {stem + suffix: spec for suffix, spec in form.specs(source.shape).items()}
                     else:
                         planned[prefix + name] = TensorSpec(source.shape, self._dtype_of(ours))
         return planned
@@ -219,13 +220,22 @@ class _Exporter:
     def _dtype_of(self, ours: str) -> np.dtype:
         return np.dtype(np.float32) if any(part in ours for part in FLOAT32) else self.dtype
 
-    def _coded_parts(self, index: int) -> set[str]:
-        """Names, in a block, of the tensors that are written as codes."""
+    def _forms_of_parts(self, index: int) -> dict[str, Form]:
+        """The forms of those tensors of a block that are written as codes, by the tensors' names here."""
         return {
-            f"{part}.weight"
+            f"{part}.weight": self._forms[name]
             for linear in linears_of(self.config)
-            if f"layers.{index}.{linear.name}" in self._coded
+            if (name := f"layers.{index}.{linear.name}") in self._forms
             for part in linear.parts
+        }
+
+    def _forms_there(self) -> dict[str, Form]:
+        """The forms by the checkpoint's names of the layers."""
+        return {
+            self._table.prefix.format(index=index) + name.removesuffix(".weight"): form
+            for index in range(self.config.num_layers)
+            for ours, form in self._forms_of_parts(index).items()
+            for name in self._table.block[ours].names
         }
 
     def _floats(self) -> list[str]:
@@ -265,7 +275,7 @@ class _Exporter:
         for name, parameter in self._read(f"layers.{index}").items():
             if not isinstance(parameter, QuantizedTensor):
                 fused[name.removeprefix(prefix)] = np.asarray(parameter)
-            elif name.removesuffix(".weight") in self._coded:
+            elif name.removesuffix(".weight") in self._forms:
                 fused[name.removeprefix(prefix)] = self._codes(parameter)
             else:
                 fused[name.removeprefix(prefix)] = np.asarray(_dequantize(parameter))
@@ -273,14 +283,13 @@ class _Exporter:
             theirs = exported_block(fused, self.config, self._table)
         except ValueError as error:
             raise ValueError(f"{self.stored.folder}, layer {index} of a {self.config.model_type}: {error}") from error
-        prefix = self._table.prefix.format(index=index)
+        prefix, forms = self._table.prefix.format(index=index), self._forms_of_parts(index)
         for ours, source in self._table.block.items():
             for name in source.names:
                 if (tensor := theirs.pop(name, None)) is None:
                     continue  # of several parts the first
                 if isinstance(tensor, CodedWeight):
-                    assert self._form is not None
-                    for suffix, array in self._form.encode(tensor).items():
+                    for suffix, array in forms[ours].encode(tensor).items():
                         yield prefix + name.removesuffix(".weight") + suffix, array
                 else:
                     yield prefix + name, np.asarray(tensor).astype(self._dtype_of(ours))

@@ -5,7 +5,6 @@ other. So windows that calibration leaves alone go through every block three tim
 stored, and in the same formats by rounding to nearest. Only their hidden states are kept.
 """
 
-import dataclasses
 import functools
 import logging
 import math
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from checkpoints_convert.calibrate import Hidden, abstract_layer, run_samples
+from checkpoints_convert.calibrate import Hidden, abstract_layer, layer_quantization, run_samples
 from checkpoints_convert.model_head import head_logits, head_tensors
 from fireq_jax.checkpoints.reader import CheckpointReader
 from fireq_jax.compilation import COMPILE_QUICKLY
@@ -138,12 +137,9 @@ class HeldOut:
             name.removeprefix(f"layers.{index}."): value.astype(jnp.float32) if isinstance(value, Array) else value
             for name, value in parameters.items()
         }
-        left = tuple(
-            f"layers.0.{name.removesuffix('.weight')}"
-            for name, value in own.items()
-            if name.endswith("proj.weight") and not isinstance(value, QuantizedTensor)
-        )
-        layer = abstract_layer(self.config, dataclasses.replace(quantization, keep_float=left), index)
+        quantized = [name.removesuffix(".weight") for name, value in own.items() if isinstance(value, QuantizedTensor)]
+        staged = layer_quantization(self.config, quantization, index, quantized)
+        layer = abstract_layer(self.config, staged, index)
         return run_samples(with_parameters(layer, own), self.config, hidden, self.batch_size)
 
 

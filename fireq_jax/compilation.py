@@ -15,6 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import jax.export
 
+from pallas_kernels.codebooks import CODEBOOKS
 from pallas_kernels.dispatch import default_device
 
 # XLA tunes a Triton matmul by compiling and timing dozens of it, which takes longer here than it saves. (A CPU
@@ -172,7 +173,8 @@ def _digest(fixed: dict[str, Any], types: dict[str, Any]) -> str:
     device = default_device()
     settings = sorted((name, value) for name, value in jax.config.values.items() if "cache" not in name)
     versions = [metadata.version(package) for package in ("jax", "jaxlib", "flax")]
-    described = repr((_sources(), versions, device.platform, device.device_kind, settings, fixed, types))
+    code = _sources(), dict(CODEBOOKS), versions
+    described = repr((*code, device.platform, device.device_kind, settings, fixed, types))
     return hashlib.sha256(described.encode()).hexdigest()[:32]
 
 

@@ -65,6 +65,15 @@ def mapping(value: Any, name: str) -> Mapping[str, Any]:
     return value
 
 
+def pairs(value: Any, name: str, meaning: str) -> list[tuple[Any, Any]]:
+    """``value``, which must be a list or tuple of pairs, or an object of them; ``meaning`` is of a pair."""
+    found = list(value.items()) if isinstance(value, Mapping) else value
+    several = list | tuple
+    if not isinstance(found, several) or not all(isinstance(pair, several) and len(pair) == 2 for pair in found):
+        raise ValueError(f"{name} is {quote(value)}; expected pairs of {meaning}, or an object")
+    return [(first, second) for first, second in found]
+
+
 def check_names(cls: type, fields: Mapping[str, Any], *, may_lack: bool = False) -> None:
     """Raise ValueError unless ``fields`` are the dataclass's, all of them unless they ``may_lack`` some."""
     known = {field.name for field in dataclasses.fields(cls)}

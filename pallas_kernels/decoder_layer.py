@@ -15,6 +15,7 @@ kernel the next matmul's are copied meanwhile. The numbers are the same but for 
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Callable
 
@@ -35,6 +36,7 @@ from pallas_kernels.sm90.common import split_k
 from pallas_kernels.split_k import SplitKPartials, reduced
 
 Tap = Callable[[str, Array], None]
+logger = logging.getLogger(__name__)
 MLP = Callable[[Array, Array], Array]
 
 
@@ -108,8 +110,10 @@ def before_attention(
         NotImplementedError: if ``implementation`` names a kernel that cannot run this.
     """
     _validate(x, weights)
-    chains = decoding and not unsupported(x, weights)
-    if chains and dispatch.resolve("decoder_layer", implementation, None) == "mosaic_gpu":
+    why_not = unsupported(x, weights) if decoding else None
+    if why_not is not None and implementation == "auto" and dispatch.compute_capability() == (9, 0):
+        _log_single_ops(why_not)
+    if decoding and why_not is None and dispatch.resolve("decoder_layer", implementation, None) == "mosaic_gpu":
         assert weights.input_norm is not None
         norm, (qkv,) = weights.input_norm, _quantized(weights.qkv)
         packed, value, barrier = launch.norm_matmul(x.value, norm.weight, qkv, weights.qkv.bias, norm.eps)
@@ -193,6 +197,11 @@ def unsupported(x: ResidualStream, weights: LayerWeights) -> str | None:
             return f"a bias has dtype {projection.bias.dtype}, not float32 or bfloat16"
     qkv, *tail = _quantized(*projections)
     return launch.unsupported(rows, (qkv,), launch.NORM_MATMUL) or launch.unsupported(rows, tail, launch.OUTPUT_MLP)
+
+
+@functools.cache
+def _log_single_ops(reason: str) -> None:
+    logger.info("decoder_layer: kernels for each op, not one for several: %s", reason)
 
 
 def _after_attention(

@@ -8,7 +8,7 @@ E4M3
     Casts round to nearest, ties to even, and saturate: +-Inf becomes +-448. NaN stays NaN, so
     that a broken activation shows instead of turning into a plausible number.
 FP4, NF4
-    The same codes -7..7, which stand for other magnitudes (``CODEBOOKS``): E2M1's, or quantiles of
+    The same codes -7..7, which stand for other magnitudes (``codebooks``): E2M1's, or quantiles of
     the normal distribution (QLoRA, arXiv 2305.14314, here the same on both sides of 0).
 INT4
     Integers -7..7 (sign and magnitude; -8 does not exist), so that negation is exact and a
@@ -31,7 +31,10 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
+
+from pallas_kernels.codebooks import CODEBOOKS, Codebook
 
 E4M3 = jnp.float8_e4m3fn
 E4M3_MAX = 448.0
@@ -46,16 +49,7 @@ PROBABILITY_SCALE = 256.0
 ScaleDtype = Literal["e4m3", "bf16"]
 ChannelScale = Literal["per_channel", "per_tensor_pow2"]
 Rounding = Literal["nearest", "table"]
-Codebook = Literal["int4", "fp4", "nf4"]
 KVFormat = Literal["int4", "fp8", "none"]
-
-# What codes 0..7 of a weight stand for, in units of its group's scale. No magnitude has more than seven
-# significant bits, so that float16 holds its product with an E4M3 scale exactly, as the kernel's table needs.
-CODEBOOKS: dict[Codebook, tuple[float, ...]] = {
-    "int4": (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0),
-    "fp4": (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0),
-    "nf4": (0.0, 0.640625, 1.296875, 1.984375, 2.75, 3.6875, 4.875, 7.0),
-}
 
 
 @jax.tree_util.register_dataclass
@@ -181,6 +175,12 @@ def weight_table(group_scale: Float[Array, "..."], codebook: Codebook = "int4") 
     if group_scale.dtype == E4M3:
         magnitudes = round_to_e4m3(magnitudes)
     return magnitudes
+
+
+def is_e4m3(codebook: Codebook) -> bool:
+    """Whether E4M3 has all magnitudes of a codebook, which then need no scale to be multiplied by."""
+    magnitudes = np.asarray(CODEBOOKS[codebook], np.float32)
+    return bool((magnitudes.astype(E4M3).astype(np.float32) == magnitudes).all())
 
 
 def weight_channel_scale(weight: Float[Array, "N K"], mode: ChannelScale) -> Float[Array, " N"]:

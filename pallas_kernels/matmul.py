@@ -104,8 +104,8 @@ def _unsupported(
     if weight.format == "fp8":
         return "the weight is FP8, which XLA multiplies at full speed"
     assert weight.group_scale is not None
-    if weight.format == "nf4" and weight.group_scale.dtype != formats.E4M3:
-        return "with bf16 scales codes are multiplied as E4M3 numbers, which NF4's magnitudes are not"
+    if weight.group_scale.dtype != formats.E4M3 and not formats.is_e4m3(weight.format):
+        return f"with bf16 scales codes are multiplied as E4M3 numbers, which {weight.format}'s magnitudes are not"
     if values.dtype not in (formats.E4M3, jnp.bfloat16):
         return f"x has dtype {values.dtype}, not {jnp.dtype(formats.E4M3)} or bfloat16"
     if out_dtype != jnp.bfloat16:

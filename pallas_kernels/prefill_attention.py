@@ -135,13 +135,16 @@ def attention_reference(
     softcap: float | None = None,
     sinks: Float[Array, " heads"] | None = None,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    fp8_weights: bool | None = None,
 ) -> Float[Array, "B T heads H"]:
     """Both attention ops in ``jax.numpy``: the kernels' oracle and the path without a Hopper GPU.
 
     At most ``QUERIES_AT_ONCE`` queries of a sequence are in flight, so that the scores of a long
-    prompt need not fit in memory.
+    prompt need not fit in memory. ``fp8_weights``: whether attention weights are cast to FP8 for P.V;
+    None: where queries are FP8, as in the kernels.
     """
-    if query.format == key.format == "none":
+    fp8_weights = query.format == "fp8" if fp8_weights is None else fp8_weights
+    if query.format == key.format == value.format == "none":
         q, k, v = query.values, key.values, value.values
     else:
         q, k, v = (formats.dequantize(rows) for rows in (query, key, value))
@@ -158,7 +161,7 @@ def attention_reference(
             scores = softcap * jnp.tanh(scores / softcap)
         weights, row_sum = _softmax(scores, visible[:, None, None], sinks)
         row_sum = jnp.moveaxis(row_sum, -1, 1)[..., None]
-        if query.format == "fp8":
+        if fp8_weights:
             weights = formats.quantize_probabilities(weights)
         out = _multiply("bkgts,bksh->btkgh", weights.astype(v.dtype), v)
         # A query without a visible slot has a sum of 0; a NaN stays one.

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Any, Literal, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Key
 
 from pallas_kernels import formats, layouts
 
-WeightFormat = Literal["int4", "fp4", "nf4", "fp8"]
+WeightFormat = formats.Codebook | Literal["fp8"]
 T = TypeVar("T")
 
 
@@ -25,7 +25,7 @@ class QuantizedTensor:
         group_scale: 4 bits: E4M3 or bf16 [K'/group_size, N']; "fp8": None.
         channel_scale: float32 [N'] (4 bits) or [N] ("fp8").
         shape: (N, K), as the caller sees the matrix.
-        format: "int4", or another of ``formats.CODEBOOKS``; or "fp8".
+        format: "int4", or another of ``codebooks.CODEBOOKS``; or "fp8".
 
     Padded codes are 0 and padded scales 1, so that padding contributes exactly nothing.
 
@@ -155,8 +155,8 @@ def quantize(
     Raises:
         ValueError: for an unknown format or a group size that is neither 64 nor 128.
     """
-    if format not in get_args(WeightFormat):
-        raise ValueError(f"weight format is {format!r}; expected one of {get_args(WeightFormat)}")
+    if format != "fp8" and format not in formats.CODEBOOKS:
+        raise ValueError(f"weight format is {format!r}; expected one of {(*formats.CODEBOOKS, 'fp8')}")
     n, k = weight.shape
     if format == "fp8":
         rows = formats.quantize_fp8(weight)

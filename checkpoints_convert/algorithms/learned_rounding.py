@@ -92,8 +92,11 @@ def float_parameters(
         start: the block's parameters, weights in 4 bits.
         origins: the :func:`origin` of each of these.
     """
-    result = {**start, **_changed_gains(change, start)}
-    for name, tensor in _tensors(start):
+    result = {
+        name: value.dequantize() if isinstance(value, QuantizedTensor) else value
+        for name, value in {**start, **_changed_gains(change, start)}.items()
+    }
+    for name, tensor in learned_weights(start).items():
         result[name] = _float_weight(tensor, origins[name], change.latent[name], change.channel[name])
     return result
 
@@ -121,7 +124,7 @@ def changed_parameters(
     Group scales are the start's, bit for bit.
     """
     result: dict[str, Array | QuantizedTensor] = {**_changed_gains(change, start)}
-    for name, tensor in _tensors(start):
+    for name, tensor in learned_weights(start).items():
         result[name] = _changed_weight(tensor, origins[name], change.latent[name], change.channel[name])
     return result
 
@@ -139,8 +142,13 @@ def _changed_weight(
     return dataclasses.replace(tensor, values=layouts.pack_weight(codes[:, :k]), channel_scale=channel_scale)
 
 
-def _tensors(parameters: Parameters) -> list[tuple[str, QuantizedTensor]]:
-    return [(name, value) for name, value in parameters.items() if isinstance(value, QuantizedTensor)]
+def learned_weights(parameters: Parameters) -> dict[str, QuantizedTensor]:
+    """The weights of 4 bits; those of 8 stay as they are."""
+    return {
+        name: value
+        for name, value in parameters.items()
+        if isinstance(value, QuantizedTensor) and value.format != "fp8"
+    }
 
 
 def _gains(parameters: Parameters) -> list[tuple[str, Float[Array, " D"]]]:

@@ -21,6 +21,7 @@ from checkpoints_convert.algorithms.learned_rounding import (
     Change,
     changed_parameters,
     float_parameters,
+    learned_weights,
     no_change,
     optimizer,
     origin,
@@ -29,7 +30,6 @@ from checkpoints_convert.calibrate import Hidden, abstract_layer, batches_of, ru
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.parameters import Parameter, with_parameters
 from fireq_jax.quantization.config import QuantizationConfig
-from pallas_kernels.quantized_tensor import QuantizedTensor
 
 # One sequence in so many judges; a step learns from one of the others.
 HELD_OUT = 8
@@ -65,9 +65,7 @@ def reconstruct(
     samples, steps = len(hidden), quantization.learned_steps
     kind = config.first_like(index)
     check_sequences(samples)
-    origins = {
-        name: origin(value, weights[name]) for name, value in start.items() if isinstance(value, QuantizedTensor)
-    }
+    origins = {name: origin(value, weights[name]) for name, value in learned_weights(start).items()}
     if not origins:
         return {}
     learning = samples - max(1, samples // HELD_OUT)

@@ -7,6 +7,7 @@ A converted folder holds::
     params/embed_tokens, params/norm, params/lm_head, params/head_basis
     config.json, tokenizer files, generation_config.json   as they came
     report.json             what conversion measured
+    README.md               a card for people and the hub, which nothing reads
 
 ``fireq.json`` ends with SHA-256 digests (``whole_files.digest``) of each part and of what a tokenizer is made of,
 and a checksum of its own. They are compared when these are read, each part's on the thread that reads it.

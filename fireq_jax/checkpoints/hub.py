@@ -16,8 +16,8 @@ from fireq_jax.checkpoints.reader import checkpoint_config
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 # What says whether a model can be loaded, in a few kilobytes.
 _CONFIGS = (*FORMAT_FILES, GENERATION_CONFIG, MANIFEST)
-# Beside the weights: configs, tokenizers, chat templates.
-_COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja")
+# Beside the weights: configs, tokenizers, chat templates, and the card, which has the license.
+_COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "README.md")
 
 
 def check_config(folder: Path) -> None:
@@ -54,6 +54,18 @@ def resolve_model(name: str, revision: str | None = None, *, check: Callable[[Pa
             raise ValueError(f"revision is {revision!r}, and {name} is a {kind}; only hub ids have revisions")
         check(path)
         return path
+    folder = resolve_config(name, revision, check=check)
+    if (folder / MANIFEST).is_file():
+        return _download(name, revision, (*_COMPANIONS, "*.npz", "params/*"))
+    # Repositories hold other formats and sizes of the same model in subfolders.
+    folder = _download(name, revision, (*_COMPANIONS, "*.safetensors"), ignore=("*/*",))
+    if not any(folder.glob("*.safetensors")):
+        folder = _download(name, revision, (*_COMPANIONS, "pytorch_model*.bin"), ignore=("*/*",))
+    return folder
+
+
+def resolve_config(name: str, revision: str | None = None, *, check: Callable[[Path], None] = check_config) -> Path:
+    """The folder of a hub id's config files alone, as :func:`resolve_model` downloads them first."""
     if not is_hub_id(name):
         raise ValueError(
             f"model is {name!r}; expected an existing folder or a hub id such as 'owner/model', or a GGUF file"
@@ -63,12 +75,6 @@ def resolve_model(name: str, revision: str | None = None, *, check: Callable[[Pa
         check(folder)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    if (folder / MANIFEST).is_file():
-        return _download(name, revision, (*_COMPANIONS, "*.npz", "params/*"))
-    # Repositories hold other formats and sizes of the same model in subfolders.
-    folder = _download(name, revision, (*_COMPANIONS, "*.safetensors"), ignore=("*/*",))
-    if not any(folder.glob("*.safetensors")):
-        folder = _download(name, revision, (*_COMPANIONS, "pytorch_model*.bin"), ignore=("*/*",))
     return folder
 
 

@@ -19,7 +19,7 @@ def quantization_as_stored(config: ModelConfig, coded: Mapping[str, CodedKind]) 
 
     INT4 groups have bf16 scales, which are the stored ones but for a rounding; without groups E4M3's scales of 1 are
     faster and as exact. Activations are FP8 if the checkpoint was made for that, or its weights are FP8. Of several
-    formats the one of most weights is kept.
+    formats all are kept where activations are FP8, and else the one of most weights.
 
     Args:
         config: the architecture.
@@ -36,17 +36,20 @@ def quantization_as_stored(config: ModelConfig, coded: Mapping[str, CodedKind]) 
     for name, kind in exact.items():
         weights[kind.format] += sizes[name.split(".", 2)[2]]
     chosen = weights.most_common(1)[0][0]
-    kept = {name: kind for name, kind in exact.items() if kind.format == chosen}
-    left = tuple(name for name in linear_names(config) if name not in kept)
-    if chosen == "fp8":
-        return dataclasses.replace(recipes.w8a8_fp8(), keep_float=left)
-    grouped = any(kind.group_size is not None for kind in kept.values())
+    fp8_rows = all(kind.fp8_rows or kind.format == "fp8" for kind in exact.values())
+    kept = {name: kind for name, kind in exact.items() if fp8_rows or kind.format == chosen}
+    quantization = recipes.w8a8_fp8() if chosen == "fp8" else recipes.w4a16()
+    if chosen == "int4" and fp8_rows:
+        quantization = dataclasses.replace(quantization, activation_format="fp8")
+    int4 = {name: kind for name, kind in kept.items() if kind.format == "int4"}
+    if int4:
+        grouped = any(kind.group_size is not None for kind in int4.values())
+        scale_dtype = "bf16" if grouped else "e4m3"
+        quantization = dataclasses.replace(quantization, group_size=_common_group(int4), scale_dtype=scale_dtype)
     return dataclasses.replace(
-        recipes.w4a16(),
-        activation_format="fp8" if all(kind.fp8_rows for kind in kept.values()) else "none",
-        group_size=_common_group(kept),
-        scale_dtype="bf16" if grouped else "e4m3",
-        keep_float=left,
+        quantization,
+        keep_float=tuple(name for name in linear_names(config) if name not in kept),
+        layer_formats=tuple((name, kind.format) for name, kind in kept.items() if kind.format != chosen),
     )
 
 
@@ -54,13 +57,9 @@ def keeping_codes(
     coded: Mapping[str, CodedKind], quantization: QuantizationConfig
 ) -> tuple[QuantizationConfig, frozenset[str]]:
     """The linear layers whose codes fit a recipe, and the recipe with groups of the size that they have."""
-    kept = {
-        name: kind
-        for name, kind in coded.items()
-        if kind.format == quantization.weight_format and not quantization.keeps_float(name)
-    }
-    if kept and quantization.weight_format == "int4":
-        size = min(quantization.group_size, _common_group(kept))
+    kept = {name: kind for name, kind in coded.items() if kind.format == quantization.weight_format_of(name)}
+    if int4 := {name: kind for name, kind in kept.items() if kind.format == "int4"}:
+        size = min(quantization.group_size, _common_group(int4))
         quantization = dataclasses.replace(quantization, group_size=size)
     return quantization, frozenset(kept)
 

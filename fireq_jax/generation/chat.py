@@ -21,7 +21,9 @@ class _OutOfTime(BaseException):
     """No Exception: Jinja's compiler takes these for constants that it cannot compute yet."""
 
 
-def render(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[dict[str, str]], where: str | Path) -> str:
+def render(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[dict[str, str]], where: str | Path, *, ask: bool = True
+) -> str:
     """The prompt that a tokenizer's chat template makes of messages.
 
     transformers runs templates in Jinja's sandbox, which keeps them from files and from Python; a template that loops
@@ -31,13 +33,14 @@ def render(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[dict[str, st
         tokenizer: with a chat template.
         messages: role and content each.
         where: the model, for messages of errors.
+        ask: whether the text ends where an answer begins, rather than with the last message.
 
     Raises:
         ValueError: naming ``where``, if the template is none, rejects the messages, or exceeds a limit.
     """
     try:
         with bounded():
-            text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask)
     except _OutOfTime as error:
         raise ValueError(f"{where}: the chat template is not done after {SECONDS:g} s") from error
     except MemoryError as error:

@@ -70,9 +70,13 @@ def token_nll(
         tokens, lengths, order = right_pad(tokens, mask)
         mask = (jnp.arange(tokens.shape[1])[None] < lengths[:, None]).astype(jnp.int32)
     logits = model(tokens, mask)[:, :-1]
-    chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
-    nll = jax.nn.logsumexp(logits, axis=-1) - chosen
+    nll = jax.nn.logsumexp(logits, axis=-1) - of_next(logits, tokens)
     if order is None or mask is None:
         return nll
     columns = jnp.where(mask[:, 1:] > 0, order[:, 1:] - 1, nll.shape[1])
     return jnp.zeros_like(nll).at[jnp.arange(len(nll))[:, None], columns].set(nll, mode="drop")
+
+
+def of_next(values: Float32[Array, "B T-1 V"], tokens: Int32[Array, "B T"]) -> Float32[Array, "B T-1"]:
+    """Each row's entries of its tokens 1, 2, ..., T - 1."""
+    return jnp.take_along_axis(values, tokens[:, 1:, None], axis=-1)[..., 0]

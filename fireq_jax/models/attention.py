@@ -63,7 +63,7 @@ class Attention(nnx.Module):
         self.key_offset = nnx.Param(jnp.zeros((kv_heads, head_dim), jnp.float32)) if centered else None
         self.config = config
         self.window = window
-        self.quantization = options.quantization
+        self.quantization = options.quantization.for_attention(name)
         self.implementation: Implementation = options.implementation
 
     @property

@@ -45,8 +45,7 @@ class LayerCache(NamedTuple):
 @functools.cache
 def slot_bytes(config: ModelConfig, quantization: QuantizationConfig, dtype: jax.typing.DTypeLike) -> int:
     """Bytes of one token's keys and values in all layers; ``dtype`` is that of rows that are not quantized."""
-    shape = (1, config.num_kv_heads, 1, config.head_dim)
-    return config.num_layers * formats.nbytes(jax.eval_shape(lambda: LayerCache.create(quantization, shape, dtype)))
+    return formats.nbytes(jax.eval_shape(lambda: KVCache.create(config, quantization, 1, 1, dtype).layers))
 
 
 @jax.tree_util.register_dataclass
@@ -104,5 +103,6 @@ class KVCache:
         if capacity < 1:
             raise ValueError(f"cache capacity is {capacity}; expected a positive number of tokens")
         shape = (batch, config.num_kv_heads, capacity, config.head_dim)
-        layers = tuple(LayerCache.create(quantization, shape, dtype) for _ in range(config.num_layers))
+        own = [quantization.for_attention(f"layers.{i}.self_attn") for i in range(config.num_layers)]
+        layers = tuple(LayerCache.create(layer, shape, dtype) for layer in own)
         return cls(layers, jnp.zeros((batch,), jnp.int32))

@@ -72,13 +72,13 @@ class Linear(nnx.Module):
         quantization, dtype, rngs = options.quantization, options.dtype, options.rngs
         shape = (out_features, in_features)
         weight: Array | QuantizedTensor
-        if quantization.weight_format == "none" or quantization.keeps_float(name):
+        if (weight_format := quantization.weight_format_of(name)) == "none":
             weight = (jax.random.normal(rngs.params(), shape) * 0.02).astype(dtype)
         else:
             weight = QuantizedTensor.random(
                 rngs.params(),
                 shape,
-                format=quantization.weight_format,
+                format=weight_format,
                 group_size=quantization.group_size,
                 scale_dtype=quantization.scale_dtype,
             )

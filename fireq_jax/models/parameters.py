@@ -35,7 +35,8 @@ def layer_parameters(
         if quantized and isinstance(tensor, CodedWeight):
             parameters[f"{linear}.weight"] = tensor.pack(quantization.group_size, quantization.scale_dtype)
         elif quantized:
-            parameters[f"{linear}.weight"] = quantize_linear(jnp.asarray(as_float(tensor)), quantization)
+            own = quantization.for_linear(linear)
+            parameters[f"{linear}.weight"] = quantize_linear(jnp.asarray(as_float(tensor)), own)
         else:
             wide = any(part in name for part in FLOAT32)
             array = jnp.asarray(as_float(tensor))

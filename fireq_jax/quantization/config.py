@@ -1,14 +1,23 @@
 """QuantizationConfig: every choice that turns a float model into a quantized one."""
 
 import dataclasses
-import fnmatch
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
-from fireq_jax.config_fields import check_kinds, check_names, check_types, mapping
+from fireq_jax.config_fields import check_kinds, check_names, check_types, mapping, pairs, quote
+from fireq_jax.quantization.layer_patterns import (
+    Choices,
+    as_choices,
+    as_patterns,
+    check_choices,
+    check_patterns,
+    chosen,
+    matches,
+)
 from pallas_kernels import formats
+from pallas_kernels.codebooks import own_codebooks, register_codebook
 
-WeightFormat = Literal["int4", "fp4", "nf4", "fp8", "none"]
+WeightFormat = formats.Codebook | Literal["fp8", "none"]
 ActivationFormat = Literal["fp8", "none"]
 CalibrationStream = Literal["float", "quantized"]
 ColumnStatistic = Literal["mean", "max"]
@@ -17,9 +26,16 @@ ValueBasis = Literal["channels", "hadamard", "balanced"]
 ResidualBasis = Literal["channels", "hadamard"]
 
 
+def weight_formats() -> tuple[WeightFormat, ...]:
+    """All formats of weights that there are, those of registered codebooks too."""
+    return (*formats.CODEBOOKS, "fp8", "none")
+
+
 # Of alpha and beta: far from where the keys' scales leave bfloat16 and float32.
 _KEY_SIZES = 1e-6, 1e6
 _MOST_STEPS = 1_000_000
+# Fields that models of earlier versions do not have.
+_LATER = "layer_formats", "layer_kv_formats", "codebooks"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,8 +166,16 @@ class QuantizationConfig:
         lm_head_format: "fp8" (per channel, and FP8 inputs per token) or "none" (as in the
             checkpoint). A tied head becomes a second, FP8 copy of the embedding.
         smoothing: rescaling before rounding, or None.
-        keep_float: patterns (``fnmatch``) of linear layers left unquantized, such as
+        keep_float: patterns (``layer_patterns``) of linear layers left unquantized, such as
             "layers.0.*" or "*.mlp.down_proj".
+        layer_formats: weight formats of some linear layers in place of ``weight_format``: pairs of a pattern and a
+            format, or a mapping, such as {"layers.29.mlp.down_proj": "fp8"}. The last pattern that matches a layer
+            decides; ``keep_float`` goes first. Layers of 8 bits are rounded to nearest, whatever the others measure.
+        layer_kv_formats: likewise cache formats of some layers, by the names of their attention: {"layers.3.*":
+            "fp8"} or {"layers.3.self_attn": "fp8"}. Queries are as :meth:`with_kv_format` has them.
+        codebooks: the registered codebooks (:func:`~pallas_kernels.codebooks.register_codebook`) among weight formats:
+            pairs of a name and magnitudes, or a mapping. They are registered when the config is made, and are found
+            by themselves where they are registered already, so that the config is whole without that.
     """
 
     weight_format: WeightFormat = "int4"
@@ -173,14 +197,25 @@ class QuantizationConfig:
     lm_head_format: ActivationFormat = "none"
     smoothing: SmoothingConfig | None = None
     keep_float: tuple[str, ...] = ()
+    layer_formats: Choices[WeightFormat] = ()
+    layer_kv_formats: Choices[formats.KVFormat] = ()
+    codebooks: tuple[tuple[str, tuple[float, ...]], ...] = ()
 
     def __post_init__(self) -> None:
+        given = registered(self.codebooks)
+        if not isinstance(self.weight_format, str) or self.weight_format not in weight_formats():
+            raise ValueError(f"weight_format is {self.weight_format!r}; expected one of {weight_formats()}")
         check_types(self)
         check_kinds(self)
-        patterns = self.keep_float
-        if not isinstance(patterns, list | tuple) or not all(isinstance(pattern, str) for pattern in patterns):
-            raise ValueError(f"keep_float is {self.keep_float!r}; expected a tuple of patterns")
-        object.__setattr__(self, "keep_float", tuple(self.keep_float))
+        layer_formats = as_choices("layer_formats", self.layer_formats, weight_formats())
+        used = {self.weight_format, *(chosen_format for _, chosen_format in layer_formats)}
+        for name, value in (
+            ("codebooks", tuple(sorted((given | own_codebooks(used)).items()))),
+            ("keep_float", as_patterns("keep_float", self.keep_float)),
+            ("layer_formats", layer_formats),
+            ("layer_kv_formats", as_choices("layer_kv_formats", self.layer_kv_formats, get_args(formats.KVFormat))),
+        ):
+            object.__setattr__(self, name, value)
         if self.group_size not in (64, 128):
             raise ValueError(f"group_size is {self.group_size}; expected 64 or 128")
         if self.kv_group_size is not None and self.kv_group_size < 1:
@@ -195,8 +230,10 @@ class QuantizationConfig:
                 f"scale_search, error_compensation and learned_steps need one of weight_format "
                 f"{tuple(formats.CODEBOOKS)}, not {self.weight_format!r}"
             )
-        if self.weight_format == "fp8" and self.activation_format != "fp8":
-            raise ValueError("weight_format 'fp8' needs activation_format 'fp8'")
+        for name, weight_format in (("weight_format", self.weight_format), *self.layer_formats):
+            if weight_format == "fp8" and self.activation_format != "fp8":
+                of = "" if name == "weight_format" else f" of layer_formats {name!r}"
+                raise ValueError(f"weight_format 'fp8'{of} needs activation_format 'fp8'")
         if self.weight_format == "none" and self.activation_format != "none":
             raise ValueError(f"activation_format {self.activation_format!r} needs quantized weights, not 'none'")
 
@@ -215,16 +252,41 @@ class QuantizationConfig:
         """Whether quantizing weights needs calibration text."""
         return self.measures_inputs or self.learned_steps > 0
 
+    def weight_format_of(self, name: str) -> WeightFormat:
+        """The format of the linear layer ``name``."""
+        if any(matches(name, pattern) for pattern in self.keep_float):
+            return "none"
+        return chosen(name, self.layer_formats, self.weight_format)
+
     def keeps_float(self, name: str) -> bool:
         """Whether the linear layer ``name`` stays unquantized."""
-        return self.weight_format == "none" or any(fnmatch.fnmatchcase(name, p) for p in self.keep_float)
+        return self.weight_format_of(name) == "none"
+
+    def for_linear(self, name: str) -> Self:
+        """How the weight of the quantized linear layer ``name`` is made, without patterns."""
+        weight_format = self.weight_format_of(name)
+        plain = dataclasses.replace(self, keep_float=(), layer_formats=(), layer_kv_formats=())
+        if weight_format in formats.CODEBOOKS:
+            return dataclasses.replace(plain, weight_format=weight_format)
+        return dataclasses.replace(
+            plain, weight_format=weight_format, scale_search=False, error_compensation=False, learned_steps=0
+        )
+
+    def for_attention(self, name: str) -> Self:
+        """How the attention ``name`` ("layers.3.self_attn") stores keys and values, without patterns for these."""
+        kv_format: formats.KVFormat = chosen(name, self.layer_kv_formats, self.kv_format)
+        if kv_format != self.kv_format:
+            return self.with_kv_format(kv_format)
+        return dataclasses.replace(self, layer_kv_formats=()) if self.layer_kv_formats else self
 
     def check_fits(self, linear_names: Iterable[str], head_dim: int) -> None:
         """Raise ValueError unless the config can be applied to a model with these linear layers and head_dim."""
         names = list(linear_names)
-        for pattern in self.keep_float:
-            if not fnmatch.filter(names, pattern):
-                raise ValueError(f"keep_float pattern {pattern!r} matches no layer; layers are {names[:4]} ...")
+        check_patterns("keep_float", self.keep_float, names)
+        kept = [name for name in names if any(matches(name, pattern) for pattern in self.keep_float)]
+        check_choices("layer_formats", self.layer_formats, names, kept)
+        attentions = [name.removesuffix(".qkv_proj") for name in names if name.endswith(".qkv_proj")]
+        check_choices("layer_kv_formats", self.layer_kv_formats, attentions)
         if self.kv_group_size is not None and head_dim % self.kv_group_size:
             raise ValueError(f"kv_group_size is {self.kv_group_size}; expected a divisor of head_dim {head_dim}")
         if self.smoothing is not None and self.smoothing.post_rope_channels > head_dim:
@@ -232,8 +294,9 @@ class QuantizationConfig:
             raise ValueError(f"post_rope_channels is {channels}; expected at most head_dim {head_dim}")
 
     def with_kv_format(self, kv_format: formats.KVFormat) -> Self:
-        """The same with another cache format; queries are FP8 exactly if keys and values are stored so or smaller."""
-        return dataclasses.replace(self, kv_format=kv_format, query_format="none" if kv_format == "none" else "fp8")
+        """The same with one cache format in all layers; queries are FP8 exactly if keys and values are not float."""
+        query_format = "none" if kv_format == "none" else "fp8"
+        return dataclasses.replace(self, kv_format=kv_format, query_format=query_format, layer_kv_formats=())
 
     def with_float_weights(self) -> Self:
         """The same with weights and activations as they are."""
@@ -244,6 +307,7 @@ class QuantizationConfig:
             scale_search=False,
             error_compensation=False,
             learned_steps=0,
+            layer_formats=(),
         )
 
     def round_to_nearest(self) -> Self:
@@ -263,9 +327,10 @@ class QuantizationConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; :meth:`from_dict` reads them back."""
-        fields = dataclasses.asdict(self)
-        return {**fields, "keep_float": list(self.keep_float)}
+        """Plain JSON types; :meth:`from_dict` reads them back. Fields that are new are there where they are used."""
+        fields = dataclasses.asdict(self) | {"keep_float": list(self.keep_float)}
+        later = {name: [list(pair) for pair in fields.pop(name)] for name in _LATER}
+        return fields | {name: pairs for name, pairs in later.items() if pairs}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
@@ -274,7 +339,7 @@ class QuantizationConfig:
         Raises:
             ValueError: for unknown or missing keys and invalid values.
         """
-        values = dict(mapping(fields, "quantization"))
+        values = {**dict.fromkeys(_LATER, ()), **mapping(fields, "quantization")}
         check_names(cls, values)
         if values["smoothing"] is not None:
             smoothing = {"residual_basis": "channels", **mapping(values["smoothing"], "smoothing")}
@@ -283,3 +348,13 @@ class QuantizationConfig:
         if not isinstance(values["keep_float"], list | tuple):
             raise ValueError(f"keep_float is {values['keep_float']!r}; expected a list of patterns")
         return cls(**values)
+
+
+def registered(codebooks: Any) -> dict[str, tuple[float, ...]]:
+    """The codebooks that a config holds, pairs or a mapping, which are registered."""
+    given = pairs(codebooks, "codebooks", "a name and magnitudes")
+    for name, magnitudes in given:
+        if not isinstance(magnitudes, list | tuple):
+            raise ValueError(f"codebook {quote(name)} is {quote(magnitudes)}; expected eight numbers")
+        register_codebook(name, magnitudes)
+    return own_codebooks(name for name, _ in given)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,11 +17,12 @@ from safetensors.numpy import load_file
 from small_checkpoint import parameter_bytes, write_checkpoint
 
 from checkpoints_convert import conversion, work_folder
-from checkpoints_convert.conversion import ConversionOptions, convert
+from checkpoints_convert.conversion import ConversionOptions, convert, dry_run
 from checkpoints_convert.convert_and_quantize import main
 from fireq_jax import LlamaForCausalLM, QuantizationConfig, recipes
 from fireq_jax.checkpoints.folder import WORK_FOLDER
 from fireq_jax.checkpoints.tokenizer import load_tokenizer
+from fireq_jax.evaluation.smoothing_effect import read_smoothing
 from fireq_jax.models.parameters import parameters_of
 from pallas_kernels.quantized_tensor import QuantizedTensor
 
@@ -253,6 +255,40 @@ def test_other_magnitudes_are_stored_and_read_back(source: Path, tmp_path: Path)
     assert 0.05 < error < 0.12  # 15 levels of normal weights
 
 
+def test_recipes_are_listed_without_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("--list-recipes", "--help"):
+        with pytest.raises(SystemExit) as stop:
+            main([option])
+        assert stop.value.code == 0
+        assert recipes.described() in capsys.readouterr().out
+
+
+def test_a_dry_run_says_what_a_run_logs_and_writes_nothing(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    output = tmp_path / "out"
+    command = ["--model", str(source), "--output", str(output), "--recipe", "rtn", "--lm-head-format", "fp8"]
+    command += ["--layer-format", "layers.1.*=fp8", "layers.2.mlp.*=none"]
+    assert main([*command, "--dry-run"]) == 0
+    assert not output.exists()
+    said = capsys.readouterr().out.splitlines()
+    assert main(command) == 0
+    assert "\n".join(said[:-1]) in caplog.text  # the last has how much of the disk is free
+    report = json.loads((output / "report.json").read_text())
+    assert f"from {report['bytes_before'] / 1e6:.2f} MB to {report['bytes_after'] / 1e6:.2f} MB" in said[2]
+    assert "linear layers: 6 in int4, 4 in fp8" in said[3]
+    assert "2 linear layers stay bfloat16" in said[4]
+    assert "layers.2.mlp.gate_up_proj, layers.2.mlp.down_proj" in said[4]
+
+
+def test_what_calibration_costs_is_said_in_time(source: Path, tmp_path: Path) -> None:
+    planned = options(source, tmp_path / "out", dataclasses.replace(recipes.fireq_plus(), learned_steps=2))
+    said = "\n".join(dry_run(planned, (6, 24), 2))
+    assert re.search(r"on 144 tokens, 48 held out: \S+ TFLOP, at least \d+ s of matrix products at \S+ TFLOP/s", said)
+    assert "cache: int4 in 3 layers" in said
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("recipe", ["rtn", "w4a16", "w8a8_fp8", "none"])
 def test_recipes_without_calibration_need_no_text(source: Path, tmp_path: Path, recipe: str) -> None:
     command = ["--model", str(source), "--output", str(tmp_path / "out"), "--recipe", recipe, "--dtype", "float32"]
@@ -316,16 +352,12 @@ def test_unknown_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "'./nowhere'" in capsys.readouterr().err
 
 
-def test_smoothing_effect_is_recorded_and_plotted(converted: Path, tmp_path: Path) -> None:
-    from fireq_jax.evaluation.plots import plot_smoothing, read_smoothing
-
-    effect = np.load(converted / "smoothing.npz")
-    assert effect["layers.2.keys.before"].shape == (2, 16)
+def test_smoothing_effect_is_recorded(converted: Path) -> None:
+    effect = read_smoothing(converted)
+    assert len(effect) == 3 * 5
+    assert effect["layers.2.keys"]["before"].shape == (2, 16)
     # N and S bring every pair's largest key to at most alpha = beta, up to the rounding of a product.
-    assert effect["layers.2.keys.post_rope"].max() <= recipes.fireq().smoothing.beta * 1.001
-    figures = plot_smoothing(read_smoothing(converted), tmp_path)
-    assert len(figures) == 3 * 5
-    assert all(path.stat().st_size > 1000 for path in figures)
+    assert effect["layers.2.keys"]["post_rope"].max() <= recipes.fireq().smoothing.beta * 1.001
 
 
 @pytest.mark.parametrize(

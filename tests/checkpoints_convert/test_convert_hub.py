@@ -51,3 +51,13 @@ def test_a_converted_model_is_not_converted_again(hub, tmp_path, capsys):
         assert convert(["--model", model, "--output", str(tmp_path / "out"), "--recipe", "rtn"]) == 2
         assert "is a converted model already" in capsys.readouterr().err
     assert hub.fetched == {"fireq.json"}
+
+
+def test_a_dry_run_fetches_no_weights(hub, tmp_path, capsys):
+    hub.repositories["owner/tiny"] = TINY
+    command = ["--model", "owner/tiny", "--output", str(tmp_path / "out"), "--recipe", "rtn", "--dry-run"]
+    assert convert(command) == 0
+    assert "MB (as bfloat16) twice" in (said := capsys.readouterr().out)
+    assert "16 in int4" in said
+    assert hub.fetched <= {"config.json"}
+    assert not (tmp_path / "out").exists()

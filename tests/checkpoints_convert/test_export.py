@@ -298,7 +298,7 @@ def test_what_has_no_form_is_refused_by_name(tmp_path: Path) -> None:
     )
     refused(floats, "no quantized layers .* llama .* use --format huggingface", "compressed-tensors")
     nf4 = saved(tmp_path / "nf4", fields, dataclasses.replace(recipes.rtn(), weight_format="nf4"))
-    refused(nf4, "weight_format is 'nf4'; .* use --format huggingface", "compressed-tensors")
+    refused(nf4, "weight_format of .*qkv_proj is 'nf4'; .* use --format huggingface", "compressed-tensors")
     (floats / "config.json").write_text(json.dumps(fields | {"rms_norm_eps": 0.5e-6}))
     refused(floats, "config.json of a llama says rms_norm_eps 5e-07; expected 1e-06, as in fireq.json")
     granite = saved(tmp_path / "granite", family_fields("granite", num_hidden_layers=1), recipes.none())

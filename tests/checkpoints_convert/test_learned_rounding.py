@@ -152,7 +152,7 @@ def test_one_sequence_is_too_few() -> None:
 
 
 def test_converter_learns_each_block_with_one_compilation(tmp_path: Path) -> None:
-    """Also with centred keys and kept layers; and an interrupted run goes on to the same bytes."""
+    """Also with centred keys, kept layers and FP8 ones; and an interrupted run goes on to the same bytes."""
     model = write_checkpoint(tmp_path / "model", FIELDS, 0.1)
     tokens = np.random.default_rng(2).integers(0, 64, (8, 32), dtype=np.int32)
     config = dataclasses.replace(
@@ -161,6 +161,7 @@ def test_converter_learns_each_block_with_one_compilation(tmp_path: Path) -> Non
         calibration_stream="quantized",
         smoothing=SmoothingConfig(post_rope_channels=0, key_offset=True),
         keep_float=("*.o_proj",),
+        layer_formats={"*.down_proj": "fp8"},
     )
     options = ConversionOptions(model, tmp_path / "whole", "learned", config, dtype="float32", batch_size=4)
     reconstruction._learning_step.clear_cache()

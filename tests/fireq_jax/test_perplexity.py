@@ -8,7 +8,8 @@ import pytest
 from flax import nnx
 
 from fireq_jax import LlamaForCausalLM, ModelConfig, recipes
-from fireq_jax.evaluation.perplexity import _token_nll, count_windows, perplexity, scored_range
+from fireq_jax.evaluation.perplexity import count_windows, perplexity, scored_range
+from fireq_jax.generation.likelihood import token_nll
 from fireq_jax.models.config import RopeConfig
 
 VOCAB = 61
@@ -127,10 +128,10 @@ def test_a_window_beyond_the_models_positions_is_logged(model, tokens, caplog):
 
 
 def test_all_batches_share_one_compilation(model, tokens):
-    _token_nll.clear_cache()
+    token_nll.clear_cache()
     for _ in range(2):
         perplexity(model, tokens, window=32, batch_size=3, progress=False)
-    assert _token_nll._cache_size() == 1
+    assert token_nll._cache_size() == 1
 
 
 @pytest.mark.parametrize("window", [2, 3, 8, 200])
@@ -169,3 +170,34 @@ def test_a_model_with_nan_weights_is_an_error(tokens):
     model.norm.weight.set_value(jnp.full((32,), jnp.nan))
     with pytest.raises(ValueError, match=r"window 0: the negative log-likelihood is nan"):
         perplexity(model, tokens, window=32, progress=False)
+
+
+def test_divergence_from_a_reference(model, tokens):
+    """Against float64, over a batch with a ragged window and a stride; of itself a model has none."""
+    other = small_model(recipes.none())
+    assert other.lm_head is not None
+    other.lm_head.set_value(other.lm_head.get_value() * 1.3 + 0.1 * np.random.default_rng(0).normal(size=(VOCAB, 64)))
+    alone = perplexity(other, tokens, window=32, stride=20, progress=False)
+    result = perplexity(other, tokens, reference=model, window=32, stride=20, batch_size=3, progress=False)
+    assert (result.tokens, result.windows) == (alone.tokens, alone.windows) == (149, 7)
+    assert (alone.divergence, alone.agreement) == (None, None)
+    assert result.nll == pytest.approx(alone.nll, rel=1e-5)
+    divergence, agree = [], []
+    for index in range(7):
+        window = tokens[20 * index :][:32]
+        begin, end = scored_range(index, len(tokens), 32, 20)
+        logits = [np.asarray(logits_of(m, jnp.asarray(window[None])))[0].astype(np.float64) for m in (model, other)]
+        exact, own = (x - np.log(np.sum(np.exp(x), axis=-1, keepdims=True)) for x in logits)
+        each = np.sum(np.exp(exact) * (exact - own), axis=-1)
+        divergence += each[begin - 1 : end - 1].tolist()
+        agree += (exact.argmax(-1) == own.argmax(-1))[begin - 1 : end - 1].tolist()
+    assert 0.01 < result.divergence == pytest.approx(np.mean(divergence), rel=1e-4)
+    assert 0 < result.agreement == np.mean(agree) < 1
+    itself = perplexity(model, tokens[:40], reference=model, window=32, progress=False)
+    assert (itself.divergence, itself.agreement) == (0, 1)
+
+
+def test_a_reference_of_another_vocabulary_is_refused(model, tokens):
+    config = ModelConfig(VOCAB + 3, 32, 32, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=32)
+    with pytest.raises(ValueError, match=rf"vocabulary has {VOCAB + 3} entries; expected {VOCAB}"):
+        perplexity(model, tokens, reference=LlamaForCausalLM(config, dtype=jnp.float32), progress=False)

@@ -5,7 +5,11 @@ import json
 
 import pytest
 
+from fireq_jax.models.block import linears_of
+from fireq_jax.models.config import ExpertsConfig, ModelConfig
 from fireq_jax.quantization import QuantizationConfig, SmoothingConfig, recipes
+from fireq_jax.quantization.layer_patterns import parts_of
+from pallas_kernels.codebooks import register_codebook
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
@@ -39,6 +43,42 @@ def test_unknown_recipe_lists_all_of_them():
     with pytest.raises(ValueError, match="'gptq'") as error:
         recipes.by_name("gptq")
     assert all(f"\n  {name}: " in str(error.value) for name in recipes.RECIPES)
+
+
+def test_a_recipe_in_a_file_changes_its_base_or_is_complete(tmp_path):
+    path = tmp_path / "mine.json"
+    for fields, expected in [
+        ({"base": "fireq_plus", "group_size": 64}, dataclasses.replace(recipes.fireq_plus(), group_size=64)),
+        ({"base": "rtn", "smoothing": {"alpha": 4.0}}, QuantizationConfig(smoothing=SmoothingConfig(alpha=4.0))),
+        ({"base": "rtn", "layer_formats": {"*.o_proj": "fp8"}}, QuantizationConfig(layer_formats={"*.o_proj": "fp8"})),
+        ({"base": "fireq", "smoothing": None}, dataclasses.replace(recipes.fireq(), smoothing=None)),
+        (recipes.fireq_plus().to_dict(), recipes.fireq_plus()),
+    ]:
+        path.write_text(json.dumps(fields))
+        assert recipes.by_name_or_file(str(path)) == expected
+    own = dataclasses.replace(recipes.fireq_plus().smoothing, query_exponent=0.5)
+    path.write_text('{"base": "fireq_plus", "smoothing": {"query_exponent": 0.5}}')
+    assert recipes.from_file(path).smoothing == own
+    for fields, quoted in [
+        ({"base": "gptq"}, r"mine\.json: recipe is 'gptq'"),
+        ({"base": 3}, r"mine\.json: base is 3"),
+        ({"group_size": 64}, "are missing; .* or a recipe to start from"),
+        ({"base": "rtn", "grouped": 64}, r"mine\.json: unknown QuantizationConfig keys \['grouped'\]"),
+        ({"base": "rtn", "smoothing": {"alfa": 1}}, r"unknown SmoothingConfig keys \['alfa'\]"),
+        ({"base": "rtn", "smoothing": 3}, "smoothing is 3; expected an object"),
+        ({"base": "rtn", "group_size": 32}, r"mine\.json: group_size is 32"),
+    ]:
+        path.write_text(json.dumps(fields))
+        with pytest.raises(ValueError, match=quoted):
+            recipes.from_file(path)
+    with pytest.raises(ValueError, match=r"gone\.json is missing"):
+        recipes.by_name_or_file("gone.json")
+
+
+def test_each_recipe_says_what_it_is_and_when_to_take_it():
+    text = recipes.described()
+    assert all(f"\n  {name} " in "\n" + text for name in recipes.RECIPES)
+    assert max(map(len, text.splitlines())) <= 110
 
 
 @pytest.mark.parametrize(
@@ -156,3 +196,76 @@ def test_rounding_to_nearest_keeps_formats_and_nothing_else():
     for recipe in (recipes.fireq(), recipes.fireq_plus()):
         plain = dataclasses.replace(recipe, **changes).round_to_nearest()
         assert plain == dataclasses.replace(recipes.rtn(), **changes)
+
+
+NAMES = [f"layers.{i}.{name}" for i in (0, 1) for name in
+         ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")]  # fmt: skip
+
+
+def test_layers_have_the_formats_that_the_last_pattern_says():
+    """``keep_float`` goes first; and what the config says survives JSON, with and without patterns."""
+    config = dataclasses.replace(
+        recipes.fireq_plus(),
+        layer_formats={"*.mlp.*": "nf4", "layers.1.mlp.down_proj": "fp8", "*.[qkv]_proj": "none"},
+        layer_kv_formats=[("layers.1.*", "fp8")],
+        keep_float=("layers.0.mlp.down_proj",),
+    )
+    config.check_fits(NAMES, head_dim=64)
+    found = ["none", "int4", "nf4", "none", "none", "int4", "nf4", "fp8"]
+    assert [config.weight_format_of(name) for name in NAMES] == found
+    assert [config.for_attention(f"layers.{i}.self_attn").kv_format for i in (0, 1)] == ["int4", "fp8"]
+    assert config.for_linear(NAMES[6]) == dataclasses.replace(recipes.fireq_plus(), weight_format="nf4")
+    assert not config.for_linear(NAMES[7]).reads_text
+    assert QuantizationConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert hash(config) == hash(QuantizationConfig.from_dict(config.to_dict()))
+    assert "layer_formats" not in recipes.fireq_plus().to_dict()  # which earlier versions do not have
+
+
+def test_names_of_fused_layers_are_those_of_the_models():
+    for experts in (None, ExpertsConfig(2, 1)):
+        config = ModelConfig(9, 32, 48, 1, 2, 1, 16, experts=experts)
+        for linear in linears_of(config):
+            assert parts_of(linear.name) == (list(linear.parts) if len(linear.parts) > 1 else [])
+
+
+@pytest.mark.parametrize(
+    ("fields", "quoted"),
+    [
+        ({"layer_formats": {"layers.0.*": "int3"}}, r"layer_formats of 'layers\.0\.\*' is 'int3'; expected one of"),
+        ({"layer_formats": "layers.0.*"}, r"layer_formats is 'layers\.0\.\*'; expected pairs"),
+        ({"layer_kv_formats": [("*", "nf4")]}, r"layer_kv_formats of '\*' is 'nf4'"),
+        ({"activation_format": "none", "layer_formats": {"*.o_proj": "fp8"}}, r"'fp8' of layer_formats '\*\.o_proj'"),
+        ({"layer_formats": {"layers.1.down_proj": "fp8"}}, r"matches no layer; layers are \['layers.1.mlp.down_proj'"),
+        (
+            {"layer_formats": {"layers.1.self_attn.k_proj": "fp8"}},
+            r"matches layers.1.self_attn.k_proj alone, .* layers.1.self_attn.qkv_proj",
+        ),
+        ({"keep_float": ("*.up_proj",)}, r"'\*\.up_proj' matches layers\.0\.mlp\.up_proj alone, .*gate_up_proj"),
+        ({"layer_formats": {"*.down_proj": "fp8", "*": "nf4"}}, r"'\*\.down_proj' decides nothing"),
+        ({"layer_formats": {"*.down_proj": "fp8"}, "keep_float": ("*.mlp.*",)}, r"'\*\.down_proj' decides nothing"),
+        ({"layer_kv_formats": {"layers.1.mlp.*": "fp8"}}, "matches no layer; layers are .*self_attn"),
+    ],
+)
+def test_formats_of_layers_that_cannot_be(fields, quoted):
+    with pytest.raises(ValueError, match=quoted):
+        QuantizationConfig(**fields).check_fits(NAMES, head_dim=64)
+
+
+def test_a_config_holds_the_codebooks_that_it_uses(tmp_path):
+    """So that another process reads it without having registered them."""
+    register_codebook("own_config", (0, 1, 2, 3, 4, 5, 6, 8))
+    config = dataclasses.replace(recipes.rtn(), layer_formats={"*.o_proj": "own_config"})
+    assert config.codebooks == (("own_config", (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)),)
+    fields = json.loads(json.dumps(config.to_dict()))
+    assert QuantizationConfig.from_dict(fields) == config
+    renamed = json.loads(json.dumps(fields).replace("own_config", "never_registered"))
+    assert QuantizationConfig.from_dict(renamed).weight_format_of("layers.0.self_attn.o_proj") == "never_registered"
+    path = tmp_path / "mine.json"
+    path.write_text('{"base": "rtn", "weight_format": "mine", "codebooks": {"mine": [0, 1, 2, 3, 4, 6, 8, 12]}}')
+    assert recipes.from_file(path).codebooks[0][1][-1] == 12
+    fields["codebooks"][0][1][-1] = 9
+    with pytest.raises(ValueError, match=r"'own_config' is .*9\.0\), and is registered as .*8\.0\)"):
+        QuantizationConfig.from_dict(fields)
+    for codebooks, quoted in [(3, "codebooks is 3"), ({"x": 3}, "codebook 'x' is 3; expected eight numbers")]:
+        with pytest.raises(ValueError, match=quoted):
+            QuantizationConfig(codebooks=codebooks)

@@ -1,5 +1,7 @@
 """Documents from every kind of source, and their token stream."""
 
+import copy
+import gzip
 import json
 import sys
 import types
@@ -105,9 +107,69 @@ def test_the_example_texts_are_long_enough_and_disjoint(example_tokenizer):
     assert not paragraphs[0] & paragraphs[1]
 
 
+def test_arrays_and_compressed_files_hold_the_same_documents(tmp_path):
+    rows = [{"text": text} for text in DOCUMENTS]
+    (tmp_path / "rows.json").write_text("\n" + json.dumps(rows, indent=1), encoding="utf-8")
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("rows.json", "rows.jsonl"):
+        (folder / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+    (folder / "z.txt.gz").write_bytes(gzip.compress(b"text"))
+    for source in (tmp_path / "rows.json", folder / "rows.json.gz", folder / "rows.jsonl.gz"):
+        assert read_documents(source) == DOCUMENTS
+    assert read_documents(folder) == [*DOCUMENTS, "text"]  # of a folder's JSON only lines
+
+
+def test_joined_documents_are_one_text_with_its_empty_lines(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in ("", " = Title = \n", "", "words \n")])
+    assert read_documents(tmp_path / "a.jsonl", join=True) == ["\n\n = Title = \n\n\n\n\nwords \n"]
+    tokens = load_tokens(tmp_path / "a.jsonl", ByteTokenizer(), join=True)
+    assert np.count_nonzero(tokens == 256) == 1
+    write_jsonl(tmp_path / "chat.jsonl", [{"text": "a"}, {"messages": CONVERSATION}])
+    with pytest.raises(ValueError, match=r"chat.jsonl: documents to be joined are conversations"):
+        read_documents(tmp_path / "chat.jsonl", join=True)
+
+
+CONVERSATION = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Ho."}]
+
+
+def test_conversations_become_text_by_the_chat_template(tmp_path, example_tokenizer):
+    """With its special tokens alone, and nothing after the last message; among texts in order."""
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "one"}, {"messages": CONVERSATION}, {"text": "two"}, {"messages": []}])
+    write_parquet(tmp_path / "a.parquet", {"messages": [CONVERSATION]})
+    documents = read_documents(tmp_path / "a.jsonl")
+    assert documents == ["one", CONVERSATION, "two"]
+    assert read_documents(tmp_path / "a.parquet") == [CONVERSATION]
+    assert read_documents(tmp_path / "a.jsonl", text_field="text") == documents
+    with pytest.raises(ValueError, match=r"a.jsonl, line 1: no field 'chat'"):
+        read_documents(tmp_path / "a.jsonl", text_field="chat")
+    tokenizer = copy.deepcopy(example_tokenizer)
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    tokens = tokenize(documents, tokenizer)
+    bos = tokenizer.bos_token
+    assert tokenizer.decode(tokens) == f"{bos}one{bos}<user>Hi?<assistant>Ho.{bos}two"
+    with pytest.raises(ValueError, match="a conversation: the chat template rejects the messages"):
+        tokenize(documents, example_tokenizer)
+
+
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
+        ("array.json", b'[{"text": "a"}, 3]', r"array.json, entry 2: a JSON int; expected an object"),
+        ("broken.json", b'[{"text": "a"}, ', r"broken.json: .*expected one JSON array of objects, or an object a line"),
+        ("half.txt.gz", gzip.compress(b"text" * 99)[:20], r"half.txt.gz: .*expected a file that gzip compressed"),
+        ("plain.txt.gz", b"text", r"plain.txt.gz: .*expected a file that gzip compressed"),
+        (
+            "role.jsonl",
+            b'{"messages": [{"role": "user"}]}',
+            r"'messages' has \{'role': 'user'\}; expected messages",
+        ),
+        ("parts.jsonl", b'{"messages": [{"role": "user", "content": [1]}]}', r"a role and a content, strings"),
+        ("chat.jsonl", b'{"messages": 3}', "field 'messages' is 3; expected a string, or a list of messages"),
         ("latin.txt", b"caf\xe9 noir", r"latin.txt: not UTF-8: byte 0xe9 at offset 3; expected UTF-8"),
         ("empty.txt", b"", r"empty.txt: no text in it"),
         ("blank.txt", b" \n\n", r"blank.txt: no text in it"),

@@ -152,6 +152,7 @@ def test_two_kernels_are_for_few_tokens_of_a_common_layer():
         (x, layer_of(bias=jnp.float16), "a bias has dtype float16"),
         (x, layer_of(fp8_rows=False), "does not multiply FP8 rows"),
         (x, dataclasses.replace(layer, qkv=other), "does not multiply FP8 rows"),
+        (x, dataclasses.replace(layer, down=layer_of(format="fp8").down), "a weight is FP8"),
     ]:
         message = decoder_layer.unsupported(stream, weights)
         assert message == reason or reason in message

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pallas_kernels import formats
+from pallas_kernels.codebooks import register_codebook
 from pallas_kernels.formats import E4M3, WeightCodes
+from pallas_kernels.quantized_tensor import quantize
 
 # Every finite non-negative E4M3 number, in the order of its code 0x00 .. 0x7e.
 POSITIVE = np.arange(0x7F, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
@@ -178,6 +180,45 @@ def test_codebooks_are_eight_rising_magnitudes():
     np.testing.assert_array_equal(formats.CODEBOOKS["fp4"], every)
     quantiles = np.asarray(jax.scipy.stats.norm.ppf(np.linspace(0.5, 0.9677083, 8)))
     np.testing.assert_allclose(formats.CODEBOOKS["nf4"], 7 * quantiles / quantiles[-1], atol=2**-6)
+
+
+def test_a_registered_codebook_rounds_as_the_kernels_table_does():
+    """Its products with every E4M3 scale are exact in float16, so that the kernel's one rounding is ours."""
+    name, magnitudes = "tests_own", (0, 0.25, 0.75, 1.5, 2.25, 3.25, 4.5, 6.5625)
+    register_codebook(name, magnitudes)
+    register_codebook(name, list(magnitudes))
+    product = GROUP_SCALES[:, None] * np.asarray(magnitudes, np.float32)
+    np.testing.assert_array_equal(product.astype(np.float16).astype(np.float32), product)
+    table = np.asarray(formats.weight_table(jnp.asarray(GROUP_SCALES).astype(E4M3), name))
+    np.testing.assert_array_equal(table, product.astype(ml_dtypes.float8_e4m3fn).astype(np.float32))
+    assert [formats.is_e4m3(each) for each in ("int4", "fp4", "nf4", name)] == [True, True, False, False]
+    tensor = quantize(weight(), format=name, scale_dtype="bf16")
+    scale = jnp.repeat(tensor.codes().group_scale.astype(jnp.float32), 128, axis=1)
+    assert set(np.unique(np.abs(np.asarray(tensor.unscaled() / scale)))) == set(magnitudes)
+
+
+@pytest.mark.parametrize(
+    ("name", "magnitudes", "quoted"),
+    [
+        ("fp4", range(8), "'fp4'; expected an identifier other than"),
+        ("none", range(8), "'none'"),
+        ("a b", range(8), "'a b'"),
+        ("own", range(16), "expected eight rising magnitudes from 0: a code is a sign and three bits"),
+        ("own", (0, 1, 2, 3, 5, 4, 6, 7), "eight rising"),
+        ("own", (1, 2, 3, 4, 5, 6, 7, 8), "from 0"),
+        ("own", (0, 1, 2, 3, 4, 5, 6, "7"), "expected eight numbers"),
+        ("own", (0, 1, 2, 3, 4, 5, 6, 7.123), r"7\.123; expected .* as in 7\.125"),
+        ("own", (0, 1e-6, 2, 3, 4, 5, 6, 7), "1e-06; expected 0.001953125 to 448"),
+        ("own", (0, 1, 2, 3, 4, 5, 6, float("inf")), "inf; expected"),
+        ("own", (0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875), "ends with 0.875"),
+        ("taken", (0, 1, 2, 3, 4, 5, 6, 9), "is registered as .* give another name"),
+    ],
+)
+def test_codebooks_that_cannot_be(name, magnitudes, quoted):
+    register_codebook("taken", range(8))
+    with pytest.raises(ValueError, match=quoted):
+        register_codebook(name, magnitudes)
+    assert "own" not in formats.CODEBOOKS
 
 
 def test_table_is_what_the_tensor_core_reads():

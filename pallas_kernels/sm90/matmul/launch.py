@@ -53,7 +53,7 @@ def matmul(
         bias: float32 or bfloat16.
         residual: bfloat16, added last in float32.
         activation: as in ``matmul.matmul``; gate and up rows alternate in blocks of 8.
-        codebook: what codes stand for; with bfloat16 ``group_scale`` E4M3 numbers ("int4", "fp4").
+        codebook: what codes stand for; with bfloat16 ``group_scale`` E4M3 numbers (``formats.is_e4m3``).
 
     Returns:
         bfloat16, n_out being n, or n / 2 where a gate is activated. With
