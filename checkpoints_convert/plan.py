@@ -144,7 +144,8 @@ def _floats(work: Work) -> Iterator[str]:
 def _cache(work: Work) -> Iterator[str]:
     quantization = work.quantization
     layers = [quantization.for_attention(f"layers.{i}.self_attn").kv_format for i in range(work.config.num_layers)]
-    each = ", ".join(f"{name} in {count} layers" for name, count in collections.Counter(layers).items())
+    counts = collections.Counter(work.dtype if name == "none" else name for name in layers)
+    each = ", ".join(f"{name} in {count} layers" for name, count in counts.items())
     size, plain = (slot_bytes(work.config, each, work.dtype) for each in (quantization, recipes.none()))
     yield f"cache: {each}; {size} bytes a token, {plain} as {work.dtype}"
 
