@@ -47,8 +47,10 @@ def parser() -> argparse.ArgumentParser:
         '{"base": "fireq_plus", "group_size": 64} (default: fireq_plus)',
     )
     parse.add_argument("--list-recipes", action=_ListRecipes, help="say which recipe is for what, and exit")
-    parse.add_argument("--calibration", help="text file, .jsonl, .parquet, a folder of them, or a dataset name")
-    parse.add_argument("--text-field", default="text", help="where .jsonl and .parquet hold their text (default: text)")
+    parse.add_argument("--calibration", help="text file, .jsonl, .json, .parquet, a folder of them, or a dataset name")
+    parse.add_argument(
+        "--text-field", default="text", help="of text, or of chat messages (default: text, else messages)"
+    )
     parse.add_argument("--join", action="store_true", help="join documents by blank lines into one text")
     parse.add_argument("--calibration-samples", type=int, default=128, help="token windows (default: 128)")
     parse.add_argument("--sequence-length", type=int, default=1024, help="tokens of a window (default: 1024)")

@@ -61,7 +61,15 @@ def plan_of(work: Work) -> list[str]:
 
     A matrix product is timed if there is calibration (:func:`matmul_rate`); nothing is written.
     """
-    return [*_reading(work), *_sizes(work), *_floats(work), *_cache(work), *_memory(work), *_disk(work)]
+    return [
+        *_reading(work),
+        *_sizes(work),
+        *_floats(work),
+        *_cache(work),
+        *_memory(work),
+        *_disk(work),
+        *_occupied(work.output),
+    ]
 
 
 @functools.cache
@@ -136,7 +144,8 @@ def _floats(work: Work) -> Iterator[str]:
 def _cache(work: Work) -> Iterator[str]:
     quantization = work.quantization
     layers = [quantization.for_attention(f"layers.{i}.self_attn").kv_format for i in range(work.config.num_layers)]
-    each = ", ".join(f"{name} in {count} layers" for name, count in collections.Counter(layers).items())
+    counts = collections.Counter(work.dtype if name == "none" else name for name in layers)
+    each = ", ".join(f"{name} in {count} layers" for name, count in counts.items())
     size, plain = (slot_bytes(work.config, each, work.dtype) for each in (quantization, recipes.none()))
     yield f"cache: {each}; {size} bytes a token, {plain} as {work.dtype}"
 
@@ -170,6 +179,11 @@ def _disk(work: Work) -> Iterator[str]:
         f"disk: {_gigabytes(output)} in {work.output}, and {_gigabytes(states)} of hidden states there while it runs; "
         f"{_gigabytes(free)} free{', WHICH IS TOO LITTLE' if free < output + states else ''}"
     )
+
+
+def _occupied(output: Path) -> Iterator[str]:
+    if output.is_dir() and any(output.iterdir()):
+        yield f"{output} is not empty: only a conversion that was begun there goes on there, with --resume"
 
 
 def _linear_names(config: ModelConfig) -> list[str]:

@@ -5,6 +5,7 @@ import hashlib
 import inspect
 import logging
 import os
+import platform
 import stat
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -15,6 +16,7 @@ import jax
 import jax.export
 
 from pallas_kernels.codebooks import CODEBOOKS
+from pallas_kernels.dispatch import default_device
 
 # XLA tunes a Triton matmul by compiling and timing dozens of it, which takes longer here than it saves. (A CPU
 # ignores options of GPUs; JAX refuses options of a function that is called inside another jitted one.)
@@ -29,25 +31,37 @@ logger = logging.getLogger(__name__)
 
 
 def keep_programs() -> None:
-    """On a GPU, keep compiled programs for later processes in ``$XDG_CACHE_HOME/fireq-jax``, by default ~/.cache.
+    """Keep compiled programs for later processes in ``$XDG_CACHE_HOME/fireq-jax``, by default in ~/.cache.
 
     JAX's own settings win: ``JAX_COMPILATION_CACHE_DIR`` names another folder, and
-    ``JAX_ENABLE_COMPILATION_CACHE=false`` keeps nothing. A CPU's programs are quick to make, and good for no other CPU.
-    A folder that others can write to is not used, and a warning in the log says so.
+    ``JAX_ENABLE_COMPILATION_CACHE=false`` keeps nothing. A CPU's programs are in a folder of their own for each set of
+    instructions, as those of one CPU may crash on another. A folder that others can write to is not used, and a warning
+    in the log says so.
     """
-    if jax.config.values["jax_compilation_cache_dir"] is not None or jax.default_backend() != "gpu":
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
-    cache = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    folder = Path(cache) / "fireq-jax"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        logger.warning("compiled programs cannot be kept: %s", error)
-        return
-    if not _is_private(folder):
-        return
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "fireq-jax"
+    folders = [folder, folder / f"cpu-{_cpu_features()}"] if default_device().platform == "cpu" else [folder]
+    for folder in folders:
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            logger.warning("compiled programs cannot be kept: %s", error)
+            return
+        if not _is_private(folder):
+            return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _cpu_features() -> str:
+    """A digest of this CPU's instructions; where nobody lists them, of the machine's name."""
+    described, listed = platform.node(), Path("/proc/cpuinfo")
+    if listed.is_file():
+        # "flags" on x86, "Features" on ARM; the first processor's stand for all.
+        lines = listed.read_text().splitlines()
+        described = next((line for line in lines if line.lower().startswith(("flags", "features"))), described)
+    return hashlib.sha256(f"{platform.machine()} {described}".encode()).hexdigest()[:16]
 
 
 def cached_export(*static: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
@@ -156,7 +170,7 @@ def _foreign(fixed: dict[str, Any]) -> Iterator[Any]:
 
 
 def _digest(fixed: dict[str, Any], types: dict[str, Any]) -> str:
-    device = jax.devices()[0]
+    device = default_device()
     settings = sorted((name, value) for name, value in jax.config.values.items() if "cache" not in name)
     versions = [metadata.version(package) for package in ("jax", "jaxlib", "flax")]
     code = _sources(), dict(CODEBOOKS), versions

@@ -23,7 +23,7 @@ from fireq_jax.generation.defaults import SAMPLING, GenerationDefaults
 from fireq_jax.generation.generate import GenerationOutput, check_call, generate, warmup
 from fireq_jax.generation.prompts import Prompt, read_prompts
 from fireq_jax.generation.sampling import SamplingConfig
-from fireq_jax.generation.terminal import CHAT_SLOTS, Answer, Chat, print_stream, run_chat
+from fireq_jax.generation.terminal import CHAT_SLOTS, COMMANDS, Answer, Chat, print_stream, run_chat
 from fireq_jax.generation.text import TextStream, split_stop_strings
 from fireq_jax.models.llama import CausalLM
 from pallas_kernels import formats
@@ -134,10 +134,9 @@ def _checked(arguments: argparse.Namespace) -> jax.Array:
         raise ValueError("nothing is asked: give --prompt, --prompts, or --chat for a chat in the terminal")
     if arguments.prompt and arguments.prompts:
         raise ValueError(f"--prompt and --prompts {arguments.prompts} are given; expected one of them")
-    if arguments.system is not None and not (arguments.chat or arguments.prompts):
-        raise ValueError("--system is given without --chat")
-    if arguments.json and not (arguments.prompt or arguments.prompts):
-        raise ValueError("--json is given, and a chat in the terminal prints none; give --prompt or --prompts")
+    if (arguments.json or arguments.no_stream) and not (arguments.prompt or arguments.prompts):
+        option = "--json" if arguments.json else "--no-stream"
+        raise ValueError(f"{option} is given, and a chat in the terminal has none; give --prompt or --prompts")
     for name in ("max_new_tokens", "batch_size"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; expected at least 1")
@@ -155,8 +154,12 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _prompts(arguments: argparse.Namespace) -> list[Prompt]:
     if arguments.prompts:
-        return read_prompts(arguments.prompts)
-    return [Prompt(text) for text in arguments.prompt or ()]
+        prompts = read_prompts(arguments.prompts)
+    else:
+        prompts = [Prompt(text) for text in arguments.prompt or ()]
+    if arguments.system is not None and not arguments.chat and all(isinstance(each.given, str) for each in prompts):
+        raise ValueError("--system is given without --chat, and no prompt has messages")
+    return prompts
 
 
 def _check(folder: Path) -> None:
@@ -252,6 +255,7 @@ def _chat(
     def report(answer: Answer) -> None:
         logger.info("%d tokens (%s)", len(answer.tokens), answer.speed)
 
+    _say(arguments, COMMANDS)
     run_chat(Chat(model, tokenizer, arguments.model, options, arguments.system), report)
 
 

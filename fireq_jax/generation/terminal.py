@@ -141,7 +141,6 @@ def run_chat(chat: Chat, report: Callable[[Answer], None]) -> None:
     """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  input() has its line editing and history then
-    print(COMMANDS, file=sys.stderr)
     while (line := _read_line()) is not None:
         text = line.strip()
         command, _, rest = text.partition(" ")

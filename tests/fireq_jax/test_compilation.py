@@ -2,6 +2,7 @@
 
 import os
 import stat
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def unset() -> Iterator[None]:
 
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(compilation, "default_device", lambda: types.SimpleNamespace(platform="gpu"))
 
 
 @pytest.fixture(autouse=True)
@@ -83,8 +84,21 @@ def test_a_configured_folder_stays(on_gpu):
     assert jax.config.values["jax_compilation_cache_dir"] == "/mine"
 
 
-def test_a_cpu_keeps_none(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+def test_a_cpu_s_programs_are_for_those_with_its_instructions(monkeypatch, home):
+    """A home folder may be on several machines."""
+    monkeypatch.setattr(compilation, "default_device", lambda: types.SimpleNamespace(platform="cpu"))
+    folders, (cache, listed) = set(), (home / ".cache" / "fireq-jax", Path.read_text)
+    for features in ("avx2", "avx2 avx512f", "avx2"):
+        cpu = f"model name: some\nflags\t\t: {features}\n"
+        monkeypatch.setattr(Path, "read_text", lambda self, cpu=cpu: cpu if self.name == "cpuinfo" else listed(self))
+        jax.config.update("jax_compilation_cache_dir", None)
+        keep_programs()
+        folders.add(Path(jax.config.values["jax_compilation_cache_dir"]))
+    assert {folder.parent for folder in folders} == {cache}
+    assert len(folders) == 2
+    assert {stat.S_IMODE(folder.stat().st_mode) for folder in (cache, *folders)} == {0o700}
+    cache.chmod(0o777)
+    jax.config.update("jax_compilation_cache_dir", None)
     keep_programs()
     assert jax.config.values["jax_compilation_cache_dir"] is None
 
@@ -163,6 +177,15 @@ def test_what_cannot_be_exported_runs_all_the_same(folder, caplog):
     assert seen
     assert not folder.exists()
     assert "double is lowered by each process anew" in caplog.text
+
+
+def test_what_is_given_functions_is_traced_by_each_process(folder, caplog):
+    """Their code may change, and their names say nothing of it."""
+    double = Double()
+    with caplog.at_level("INFO"):
+        assert double(3, static=("a", (abs,))) == 6
+    assert "double is lowered by each process anew: the code of <built-in function abs> may change" in caplog.messages
+    assert not folder.exists()
 
 
 def test_a_broken_file_is_made_again(folder, caplog):

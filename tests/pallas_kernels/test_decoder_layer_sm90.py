@@ -1,6 +1,8 @@
 """A layer's matmuls in two kernels: who computes what, lowering for CUDA on any machine, results on a GPU."""
 
+import dataclasses
 import functools
+import logging
 
 import jax
 import jax.export
@@ -145,6 +147,20 @@ def test_a_short_prompt_takes_a_kernel_for_each_step(decoding, monkeypatch):
     first = functools.partial(before_attention, decoding=decoding)
     _, x = jax.eval_shape(lambda x, layer: first(ResidualStream(x), layer), residual, layer)
     assert (x.barrier is not None) == decoding
+
+
+def test_weights_of_two_formats_take_two_kernels_but_for_fp8(monkeypatch, caplog):
+    """Which other kernels multiply; the log says so."""
+    monkeypatch.setattr(dispatch, "compute_capability", lambda: (9, 0))
+    decoder_layer._log_single_ops.cache_clear()
+    (_, residual), layer = jax.eval_shape(lambda: case_of("four-rows"))
+    for weight_format, chains in (("nf4", True), ("fp8", False)):
+        other = jax.eval_shape(lambda weight_format=weight_format: random_layer(512, 1024, 768, format=weight_format))
+        mixed = dataclasses.replace(layer, down=other.down)
+        with caplog.at_level(logging.INFO):
+            _, x = jax.eval_shape(lambda x, layer: before_attention(ResidualStream(x), layer), residual, mixed)
+        assert (x.barrier is not None) == chains
+        assert ("kernels for each op, not one for several: a weight is FP8" in caplog.text) != chains
 
 
 def test_a_watched_layer_takes_the_same_kernels(monkeypatch):
