@@ -19,9 +19,10 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
+from fireq_jax.config_fields import mapping
 from fireq_jax.evaluation.activations import ActivationStatistics, largest_to_median
 from fireq_jax.evaluation.smoothing_effect import SmoothingEffect, read_smoothing, was_smoothed
-from fireq_jax.json_files import read_json
+from fireq_jax.json_files import errors_name, read_json
 
 # Blue, vermilion, green, purple, black (Okabe and Ito), each with a dash and a marker of its own.
 STYLES: tuple[dict[str, Any], ...] = (
@@ -93,11 +94,7 @@ def subject_of(
     for what, moments in (effect or {}).items():
         if what.endswith(".keys") and (shape := moments["before"].shape) != (expected := statistics.keys.shape[1:]):
             raise ValueError(f"{folder} has smoothing of another model: {what} is {shape}; expected {expected}")
-    report = read_json(folder / _REPORT) if (folder / _REPORT).is_file() else {}
-    layers = report.get("layers", {})
-    rows = [layers.get(f"layers.{i}", {}).get("weight_error", {}) for i in range(len(statistics.first_token))]
-    kinds = sorted({kind for row in rows for kind in row}, key=_place)
-    errors = {kind: np.asarray([row.get(kind, np.nan) for row in rows], np.float64) for kind in kinds}
+    errors = _weight_errors(folder / _REPORT, statistics) if (folder / _REPORT).is_file() else {}
     before_name, before = ("", None) if first is None else first
     if before is not None and before.keys.shape != statistics.keys.shape:
         before = None
@@ -169,9 +166,16 @@ def draw_curves(
         axes.legend(loc="upper left", ncols=3, fontsize=8, framealpha=0.85)
 
 
-def _place(linear: str) -> int:
-    """Of a linear layer in a block."""
-    return [name.rsplit(maxsplit=1)[-1] for name in INPUT_NAMES.values()].index(linear.rsplit(".", 1)[-1])
+def _weight_errors(path: Path, statistics: ActivationStatistics) -> dict[str, Float[np.ndarray, " L"]]:
+    """What a conversion's report says, in the order of the linear layers in a block."""
+    with errors_name(path):
+        layers = mapping(read_json(path).get("layers", {}), "layers")
+        of_layers = [mapping(layers.get(f"layers.{i}", {}), "layers") for i in range(len(statistics.first_token))]
+        rows = [mapping(layer.get("weight_error", {}), "weight_error") for layer in of_layers]
+        order = [name.rsplit(maxsplit=1)[-1] for name in INPUT_NAMES.values()]
+        known = {kind for row in rows for kind in row if kind.rsplit(".", 1)[-1] in order}
+        kinds = sorted(known, key=lambda kind: order.index(kind.rsplit(".", 1)[-1]))
+        return {kind: np.asarray([row.get(kind, np.nan) for row in rows], np.float64) for kind in kinds}
 
 
 def _heat_rows(subject: Subject) -> list[list[tuple[str, str, np.ndarray]]]:
