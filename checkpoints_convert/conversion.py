@@ -25,6 +25,7 @@ from checkpoints_convert.calibration_data import check_text, needs_calibration
 from checkpoints_convert.compensation import Compensator
 from checkpoints_convert.conversion_options import ConversionOptions, Opened, fingerprint_of
 from checkpoints_convert.held_out import HeldOut, Streams, check_amount, log_report, scored
+from checkpoints_convert.model_card import write_card
 from checkpoints_convert.report import report_of
 from checkpoints_convert.stored_codes import read_block, report_codes
 from checkpoints_convert.work_folder import REPORT, WorkFolder, save_array, save_arrays
@@ -295,6 +296,7 @@ def _finish(
         copies = {name: _copy(path, output / name) for name, path in companions.items()}
     tokenizer = {name: sha256 for name, sha256 in copies.items() if name in TOKENIZER_FILES}
     json_files.write_json(output / REPORT, report)
+    write_card(output, options.base_model, options.model, config, report)
     folder.write_manifest(output, config, options.quantization, parts | tokenizer)
     return report
 

@@ -37,6 +37,7 @@ class ConversionOptions:
             (:mod:`~checkpoints_convert.cache_format`). Not where ``layer_kv_formats`` says what layers have.
         keep_codes: of a quantized checkpoint keep the codes of the linear layers whose codes fit the recipe; else all
             are made of what its codes stand for.
+        base_model: hub id of the model, for the output's card; None where it is not from there.
     """
 
     model: Path
@@ -47,6 +48,7 @@ class ConversionOptions:
     batch_size: int = 8
     fit_cache: bool = False
     keep_codes: bool = True
+    base_model: str | None = None
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -19,7 +19,7 @@ from fireq_jax.checkpoints.folder import MANIFEST, check_writable
 from fireq_jax.checkpoints.hub import check_config, is_hub_id, resolve_config, resolve_model
 from fireq_jax.checkpoints.reader import checkpoint_config
 from fireq_jax.checkpoints.tokenizer import load_tokenizer
-from fireq_jax.command_line import add_verbosity, exit_code, leave
+from fireq_jax.command_line import add_common_options, exit_code, leave
 from fireq_jax.compilation import keep_programs
 from fireq_jax.json_files import read_json
 from fireq_jax.models.llama import linear_names
@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
         help="say what would be done and what it costs; writes nothing, and downloads no weights",
     )
     parse.add_argument("--resume", action="store_true", help="go on with an interrupted conversion")
-    add_verbosity(parse, default=logging.INFO)
+    add_common_options(parse, default=logging.INFO)
     return parse
 
 
@@ -105,6 +105,7 @@ def run(args: argparse.Namespace) -> None:
         args.batch_size,
         fit_cache=args.kv_format is None,
         keep_codes=args.keep_codes,
+        base_model=args.model if is_hub_id(args.model) else None,
     )
     # What costs little comes first: text is read before weights are downloaded, and tokenized after.
     documents = _documents(args, quantization)

@@ -8,7 +8,7 @@ from typing import NoReturn, get_args
 
 from checkpoints_convert.export import Dtype, ExportFormat, ExportOptions, export
 from fireq_jax.checkpoints.hub import resolve_model
-from fireq_jax.command_line import add_verbosity, exit_code, leave
+from fireq_jax.command_line import add_common_options, exit_code, leave
 
 _DESCRIPTION = """\
 Write a model that fireq-convert made as a Hugging Face folder, which vLLM, SGLang and transformers read.
@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
         "--dtype", default="bfloat16", choices=get_args(Dtype), help="of what is not quantized (default: bfloat16)"
     )
     parse.add_argument("--no-verify", action="store_true", help="take changed files of the model as they are")
-    add_verbosity(parse, default=logging.INFO)
+    add_common_options(parse, default=logging.INFO)
     return parse
 
 

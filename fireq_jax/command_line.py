@@ -4,14 +4,18 @@ import argparse
 import contextlib
 import logging
 import os
+import platform
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from types import FrameType
 from typing import NoReturn
 
 import jax
+
+from fireq_jax.version import __version__
 
 # What users can put right: arguments and files, what a named kernel cannot run, packages that are not installed.
 _EXPECTED = ValueError, NotImplementedError, OSError, ImportError
@@ -20,8 +24,10 @@ _OURS = "fireq_jax", "pallas_kernels", "checkpoints_convert"
 _interrupted = threading.Event()
 
 
-def add_verbosity(parse: argparse.ArgumentParser, *, default: int = logging.WARNING) -> None:
-    """``--verbose`` and ``--quiet``, as ``args.log_level`` for :func:`exit_code`."""
+def add_common_options(parse: argparse.ArgumentParser, *, default: int = logging.WARNING) -> None:
+    """``--version``, and ``--verbose`` and ``--quiet`` as ``args.log_level`` for :func:`exit_code`."""
+    version = f"%(prog)s {__version__} (jax {metadata.version('jax')}, Python {platform.python_version()})"
+    parse.add_argument("--version", action="version", version=version)
     group = parse.add_mutually_exclusive_group()
     add = group.add_argument
     add("-v", "--verbose", dest="log_level", action="store_const", const=logging.INFO, default=default,

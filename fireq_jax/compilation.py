@@ -57,7 +57,8 @@ def cached_export(*static: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]
     large model take longer. So the exported StableHLO is stored beside that cache (if there is one, in a local
     folder), under a name that depends on all it was made from: this project's code, the versions of JAX and Flax,
     JAX's settings, the device, the ``static`` arguments and the others' types. A function that cannot be exported is
-    traced by every process, and so is one of a model with classes of somebody else's, whose code may change.
+    traced by every process, and so is one of a model with classes of somebody else's, or one that is given functions,
+    whose code may change.
 
     Args:
         static: names of the arguments that are no arrays. A ``repr`` of each must say it whole; a model's structure
@@ -93,7 +94,7 @@ def _load_or_export(
 ) -> jax.export.Exported | None:
     """``function`` with ``fixed`` arguments, lowered for others of ``types``; None where it cannot be cached."""
     name = function.__name__.lstrip("_")
-    if foreign := next((kind for kind in _classes(fixed) if kind.__module__.split(".")[0] not in _KNOWN), None):
+    if foreign := next(_foreign(fixed), None):
         logger.info("%s is lowered by each process anew: the code of %s may change", name, foreign)
         return None
     file = folder / f"{name}-{_digest(fixed, types)}"
@@ -146,6 +147,12 @@ def _classes(fixed: dict[str, Any]) -> Iterator[type]:
         if (data := tree.node_data()) is not None:
             yield data[0]
         trees += tree.children()
+
+
+def _foreign(fixed: dict[str, Any]) -> Iterator[Any]:
+    """Classes and functions among the arguments whose code is not part of a lowered program's name."""
+    yield from (kind for kind in _classes(fixed) if kind.__module__.split(".")[0] not in _KNOWN)
+    yield from (leaf for leaf in jax.tree.leaves(fixed) if callable(leaf))
 
 
 def _digest(fixed: dict[str, Any], types: dict[str, Any]) -> str:

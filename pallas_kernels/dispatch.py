@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 
 import jax
 
+from pallas_kernels import jax_compat
+
 Implementation = Literal["auto", "mosaic_gpu", "xla"]
 logger = logging.getLogger(__name__)
 
@@ -32,6 +34,8 @@ def resolve(op: str, implementation: Implementation, unsupported: str | None) ->
     # The device first: without a Hopper GPU no other operands would help.
     reasons = [reason for reason in (_not_hopper(), unsupported) if reason is not None]
     if not reasons:
+        if jax_compat.SLOW_KERNELS is not None:
+            _warn_once(jax_compat.SLOW_KERNELS)
         return "mosaic_gpu"
     if implementation == "mosaic_gpu":
         raise NotImplementedError(f"{op}: the Hopper kernel cannot run: {'; and '.join(reasons)}")
@@ -73,3 +77,8 @@ def _not_hopper() -> str | None:
 @functools.cache
 def _log_fallback(op: str, reason: str) -> None:
     logger.info("%s: using plain XLA: %s", op, reason)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)

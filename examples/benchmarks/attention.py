@@ -2,7 +2,7 @@
 
     python examples/benchmarks/attention.py [check] [decode] [queries] [prefill] [--quick] [--head-dim 64]
 
-Times are medians over repetitions of a loop inside one jit, over rotating buffers larger than the
+Times are medians of the kernels of a call, ours and the peers' alike (CUPTI), over rotating buffers larger than the
 L2 cache where the cache is smaller than that. They include every pass of the op: decode's
 combination of splits, prefill's preparation of the cache. Prefill rates count 4 H operations for
 each visible pair of query and key; decode rates count the bytes of codes and scales.
@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from timing import alone, compile_all, median_seconds, require_hopper
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+from timing import alone, compile_all, device_time, require_hopper
 
 from pallas_kernels import formats
 from pallas_kernels.formats import ScaledArray
@@ -43,37 +44,19 @@ PAGE = 256
 
 
 class Timing(NamedTuple):
-    """A call to be timed, in turn on each of its inputs inside one jitted loop."""
+    """A call to be timed, in turn on each of its inputs."""
 
     run: Callable
     inputs: Callable[[], Sequence[tuple]]  # made when they are needed
-    iterations: int
-
-    def program(self) -> tuple[Any, tuple[Any]]:
-        """For ``compile_all``."""
-
-        @jax.jit
-        def loop(inputs):
-            def body(_, token):
-                for args in inputs:
-                    # Ties every call to the last one's result, so that none is hoisted or merged.
-                    args, token = jax.lax.optimization_barrier((args, token))
-                    token = token + self.run(*args).reshape(-1)[0].astype(jnp.float32)
-                return token
-
-            return jax.lax.fori_loop(0, self.iterations, body, jnp.float32(0))
-
-        return loop, (jax.eval_shape(self.inputs),)
 
 
-def median_ms(timings: Sequence[Timing], repeats: int = 5) -> Iterator[float]:
-    """Median time of a call, for each timing in turn; all are compiled before any runs."""
-    programs = compile_all({i: timing.program() for i, timing in enumerate(timings)})
+def median_ms(timings: Sequence[Timing]) -> Iterator[float]:
+    """Median time of a call's kernels, for each timing in turn; all are compiled before any runs."""
+    programs = compile_all({i: (jax.jit(run), jax.eval_shape(inputs)[0]) for i, (run, inputs) in enumerate(timings)})
     for timing, program in zip(timings, programs.values(), strict=True):
         with alone():  # making them would disturb another's measurement
             inputs = jax.block_until_ready(timing.inputs())
-        seconds = median_seconds(functools.partial(program, inputs), repeats)
-        yield seconds * 1e3 / (timing.iterations * len(inputs))
+        yield device_time(program, inputs) / 1e3
 
 
 # --- errors ---------------------------------------------------------------------------------------
@@ -154,7 +137,6 @@ def time_decode(quick: bool) -> None:
     timings, of_shape = [], {}
     for batch, slots in shapes:
         size = batch * slots * 2 * KV_HEADS * (HEAD_DIM // 2 + 2)
-        iterations = max(2, int(2e-2 / max(5e-6, size / 3e12)))
         copies = max(1, min(8, -(-4 * L2_BYTES // size)))
         lengths = jnp.full((batch,), slots, jnp.int32)
         first = len(timings)
@@ -163,13 +145,13 @@ def time_decode(quick: bool) -> None:
                 decode.decode_attention, query_start=lengths - 1, kv_lengths=lengths, scale=SCALE, config=config
             )
             inputs = functools.partial(quantized_operands, batch, 1, slots, copies)
-            timings.append(Timing(run, inputs, max(2, iterations // copies)))
+            timings.append(Timing(run, inputs))
         if batch * slots <= 1 << 20:  # else the bf16 cache would not fit beside its copies
             copies = max(1, min(4, -(-4 * L2_BYTES // (4 * batch * slots * KV_HEADS * HEAD_DIM))))
             for name in peers:
                 attend = functools.partial(jax.nn.dot_product_attention, implementation=name)
                 inputs = functools.partial(bf16_operands, copies, batch, 1, slots)
-                timings.append(Timing(attend, inputs, max(2, iterations // (4 * copies))))
+                timings.append(Timing(attend, inputs))
         of_shape[batch, slots] = size, len(timings) - first
     times = median_ms(timings)
     for (batch, slots), (size, count) in of_shape.items():
@@ -208,7 +190,7 @@ def time_few_queries() -> None:
             [(q, *cache)] = quantized_operands(batch, length, slots, 1)
             return [(q, *(jax.tree.map(in_pages, cache) if paged else cache))]
 
-        timings.append(Timing(run, inputs, 200))
+        timings.append(Timing(run, inputs))
     times = median_ms(timings)
     for batch, slots in shapes:
         us = [ms * 1e3 for ms in itertools.islice(times, len(forms))]
@@ -229,7 +211,8 @@ def time_prefill(head_dim: int) -> None:
     default = default_config(head_dim)
     configs = (default,) if default.pipeline == 1 else (default, PrefillConfig(pipeline=1))
     print(
-        f"prefill, causal, head_dim {head_dim}: ms and TFLOP/s of {configs}, of the first without preparation, of cuDNN"
+        f"prefill, causal, head_dim {head_dim}: ms and TFLOP/s of {configs}, of the first without preparation, of "
+        "cuDNN in bf16 and in FP8"
     )
     shapes, scale = ((16, 1024), (4, 4096), (1, 16384), (1, 1024)), head_dim**-0.5
     timings = []
@@ -240,7 +223,7 @@ def time_prefill(head_dim: int) -> None:
             run = functools.partial(
                 prefill.prefill_attention, query_start=start, kv_lengths=lengths, scale=scale, config=config
             )
-            timings.append(Timing(run, inputs, 10))
+            timings.append(Timing(run, inputs))
 
         def prepared(inputs: Callable = inputs, start: jax.Array = start, lengths: jax.Array = lengths) -> list[tuple]:
             [(q, key, value)] = inputs()
@@ -250,13 +233,15 @@ def time_prefill(head_dim: int) -> None:
         launch = functools.partial(
             prefill.launch, scale=scale, causal=True, window=None, out_dtype=jnp.bfloat16, config=default
         )
-        timings.append(Timing(launch, prepared, 10))
+        timings.append(Timing(launch, prepared))
         attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
-        timings.append(Timing(attend, functools.partial(bf16_operands, 1, batch, length, length, head_dim), 10))
-    times = median_ms(timings, 3)
+        operands = functools.partial(bf16_operands, 1, batch, length, length, head_dim)
+        timings.append(Timing(attend, operands))
+        timings.append(Timing(functools.partial(cudnn_fp8, scale=scale), functools.partial(in_fp8, operands)))
+    times = median_ms(timings)
     for batch, length in shapes:
         tera = 4e-9 * head_dim * HEADS * batch * length * (length + 1) / 2
-        found = itertools.islice(times, len(configs) + 2)
+        found = itertools.islice(times, len(configs) + 3)
         print(f"  {batch:3d} x {length:6d}" + "".join(f" | {ms:6.3f} {tera / ms:5.0f}" for ms in found), flush=True)
 
 
@@ -272,6 +257,19 @@ def bf16_operands(
         )
         for seed in range(copies)
     ]
+
+
+def in_fp8(operands: Callable[[], Sequence[tuple[jax.Array, ...]]]) -> list[tuple[jax.Array, ...]]:
+    """The operands in E4M3, with scales of 1."""
+    return [tuple(x.astype(formats.E4M3) for x in each) for each in operands()]
+
+
+def cudnn_fp8(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> jax.Array:
+    """cuDNN's causal FP8 attention, which JAX has no public name for."""
+    one = jnp.ones((1, 1, 1, 1), jnp.float32)
+    attend: Any = cudnn.dot_product_attention
+    scales = dict.fromkeys(cudnn.fp8_params_keys, one)
+    return attend(q, k, v, fp8_params=scales, scale=scale, mask_type=cudnn.MaskType.CAUSAL, use_fp8=True)[0]
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ A converted folder holds::
     params/embed_tokens, params/norm, params/lm_head, params/head_basis
     config.json, tokenizer files, generation_config.json   as they came
     report.json             what conversion measured
+    README.md               a card for people and the hub, which nothing reads
 
 ``fireq.json`` ends with SHA-256 digests (``whole_files.digest``) of each part and of what a tokenizer is made of,
 and a checksum of its own. They are compared when these are read, each part's on the thread that reads it.
@@ -144,8 +145,8 @@ class StoredModel:
         """All parameters by name.
 
         Args:
-            expected: the abstract parameters of the model that they are for; a converted folder's arrays go
-                where their shardings say, else where JAX puts new arrays.
+            expected: the abstract parameters of the model that they are for; arrays go where their shardings
+                say, else where JAX puts new arrays.
             dtype: of embeddings, head and unquantized weights.
 
         Raises:
@@ -167,11 +168,11 @@ class StoredModel:
                 if index + 1 < self.config.num_layers:
                     blocks.append(pool.submit(read_block, index + 1))
                 clipped += count
-                parameters |= layer_parameters(block, index, self.quantization, dtype)
+                parameters |= _placed(layer_parameters(block, index, self.quantization, dtype), expected)
         if clipped:
             logger.info("%s: %d codes of -8 are -7 here, with the same scales", self.folder, clipped)
         arrays = {name: self.source.global_tensor(name) for name in self.source.global_names()}
-        return parameters | global_parameters(arrays, self.quantization, dtype)
+        return parameters | _placed(global_parameters(arrays, self.quantization, dtype), expected)
 
     def _read_all(self, expected: Mapping[str, Parameter]) -> dict[str, Parameter]:
         parts = list(dict.fromkeys(map(part_of, expected)))
@@ -183,6 +184,15 @@ class StoredModel:
         with ThreadPoolExecutor(_RESTORE_THREADS) as pool:
             read = pool.map(lambda part: self.read_part(part, expected, default), parts)
             return {name: value for loaded in read for name, value in loaded.items()}
+
+
+def _placed(parameters: dict[str, Parameter], expected: Mapping[str, Parameter]) -> dict[str, Parameter]:
+    """The same, where the shardings of ``expected`` say; whether they fit it is not looked at."""
+    places = {name: [leaf.sharding for leaf in jax.tree.leaves(expected.get(name))] for name in parameters}
+    return {
+        name: jax.device_put(value, places[name][0]) if places[name] and places[name][0] is not None else value
+        for name, value in parameters.items()
+    }
 
 
 def check_finished(folder: Path) -> None:

@@ -16,8 +16,8 @@ from fireq_jax.checkpoints.reader import checkpoint_config
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 # What says whether a model can be loaded, in a few kilobytes.
 _CONFIGS = (*FORMAT_FILES, GENERATION_CONFIG, MANIFEST)
-# Beside the weights: configs, tokenizers, chat templates.
-_COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja")
+# Beside the weights: configs, tokenizers, chat templates, and the card, which has the license.
+_COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "README.md")
 
 
 def check_config(folder: Path) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fireq_jax.checkpoints.folder import MANIFEST, UNVERIFIED, check_finished, read_manifest
 from fireq_jax.checkpoints.gguf_file import GGUFFile, find_gguf
 from fireq_jax.checkpoints.gguf_tokenizer import gguf_tokenizer, has_tokenizer
 from fireq_jax.checkpoints.huggingface import GENERATION_CONFIG
@@ -38,6 +37,9 @@ def load_tokenizer(folder: str | Path, *, verify: bool = True) -> "PreTrainedTok
         ValueError: naming the folder or the file, if it has no tokenizer, another than it had, or one that
             transformers cannot read or use.
     """
+    # With Orbax, as the model's own loading.
+    from fireq_jax.checkpoints.folder import MANIFEST, check_finished
+
     folder = Path(folder)
     if (file := find_gguf(folder)) is not None:
         return _used(gguf_tokenizer(GGUFFile.open(file)), file)
@@ -88,6 +90,8 @@ def companion_files(model: Path) -> Iterator[dict[str, Path]]:
 
 def _verify(folder: Path) -> None:
     """Raise ValueError unless what the tokenizer is made of is what the manifest lists."""
+    from fireq_jax.checkpoints.folder import UNVERIFIED, read_manifest
+
     digests = read_manifest(folder).digests or {}
     if not any(name in digests for name in TOKENIZER_FILES):
         return

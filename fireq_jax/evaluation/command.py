@@ -11,7 +11,7 @@ from typing import NoReturn, get_args
 import numpy as np
 
 from fireq_jax.checkpoints.folder import StoredModel
-from fireq_jax.command_line import add_verbosity, exit_code, leave
+from fireq_jax.command_line import add_common_options, exit_code, leave
 from fireq_jax.compilation import keep_programs
 from fireq_jax.evaluation.activations import ActivationStatistics, measure_activations
 from fireq_jax.evaluation.comparison import Evaluation, evaluate, format_table, resolve_models
@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument(
         "--no-verify", dest="verify", action="store_false", help="take converted models' files as they are"
     )
-    add_verbosity(parse)
+    add_common_options(parse)
     return parse
 
 

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from fireq_jax.compilation import cached_export
 from fireq_jax.device_memory import check_fits
+from fireq_jax.generation.likelihood import of_next, token_nll
 from fireq_jax.models import CausalLM
 
 _MOST_NLL = 700.0  # nats a token, whose exponential is still a float
@@ -129,7 +130,7 @@ def _scores(
 
     def run(tokens: Array, mask: Array | None) -> tuple[np.ndarray, ...]:
         if reference is None:
-            return (jax.device_get(_token_nll(structure, arrays, tokens, mask)),)
+            return (jax.device_get(token_nll(structure, arrays, tokens, mask)),)
         return jax.device_get(_token_scores(structure, other_structure, arrays, others, tokens, mask))
 
     return run
@@ -151,7 +152,7 @@ def compare(
     # What the reference holds for impossible adds nothing, however impossible the model finds it.
     terms = jnp.where(exact > -jnp.inf, jnp.exp(exact) * (exact - own), 0.0)
     return TokenScores(
-        -_of_next(own, tokens), jnp.sum(terms, axis=-1), jnp.argmax(own, axis=-1) == jnp.argmax(exact, axis=-1)
+        -of_next(own, tokens), jnp.sum(terms, axis=-1), jnp.argmax(own, axis=-1) == jnp.argmax(exact, axis=-1)
     )
 
 
@@ -184,17 +185,6 @@ def scored_range(index: int, length: int, window: int, stride: int) -> tuple[int
     return begin, min(window, length - index * stride)
 
 
-@functools.partial(jax.jit, static_argnames="structure")
-@cached_export("structure")
-def _token_nll(
-    structure: Any, arrays: list[Array], tokens: Int32[Array, "B T"], mask: Int32[Array, "B T"] | None
-) -> Float32[Array, "B T-1"]:
-    """Negative log-likelihood of each row's tokens 1, 2, ..., T - 1 by the model that was flattened."""
-    model: CausalLM = jax.tree.unflatten(structure, arrays)
-    logits = model(tokens, mask)[:, :-1]
-    return jax.nn.logsumexp(logits, axis=-1) - _of_next(logits, tokens)
-
-
 @functools.partial(jax.jit, static_argnames=("structure", "reference"))
 @cached_export("structure", "reference")
 def _token_scores(
@@ -210,11 +200,6 @@ def _token_scores(
     exact: CausalLM = jax.tree.unflatten(reference, reference_arrays)
     scores = compare(model(tokens, mask), exact(tokens, mask), tokens)
     return scores.nll, scores.divergence, scores.agreement
-
-
-def _of_next(values: Float32[Array, "B T-1 V"], tokens: Int32[Array, "B T"]) -> Float32[Array, "B T-1"]:
-    """Each row's entries of its tokens 1, 2, ..., T - 1."""
-    return jnp.take_along_axis(values, tokens[:, 1:, None], axis=-1)[..., 0]
 
 
 def check_windows(window: int, stride: int | None, batch_size: int, max_windows: int | None) -> None:

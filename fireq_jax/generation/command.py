@@ -16,12 +16,15 @@ import numpy as np
 from fireq_jax.checkpoints.folder import StoredModel
 from fireq_jax.checkpoints.hub import check_config, resolve_model
 from fireq_jax.checkpoints.tokenizer import load_tokenizer
-from fireq_jax.command_line import add_verbosity, exit_code, leave
+from fireq_jax.command_line import add_common_options, exit_code, leave
 from fireq_jax.compilation import keep_programs
-from fireq_jax.generation import chat
+from fireq_jax.devices import as_default
 from fireq_jax.generation.defaults import SAMPLING, GenerationDefaults
-from fireq_jax.generation.generate import check_call, generate, stream, warmup
+from fireq_jax.generation.generate import GenerationOutput, check_call, generate, warmup
+from fireq_jax.generation.prompts import Prompt, read_prompts
 from fireq_jax.generation.sampling import SamplingConfig
+from fireq_jax.generation.terminal import CHAT_SLOTS, Answer, Chat, print_stream, run_chat
+from fireq_jax.generation.text import TextStream, split_stop_strings
 from fireq_jax.models.llama import CausalLM
 from pallas_kernels import formats
 from pallas_kernels.dispatch import Implementation
@@ -30,8 +33,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEFAULT_NEW_TOKENS = 128
-# Tokens of the prompt that the first new token is decoded after; many tokenizers drop a text's first space.
-_CONTEXT = 8
+CHAT_NEW_TOKENS = 1024
+_FILE_HELP = "a prompt a line: text, or in a .jsonl objects with prompt or messages; - is standard input"
+_CHAT_HELP = "prompts are users' messages: apply the tokenizer's chat template; without any, chat in the terminal"
+_JSON_HELP = "print prompt, text, tokens and finished as a JSON list; of --prompts, as a line of JSON each"
 logger = logging.getLogger(__name__)
 
 
@@ -44,68 +49,114 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fireq-generate",
-        description="Continue prompts with a Hugging Face or converted Llama. New text goes to stdout, speed to "
-        "stderr. What is not given comes from generation_config.json in the model's folder, if it is there.",
+        description="Continue prompts with a Hugging Face or converted Llama, or chat with it. New text goes to "
+        "stdout, speed to stderr. What is not given comes from generation_config.json in the model's folder, if it is "
+        "there.",
     )
     add = parser.add_argument
     add("--model", required=True, metavar="DIR_OR_ID", help="a model's folder or GGUF file, or a hub id to download")
     add("--revision", help="branch, tag or commit of the hub id")
-    add("--prompt", required=True, action="append", metavar="TEXT", help="repeat it for a batch, printed when complete")
-    add("--max-new-tokens", type=int, metavar="N", help=f"default {DEFAULT_NEW_TOKENS}")
+    asked = parser.add_argument_group("prompts").add_argument
+    asked("--prompt", action="append", metavar="TEXT", help="repeat it for a batch, printed when complete")
+    asked("--prompts", metavar="FILE", help=_FILE_HELP)
+    asked("--batch-size", type=int, default=16, metavar="N", help="of --prompts, so many at once; default 16")
+    asked("--chat", action="store_true", help=_CHAT_HELP)
+    asked("--system", metavar="TEXT", help="system message; with --chat, or --prompts that are messages")
+    _add_choices(parser.add_argument_group("new tokens"))
+    add("--no-stream", action="store_true", help="print text when it is complete")
+    add("--json", action="store_true", help=_JSON_HELP)
+    add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of what is not quantized")
+    add("--device", metavar="NAME", help="cpu, gpu, or one of several, gpu:1; default JAX's first")
+    add("--kv-format", choices=get_args(formats.KVFormat), help="of the cache, in place of the model's own")
+    add("--implementation", choices=get_args(Implementation), default="auto", help="of the ops; default auto")
+    add("--no-verify", dest="verify", action="store_false", help="take a converted model's files as they are")
+    add_common_options(parser)
+    return parser
+
+
+def _add_choices(group: "argparse._ArgumentGroup") -> None:
+    add = group.add_argument
+    add("--max-new-tokens", type=int, metavar="N", help=f"default {DEFAULT_NEW_TOKENS}, in a chat {CHAT_NEW_TOKENS}")
+    add("--min-new-tokens", type=int, metavar="N", help="none that ends a text before so many")
+    add(
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        help="end the text before TEXT, which is not printed; may be repeated",
+    )
+    add("--eos-token-id", action="append", type=int, metavar="ID", help="end at this token, too; may be repeated")
     add("--temperature", type=float, metavar="T", help="0 takes the most likely token: the default without filters")
     add("--top-k", type=int, metavar="K", help="sample from the K most likely tokens; 0 turns it off")
     add("--top-p", type=float, metavar="P", help="sample from the most likely tokens that hold probability P")
     add("--min-p", type=float, metavar="P", help="sample from tokens at least P times as likely as the best")
     add("--repetition-penalty", type=float, metavar="R", help="above 1 makes tokens that are there already less likely")
+    add("--no-repeat-ngram-size", type=int, metavar="N", help="no N tokens twice in the same order")
     add("--seed", type=int, default=0, help="of the sampling, the same for every prompt; default 0")
-    add("--chat", action="store_true", help="the prompt is a user's message: apply the tokenizer's chat template")
-    add("--system", metavar="TEXT", help="system message; with --chat")
-    add("--no-stream", action="store_true", help="print text when it is complete")
-    add("--json", action="store_true", help="print a JSON list with prompt, text, tokens and finished")
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of what is not quantized")
-    add("--kv-format", choices=get_args(formats.KVFormat), help="of the cache, in place of the model's own")
-    add("--implementation", choices=get_args(Implementation), default="auto", help="of the ops; default auto")
-    add("--no-verify", dest="verify", action="store_false", help="take a converted model's files as they are")
-    add_verbosity(parser)
-    return parser
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    if arguments.system is not None and not arguments.chat:
+    with as_default(arguments.device):
+        key = _checked(arguments)
+        prompts = _prompts(arguments)
+        folder = resolve_model(arguments.model, arguments.revision, check=_check)
+        defaults = GenerationDefaults.read(folder)
+        if defaults.ignored:
+            logger.warning("%s: %s: without effect here", defaults.path, ", ".join(defaults.ignored))
+        tokenizer = load_tokenizer(folder, verify=arguments.verify)
+        ids = [
+            prompt.encoded(tokenizer, arguments.model, chat=arguments.chat, system=arguments.system)
+            for prompt in prompts or [Prompt("Hello")]  # the chat template is tried, and compiled for
+        ]
+        width, asked = max(map(len, ids)), arguments.max_new_tokens
+        stored = StoredModel.open(folder, verify=arguments.verify)
+        defaults.check_vocabulary(stored.config.vocab_size)
+        options = {
+            "key": key,
+            "tokenizer": tokenizer,
+            "eos_token_ids": defaults.eos_ids(stored.config.eos_token_ids, arguments.eos_token_id or ()),
+            "max_new_tokens": asked or defaults.new_tokens(width) or DEFAULT_NEW_TOKENS,
+            **defaults.options(_given(arguments)),
+        }
+        if not prompts:
+            options |= {"max_new_tokens": asked or defaults.max_new_tokens or CHAT_NEW_TOKENS}
+            _chat(stored, tokenizer, ids[0], options, arguments)
+        elif len(prompts) == 1 and not (arguments.no_stream or arguments.json or arguments.prompts):
+            model = _load(stored, arguments, _padded(ids, width) | options, only_prefill=True)
+            answer = print_stream(model, tokenizer, ids[0], options)
+            _report(arguments, width, len(answer.tokens), answer.times[-1] - answer.times[0], answer.speed)
+        else:
+            _print_complete(stored, tokenizer, list(zip(prompts, ids, strict=True)), options, arguments)
+
+
+def _checked(arguments: argparse.Namespace) -> jax.Array:
+    """The key; bad options raise ValueError here, before they cost the minutes of loading a model."""
+    if not (arguments.prompt or arguments.prompts or arguments.chat):
+        raise ValueError("nothing is asked: give --prompt, --prompts, or --chat for a chat in the terminal")
+    if arguments.prompt and arguments.prompts:
+        raise ValueError(f"--prompt and --prompts {arguments.prompts} are given; expected one of them")
+    if arguments.system is not None and not (arguments.chat or arguments.prompts):
         raise ValueError("--system is given without --chat")
-    # Before the model: bad options should not cost the minutes of loading one.
-    given = {name: getattr(arguments, name) for name in (*SAMPLING, "repetition_penalty")}
-    SamplingConfig(**GenerationDefaults(Path()).sampling(given))
-    if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens is {arguments.max_new_tokens}; expected at least 1")
+    if arguments.json and not (arguments.prompt or arguments.prompts):
+        raise ValueError("--json is given, and a chat in the terminal prints none; give --prompt or --prompts")
+    for name in ("max_new_tokens", "batch_size"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; expected at least 1")
+    SamplingConfig(**GenerationDefaults(Path()).sampling(_given(arguments)))
     try:
-        key = jax.random.key(arguments.seed)
+        return jax.random.key(arguments.seed)
     except OverflowError as error:
         raise ValueError(f"--seed is {arguments.seed}; expected a number of 64 bits") from error
-    folder = resolve_model(arguments.model, arguments.revision, check=_check)
-    defaults = GenerationDefaults.read(folder)
-    if defaults.ignored:
-        logger.warning("%s: %s: without effect here", defaults.path, ", ".join(defaults.ignored))
-    tokenizer = load_tokenizer(folder, verify=arguments.verify)
-    prompts = [_encode(tokenizer, text, arguments) for text in arguments.prompt]
-    width = max(map(len, prompts))
-    max_new_tokens = arguments.max_new_tokens
-    if max_new_tokens is None:
-        max_new_tokens = defaults.new_tokens(width) or DEFAULT_NEW_TOKENS
-    options = {
-        "input_ids": [prompt + [0] * (width - len(prompt)) for prompt in prompts],
-        "attention_mask": [[1] * len(prompt) + [0] * (width - len(prompt)) for prompt in prompts],
-        "max_new_tokens": max_new_tokens,
-        "eos_token_ids": defaults.eos_token_id,
-        "key": key,
-        **defaults.sampling(given),
-    }
-    streaming = len(prompts) == 1 and not (arguments.no_stream or arguments.json)
-    model = _load(folder, defaults, arguments, options, only_prefill=streaming)
-    if streaming:
-        _stream(model, tokenizer, prompts[0], options)
-    else:
-        _print_complete(model, tokenizer, prompts, options, arguments)
+
+
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = (*SAMPLING, "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens")
+    return {name: getattr(arguments, name) for name in names} | {"stop_strings": arguments.stop}
+
+
+def _prompts(arguments: argparse.Namespace) -> list[Prompt]:
+    if arguments.prompts:
+        return read_prompts(arguments.prompts)
+    return [Prompt(text) for text in arguments.prompt or ()]
 
 
 def _check(folder: Path) -> None:
@@ -115,130 +166,103 @@ def _check(folder: Path) -> None:
 
 
 def _load(
-    folder: Path,
-    defaults: GenerationDefaults,
-    arguments: argparse.Namespace,
-    options: dict[str, Any],
-    *,
-    only_prefill: bool,
+    stored: StoredModel, arguments: argparse.Namespace, options: dict[str, Any], *, only_prefill: bool
 ) -> CausalLM:
     """The model; what generation will run is compiled while it is read."""
     begin = time.perf_counter()
     keep_programs()
-    stored = StoredModel.open(folder, verify=arguments.verify)
-    defaults.check_vocabulary(stored.config.vocab_size)
     kinds = {name: getattr(arguments, name) for name in ("dtype", "kv_format", "implementation")}
     abstract = CausalLM.abstract(stored, **kinds)
     cache, tokens = check_call(abstract, **options), options["max_new_tokens"]
-    print(f"{arguments.model}: a cache of {cache / 1e6:.1f} MB for {tokens} new tokens a prompt", file=sys.stderr)
+    _say(arguments, f"{arguments.model}: a cache of {cache / 1e6:.1f} MB for {tokens} new tokens a prompt")
+    part = " for the prompt" if only_prefill else ""
+    if sys.stderr.isatty() or arguments.log_level < logging.WARNING:
+        size = f"{abstract.nbytes / 1e6:,.0f} MB"
+        _say(arguments, f"{arguments.model}: reading {size} from {stored.folder}, and compiling{part} ...")
     with ThreadPoolExecutor() as pool:
         model = pool.submit(abstract.filled, stored)
         warmup(abstract, **options, only_prefill=only_prefill)
         loaded = model.result()
-    part = " the prompt" if only_prefill else ""
-    print(f"{arguments.model}: read, and compiled for{part}, in {time.perf_counter() - begin:.1f} s", file=sys.stderr)
+    _say(arguments, f"{arguments.model}: read, and compiled{part}, in {time.perf_counter() - begin:.1f} s")
     return loaded
 
 
-def _encode(tokenizer: "PreTrainedTokenizerBase", text: str, arguments: argparse.Namespace) -> list[int]:
-    if arguments.chat:
-        if tokenizer.chat_template is None:
-            raise ValueError(f"the tokenizer in {arguments.model} has no chat template; leave out --chat")
-        messages = [{"role": "user", "content": text}]
-        if arguments.system is not None:
-            messages.insert(0, {"role": "system", "content": arguments.system})
-        text = chat.render(tokenizer, messages, arguments.model)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"prompt {text!r} is no Unicode text: {error}") from error
-    ids = tokenizer(text, add_special_tokens=not arguments.chat).input_ids
-    if not ids:
-        raise ValueError(f"prompt {text!r} has no tokens; expected at least one")
-    return ids
-
-
-def pieces(tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[int], tokens: Iterator[int]) -> Iterator[str]:
-    """Text of each new token; "" while a character is incomplete, one more piece at the end.
-
-    Only the tokens since the last complete piece, and that piece for context, are decoded again.
-    """
-
-    def decode(ids: list[int]) -> str:
-        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
-        return text
-
-    ids, width = list(prompt), _CONTEXT
-    # Of a character that the cut splits, byte-fallback decoders spoil the whole run of bytes that follows.
-    while width < len(ids) and decode(ids[-width:]).startswith("\N{REPLACEMENT CHARACTER}"):
-        width *= 2
-    ids = ids[-width:]
-    context, done = 0, len(ids)
-    for token in tokens:
-        ids.append(token)
-        before, text = decode(ids[context:done]), decode(ids[context:])
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):
-            yield ""
-            continue
-        yield text[len(before) :]
-        # What leaves no text, a special token, is no context: after nothing a first space would be dropped.
-        context, done = (done if len(text) > len(before) else context), len(ids)
-    yield decode(ids[context:])[len(decode(ids[context:done])) :]
-
-
-def _stream(model: CausalLM, tokenizer: "PreTrainedTokenizerBase", prompt: list[int], options: dict[str, Any]) -> None:
-    times = [time.perf_counter()]
-
-    def tokens() -> Iterator[int]:
-        for step in stream(model, **options):
-            times.append(time.perf_counter())
-            yield int(step.tokens[0])
-
-    for piece in pieces(tokenizer, prompt, tokens()):
-        print(piece, end="", flush=True)
-    print()
-    count = len(times) - 1
-    speed = f"first after {times[1] - times[0]:.2f} s"
-    if count > 2:
-        # The second waits for the decoding step's compilation.
-        speed += f", second after {times[2] - times[1]:.2f} s, then {(count - 2) / (times[-1] - times[2]):.1f} tokens/s"
-    _report(len(prompt), count, times[-1] - times[0], speed)
+def _padded(prompts: Sequence[list[int]], width: int) -> dict[str, Any]:
+    """``input_ids`` and ``attention_mask`` [B, width]."""
+    return {
+        "input_ids": [prompt + [0] * (width - len(prompt)) for prompt in prompts],
+        "attention_mask": [[1] * len(prompt) + [0] * (width - len(prompt)) for prompt in prompts],
+    }
 
 
 def _print_complete(
-    model: CausalLM,
+    stored: StoredModel,
     tokenizer: "PreTrainedTokenizerBase",
-    prompts: list[list[int]],
+    asked: list[tuple[Prompt, list[int]]],
     options: dict[str, Any],
     arguments: argparse.Namespace,
 ) -> None:
-    start = time.perf_counter()
-    sequences, lengths, finished = map(np.asarray, generate(model, **options))
+    """A batch after the other, all of one shape."""
+    width, size = max(len(ids) for _, ids in asked), len(asked)
+    if arguments.prompts:
+        size = min(size, arguments.batch_size)
+    shape = _padded([ids for _, ids in asked[:size]], width)
+    model = _load(stored, arguments, shape | options, only_prefill=False)
+    start, count, results = time.perf_counter(), 0, []
+    for first in range(0, len(asked), size):
+        batch = asked[first : first + size]
+        filled = [ids for _, ids in batch] + [batch[-1][1]] * (size - len(batch))
+        output = generate(model, **_padded(filled, width), **options)
+        for (prompt, _), result in zip(batch, _texts(output, filled, options), strict=False):
+            count += result["tokens"]
+            results.append(prompt.fields | result)
+            if not arguments.json:
+                print(f"=== {prompt.shown}\n{result['text']}" if len(asked) > 1 else result["text"], flush=True)
+            elif arguments.prompts:
+                print(json.dumps(results[-1], ensure_ascii=False), flush=True)
     seconds = time.perf_counter() - start
-    width = sequences.shape[1] - options["max_new_tokens"]
-    results = [
-        {
-            "prompt": text,
-            "text": "".join(pieces(tokenizer, prompt, iter(sequence[width : width + length].tolist()))),
-            "tokens": int(length),
-            "finished": bool(end),
-        }
-        for text, prompt, sequence, length, end in zip(
-            arguments.prompt, prompts, sequences, lengths, finished, strict=True
-        )
-    ]
-    if arguments.json:
+    if arguments.json and not arguments.prompts:
         print(json.dumps(results, ensure_ascii=False, indent=2))
-    else:
-        for result in results:
-            print(f"=== {result['prompt']}\n{result['text']}" if len(results) > 1 else result["text"])
-    count = int(lengths.sum())
-    _report(sum(map(len, prompts)), count, seconds, f"{count / seconds:.1f} tokens/s")
+    _report(arguments, sum(len(ids) for _, ids in asked), count, seconds, f"{count / seconds:.1f} tokens/s")
 
 
-def _report(prompt_tokens: int, count: int, seconds: float, speed: str) -> None:
-    print(f"{prompt_tokens} prompt tokens, {count} new ones in {seconds:.2f} s ({speed})", file=sys.stderr)
+def _texts(output: GenerationOutput, prompts: Sequence[list[int]], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What became of each prompt."""
+    tokenizer, new_tokens = options["tokenizer"], options["max_new_tokens"]
+    stops, _ = split_stop_strings(options["stop_strings"], tokenizer)
+    sequences, lengths, finished = map(np.asarray, output[:3])
+    for prompt, tokens, length, end in zip(prompts, sequences[:, -new_tokens:], lengths, finished, strict=True):
+        text = TextStream(tokenizer, prompt, stops)
+        parts = [*map(text.push, tokens[:length].tolist()), text.finish()]
+        yield {"text": "".join(parts), "tokens": int(length), "finished": bool(end)}
+
+
+def _chat(
+    stored: StoredModel,
+    tokenizer: "PreTrainedTokenizerBase",
+    first: list[int],
+    options: dict[str, Any],
+    arguments: argparse.Namespace,
+) -> None:
+    """A chat in the terminal, whose programs are compiled for a prompt like ``first``."""
+    new_tokens = min(options["max_new_tokens"], max(1, stored.config.max_position_embeddings - len(first)))
+    options |= {"max_new_tokens": new_tokens, "cache_capacity": max(CHAT_SLOTS, len(first) + new_tokens)}
+    model = _load(stored, arguments, _padded([first], len(first)) | options, only_prefill=False)
+
+    def report(answer: Answer) -> None:
+        logger.info("%d tokens (%s)", len(answer.tokens), answer.speed)
+
+    run_chat(Chat(model, tokenizer, arguments.model, options, arguments.system), report)
+
+
+def _say(arguments: argparse.Namespace, text: str) -> None:
+    """On stderr, unless it is to be quiet."""
+    if arguments.log_level <= logging.WARNING:
+        print(text, file=sys.stderr)
+
+
+def _report(arguments: argparse.Namespace, prompt_tokens: int, count: int, seconds: float, speed: str) -> None:
+    _say(arguments, f"{prompt_tokens} prompt tokens, {count} new ones in {seconds:.2f} s ({speed})")
 
 
 def command() -> NoReturn:

@@ -110,6 +110,7 @@ def sample(
     keys: Key[Array, " B"] | None,
     positions: Int[Array, " B"],
     seen: Bool[Array, "B V"] | None,
+    restrict: Callable[[Float[Array, "B V"]], Float[Array, "B V"]] = lambda logits: logits,
 ) -> Int[Array, " B"]:
     """The next token of each sequence, int32.
 
@@ -121,11 +122,13 @@ def sample(
             position alone, so a sequence draws the same whatever shares its batch, and text
             generated in two calls is that of one.
         seen: tokens of each sequence so far; None without repetition penalty.
+        restrict: what else is done to the logits, between the penalty and the temperature.
     """
     logits = logits.astype(jnp.float32)
     if sampling.repetition_penalty is not None:
         assert seen is not None
         logits = penalize(logits, seen, sampling.repetition_penalty)
+    logits = restrict(logits)
     if sampling.temperature is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     assert keys is not None

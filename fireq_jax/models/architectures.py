@@ -14,8 +14,10 @@ from fireq_jax.models.family import (
     HEAD,
     Family,
     Fields,
+    HasFields,
     all_but_every,
     config_of,
+    fields_of,
     head_dim_of,
     positive,
     rope_parameters,
@@ -26,12 +28,13 @@ from fireq_jax.models.tensor_source import TensorTable
 from pallas_kernels.matmul_epilogue import GATE_LIMIT, SILU_SLOPE
 
 
-def config_from_huggingface(fields: Fields) -> ModelConfig:
-    """Read a ``config.json`` in transformers' v4 or v5 form.
+def config_from_huggingface(config: Fields | HasFields) -> ModelConfig:
+    """Read a config of transformers: the object, or the fields of a ``config.json`` in its v4 or v5 form.
 
     Raises:
         ValueError: for a family that is not there, or an option that this project does not have.
     """
+    fields = fields_of(config)
     return config_of(family_of(fields), fields)
 
 
@@ -266,9 +269,7 @@ FAMILIES: Mapping[str, Family] = {
         },
     ),
     "exaone": Family(
-        {
-            "rms_norm_eps": 1e-5, "embed_dropout": 0.0,
-        },
+        {"rms_norm_eps": 1e-5, "embed_dropout": 0.0},
         {
             "num_layers": "num_hidden_layers", "layer_norm_epsilon": "rms_norm_eps",
             "activation_function": "hidden_act",

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -68,6 +68,7 @@ _NO_EFFECT = {
     "initializer_range", "attention_dropout", "pretraining_tp", "rope_parameters", "rope_scaling", "rope_theta",
     "partial_rotary_factor", "original_max_position_embeddings", "eos_token_id", "return_dict",
     "output_hidden_states", "output_attentions", "is_decoder", "quantization_config", "compression_config",
+    "chunk_size_feed_forward", "id2label", "label2id", "problem_type",
 }  # fmt: skip
 
 
@@ -110,6 +111,27 @@ class Family:
     gain_offset: float = 0.0
     partial_rope: bool = False
     plain_local_rope: bool = False
+
+
+class HasFields(Protocol):
+    """A config object of transformers."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields, as a config.json has them."""
+        ...
+
+
+def fields_of(config: Fields | HasFields) -> Fields:
+    """The fields of a config of transformers.
+
+    Raises:
+        ValueError: if it is something else.
+    """
+    if isinstance(config, Mapping):
+        return config
+    if not hasattr(config, "to_dict"):
+        raise ValueError(f"config is a {type(config).__name__}; expected a config of transformers, or its fields")
+    return config.to_dict()
 
 
 def config_of(family: Family, fields: Fields) -> ModelConfig:

@@ -79,6 +79,19 @@ def on_device(
     return _int32(ids), mask
 
 
+def right_pad(
+    input_ids: Int[Array, "B T"], attention_mask: Int[Array, "B T"]
+) -> tuple[Int[Array, "B T"], Int[Array, " B"], Int[Array, "B T"]]:
+    """Move each row's tokens to its front.
+
+    Returns:
+        tokens [B, T], lengths [B], and ``order`` [B, T] with tokens = input_ids[order].
+    """
+    order = jnp.argsort(attention_mask == 0, axis=1, stable=True)
+    lengths = jnp.sum(attention_mask > 0, axis=1).astype(jnp.int32)
+    return jnp.take_along_axis(input_ids, order, axis=1), lengths, order
+
+
 def _visible(numbers: np.ndarray | Array) -> bool:
     """Whether the values are here to be looked at: not traced, nor on other processes' devices."""
     if not isinstance(numbers, jax.Array):

@@ -6,10 +6,12 @@ only a length. Rows are INT4, FP8 or plain (``formats.quantize_kv``), one scale 
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from fireq_jax.models.config import ModelConfig
@@ -63,6 +65,30 @@ class KVCache:
     def capacity(self) -> int:
         """Slots S of each sequence."""
         return self.layers[0].key.values.shape[2]
+
+    def cut(self, lengths: Int[np.ndarray, " B"] | Sequence[int]) -> Self:
+        """The same, with no more than the first ``lengths`` tokens of each sequence; copies nothing else.
+
+        Raises:
+            ValueError: for lengths that are not one for each sequence, or negative.
+        """
+        most = np.asarray(lengths)
+        if most.shape != self.lengths.shape or not np.issubdtype(most.dtype, np.integer) or most.min(initial=0) < 0:
+            raise ValueError(f"lengths are {lengths!r}; expected {len(self.lengths)} whole numbers of at least 0")
+        place = self.lengths.sharding if self.lengths.committed else None
+        shorter = np.minimum(most, jax.device_get(self.lengths)).astype(np.int32)
+        return dataclasses.replace(self, lengths=jax.device_put(shorter, place))
+
+    def grown(self, capacity: int) -> Self:
+        """The same, with ``capacity`` slots, at least as many as it has."""
+        more = capacity - self.capacity
+        if more == 0:
+            return self
+
+        def padded(x: Array) -> Array:
+            return jnp.pad(x, [(0, more) if axis == 2 else (0, 0) for axis in range(x.ndim)])
+
+        return dataclasses.replace(self, layers=jax.tree.map(padded, self.layers))
 
     @classmethod
     def create(

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from fireq_jax.devices import Device, placement
 from fireq_jax.models.attention import Attention
 from fireq_jax.models.block import linear_names, norm_names
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.experts import Experts
-from fireq_jax.models.inputs import on_device
+from fireq_jax.models.inputs import on_device, right_pad
 from fireq_jax.models.kv_cache import KVCache, LayerCache
 from fireq_jax.models.layers import MLP, LayerOptions, Norm, Tap, no_tap
 from fireq_jax.models.parameters import Parameter, abstract, parameters_of, with_parameters
@@ -45,6 +46,8 @@ class ModelOptions(TypedDict, total=False):
     dtype: jax.typing.DTypeLike
     kv_format: formats.KVFormat | None
     implementation: Implementation
+    device: Device | str | None
+    sharding: jax.sharding.Sharding | None
 
 
 class LayerOutput(NamedTuple):
@@ -176,6 +179,8 @@ class CausalLM(nnx.Module):
         dtype: jax.typing.DTypeLike = jnp.bfloat16,
         kv_format: formats.KVFormat | None = None,
         implementation: Implementation = "auto",
+        device: Device | str | None = None,
+        sharding: jax.sharding.Sharding | None = None,
         verify: bool = True,
     ) -> Self:
         """Load a Hugging Face folder, a GGUF file, or a folder that ``fireq-convert`` wrote.
@@ -189,6 +194,9 @@ class CausalLM(nnx.Module):
             dtype: of embeddings, norms, hidden states and unquantized weights.
             kv_format: overrides the cache format of the recipe.
             implementation: of the ops, see ``pallas_kernels.dispatch``.
+            device: where the arrays go, and what runs on them: a device or its name, such as "gpu:1"; of the kind of
+                JAX's default device. None leaves it to JAX.
+            sharding: of every array, in place of a device, such as a replicated ``NamedSharding``.
             verify: of a converted model, that its files are those that were written; costs hashing them
                 (:func:`~fireq_jax.whole_files.digest`).
 
@@ -199,7 +207,10 @@ class CausalLM(nnx.Module):
         from fireq_jax.checkpoints.folder import StoredModel
 
         stored = StoredModel.open(Path(folder), verify=verify)
-        return cls.abstract(stored, dtype=dtype, kv_format=kv_format, implementation=implementation).filled(stored)
+        options = ModelOptions(
+            dtype=dtype, kv_format=kv_format, implementation=implementation, device=device, sharding=sharding
+        )
+        return cls.abstract(stored, **options).filled(stored)
 
     @classmethod
     def abstract(
@@ -209,6 +220,8 @@ class CausalLM(nnx.Module):
         dtype: jax.typing.DTypeLike = jnp.bfloat16,
         kv_format: formats.KVFormat | None = None,
         implementation: Implementation = "auto",
+        device: Device | str | None = None,
+        sharding: jax.sharding.Sharding | None = None,
     ) -> Self:
         """A folder's model with shapes for arrays: what a program can be compiled for while they are read.
 
@@ -217,7 +230,7 @@ class CausalLM(nnx.Module):
         quantization = stored.quantization if kv_format is None else stored.quantization.with_kv_format(kv_format)
         model = abstract(lambda: cls(stored.config, quantization, dtype=dtype, implementation=implementation))
         graph, state = nnx.split(model)
-        place = stored.sharding
+        place = placement(device, sharding) or stored.sharding
         placed = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place), state)
         return nnx.merge(graph, placed)
 
@@ -401,16 +414,3 @@ def _run_layer(
     layer = nnx.merge(graph, state)
     # By name, as nnx.tabulate can show what is no array.
     return layer(x=x, rope=rope, start=start, lengths=lengths, growth=growth, cache=cache, capacity=capacity)
-
-
-def right_pad(
-    input_ids: Int[Array, "B T"], attention_mask: Int[Array, "B T"]
-) -> tuple[Int[Array, "B T"], Int[Array, " B"], Int[Array, "B T"]]:
-    """Move each row's tokens to its front.
-
-    Returns:
-        tokens [B, T], lengths [B], and ``order`` [B, T] with tokens = input_ids[order].
-    """
-    order = jnp.argsort(attention_mask == 0, axis=1, stable=True)
-    lengths = jnp.sum(attention_mask > 0, axis=1).astype(jnp.int32)
-    return jnp.take_along_axis(input_ids, order, axis=1), lengths, order

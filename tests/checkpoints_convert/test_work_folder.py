@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from small_checkpoint import parameter_bytes, write_checkpoint
 
-from checkpoints_convert import conversion
+from checkpoints_convert import conversion, conversion_options, work_folder
 from checkpoints_convert.conversion import ConversionOptions, convert
 from checkpoints_convert.work_folder import WorkFolder
 from fireq_jax import recipes
@@ -151,8 +151,8 @@ def test_files_of_one_name_in_two_folders_are_two(source: Path, tmp_path: Path) 
     shutil.copy(model / "model.safetensors", model / "a")
     (model / "model.safetensors").rename(model / "b" / "model.safetensors")
     files = [model / "a/model.safetensors", model / "b/model.safetensors"]
-    found: Any = SimpleNamespace(config=conversion.open_checkpoint(source).config, files=files, quantized=False)
-    fingerprint = conversion._fingerprint(options(model, tmp_path), found, None, None)
+    found: Any = SimpleNamespace(config=conversion_options.open_checkpoint(source).config, files=files, quantized=False)
+    fingerprint = conversion_options.fingerprint_of(options(model, tmp_path), found, None, None)
     assert {"a/model.safetensors, size and time", "b/model.safetensors, size and time"} <= set(fingerprint)
 
 
@@ -197,7 +197,7 @@ def test_a_lock_that_its_holder_has_removed_is_none(tmp_path: Path, monkeypatch)
     """Opened before the holder removed it, locked after: another process could lock a new file."""
     work = WorkFolder(tmp_path)
     work.path.mkdir()
-    original, calls = conversion.os.path.samestat, []
+    original, calls = work_folder.os.path.samestat, []
 
     def samestat(*args: object) -> bool:
         if not calls:

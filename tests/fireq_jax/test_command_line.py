@@ -13,7 +13,8 @@ import threading
 import jax
 import pytest
 
-from fireq_jax.command_line import add_verbosity, check_interrupted, exit_code
+import fireq_jax
+from fireq_jax.command_line import add_common_options, check_interrupted, exit_code
 
 
 def test_a_command_that_ran_ends_with_0(capsys):
@@ -37,7 +38,7 @@ def test_as_much_is_said_as_is_asked_for(arguments, shown, capsys):
     """Also after Orbax, whose import sets up a handler for the root; nothing stays behind."""
     importlib.import_module("orbax.checkpoint")
     parse = argparse.ArgumentParser()
-    add_verbosity(parse)
+    add_common_options(parse)
     before = logging.getLogger().handlers[:], logging.getLogger("fireq_jax").level
 
     def run():
@@ -48,6 +49,21 @@ def test_as_much_is_said_as_is_asked_for(arguments, shown, capsys):
     assert exit_code("fireq-test", run, parse.parse_args(arguments).log_level) == 0
     assert capsys.readouterr().err.splitlines() == shown
     assert (logging.getLogger().handlers, logging.getLogger("fireq_jax").level) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [
+        ("fireq-convert", "checkpoints_convert.convert_and_quantize"),
+        ("fireq-export", "checkpoints_convert.export_command"),
+        ("fireq-generate", "fireq_jax.generation.command"),
+        ("fireq-evaluate", "fireq_jax.evaluation.command"),
+    ],
+)
+def test_every_command_says_its_version(command, module, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        importlib.import_module(module).main(["--version"])
+    assert capsys.readouterr().out.startswith(f"{command} {fireq_jax.__version__} (jax {jax.__version__}, Python 3.")
 
 
 def test_an_interrupted_command_says_so(capsys):
@@ -98,7 +114,7 @@ def test_an_interruption_that_was_lost_is_raised_again(capsys):
 def test_a_second_interruption_ends_the_process():
     program = """
 import contextlib, signal
-from fireq_jax.command_line import add_verbosity, check_interrupted, exit_code
+from fireq_jax.command_line import add_common_options, check_interrupted, exit_code
 def run():
     while True:
         with contextlib.suppress(KeyboardInterrupt):

@@ -247,8 +247,9 @@ def test_the_cache_is_donated(model):
     request = prepare(model, PROMPTS[:1], None, 4)
     arrays, structure = jax.tree.flatten(model)
 
-    cache, progress = prefill(structure, arrays, request.tokens, request.lengths, request.choice, request.capacity)
-    kept, *_ = decode(structure, arrays, cache, progress, request.choice, 3)
+    choice, static = request.choice, request.static
+    cache, progress = prefill(structure, arrays, request.tokens, request.lengths, choice, request.capacity, static)
+    kept, *_ = decode(structure, arrays, cache, progress, choice, 3, static)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(cache))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((kept, arrays)))
 
@@ -264,7 +265,7 @@ def test_stream_is_generate_step_by_step(model, options, glance, monkeypatch):
     steps = list(stream(model, ids, attention_mask=mask, **options))
     assert len(steps) == output.lengths.max()
     assert len(set(output.lengths.tolist())) > 1
-    tokens, active = (np.stack(parts, axis=1) for parts in zip(*steps, strict=True))
+    tokens, active = (np.stack(parts, axis=1) for parts in zip(*(step[:2] for step in steps), strict=True))
     np.testing.assert_array_equal(tokens, output.sequences[:, ids.shape[1] :][:, : len(steps)])
     np.testing.assert_array_equal(active.sum(axis=1), output.lengths)
 

@@ -1,36 +1,33 @@
 """``fireq-generate`` on a random model of bytes, its text pieces, and tokenizer loading."""
 
+import io
 import json
 import os
 import shutil
+import signal
 import sys
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from byte_tokenizer import byte_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from fireq_jax import LlamaForCausalLM, ModelConfig, device_memory, generate
 from fireq_jax.checkpoints.tokenizer import load_tokenizer
-from fireq_jax.generation.command import main, pieces
+from fireq_jax.generation import TextStream
+from fireq_jax.generation.command import main
+from fireq_jax.generation.prompts import read_prompts
+from fireq_jax.generation.terminal import Answer, run_chat
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
 PROMPT = "Once upon"
 NEW = 10
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, so that characters beyond ASCII take several."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<s>": 0, "</s>": 1} | {letter: i + 2 for i, letter in enumerate(letters)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
 BYTES = byte_tokenizer()
@@ -46,6 +43,13 @@ def folder(tmp_path_factory):
     model.save(folder)
     BYTES.save_pretrained(folder)
     return folder
+
+
+def pieces(tokenizer, prompt: list[int], tokens: Iterable[int]) -> Iterator[str]:
+    """Text of each token, and what is left at the end."""
+    text = TextStream(tokenizer, prompt)
+    yield from map(text.push, tokens)
+    yield text.finish()
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +131,100 @@ def test_template_errors_are_reported(capsys, variant):
     assert f"fireq-generate: {variant}: the chat template rejects the messages: no system role" in err
 
 
+def test_texts_end_where_they_are_told_to(capsys, variant, model):
+    """Before a stop string, which is not printed, streamed or not; after a further EOS id; or as the file says."""
+    # Letters alone: what a random model makes of other bytes is no text.
+    words = [[token] for token in range(258) if not 34 <= token < 60]
+    (variant / "generation_config.json").write_text(json.dumps({"bad_words_ids": words}))
+    ids = BYTES(PROMPT).input_ids
+    tokens = generate(model, [ids], max_new_tokens=NEW, bad_words_ids=words).sequences[0, len(ids) :].tolist()
+    text, stop = BYTES.decode(tokens), BYTES.decode(tokens[4:6])
+    expected = text[: text.index(stop)] + "\n"
+    assert run(capsys, variant, "--prompt", PROMPT, "--stop", "nothing", "--stop", stop)[1] == expected
+    assert run(capsys, variant, "--prompt", PROMPT, "--stop", stop, "--no-stream")[1] == expected
+    count = 1 + tokens.index(tokens[5])
+    (ended,) = json.loads(run(capsys, variant, "--prompt", PROMPT, "--eos-token-id", str(tokens[5]), "--json")[1])
+    assert ended == {"prompt": PROMPT, "text": text[:count], "tokens": count, "finished": True}
+    (variant / "generation_config.json").write_text(json.dumps({"bad_words_ids": words, "stop_strings": stop}))
+    assert run(capsys, variant, "--prompt", PROMPT)[1] == expected
+
+
+def test_a_file_of_prompts_is_answered_line_by_line(capsys, variant, model, monkeypatch, tmp_path):
+    (variant / "chat_template.jinja").write_text(TEMPLATE)
+    messages = [{"role": "user", "content": "Hi"}]
+    lines = [{"prompt": PROMPT}, {"messages": messages}, {"prompt": "b"}]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n\n".join(map(json.dumps, lines)))
+    texts = [text_of(model, prompt) for prompt in (PROMPT, "[system]Be brief.[user]Hi[assistant]", "b")]
+    arguments = ["--system", "Be brief.", "--batch-size", "2", "--json"]
+    code, out, _ = run(capsys, variant, "--prompts", str(file), *arguments)
+    assert code == 0
+    expected = [
+        {**line, "text": text, "tokens": NEW, "finished": False} for line, text in zip(lines, texts, strict=True)
+    ]
+    assert [json.loads(line) for line in out.splitlines()] == expected
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{PROMPT}\n\nb\n"))
+    assert run(capsys, variant, "--prompts", "-")[1] == f"=== {PROMPT}\n{texts[0]}\n=== b\n{texts[2]}\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "expected JSON"),
+        ("[1]", "expected an object with either prompt or messages"),
+        ('{"text": "a"}', "expected an object with either prompt or messages"),
+        ('{"prompt": 3}', "expected a text as prompt"),
+        ('{"messages": []}', "expected a text as prompt, or a role"),
+        ('{"messages": [{"role": "user"}]}', "expected a text as prompt, or a role"),
+    ],
+)
+def test_lines_that_are_no_prompts_are_named(tmp_path, line, message):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(f'{{"prompt": "a"}}\n\n{line}\n')
+    with pytest.raises(ValueError, match=rf"{file}:3 is .*; {message}"):
+        read_prompts(str(file))
+    file.write_text("\n")
+    with pytest.raises(ValueError, match="has no prompts"):
+        read_prompts(str(file))
+
+
+def test_a_chat_in_the_terminal_remembers_what_was_said(capsys, variant, model, monkeypatch):
+    (variant / "chat_template.jinja").write_text(TEMPLATE)
+    lines = ["Hi", "/nothing", "", "/system Be kind.", "Yes", "/reset", "Hi", "/exit", "Never"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    code, out, err = run(capsys, variant, "--chat", "--system", "Be brief.")
+    first = text_of(model, "[system]Be brief.[user]Hi[assistant]")
+    second = text_of(model, f"[system]Be kind.[user]Hi[assistant]{first}[user]Yes[assistant]")
+    third = text_of(model, "[system]Be kind.[user]Hi[assistant]")
+    assert (code, out) == (0, f"{first}\n{second}\n{third}\n")
+    assert "/nothing is unknown: /reset" in err
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a" * 2100))
+    code, out, err = run(capsys, variant, "--chat")
+    assert (code, out) == (0, "")
+    assert "the chat has 2117 tokens, and the model 2048 positions; /reset it" in err
+
+
+def test_ctrl_c_stops_an_answer_and_a_second_one_the_chat(monkeypatch):
+    class Fake:
+        messages, system = [], None
+
+        def answer(self, text, enough):
+            heard.append((text, enough()))
+            for _ in range(int(text)):
+                signal.raise_signal(signal.SIGINT)
+            heard.append(enough())
+            return Answer("", [3], [0.0, 1.0], None)
+
+    heard, reported = [], []
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("1\n0\n2\n0\n"))
+    with pytest.raises(KeyboardInterrupt):
+        run_chat(Fake(), reported.append)
+    assert heard == [("1", False), True, ("0", False), False, ("2", False)]
+    assert len(reported) == 2
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_generation_config_gives_defaults(capsys, variant, model):
     end = int(generate(model, [BYTES(PROMPT).input_ids], max_new_tokens=NEW).sequences[0, len(PROMPT) + 4])
     (variant / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, end], "max_new_tokens": 20}))
@@ -161,6 +259,15 @@ def test_a_generation_config_s_max_length_counts_the_prompt(capsys, variant, mod
         (["--prompt", "a", "--system", "b"], "--system is given without --chat"),
         (["--prompt", "a", "--revision", "main"], "revision is 'main', and "),
         (["--prompt", "a", "--max-new-tokens", "90000000"], "the cache of 1 x "),
+        ([], "nothing is asked: give --prompt, --prompts, or --chat"),
+        (["--prompt", "a", "--prompts", "b.txt"], "--prompt and --prompts b.txt are given; expected one of them"),
+        (["--prompts", "absent.txt"], "absent.txt"),
+        (["--chat", "--json"], "--json is given, and a chat in the terminal prints none"),
+        (["--chat"], "has no chat template; leave out --chat"),
+        (["--prompt", "a", "--batch-size", "0"], "--batch-size is 0; expected at least 1"),
+        (["--prompt", "a", "--stop", ""], "stop_strings is ['']; expected a text that is not empty"),
+        (["--prompt", "a", "--eos-token-id", "300"], "eos_token_ids is (300,); expected ids from 0 to 257"),
+        (["--prompt", "a", "--device", "gpu:7"], "device is 'gpu:7'; expected one of cpu:0 (cpu)"),
     ],
 )
 def test_invalid_input_exits_with_2_and_a_message(capsys, monkeypatch, folder, arguments, message):
@@ -192,6 +299,10 @@ def test_broken_files_are_named(capsys, variant, name, content, message):
     [
         ({"temperature": "0.6"}, "generation_config.json: temperature is '0.6'; expected a number"),
         ({"eos_token_id": 999}, "generation_config.json: eos_token_id is 999; expected ids from 0 to 257"),
+        ({"bad_words_ids": [[5, 258]]}, "generation_config.json: bad_words_ids is ((5, 258),); expected ids from 0"),
+        ({"bad_words_ids": [5]}, "generation_config.json: bad_words_ids is (5,); expected lists of token ids"),
+        ({"stop_strings": [3]}, "generation_config.json: stop_strings is (3,); expected texts that are not empty"),
+        ({"min_new_tokens": -3}, "generation_config.json: min_new_tokens is -3; expected 0 to"),
     ],
 )
 def test_wrong_values_of_a_generation_config_are_quoted(capsys, variant, defaults, message):
@@ -202,10 +313,10 @@ def test_wrong_values_of_a_generation_config_are_quoted(capsys, variant, default
 
 
 def test_options_without_effect_are_said(capsys, variant, caplog):
-    options = {"num_beams": 4, "no_repeat_ngram_size": 3, "typical_p": 1.0, "min_length": None}
+    options = {"num_beams": 4, "min_length": 3, "typical_p": 1.0, "top_h": None}
     (variant / "generation_config.json").write_text(json.dumps(options))
     assert run(capsys, variant, "--prompt", "a")[0] == 0
-    expected = f"{variant / 'generation_config.json'}: no_repeat_ngram_size, num_beams: without effect here"
+    expected = f"{variant / 'generation_config.json'}: min_length, num_beams: without effect here"
     assert caplog.messages.count(expected) == 1
 
 

@@ -20,8 +20,8 @@ IGNORED = {
     "max_time": 0.5,
     "force_words_ids": [[5]],
     "dola_layers": "low",
-    "stop_strings": ["\n"],
-    "min_new_tokens": 4,
+    "diversity_penalty": 0.5,
+    "min_length": 4,
     "an_option_of_next_year": 1,
 }
 

@@ -40,14 +40,14 @@ def converted(tmp_path_factory) -> Path:
 def test_configs_come_first_and_other_formats_stay(hub, tmp_path):
     repository = shutil.copytree(TINY, tmp_path / "repository")
     (repository / "original").mkdir()
-    for name in ("original/model.safetensors", "consolidated.00.pth", "README.md"):
+    for name in ("original/model.safetensors", "consolidated.00.pth", "figure.png"):
         (repository / name).write_bytes(b"large")
     hub.repositories["owner/tiny"] = repository
     folder = resolve_model("owner/tiny", "v1")
     assert hub.calls[0] == ("owner/tiny", "v1", ["config.json"])
     assert hub.calls[1][1] == "v1"
     assert {"config.json", "tokenizer.json", "model.safetensors"} <= set(hub.calls[1][2])
-    assert not hub.fetched & {"original/model.safetensors", "consolidated.00.pth", "README.md"}
+    assert not hub.fetched & {"original/model.safetensors", "consolidated.00.pth", "figure.png"}
     assert LlamaForCausalLM.from_pretrained(folder).config.num_layers > 0
 
 

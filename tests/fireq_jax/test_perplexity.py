@@ -8,7 +8,8 @@ import pytest
 from flax import nnx
 
 from fireq_jax import LlamaForCausalLM, ModelConfig, recipes
-from fireq_jax.evaluation.perplexity import _token_nll, count_windows, perplexity, scored_range
+from fireq_jax.evaluation.perplexity import count_windows, perplexity, scored_range
+from fireq_jax.generation.likelihood import token_nll
 from fireq_jax.models.config import RopeConfig
 
 VOCAB = 61
@@ -127,10 +128,10 @@ def test_a_window_beyond_the_models_positions_is_logged(model, tokens, caplog):
 
 
 def test_all_batches_share_one_compilation(model, tokens):
-    _token_nll.clear_cache()
+    token_nll.clear_cache()
     for _ in range(2):
         perplexity(model, tokens, window=32, batch_size=3, progress=False)
-    assert _token_nll._cache_size() == 1
+    assert token_nll._cache_size() == 1
 
 
 @pytest.mark.parametrize("window", [2, 3, 8, 200])

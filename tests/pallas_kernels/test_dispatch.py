@@ -6,15 +6,17 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, jax_compat
 
 
 @pytest.fixture(autouse=True)
 def _fresh_caches():
     """Each reason is logged once a process; here once a test."""
-    dispatch._log_fallback.cache_clear()
+    for once in (dispatch._log_fallback, dispatch._warn_once):
+        once.cache_clear()
     yield
-    dispatch._log_fallback.cache_clear()
+    for once in (dispatch._log_fallback, dispatch._warn_once):
+        once.cache_clear()
 
 
 @pytest.fixture
@@ -35,6 +37,15 @@ def test_auto_takes_the_kernel_on_hopper_if_it_can_run(device):
     assert dispatch.resolve("op", "auto", None) == "mosaic_gpu"
     assert dispatch.resolve("op", "mosaic_gpu", None) == "mosaic_gpu"
     assert dispatch.resolve("op", "auto", "K is odd") == "xla"
+
+
+@pytest.mark.parametrize("slow", ["take jax<0.12", None])
+def test_a_jax_whose_kernels_are_slow_is_named_once(device, monkeypatch, caplog, slow):
+    device(**HOPPER)
+    monkeypatch.setattr(jax_compat, "SLOW_KERNELS", slow)
+    for op in ("one", "other"):
+        assert dispatch.resolve(op, "auto", None) == "mosaic_gpu"
+    assert caplog.messages == ([] if slow is None else [slow])
 
 
 @pytest.mark.parametrize(
