@@ -131,8 +131,7 @@ def _scores(
     def run(tokens: Array, mask: Array | None) -> tuple[np.ndarray, ...]:
         if reference is None:
             return (jax.device_get(token_nll(structure, arrays, tokens, mask)),)
-        exact = _logits(other_structure, others, tokens, mask)
-        return tuple(jax.device_get(compare(_logits(structure, arrays, tokens, mask), exact, tokens)))
+        return jax.device_get(_token_scores(structure, other_structure, arrays, others, tokens, mask))
 
     return run
 
@@ -145,7 +144,6 @@ class TokenScores(NamedTuple):
     agreement: Bool[Array, "B T-1"]
 
 
-@jax.jit
 def compare(
     logits: Float32[Array, "B T V"], reference: Float32[Array, "B T V"], tokens: Int32[Array, "B T"]
 ) -> TokenScores:
@@ -187,14 +185,21 @@ def scored_range(index: int, length: int, window: int, stride: int) -> tuple[int
     return begin, min(window, length - index * stride)
 
 
-@functools.partial(jax.jit, static_argnames="structure")
-@cached_export("structure")
-def _logits(
-    structure: Any, arrays: list[Array], tokens: Int32[Array, "B T"], mask: Int32[Array, "B T"] | None
-) -> Float32[Array, "B T V"]:
-    """Logits of the model that was flattened."""
+@functools.partial(jax.jit, static_argnames=("structure", "reference"))
+@cached_export("structure", "reference")
+def _token_scores(
+    structure: Any,
+    reference: Any,
+    arrays: list[Array],
+    reference_arrays: list[Array],
+    tokens: Int32[Array, "B T"],
+    mask: Int32[Array, "B T"] | None,
+) -> tuple[Float32[Array, "B T-1"], Float32[Array, "B T-1"], Bool[Array, "B T-1"]]:
+    """:class:`TokenScores`, which no export can name, of the two models that were flattened."""
     model: CausalLM = jax.tree.unflatten(structure, arrays)
-    return model(tokens, mask)
+    exact: CausalLM = jax.tree.unflatten(reference, reference_arrays)
+    scores = compare(model(tokens, mask), exact(tokens, mask), tokens)
+    return scores.nll, scores.divergence, scores.agreement
 
 
 def check_windows(window: int, stride: int | None, batch_size: int, max_windows: int | None) -> None:

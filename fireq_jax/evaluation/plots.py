@@ -19,9 +19,10 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
-from fireq_jax.evaluation.activations import ActivationStatistics, largest_to_median
+from fireq_jax.config_fields import mapping
+from fireq_jax.evaluation.activations import INPUTS, ActivationStatistics, largest_to_median
 from fireq_jax.evaluation.smoothing_effect import SmoothingEffect, read_smoothing, was_smoothed
-from fireq_jax.json_files import read_json
+from fireq_jax.json_files import errors_name, read_json
 
 # Blue, vermilion, green, purple, black (Okabe and Ito), each with a dash and a marker of its own.
 STYLES: tuple[dict[str, Any], ...] = (
@@ -31,12 +32,9 @@ STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#CC79A7", "linestyle": ":", "marker": "D"},
     {"color": "#000000", "linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "x"},
 )
-INPUT_NAMES = {
-    "qkv_input": "input of qkv_proj",
-    "o_input": "input of o_proj",
-    "gate_up_input": "input of gate_up_proj",
-    "down_input": "input of down_proj",
-}
+# In the order in which data walks through a block, as ``INPUTS``.
+LINEARS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+INPUT_NAMES = {name: f"input of {linear}" for name, linear in zip(INPUTS, LINEARS, strict=True)}
 _BRIGHTEST = 99.9  # percentile of a heat map's ratios from which on colours are the same
 _COLUMNS = 600  # of a heat map, at most: wider ones show the largest of neighbours
 _KEY_HEADS = 4  # kv heads on a layer's page, at most
@@ -93,11 +91,7 @@ def subject_of(
     for what, moments in (effect or {}).items():
         if what.endswith(".keys") and (shape := moments["before"].shape) != (expected := statistics.keys.shape[1:]):
             raise ValueError(f"{folder} has smoothing of another model: {what} is {shape}; expected {expected}")
-    report = read_json(folder / _REPORT) if (folder / _REPORT).is_file() else {}
-    layers = report.get("layers", {})
-    rows = [layers.get(f"layers.{i}", {}).get("weight_error", {}) for i in range(len(statistics.first_token))]
-    kinds = sorted({kind for row in rows for kind in row}, key=_place)
-    errors = {kind: np.asarray([row.get(kind, np.nan) for row in rows], np.float64) for kind in kinds}
+    errors = _weight_errors(folder / _REPORT, statistics) if (folder / _REPORT).is_file() else {}
     before_name, before = ("", None) if first is None else first
     if before is not None and before.keys.shape != statistics.keys.shape:
         before = None
@@ -127,7 +121,10 @@ def plot_layer(subject: Subject, layer: int) -> Figure:
     if not 0 <= layer < subject.num_layers:
         raise ValueError(f"layer is {layer}; expected 0 to {subject.num_layers - 1}")
     panels = [*_input_panels(subject, layer), *_weight_panels(subject, layer), *_key_panels(subject, layer)]
-    figure = new_figure(f"Layer {layer} of {subject.title}", size=(13, 0.8 + 2.3 * -(-len(panels) // 2)))
+    figure = new_figure(
+        f"Layer {layer} of {subject.title}; in brackets: largest over median channel",
+        size=(13, 0.8 + 2.3 * -(-len(panels) // 2)),
+    )
     grid = figure.add_gridspec(-(-len(panels) // 2), 2)
     for place, (title, x, series) in enumerate(panels):
         _draw_channels(figure.add_subplot(grid[place // 2, place % 2]), title, x, series)
@@ -169,9 +166,15 @@ def draw_curves(
         axes.legend(loc="upper left", ncols=3, fontsize=8, framealpha=0.85)
 
 
-def _place(linear: str) -> int:
-    """Of a linear layer in a block."""
-    return [name.rsplit(maxsplit=1)[-1] for name in INPUT_NAMES.values()].index(linear.rsplit(".", 1)[-1])
+def _weight_errors(path: Path, statistics: ActivationStatistics) -> dict[str, Float[np.ndarray, " L"]]:
+    """What a conversion's report says, in the order of the linear layers in a block."""
+    with errors_name(path):
+        layers = mapping(read_json(path).get("layers", {}), "layers")
+        of_layers = [mapping(layers.get(f"layers.{i}", {}), "layers") for i in range(len(statistics.first_token))]
+        rows = [mapping(layer.get("weight_error", {}), "weight_error") for layer in of_layers]
+        known = {kind for row in rows for kind in row if kind.rsplit(".", 1)[-1] in LINEARS}
+        kinds = sorted(known, key=lambda kind: LINEARS.index(kind.rsplit(".", 1)[-1]))
+        return {kind: np.asarray([row.get(kind, np.nan) for row in rows], np.float64) for kind in kinds}
 
 
 def _heat_rows(subject: Subject) -> list[list[tuple[str, str, np.ndarray]]]:
@@ -262,9 +265,10 @@ def _input_panels(subject: Subject, layer: int) -> Iterable[tuple[str, str, dict
 
 
 def _weight_panels(subject: Subject, layer: int) -> Iterable[tuple[str, str, dict[str, np.ndarray]]]:
-    for what, moments in (subject.effect or {}).items():
-        if what.startswith(f"layers.{layer}.") and not what.endswith(".keys"):
-            name = what.removeprefix(f"layers.{layer}.")
+    prefix, effect = f"layers.{layer}.", subject.effect or {}
+    for kind in LINEARS:
+        for what in (what for what in effect if what.startswith(prefix) and what.endswith(f".{kind}")):
+            name, moments = what.removeprefix(prefix), effect[what]
             yield f"weights of {name}: largest |w| of a column", "input channel", dict(moments)
 
 
@@ -290,7 +294,7 @@ def _draw_channels(axes: Axes, title: str, x: str, series: Mapping[str, Float[np
     floor = positive.min() / 2 if positive.size else 1.0
     for i, (label, values) in enumerate(series.items()):
         style = {name: STYLES[i][name] for name in ("color", "linestyle")}
-        label = f"{label} (largest {largest_to_median(values):.3g} times the median)"
+        label = f"{label} ({largest_to_median(values):.3g})"
         drawn = _pooled(np.maximum(values, floor)[None])[0]
         places = np.linspace(0, len(values) - 1, len(drawn))
         axes.plot(places, drawn, label=label, linewidth=1.8 - 0.7 * i, drawstyle="steps-mid", **style)

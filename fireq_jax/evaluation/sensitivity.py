@@ -72,7 +72,12 @@ def pieces_of(config: ModelConfig, quantization: QuantizationConfig) -> list[Pie
 
     Keys and values are tried in both of the cache's formats, whichever the recipe has.
     """
-    everything = Roundings.of(quantization)
+    cached = {quantization.kv_format, *(chosen for _, chosen in quantization.layer_kv_formats)} - {"none"}
+    has = {"activations": quantization.activation_format != "none"}
+    has |= dict.fromkeys(("keys", "values"), bool(cached))
+    has |= dict.fromkeys(("queries", "probabilities"), bool(cached) or quantization.query_format != "none")
+    rounded = [field.name for field in dataclasses.fields(Roundings) if has[field.name]]
+    everything = dataclasses.replace(Roundings(), **dict.fromkeys(rounded, "own"))
     weights = () if all(map(quantization.keeps_float, linear_names(config))) else ("*",)
     head = quantization.lm_head_format != "none"
     nothing, replace = Roundings(), dataclasses.replace
@@ -84,10 +89,8 @@ def pieces_of(config: ModelConfig, quantization: QuantizationConfig) -> list[Pie
         pieces += [Piece(f"weights: {kind}", (f"*.{kind}",)) for kind in kinds]
     if head:
         pieces.append(Piece("head", head=True))
-    rounded = [field.name for field in dataclasses.fields(Roundings) if getattr(everything, field.name) != "none"]
-    for name in rounded:
-        if name not in ("keys", "values"):
-            pieces.append(Piece(f"{name} {getattr(everything, name)}", roundings=replace(nothing, **{name: "fp8"})))
+    fp8 = [name for name in rounded if name not in ("keys", "values")]
+    pieces += [Piece(f"{name} fp8", roundings=replace(nothing, **{name: "fp8"})) for name in fp8]
     for name in ("keys", "values"):
         pieces += [Piece(f"{name} {form}", roundings=replace(nothing, **{name: form})) for form in ("fp8", "int4")]
     if weights:
@@ -179,7 +182,7 @@ class Sensitivity:
 
     def _run(self, piece: Piece, index: int, hidden: Float32[np.ndarray, "W T D"]) -> Float32[np.ndarray, "W T D"]:
         graph, state = self._layer(piece, index)
-        quantization, output = self.quantized.quantization, np.empty_like(hidden)
+        quantization, output = self.quantized.layers[index].self_attn.quantization, np.empty_like(hidden)
         for row, x in enumerate(hidden):
             started = time.perf_counter()
             result = run_layer(graph, self.config, quantization, piece.roundings, state, jnp.asarray(x[None]))

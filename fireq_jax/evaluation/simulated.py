@@ -33,12 +33,12 @@ from pallas_kernels.residual_stream import ResidualStream
 from pallas_kernels.rope_quantize import rope_quantize_reference
 from pallas_kernels.split_k import reduced
 
-Rounded = Literal["fp8", "none"]
+Rounded = Literal["fp8", "none", "own"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Roundings:
-    """What a simulated layer rounds, besides its weights, which are what they are.
+    """What a simulated layer rounds, besides its weights, which are what they are. "own": as the recipe has it there.
 
     Attributes:
         activations: inputs of linear layers, per token. Of experts only what all of them read.
@@ -49,15 +49,18 @@ class Roundings:
 
     activations: Rounded = "none"
     queries: Rounded = "none"
-    keys: KVFormat = "none"
-    values: KVFormat = "none"
+    keys: KVFormat | Literal["own"] = "none"
+    values: KVFormat | Literal["own"] = "none"
     probabilities: Rounded = "none"
 
-    @classmethod
-    def of(cls, quantization: QuantizationConfig) -> "Roundings":
-        """Those of a real model."""
+    def of_layer(self, quantization: QuantizationConfig) -> "Roundings":
+        """The same with formats in place of "own"."""
         queries, cache = quantization.query_format, quantization.kv_format
-        return cls(quantization.activation_format, queries, cache, cache, queries)
+        own = {
+            "activations": quantization.activation_format, "queries": queries, "keys": cache, "values": cache,
+            "probabilities": queries,
+        }  # fmt: skip
+        return dataclasses.replace(self, **{name: own[name] for name in own if getattr(self, name) == "own"})
 
 
 def embed(model: CausalLM, tokens: Int[np.ndarray, "B T"]) -> Float32[Array, "B T D"]:
@@ -80,7 +83,7 @@ def run_layer(
     Args:
         graph, state: of the layer (``nnx.split``). ``state`` may hold quantized weights where ``graph`` had others.
         config: the architecture.
-        quantization: says how keys and values are rounded: clips and groups.
+        quantization: the layer's (``Attention.quantization``): clips and groups of keys and values, and what is "own".
         roundings: what is rounded.
         x: the layer's input.
     """
@@ -100,7 +103,7 @@ def forward(
     ``tap`` sees "qkv_input", "o_input", "gate_up_input" and (but of experts) "down_input", before they are rounded,
     and as attention reads them "query" [B, T, heads, H] and "key" [B, kv_heads, T, H].
     """
-    weights = _in_float(layer.weights)
+    weights, roundings = _in_float(layer.weights), roundings.of_layer(quantization)
     run = functools.partial(project, out_dtype=jnp.float32, implementation="xla")
 
     def rows(name: str, x: Float[Array, "B T K"]) -> Float[Array, "B T K"]:
@@ -141,7 +144,7 @@ def _attention(
     start, lengths = jnp.zeros((batch,), jnp.int32), jnp.full((batch,), length, jnp.int32)
     shape = (batch, config.num_kv_heads, length, config.head_dim)
     key, value = (
-        LayerCache.create(quantization.with_kv_format(kv_format), shape, jnp.float32).key
+        LayerCache.create(dataclasses.replace(quantization, kv_format=kv_format), shape, jnp.float32).key
         for kv_format in (roundings.keys, roundings.values)
     )
     query, key, value = rope_quantize_reference(

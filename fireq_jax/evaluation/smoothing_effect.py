@@ -11,7 +11,7 @@ _FILE = "smoothing.npz"
 _MOMENTS = ("before", "after")
 _KEY_MOMENTS = ("before", "pre_rope", "post_rope")
 _NAME = re.compile(
-    r"(?P<what>layers\.[0-9]{1,5}\.(keys|(self_attn\.(qkv|o)|mlp\.(gate_up|down))_proj))\.(?P<moment>[a-z_]+)"
+    r"(?P<what>layers\.[0-9]{1,5}\.(keys|(self_attn\.(qkv|o)|mlp\.(experts\.)?(gate_up|down))_proj))\.(?P<moment>[a-z_]+)"
 )
 
 

@@ -34,7 +34,8 @@ def statistics_of(seed, outlier=1.0):
 def folder(tmp_path):
     """A converted model's, as far as figures read it: one layer was smoothed, one linear layer stayed float."""
     keys = {f"layers.1.keys.{moment}": np.full((2, 16), 3.0) for moment in ("before", "pre_rope", "post_rope")}
-    np.savez(tmp_path / "smoothing.npz", **LINEAR, **keys)
+    experts = {name.replace("mlp", "mlp.experts"): array for name, array in LINEAR.items()}
+    np.savez(tmp_path / "smoothing.npz", **LINEAR, **experts, **keys)
     errors = [{"weight_error": {"mlp.down_proj": 0.1, "self_attn.qkv_proj": 0.2}}, {"weight_error": {}}, {}]
     report = {"layers": {f"layers.{i}": error for i, error in enumerate(errors)}}
     (tmp_path / "report.json").write_text(json.dumps(report))
@@ -76,7 +77,7 @@ def test_overview_of_one_model(tmp_path):
 
 def test_pages_of_layers(folder):
     subject = subject_of("new", folder, statistics_of(0))
-    assert len(titles(plot_layer(subject, 0))) == 4 + 1 + 2
+    assert len(titles(plot_layer(subject, 0))) == 4 + 2 + 2
     keys = next(axes for axes in plot_layer(subject, 1).axes if "kv head 1 of 2" in axes.get_title(loc="left"))
     assert [set(line.get_ydata()) for line in keys.lines] == [{3.0}, set(subject.statistics.keys[1, 1])]
     paths = save_figures(subject, folder / "figures", [2])
@@ -84,6 +85,9 @@ def test_pages_of_layers(folder):
     assert set((folder / "figures").iterdir()) == set(paths)
     with pytest.raises(ValueError, match="layer is 3; expected 0 to 2"):
         plot_layer(subject, 3)
+    (folder / "report.json").write_text('{"layers": {"layers.0": {"weight_error": []}}}')
+    with pytest.raises(ValueError, match=rf"^{folder}/report\.json: weight_error is"):
+        subject_of("new", folder, statistics_of(0))
     np.savez(folder / "smoothing.npz", **KEYS)
     with pytest.raises(ValueError, match=r"another model: layers\.1\.keys is \(1, 4\); expected \(2, 16\)"):
         subject_of("new", folder, statistics_of(0))

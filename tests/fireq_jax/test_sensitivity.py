@@ -21,7 +21,9 @@ from fireq_jax.models.parameters import abstract, parameters_of, with_parameters
 from pallas_kernels.quantized_tensor import QuantizedTensor
 
 CONFIG = ModelConfig(61, 64, 96, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, max_position_embeddings=64)
-RECIPE = dataclasses.replace(recipes.rtn(), key_clip=0.95, value_clip=0.9, unbiased_keys=True)
+RECIPE = dataclasses.replace(
+    recipes.rtn(), key_clip=0.95, value_clip=0.9, unbiased_keys=True, layer_kv_formats={"layers.0.*": "fp8"}
+)
 WINDOWS = np.random.default_rng(0).integers(0, 61, (3, 24), dtype=np.int32)
 NOISY = "layers.1.mlp.down_proj.weight"
 
