@@ -104,6 +104,7 @@ def test_links_and_commands_exist(page):
         assert parses(name, arguments), f"{page}: {name} {shlex.join(arguments)}"
 
 
+@pytest.mark.slow
 def test_readme_commands_run(folder, monkeypatch, capsys):
     """The README's own way from a checkpoint to text, by the recipe that needs no calibration."""
     monkeypatch.chdir(folder)
@@ -116,6 +117,7 @@ def test_readme_commands_run(folder, monkeypatch, capsys):
     assert capsys.readouterr().out.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_runs(page, folder, monkeypatch, capsys):
     """A page's Python from top to bottom, as one program."""

@@ -71,6 +71,7 @@ def block_error(quantization: QuantizationConfig) -> float:
     return float(np.linalg.norm(output - exact) / np.linalg.norm(exact))
 
 
+@pytest.mark.slow
 def test_a_compensated_block_is_closer_than_one_with_searched_scales() -> None:
     searched = block_error(without_smoothing(error_compensation=False))
     compensated = block_error(without_smoothing())

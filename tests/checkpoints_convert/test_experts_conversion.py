@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from small_checkpoint import block_of, write_checkpoint
 
 from checkpoints_convert import compensation
@@ -53,6 +54,7 @@ def test_moments_are_of_an_experts_own_tokens() -> None:
     np.testing.assert_allclose(found[1] / compensation.UNROUTED, x.T @ y / 7, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_stacks_are_rounded_one_by_one() -> None:
     config = QuantizationConfig(scale_search=True)
     random = np.random.default_rng(4)
@@ -82,6 +84,7 @@ def test_stacks_are_rounded_one_by_one() -> None:
         )
 
 
+@pytest.mark.slow
 def test_compensated_experts_are_closer_than_rounded_ones() -> None:
     block, hidden = block_of(CONFIG), hidden_of()
     exact, _ = Calibrator(CONFIG, 8).run(block, 0, hidden)
@@ -100,6 +103,7 @@ def test_compensated_experts_are_closer_than_rounded_ones() -> None:
     assert error(error_compensation=True) < 0.8 * error(error_compensation=False)
 
 
+@pytest.mark.slow
 def test_a_converted_model_is_close_to_its_source(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source", FIELDS, 0.1)
     tokens = np.random.default_rng(1).integers(0, 64, (4, 24), dtype=np.int32)

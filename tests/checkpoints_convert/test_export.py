@@ -122,6 +122,7 @@ def codes_of(folder: Path) -> dict[str, CodedWeight]:
 # --- codes ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_int4_with_bf16_scales_is_exact_for_all_who_read_it(tmp_path: Path) -> None:
     model = saved(tmp_path, family_fields("llama", **WIDE), BF16_SCALES)
     folder = exported(model, "compressed-tensors")

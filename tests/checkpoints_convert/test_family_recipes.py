@@ -76,6 +76,7 @@ def layer_of(config: ModelConfig, block: Block, index: int) -> DecoderLayer:
     return with_parameters(abstract_layer(config, quantization, index), own)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "index"), kinds(), ids=lambda x: str(x))
 def test_smoothing_changes_no_familys_function(case: str, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # Op by op: families share what is compiled.
