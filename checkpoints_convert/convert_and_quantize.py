@@ -1,4 +1,4 @@
-"""``fireq-convert``: a Hugging Face Llama checkpoint in, a quantized model folder out."""
+"""``fireq-convert``: a checkpoint of Llama or a relative in, a quantized model's folder out."""
 
 import argparse
 import dataclasses
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from checkpoints_convert.calibration_data import (
+    Windows,
     calibration_windows,
     check_sizes,
     most_held_out,
@@ -19,7 +20,7 @@ from fireq_jax.checkpoints.folder import MANIFEST, check_writable
 from fireq_jax.checkpoints.hub import check_config, is_hub_id, resolve_config, resolve_model
 from fireq_jax.checkpoints.reader import checkpoint_config
 from fireq_jax.checkpoints.tokenizer import load_tokenizer
-from fireq_jax.command_line import add_common_options, exit_code, leave
+from fireq_jax.command_line import SOURCES, add_common_options, add_text_options, exit_code, leave
 from fireq_jax.compilation import keep_programs
 from fireq_jax.json_files import read_json
 from fireq_jax.models.llama import linear_names
@@ -33,46 +34,34 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     parse = argparse.ArgumentParser(
         prog="fireq-convert",
-        description=__doc__,
+        description="Quantize a checkpoint of Llama or a relative, block by block. Progress goes to stderr.",
         epilog=f"recipes:\n{recipes.described()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parse.add_argument("--model", required=True, help="Hugging Face folder, GGUF file, or a hub id to download")
+    parse.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR_OR_ID",
+        help="Hugging Face folder, GGUF file, or a hub id to download",
+    )
     parse.add_argument("--revision", help="branch, tag or commit of the hub id")
-    parse.add_argument("--output", required=True, type=Path, help="folder to write")
+    parse.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
     parse.add_argument(
         "--recipe",
         default="fireq_plus",
+        metavar="NAME_OR_FILE",
         help="one of those below, or FILE.json: fields of QuantizationConfig and a recipe to start from, as in "
         '{"base": "fireq_plus", "group_size": 64} (default: fireq_plus)',
     )
     parse.add_argument("--list-recipes", action=_ListRecipes, help="say which recipe is for what, and exit")
-    parse.add_argument("--calibration", help="text file, .jsonl, .json, .parquet, a folder of them, or a dataset name")
+    _add_calibration(parse)
     parse.add_argument(
-        "--text-field", default="text", help="of text, or of chat messages (default: text, else messages)"
+        "--dtype",
+        default="bfloat16",
+        metavar="{bfloat16,float32}",
+        help="of what stays unquantized (default: bfloat16)",
     )
-    parse.add_argument("--join", action="store_true", help="join documents by blank lines into one text")
-    parse.add_argument("--calibration-samples", type=int, default=128, help="token windows (default: 128)")
-    parse.add_argument("--sequence-length", type=int, default=1024, help="tokens of a window (default: 1024)")
-    parse.add_argument("--seed", type=int, default=0, help="chooses the windows (default: 0)")
-    parse.add_argument("--batch-size", type=int, default=8, help="windows a calibration step (default: 8)")
-    parse.add_argument("--dtype", default="bfloat16", help="of what stays unquantized (default: bfloat16)")
-    parse.add_argument(
-        "--kv-format",
-        choices=["int4", "fp8", "none"],
-        help="overrides the recipe's cache format, and the choice among them where attention has biases",
-    )
-    parse.add_argument("--weight-format", choices=list(formats.CODEBOOKS), help="overrides a recipe's 4-bit weights")
-    parse.add_argument("--lm-head-format", choices=["fp8", "none"], help="overrides the recipe's lm_head")
-    parse.add_argument(
-        "--keep-float",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="PATTERN",
-        help="linear layers to leave alone, as in 'layers.0.*'",
-    )
-    _add_layer_formats(parse)
+    _add_overrides(parse)
     parse.add_argument(
         "--keep-codes",
         action=argparse.BooleanOptionalAction,
@@ -112,20 +101,13 @@ def run(args: argparse.Namespace) -> None:
     # What costs little comes first: text is read before weights are downloaded, and tokenized after.
     documents = _documents(args, quantization)
     if args.dry_run:
-        print("\n".join(_plan(args, options, reads_text=documents is not None)))
+        print("\n".join(_plan(args, options, documents)))
         return
     model = resolve_model(args.model, args.revision, check=lambda folder: _check(folder, quantization))
     options = dataclasses.replace(options, model=model)
     tokens = held_out = None
     if documents is not None:
-        tokens, held_out = calibration_windows(
-            documents,
-            load_tokenizer(model),
-            source=args.calibration,
-            samples=args.calibration_samples,
-            sequence_length=args.sequence_length,
-            seed=args.seed,
-        )
+        tokens, held_out = _windows(args, documents, model)
     keep_programs()
     report = convert(options, tokens, held_out=held_out, resume=args.resume)
     before, after = report["bytes_before"] / 1e6, report["bytes_after"] / 1e6
@@ -143,7 +125,39 @@ class _ListRecipes(argparse.Action):
         parser.exit()
 
 
-def _add_layer_formats(parse: argparse.ArgumentParser) -> None:
+def _add_calibration(parse: argparse.ArgumentParser) -> None:
+    parse.add_argument(
+        "--calibration",
+        metavar="TEXT",
+        help=f"text of the kinds that the model will meet: {SOURCES}; rtn, w4a16, w8a8_fp8 and none read none",
+    )
+    add_text_options(parse)
+    parse.add_argument("--calibration-samples", type=int, default=128, metavar="N", help="token windows (default: 128)")
+    parse.add_argument(
+        "--sequence-length", type=int, default=1024, metavar="N", help="tokens of a window (default: 1024)"
+    )
+    parse.add_argument("--seed", type=int, default=0, help="chooses the windows (default: 0)")
+    parse.add_argument(
+        "--batch-size", type=int, default=8, metavar="N", help="windows that are calibrated on at once (default: 8)"
+    )
+
+
+def _add_overrides(parse: argparse.ArgumentParser) -> None:
+    parse.add_argument(
+        "--kv-format",
+        choices=["int4", "fp8", "none"],
+        help="overrides the recipe's cache format, and the choice among them where attention has biases",
+    )
+    parse.add_argument("--weight-format", choices=list(formats.CODEBOOKS), help="overrides a recipe's 4-bit weights")
+    parse.add_argument("--lm-head-format", choices=["fp8", "none"], help="overrides the recipe's lm_head")
+    parse.add_argument(
+        "--keep-float",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="PATTERN",
+        help="linear layers to leave alone, as in 'layers.0.*'",
+    )
     for name, formats_there, example in (
         ("--layer-format", weight_formats(), "layers.29.mlp.down_proj=fp8"),
         ("--layer-kv-format", get_args(formats.KVFormat), "layers.3.self_attn=fp8"),
@@ -188,19 +202,32 @@ def _quantization(args: argparse.Namespace) -> QuantizationConfig:
     )
 
 
-def _plan(args: argparse.Namespace, options: ConversionOptions, *, reads_text: bool) -> list[str]:
+def _windows(args: argparse.Namespace, documents: list[Document], model: Path) -> tuple[Windows, Windows]:
+    """Windows to calibrate on, and held-out ones."""
+    return calibration_windows(
+        documents,
+        load_tokenizer(model),
+        source=args.calibration,
+        samples=args.calibration_samples,
+        sequence_length=args.sequence_length,
+        seed=args.seed,
+    )
+
+
+def _plan(args: argparse.Namespace, options: ConversionOptions, documents: list[Document] | None) -> list[str]:
     """What the conversion is going to do, of a hub id as far as its config files say."""
     samples, length = args.calibration_samples, args.sequence_length
-    text = (samples, length) if reads_text else None
-    held_out = most_held_out(samples, length) if reads_text else 0
+    text = None if documents is None else (samples, length)
     check_writable(args.output)
     if not is_hub_id(args.model):
         model = resolve_model(args.model, args.revision, check=lambda folder: _check(folder, options.quantization))
+        held_out = 0 if documents is None else len(_windows(args, documents, model)[1])
         return dry_run(dataclasses.replace(options, model=model), text, held_out)
     folder = resolve_config(args.model, args.revision, check=lambda folder: _check(folder, options.quantization))
     coded = "quantization_config" in read_json(folder / "config.json")
     kept = None if coded and args.keep_codes else ()
     config = checkpoint_config(folder)
+    held_out = 0 if documents is None else most_held_out(samples, length)  # the tokenizer is not here to count
     sizes = {"batch_size": args.batch_size, "nbytes": None, "text": text, "held_out": held_out}
     return plan_of(Work(config, options.quantization, args.output, args.dtype, **sizes, kept=kept))
 

@@ -24,9 +24,13 @@ def parser() -> argparse.ArgumentParser:
     parse = argparse.ArgumentParser(
         prog="fireq-export", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parse.add_argument("--model", required=True, help="folder that fireq-convert wrote, or a hub id of one")
+    parse.add_argument(
+        "--model", required=True, metavar="DIR_OR_ID", help="folder that fireq-convert wrote, or a hub id of one"
+    )
     parse.add_argument("--revision", help="branch, tag or commit of the hub id")
-    parse.add_argument("--output", required=True, type=Path, help="folder to make; must not hold anything yet")
+    parse.add_argument(
+        "--output", required=True, type=Path, metavar="DIR", help="folder to make; must not hold anything yet"
+    )
     parse.add_argument("--format", required=True, choices=get_args(ExportFormat), help="what the folder holds")
     parse.add_argument(
         "--dtype", default="bfloat16", choices=get_args(Dtype), help="of what is not quantized (default: bfloat16)"

@@ -23,6 +23,25 @@ _INTERRUPTED = 128 + signal.SIGINT
 _OURS = "fireq_jax", "pallas_kernels", "checkpoints_convert"
 _interrupted = threading.Event()
 
+# What a text option takes (``text_data``).
+SOURCES = (
+    "text file, .jsonl, .json or .parquet; a folder of .txt, .jsonl and .parquet files; or a data set of the datasets "
+    "library, NAME[:CONFIG[:SPLIT]]"
+)
+
+
+def add_text_options(parse: argparse.ArgumentParser) -> None:
+    """``--text-field`` and ``--join``: how a text source becomes documents."""
+    parse.add_argument(
+        "--text-field",
+        default="text",
+        metavar="FIELD",
+        help="field of objects and columns that holds the text, or a chat's messages (default: text, else messages)",
+    )
+    parse.add_argument(
+        "--join", action="store_true", help="join documents by blank lines into one text, as is usual for WikiText"
+    )
+
 
 def add_common_options(parse: argparse.ArgumentParser, *, default: int = logging.WARNING) -> None:
     """``--version``, and ``--verbose`` and ``--quiet`` as ``args.log_level`` for :func:`exit_code`."""

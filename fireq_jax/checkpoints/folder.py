@@ -105,7 +105,8 @@ class StoredModel:
         """
         if not folder.is_dir() and find_gguf(folder) is None:
             raise ValueError(
-                f"{folder} is not a folder; expected a Hugging Face checkpoint, a converted model or a GGUF file"
+                f"{folder} is not a folder; expected a Hugging Face checkpoint, a converted model or a GGUF file (the "
+                "commands download a hub id; in Python take what huggingface_hub.snapshot_download returns)"
             )
         if (folder / MANIFEST).is_file():
             config, quantization, digests = read_manifest(folder, verify=verify)

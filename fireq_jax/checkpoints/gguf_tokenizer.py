@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fireq_jax.checkpoints.gguf_file import GGUFFile
+from fireq_jax.checkpoints.transformers_import import import_transformers
 from fireq_jax.config_fields import is_a, quote
 from fireq_jax.json_files import errors_name
 
@@ -81,7 +82,6 @@ def gguf_tokenizer(file: GGUFFile) -> "PreTrainedTokenizerBase":
         ValueError: naming the file and the key, if there is none, or one that cannot be built here.
     """
     from tokenizers import AddedToken
-    from transformers import PreTrainedTokenizerFast
 
     said = {key.removeprefix("tokenizer.ggml."): value for key, value in file.metadata.items()}
     with errors_name(file.path):
@@ -101,7 +101,7 @@ def gguf_tokenizer(file: GGUFFile) -> "PreTrainedTokenizerBase":
     end = special["eos_token"] if said.get("add_eos_token", False) else None
     _add_ends(tokenizer, begin, end)
     template = said.get(_TEMPLATE)
-    return PreTrainedTokenizerFast(
+    return import_transformers().PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         clean_up_tokenization_spaces=False,
         **{name: token for name, token in special.items() if token is not None},

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from fireq_jax.checkpoints.gguf_file import GGUFFile, find_gguf
 from fireq_jax.checkpoints.gguf_tokenizer import gguf_tokenizer, has_tokenizer
 from fireq_jax.checkpoints.huggingface import GENERATION_CONFIG
+from fireq_jax.checkpoints.transformers_import import import_transformers
 from fireq_jax.whole_files import check_digest
 
 if TYPE_CHECKING:
@@ -50,11 +51,9 @@ def load_tokenizer(folder: str | Path, *, verify: bool = True) -> "PreTrainedTok
         _verify(folder)
     if not any((folder / name).is_file() for name in _FILES):
         raise ValueError(f"{folder} has no tokenizer; expected {', '.join(_FILES[:-1])} or {_FILES[-1]}")
-    # Importing transformers takes seconds, which a caller without text should not pay.
-    from transformers import AutoTokenizer
-
+    auto = import_transformers().AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise ValueError(f"{folder}: transformers cannot read its tokenizer: {error}") from error
     return _used(tokenizer, folder)

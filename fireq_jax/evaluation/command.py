@@ -11,7 +11,7 @@ from typing import NoReturn, get_args
 import numpy as np
 
 from fireq_jax.checkpoints.folder import StoredModel
-from fireq_jax.command_line import add_common_options, exit_code, leave
+from fireq_jax.command_line import SOURCES, add_common_options, add_text_options, exit_code, leave
 from fireq_jax.compilation import keep_programs
 from fireq_jax.evaluation.activations import ActivationStatistics, measure_activations
 from fireq_jax.evaluation.comparison import Evaluation, evaluate, format_table, resolve_models
@@ -29,7 +29,12 @@ _WINDOWS_LOOKED_AT = 4  # windows of text for the figures, at most
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parse = argparse.ArgumentParser(prog="fireq-evaluate", description=__doc__)
+    parse = argparse.ArgumentParser(
+        prog="fireq-evaluate",
+        description="Perplexity of models on a text. Of each but the first also: loss, by how much its perplexity is "
+        "above the first's; KL, the divergence of its next tokens from the first's, in nats; top-1, the share of "
+        "tokens of which both think the same likeliest.",
+    )
     parse.add_argument(
         "--model",
         dest="models",
@@ -39,17 +44,19 @@ def parser() -> argparse.ArgumentParser:
         help="a model's folder or GGUF file, or a hub id to download; repeat it to compare several with the first",
     )
     parse.add_argument("--revision", help="branch, tag or commit of the models that are hub ids")
-    parse.add_argument("--text", required=True, help="text file, .jsonl, .parquet, a folder of them, or a dataset name")
-    parse.add_argument("--text-field", default="text", help="where .jsonl and .parquet hold their text (default: text)")
+    parse.add_argument("--text", required=True, help=SOURCES)
+    add_text_options(parse)
     parse.add_argument(
-        "--join", action="store_true", help="join documents by blank lines into one text, as is usual for WikiText"
+        "--window", type=int, default=1024, metavar="N", help="tokens the model sees at once (default: 1024)"
     )
-    parse.add_argument("--window", type=int, default=1024, help="tokens the model sees at once (default: 1024)")
     parse.add_argument(
-        "--stride", type=int, help="tokens between the beginnings of windows; less than the window makes them overlap"
+        "--stride",
+        type=int,
+        metavar="N",
+        help="tokens between the beginnings of windows; less than the window makes them overlap (default: the window)",
     )
     parse.add_argument("--max-windows", type=int, metavar="N", help="evaluate only the first N windows")
-    parse.add_argument("--batch-size", type=int, default=4, help="windows computed together (default: 4)")
+    parse.add_argument("--batch-size", type=int, default=4, metavar="N", help="windows computed together (default: 4)")
     parse.add_argument(
         "--no-divergence",
         dest="divergence",
@@ -66,12 +73,24 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument(
         "--implementation", choices=get_args(Implementation), default="auto", help="of the ops (default: auto)"
     )
+    _add_outputs(parse)
+    parse.add_argument(
+        "--no-verify", dest="verify", action="store_false", help="take converted models' files as they are"
+    )
+    add_common_options(parse)
+    return parse
+
+
+def _add_outputs(parse: argparse.ArgumentParser) -> None:
     parse.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
     parse.add_argument(
         "--report", type=Path, metavar="FILE.html", help="also write a page with the results and figures of all layers"
     )
     parse.add_argument(
-        "--plots", type=Path, metavar="DIR", help="also draw an overview of each model's activations, a folder a model"
+        "--plots",
+        type=Path,
+        metavar="DIR",
+        help="also draw an overview of each model's activations, in a folder of its own in DIR",
     )
     parse.add_argument(
         "--plot-layers",
@@ -79,11 +98,6 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="draw a page of each of these layers, or of 'all' (default: none in --plots, all in --report)",
     )
-    parse.add_argument(
-        "--no-verify", dest="verify", action="store_false", help="take converted models' files as they are"
-    )
-    add_common_options(parse)
-    return parse
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

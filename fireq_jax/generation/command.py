@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fireq-generate",
-        description="Continue prompts with a Hugging Face or converted Llama, or chat with it. New text goes to "
+        description="Continue prompts with a Hugging Face, GGUF or converted model, or chat with it. New text goes to "
         "stdout, speed to stderr. What is not given comes from generation_config.json in the model's folder, if it is "
         "there.",
     )
@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     asked = parser.add_argument_group("prompts").add_argument
     asked("--prompt", action="append", metavar="TEXT", help="repeat it for a batch, printed when complete")
     asked("--prompts", metavar="FILE", help=_FILE_HELP)
-    asked("--batch-size", type=int, default=16, metavar="N", help="of --prompts, so many at once; default 16")
+    asked("--batch-size", type=int, default=16, metavar="N", help="prompts of --prompts that run at once; default 16")
     asked("--chat", action="store_true", help=_CHAT_HELP)
     asked("--system", metavar="TEXT", help="system message; with --chat, or --prompts that are messages")
     _add_choices(parser.add_argument_group("new tokens"))
@@ -177,7 +177,7 @@ def _load(
     kinds = {name: getattr(arguments, name) for name in ("dtype", "kv_format", "implementation")}
     abstract = CausalLM.abstract(stored, **kinds)
     cache, tokens = check_call(abstract, **options), options["max_new_tokens"]
-    _say(arguments, f"{arguments.model}: a cache of {cache / 1e6:.1f} MB for {tokens} new tokens a prompt")
+    _say(arguments, f"{arguments.model}: a cache of {cache / 1e6:,.2f} MB for {tokens} new tokens a prompt")
     part = " for the prompt" if only_prefill else ""
     if sys.stderr.isatty() or arguments.log_level < logging.WARNING:
         size = f"{abstract.nbytes / 1e6:,.0f} MB"

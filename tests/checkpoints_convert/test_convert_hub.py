@@ -53,6 +53,17 @@ def test_a_converted_model_is_not_converted_again(hub, tmp_path, capsys):
     assert hub.fetched == {"fireq.json"}
 
 
+@pytest.mark.parametrize(
+    ("length", "code", "said"), [(1024, 0, "on 16384 tokens, 0 held out"), (1100, 2, "the text has 17103 tokens")]
+)
+def test_a_dry_run_counts_a_text(tmp_path, capsys, length, code, said):
+    sizes = ["--calibration-samples", "16", "--sequence-length", str(length)]
+    command = ["--model", str(TINY), "--output", str(tmp_path / "out"), "--calibration", str(TINY / "calibration.txt")]
+    assert convert([*command, *sizes, "--dry-run"]) == code
+    assert said in "".join(capsys.readouterr())
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_dry_run_fetches_no_weights(hub, tmp_path, capsys):
     hub.repositories["owner/tiny"] = TINY
     command = ["--model", "owner/tiny", "--output", str(tmp_path / "out"), "--recipe", "rtn", "--dry-run"]

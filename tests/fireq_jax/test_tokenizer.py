@@ -1,7 +1,9 @@
 """A tokenizer is the one that came with the model, and one that works."""
 
 import json
+import logging
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from fireq_jax import recipes
 from fireq_jax.checkpoints.folder import write_manifest
 from fireq_jax.checkpoints.tokenizer import TOKENIZER_FILES, load_tokenizer
+from fireq_jax.checkpoints.transformers_import import import_transformers
 from fireq_jax.models.architectures import config_from_huggingface
 from fireq_jax.whole_files import digest
 
@@ -81,3 +84,19 @@ def test_a_broken_tokenizer_names_the_folder(folder: Path, text: str) -> None:
     (folder / "tokenizer.json").write_text(text)
     with pytest.raises(ValueError, match=f"{folder}: transformers cannot read its tokenizer"):
         load_tokenizer(folder)
+
+
+def test_transformers_does_not_ask_for_torch(tmp_path, monkeypatch, caplog):
+    lines = "PyTorch was not found. Models won't be available.", "something else"
+    (tmp_path / "transformers.py").write_text(
+        f"import logging\nfor line in {lines!r}:\n    logging.getLogger('transformers').warning(line)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    del sys.modules["transformers"]
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    monkeypatch.setattr(logger, "propagate", False)
+    import_transformers()
+    logger.removeHandler(caplog.handler)
+    assert caplog.messages == ["something else"]
