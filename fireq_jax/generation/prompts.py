@@ -118,7 +118,7 @@ def _parsed(lines: Iterable[str], name: str, *, as_json: bool | None) -> list[Pr
 def _of_json(line: str, where: str) -> Prompt:
     try:
         fields = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is {quote(line)}; expected JSON: {error}") from error
     names = {"prompt", "messages"} & (fields.keys() if isinstance(fields, dict) else set())
     if len(names) != 1:

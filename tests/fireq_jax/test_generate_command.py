@@ -171,6 +171,7 @@ def test_a_file_of_prompts_is_answered_line_by_line(capsys, variant, model, monk
     ("line", "message"),
     [
         ("{", "expected JSON"),
+        pytest.param("[" * 200_000, "expected JSON", id="deep"),
         ("[1]", "expected an object with either prompt or messages"),
         ('{"text": "a"}', "expected an object with either prompt or messages"),
         ('{"prompt": 3}', "expected a text as prompt"),
