@@ -16,7 +16,8 @@ from checkpoints_convert.calibration_data import (
 )
 from checkpoints_convert.conversion import ConversionOptions, convert, dry_run
 from checkpoints_convert.plan import Work, plan_of
-from fireq_jax.checkpoints.folder import MANIFEST, check_writable
+from checkpoints_convert.work_folder import WorkFolder
+from fireq_jax.checkpoints.folder import MANIFEST
 from fireq_jax.checkpoints.hub import check_config, is_hub_id, resolve_config, resolve_model
 from fireq_jax.checkpoints.reader import checkpoint_config
 from fireq_jax.checkpoints.tokenizer import load_tokenizer
@@ -218,7 +219,7 @@ def _plan(args: argparse.Namespace, options: ConversionOptions, documents: list[
     """What the conversion is going to do, of a hub id as far as its config files say."""
     samples, length = args.calibration_samples, args.sequence_length
     text = None if documents is None else (samples, length)
-    check_writable(args.output)
+    WorkFolder(args.output).check(None, resume=args.resume)
     if not is_hub_id(args.model):
         model = resolve_model(args.model, args.revision, check=lambda folder: _check(folder, options.quantization))
         held_out = 0 if documents is None else len(_windows(args, documents, model)[1])

@@ -48,8 +48,8 @@ class WorkFolder:
         """Where it is."""
         return self.output / folder.WORK_FOLDER
 
-    def check(self, options: Mapping[str, Any], *, resume: bool) -> bool:
-        """Whether the output is already complete; writes nothing.
+    def check(self, options: Mapping[str, Any] | None, *, resume: bool) -> bool:
+        """Whether the output is already complete; writes nothing. None: ``options`` do not matter.
 
         Raises:
             ValueError: if ``output`` cannot be written to or holds something else: a file, another model, a
@@ -168,7 +168,7 @@ class WorkFolder:
     def _entering(self, index: int) -> list[Path]:
         return sorted(self.path.glob(f"*.{index}.npy"))
 
-    def _check_contents(self, options: Mapping[str, Any], *, resume: bool) -> bool:
+    def _check_contents(self, options: Mapping[str, Any] | None, *, resume: bool) -> bool:
         output = self.output
         if (output / folder.MANIFEST).exists():
             if not resume:
@@ -191,7 +191,9 @@ class WorkFolder:
         inside = set(self.path.iterdir()) if self.path.exists() else set()
         return set(self.output.iterdir()) <= {self.path} and inside <= before
 
-    def _check_options(self, path: Path, before: Any, now: Mapping[str, Any]) -> None:
+    def _check_options(self, path: Path, before: Any, now: Mapping[str, Any] | None) -> None:
+        if now is None:
+            return
         if not isinstance(before, dict):
             raise ValueError(f"{path} does not say what {self.output} was made of; {self._advice}")
         if before != (now := json.loads(json.dumps(now))):

@@ -5,6 +5,9 @@ import math
 from collections.abc import Iterable, Sequence
 from types import MappingProxyType
 
+import jax
+import numpy as np
+
 # "int4", "fp4", "nf4", or a name that was registered.
 Codebook = str
 
@@ -26,7 +29,7 @@ def own_codebooks(names: Iterable[str]) -> dict[str, tuple[float, ...]]:
     return {name: _codebooks[name] for name in names if name in _codebooks and name not in _BUILT_IN}
 
 
-def register_codebook(name: str, magnitudes: Sequence[float]) -> None:
+def register_codebook(name: str, magnitudes: Sequence[float] | np.ndarray | jax.Array) -> None:
     """Add a codebook, which is then a weight format of this process; again with the same numbers does nothing.
 
     A code is a sign and three bits: the kernels choose one of eight bytes by these, and write the sign into it. So
@@ -45,7 +48,9 @@ def register_codebook(name: str, magnitudes: Sequence[float]) -> None:
     if not isinstance(name, str) or not name.isidentifier() or name in (*_OTHER_FORMATS, *_BUILT_IN):
         taken = (*_BUILT_IN, *_OTHER_FORMATS)
         raise ValueError(f"codebook is called {name!r}; expected an identifier other than {taken}")
-    if isinstance(magnitudes, str) or not all(
+    if isinstance(magnitudes, np.ndarray | jax.Array):
+        magnitudes = magnitudes.tolist()
+    if not isinstance(magnitudes, Sequence) or not all(
         isinstance(number, int | float) and not isinstance(number, bool) for number in magnitudes
     ):
         raise ValueError(f"codebook {name!r} is {magnitudes!r}; expected eight numbers")

@@ -114,6 +114,8 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--{option} is {path}; expected a file in a folder that exists")
         if path is not None and path.is_dir():
             raise ValueError(f"--{option} is {path}, a folder; expected a file")
+    if args.json is not None and args.report is not None and args.json.resolve() == args.report.resolve():
+        raise ValueError(f"--json and --report are both {args.report}; expected two files")
     if args.plots is not None and args.plots.exists() and not args.plots.is_dir():
         raise ValueError(f"--plots is {args.plots}; expected a folder")
     check_windows(args.window, args.stride, args.batch_size, args.max_windows)

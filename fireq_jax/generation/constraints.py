@@ -63,10 +63,14 @@ def _bad_words(given: Any, eos: Sequence[int], vocab_size: int) -> Int[np.ndarra
     """As ``Constraints`` has them; sizes are powers of two, so that other words seldom compile anything."""
     if given is None:
         return None
-    words = [np.asarray(word).tolist() if isinstance(word, Sequence | np.ndarray) else word for word in given]
+    expected = f"lists of ids from 0 to {vocab_size - 1}"
+    words = _plain(given)
+    if not isinstance(words, list):
+        raise ValueError(f"bad_words_ids is {given!r}; expected {expected}")
+    words = [_plain(word) for word in words]
     for word in words:
         if not isinstance(word, list) or not word or not all(is_whole(id) and 0 <= id < vocab_size for id in word):
-            raise ValueError(f"bad_words_ids has {word!r}; expected lists of ids from 0 to {vocab_size - 1}")
+            raise ValueError(f"bad_words_ids has {word!r}; expected {expected}")
     # Sequences end as they do otherwise: transformers lets an EOS id pass here too.
     words = [word for word in words if not (len(word) == 1 and word[0] in eos)]
     if not words:
@@ -74,6 +78,13 @@ def _bad_words(given: Any, eos: Sequence[int], vocab_size: int) -> Int[np.ndarra
     count, longest = (1 << (number - 1).bit_length() for number in (len(words), max(map(len, words))))
     words += words[:1] * (count - len(words))
     return np.asarray([[-1] * (longest - len(word)) + word for word in words], np.int32)
+
+
+def _plain(value: Any) -> Any:
+    """Arrays and sequences as lists, anything else as it is."""
+    if isinstance(value, np.ndarray | jax.Array):
+        return value.tolist()
+    return list(value) if isinstance(value, Sequence) else value
 
 
 def constrain(

@@ -113,6 +113,8 @@ class Options:
             raise ValueError(f"logprobs is {self.logprobs!r}; expected True or False: top_logprobs takes a number")
         if self.top_logprobs is not None and (not is_whole(self.top_logprobs) or self.top_logprobs < 1):
             raise ValueError(f"top_logprobs is {self.top_logprobs!r}; expected a whole number of at least 1, or None")
+        if not isinstance(self.return_cache, bool):
+            raise ValueError(f"return_cache is {self.return_cache!r}; expected True or False")
         if self.cache is not None and not isinstance(self.cache, KVCache):
             raise ValueError(
                 f"cache is a {type(self.cache).__name__}; expected the KVCache of an earlier call, or None"

@@ -56,7 +56,8 @@ class Prompt:
         messages = [{"role": "user", "content": self.given}] if isinstance(self.given, str) else list(self.given)
         if system is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": system})
-        return self._ids(tokenizer, rendered(tokenizer, messages, model), add_special_tokens=False)
+        advice = "leave out --chat" if chat else f"{self.where} has messages; give it a prompt"
+        return self._ids(tokenizer, rendered(tokenizer, messages, model, advice), add_special_tokens=False)
 
     def _ids(self, tokenizer: "PreTrainedTokenizerBase", text: str, *, add_special_tokens: bool) -> list[int]:
         try:
@@ -69,14 +70,14 @@ class Prompt:
         return ids
 
 
-def rendered(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], model: str) -> str:
-    """The text of messages, by the tokenizer's chat template.
+def rendered(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], model: str, advice: str) -> str:
+    """The text of messages, by the tokenizer's chat template; ``advice`` is what to do without one.
 
     Raises:
         ValueError: if there is none, or it rejects them.
     """
     if tokenizer.chat_template is None:
-        raise ValueError(f"the tokenizer in {model} has no chat template; leave out --chat")
+        raise ValueError(f"the tokenizer in {model} has no chat template; {advice}")
     return chat.render(tokenizer, messages, model)
 
 
@@ -94,7 +95,7 @@ def read_prompts(file: str) -> list[Prompt]:
         prompts = _parsed(sys.stdin, "standard input", as_json=None)
     else:
         try:
-            with Path(file).open(encoding="utf-8") as lines:
+            with Path(file).open(encoding="utf-8-sig") as lines:
                 prompts = _parsed(lines, file, as_json=file.endswith(".jsonl"))
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} is not UTF-8 text: {error}") from error
@@ -117,7 +118,7 @@ def _parsed(lines: Iterable[str], name: str, *, as_json: bool | None) -> list[Pr
 def _of_json(line: str, where: str) -> Prompt:
     try:
         fields = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is {quote(line)}; expected JSON: {error}") from error
     names = {"prompt", "messages"} & (fields.keys() if isinstance(fields, dict) else set())
     if len(names) != 1:

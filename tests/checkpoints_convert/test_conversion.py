@@ -273,6 +273,8 @@ def test_a_dry_run_says_what_a_run_logs_and_writes_nothing(
     assert not output.exists()
     said = capsys.readouterr().out.splitlines()
     assert main(command) == 0
+    assert main([*command, "--dry-run"]) == 2
+    assert "already holds a complete model" in capsys.readouterr().err
     assert "\n".join(said[:-1]) in caplog.text  # the last has how much of the disk is free
     report = json.loads((output / "report.json").read_text())
     assert f"from {report['bytes_before'] / 1e6:.2f} MB to {report['bytes_after'] / 1e6:.2f} MB" in said[2]

@@ -136,6 +136,8 @@ def test_errors_before_anything_is_loaded(tmp_path, text, capsys):
     check_error(["--model", MODEL, "--text", text, "--json", gone / "a.json"], capsys, "a folder that exists")
     check_error(["--model", MODEL, "--text", text, "--json", tmp_path], capsys, "a folder; expected a file")
     check_error(["--model", MODEL, "--text", text, "--plots", text], capsys, "expected a folder")
+    one = ["--json", tmp_path / "a", "--report", tmp_path / "a"]
+    check_error(["--model", MODEL, "--text", text, *one], capsys, "--json and --report are both", "two files")
     check_error(["--model", MODEL, "--text", text, "--report", gone / "a.html"], capsys, "--report is", "that exists")
     check_error(["--model", MODEL, "--text", text, "--plot-layers", "1"], capsys, "nothing is drawn")
     pages = ["--model", MODEL, "--text", text, "--plots", gone, "--plot-layers"]

@@ -23,7 +23,7 @@ from fireq_jax import LlamaForCausalLM, ModelConfig, device_memory, generate
 from fireq_jax.checkpoints.tokenizer import load_tokenizer
 from fireq_jax.generation import TextStream
 from fireq_jax.generation.command import main
-from fireq_jax.generation.prompts import read_prompts
+from fireq_jax.generation.prompts import Prompt, read_prompts
 from fireq_jax.generation.terminal import Answer, run_chat
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
@@ -172,6 +172,7 @@ def test_a_file_of_prompts_is_answered_line_by_line(capsys, variant, model, monk
     ("line", "message"),
     [
         ("{", "expected JSON"),
+        pytest.param("[" * 200_000, "expected JSON", id="deep"),
         ("[1]", "expected an object with either prompt or messages"),
         ('{"text": "a"}', "expected an object with either prompt or messages"),
         ('{"prompt": 3}', "expected a text as prompt"),
@@ -187,6 +188,15 @@ def test_lines_that_are_no_prompts_are_named(tmp_path, line, message):
     file.write_text("\n")
     with pytest.raises(ValueError, match="has no prompts"):
         read_prompts(str(file))
+    # Windows' editors begin UTF-8 with a byte order mark.
+    file.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\n')
+    assert read_prompts(str(file))[0].given == "a"
+
+
+def test_messages_without_a_chat_template_are_named():
+    messages = Prompt(({"role": "user", "content": "a"},), "line 2")
+    with pytest.raises(ValueError, match="model has no chat template; line 2 has messages"):
+        messages.encoded(BYTES, "model", chat=False, system=None)
 
 
 def test_a_chat_in_the_terminal_remembers_what_was_said(capsys, variant, model, monkeypatch):

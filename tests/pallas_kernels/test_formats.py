@@ -207,6 +207,8 @@ def test_a_registered_codebook_rounds_as_the_kernels_table_does():
         ("own", (0, 1, 2, 3, 5, 4, 6, 7), "eight rising"),
         ("own", (1, 2, 3, 4, 5, 6, 7, 8), "from 0"),
         ("own", (0, 1, 2, 3, 4, 5, 6, "7"), "expected eight numbers"),
+        ("own", 8, "is 8; expected eight numbers"),
+        ("own", jnp.arange(9), "eight rising"),
         ("own", (0, 1, 2, 3, 4, 5, 6, 7.123), r"7\.123; expected .* as in 7\.125"),
         ("own", (0, 1e-6, 2, 3, 4, 5, 6, 7), "1e-06; expected 0.001953125 to 448"),
         ("own", (0, 1, 2, 3, 4, 5, 6, float("inf")), "inf; expected"),
