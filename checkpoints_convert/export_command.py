@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code (``command_line``)."""
     args = parser().parse_args(arguments)
-    return exit_code("fireq-export", lambda: run(args), args.log_level)
+    return exit_code("fireq-export", lambda: run(args), args.log_level, args.device)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from typing import NoReturn
 
 import jax
 
+from fireq_jax.devices import as_default
 from fireq_jax.version import __version__
 
 # What users can put right: arguments and files, what a named kernel cannot run, packages that are not installed.
@@ -44,9 +45,10 @@ def add_text_options(parse: argparse.ArgumentParser) -> None:
 
 
 def add_common_options(parse: argparse.ArgumentParser, *, default: int = logging.WARNING) -> None:
-    """``--version``, and ``--verbose`` and ``--quiet`` as ``args.log_level`` for :func:`exit_code`."""
+    """``--version``; ``--device``, and ``--verbose`` and ``--quiet`` as ``args.log_level``, for :func:`exit_code`."""
     version = f"%(prog)s {__version__} (jax {metadata.version('jax')}, Python {platform.python_version()})"
     parse.add_argument("--version", action="version", version=version)
+    parse.add_argument("--device", metavar="NAME", help="cpu, gpu, or one of several, gpu:1 (default: JAX's first)")
     group = parse.add_mutually_exclusive_group()
     add = group.add_argument
     add("-v", "--verbose", dest="log_level", action="store_const", const=logging.INFO, default=default,
@@ -54,13 +56,16 @@ def add_common_options(parse: argparse.ArgumentParser, *, default: int = logging
     add("-q", "--quiet", dest="log_level", action="store_const", const=logging.ERROR, help="say nothing but errors")
 
 
-def exit_code(command: str, run: Callable[[], None], log_level: int = logging.WARNING) -> int:
+def exit_code(
+    command: str, run: Callable[[], None], log_level: int = logging.WARNING, device: str | None = None
+) -> int:
     """``run``'s exit code: 0, 2 for invalid input or too little memory, 130 if interrupted, 141 if stdout is closed.
 
-    What is logged meanwhile, from ``log_level`` on, goes to stderr; other packages' from WARNING on.
+    What is logged meanwhile, from ``log_level`` on, goes to stderr; other packages' from WARNING on. ``device`` is
+    JAX's default meanwhile.
     """
     try:
-        with _logging_to_stderr(log_level), _interruptible():
+        with _logging_to_stderr(log_level), _interruptible(), as_default(device):
             run()
         sys.stdout.flush()  # here, where a closed pipe is caught, and not at exit
     except BrokenPipeError:

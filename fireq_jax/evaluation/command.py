@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--kv-format", choices=get_args(KVFormat), help="overrides the models' cache format")
     parse.add_argument(
         "--dtype",
-        choices=["bfloat16", "float32"],
+        choices=["bfloat16", "float16", "float32"],
         default="bfloat16",
         help="of hidden states and unquantized weights (default: bfloat16)",
     )
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code (``command_line``)."""
     args = parser().parse_args(arguments)
     args.command = ["fireq-evaluate", *(sys.argv[1:] if arguments is None else arguments)]
-    return exit_code("fireq-evaluate", lambda: run(args), args.log_level)
+    return exit_code("fireq-evaluate", lambda: run(args), args.log_level, args.device)
 
 
 def run(args: argparse.Namespace) -> None:

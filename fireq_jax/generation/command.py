@@ -18,7 +18,6 @@ from fireq_jax.checkpoints.hub import check_config, resolve_model
 from fireq_jax.checkpoints.tokenizer import load_tokenizer
 from fireq_jax.command_line import add_common_options, exit_code, leave
 from fireq_jax.compilation import keep_programs
-from fireq_jax.devices import as_default
 from fireq_jax.generation.defaults import SAMPLING, GenerationDefaults
 from fireq_jax.generation.generate import GenerationOutput, check_call, generate, warmup
 from fireq_jax.generation.prompts import Prompt, read_prompts
@@ -43,7 +42,7 @@ logger = logging.getLogger(__name__)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code (``command_line``)."""
     arguments = _parser().parse_args(argv)
-    return exit_code("fireq-generate", lambda: _run(arguments), arguments.log_level)
+    return exit_code("fireq-generate", lambda: _run(arguments), arguments.log_level, arguments.device)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,7 +65,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--no-stream", action="store_true", help="print text when it is complete")
     add("--json", action="store_true", help=_JSON_HELP)
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of what is not quantized")
-    add("--device", metavar="NAME", help="cpu, gpu, or one of several, gpu:1; default JAX's first")
     add("--kv-format", choices=get_args(formats.KVFormat), help="of the cache, in place of the model's own")
     add("--implementation", choices=get_args(Implementation), default="auto", help="of the ops; default auto")
     add("--no-verify", dest="verify", action="store_false", help="take a converted model's files as they are")
@@ -95,37 +93,36 @@ def _add_choices(group: "argparse._ArgumentGroup") -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    with as_default(arguments.device):
-        key = _checked(arguments)
-        prompts = _prompts(arguments)
-        folder = resolve_model(arguments.model, arguments.revision, check=_check)
-        defaults = GenerationDefaults.read(folder)
-        if defaults.ignored:
-            logger.warning("%s: %s: without effect here", defaults.path, ", ".join(defaults.ignored))
-        tokenizer = load_tokenizer(folder, verify=arguments.verify)
-        ids = [
-            prompt.encoded(tokenizer, arguments.model, chat=arguments.chat, system=arguments.system)
-            for prompt in prompts or [Prompt("Hello")]  # the chat template is tried, and compiled for
-        ]
-        width, asked = max(map(len, ids)), arguments.max_new_tokens
-        stored = StoredModel.open(folder, verify=arguments.verify)
-        defaults.check_vocabulary(stored.config.vocab_size)
-        options = {
-            "key": key,
-            "tokenizer": tokenizer,
-            "eos_token_ids": defaults.eos_ids(stored.config.eos_token_ids, arguments.eos_token_id or ()),
-            "max_new_tokens": asked or defaults.new_tokens(width) or DEFAULT_NEW_TOKENS,
-            **defaults.options(_given(arguments)),
-        }
-        if not prompts:
-            options |= {"max_new_tokens": asked or defaults.max_new_tokens or CHAT_NEW_TOKENS}
-            _chat(stored, tokenizer, ids[0], options, arguments)
-        elif len(prompts) == 1 and not (arguments.no_stream or arguments.json or arguments.prompts):
-            model = _load(stored, arguments, _padded(ids, width) | options, only_prefill=True)
-            answer = print_stream(model, tokenizer, ids[0], options)
-            _report(arguments, width, len(answer.tokens), answer.times[-1] - answer.times[0], answer.speed)
-        else:
-            _print_complete(stored, tokenizer, list(zip(prompts, ids, strict=True)), options, arguments)
+    key = _checked(arguments)
+    prompts = _prompts(arguments)
+    folder = resolve_model(arguments.model, arguments.revision, check=_check)
+    defaults = GenerationDefaults.read(folder)
+    if defaults.ignored:
+        logger.warning("%s: %s: without effect here", defaults.path, ", ".join(defaults.ignored))
+    tokenizer = load_tokenizer(folder, verify=arguments.verify)
+    ids = [
+        prompt.encoded(tokenizer, arguments.model, chat=arguments.chat, system=arguments.system)
+        for prompt in prompts or [Prompt("Hello")]  # the chat template is tried, and compiled for
+    ]
+    width, asked = max(map(len, ids)), arguments.max_new_tokens
+    stored = StoredModel.open(folder, verify=arguments.verify)
+    defaults.check_vocabulary(stored.config.vocab_size)
+    options = {
+        "key": key,
+        "tokenizer": tokenizer,
+        "eos_token_ids": defaults.eos_ids(stored.config.eos_token_ids, arguments.eos_token_id or ()),
+        "max_new_tokens": asked or defaults.new_tokens(width) or DEFAULT_NEW_TOKENS,
+        **defaults.options(_given(arguments)),
+    }
+    if not prompts:
+        options |= {"max_new_tokens": asked or defaults.max_new_tokens or CHAT_NEW_TOKENS}
+        _chat(stored, tokenizer, ids[0], options, arguments)
+    elif len(prompts) == 1 and not (arguments.no_stream or arguments.json or arguments.prompts):
+        model = _load(stored, arguments, _padded(ids, width) | options, only_prefill=True)
+        answer = print_stream(model, tokenizer, ids[0], options)
+        _report(arguments, width, len(answer.tokens), answer.times[-1] - answer.times[0], answer.speed)
+    else:
+        _print_complete(stored, tokenizer, list(zip(prompts, ids, strict=True)), options, arguments)
 
 
 def _checked(arguments: argparse.Namespace) -> jax.Array:

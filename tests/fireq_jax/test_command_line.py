@@ -22,6 +22,15 @@ def test_a_command_that_ran_ends_with_0(capsys):
     assert capsys.readouterr() == ("done\n", "")
 
 
+def test_a_command_computes_on_the_device_that_was_asked_for(capsys):
+    seen = []
+    assert exit_code("fireq-test", lambda: seen.append(jax.config.jax_default_device), device="cpu:0") == 0
+    assert seen == [jax.devices("cpu")[0]]
+    assert jax.config.jax_default_device is None
+    assert exit_code("fireq-test", lambda: None, device="cpu:999") == 2
+    assert "device is 'cpu:999'; expected one of cpu:0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", [ValueError, NotImplementedError, FileNotFoundError, ImportError])
 def test_what_users_can_put_right_is_one_line(capsys, kind):
     def run():
