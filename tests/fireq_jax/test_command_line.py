@@ -106,7 +106,15 @@ def test_a_reader_that_has_seen_enough_ends_a_command(monkeypatch, flush):
         print("more", flush=True)
 
 
-def test_an_interruption_that_was_lost_is_raised_again(capsys):
+@pytest.fixture
+def interruptible():
+    """As in a terminal, also where the tests were started to ignore Ctrl-C, as a shell's jobs in the background are."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interruption_that_was_lost_is_raised_again(interruptible, capsys):
     def run():
         with contextlib.suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
@@ -120,7 +128,7 @@ def test_an_interruption_that_was_lost_is_raised_again(capsys):
     check_interrupted()
 
 
-def test_a_second_interruption_ends_the_process():
+def test_a_second_interruption_ends_the_process(interruptible):
     program = """
 import contextlib, signal
 from fireq_jax.command_line import add_common_options, check_interrupted, exit_code

@@ -299,7 +299,7 @@ def test_an_unknown_device_has_no_tuned_configs():
         ({"weight": QuantizedTensor.random(jax.random.key(0), (64, 128), format="fp8")}, "the weight is FP8"),
         (
             {"weight": QuantizedTensor.random(jax.random.key(0), (64, 128), format="nf4", scale_dtype="bf16")},
-            "NF4's magnitudes are not",
+            "nf4's magnitudes are not",
         ),
     ],
 )
