@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from checkpoints_convert.compensation import compensation_operations
 from checkpoints_convert.held_out import Streams
-from fireq_jax.models.block import FLOAT32, block_shapes, global_shapes, linears_of
+from fireq_jax.models.block import FLOAT32, block_shapes, global_shapes, linear_names, linears_of
 from fireq_jax.models.config import ModelConfig
 from fireq_jax.models.kv_cache import slot_bytes
 from fireq_jax.quantization import recipes
@@ -125,7 +125,7 @@ def _sizes(work: Work) -> Iterator[str]:
 
 
 def _floats(work: Work) -> Iterator[str]:
-    quantization, names = work.quantization, _linear_names(work.config)
+    quantization, names = work.quantization, linear_names(work.config)
     activations = "FP8 by token" if quantization.activation_format == "fp8" else "as they are"
     found = collections.Counter(quantization.weight_format_of(name) for name in names)
     formatted = ", ".join(f"{count} in {name}" for name, count in found.items() if name != "none")
@@ -186,10 +186,6 @@ def _occupied(output: Path) -> Iterator[str]:
         yield f"{output} is not empty: only a conversion that was begun there goes on there, with --resume"
 
 
-def _linear_names(config: ModelConfig) -> list[str]:
-    return [f"layers.{i}.{linear.name}" for i in range(config.num_layers) for linear in linears_of(config)]
-
-
 def _parameters(config: ModelConfig) -> int:
     """Of a block."""
     return sum(math.prod(shape) for shape in block_shapes(config).values())
@@ -207,7 +203,7 @@ def _linear_bytes(work: Work) -> dict[str, int]:
     """Bytes of all linear layers' weights, by their format."""
     sizes: dict[str, int] = collections.Counter()
     quantization, shapes = work.quantization, block_shapes(work.config)
-    for name in _linear_names(work.config):
+    for name in linear_names(work.config):
         linear = next(linear for linear in linears_of(work.config) if name.endswith(f".{linear.name}"))
         parts = [shapes[f"{part}.weight"] for part in linear.parts]
         *stack, n, k = (*parts[0][:-2], sum(shape[-2] for shape in parts), parts[0][-1])
