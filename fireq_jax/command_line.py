@@ -135,13 +135,25 @@ def _interruptible() -> Iterator[None]:
         _interrupted.set()
         raise KeyboardInterrupt
 
-    # Elsewhere no handler can be set; and what was started to ignore Ctrl-C goes on to.
+    # A thread's command is not what Ctrl-C ends; and what was started to ignore Ctrl-C goes on to.
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         yield
         return
-    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        with on_interrupt(interrupt):
+            yield
+    finally:
+        _interrupted.clear()
+
+
+@contextlib.contextmanager
+def on_interrupt(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Ctrl-C calls ``handler``; on the main thread alone, for elsewhere none can be set."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, handler)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-        _interrupted.clear()

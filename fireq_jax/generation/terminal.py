@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fireq_jax.command_line import on_interrupt
 from fireq_jax.generation.generate import stream
 from fireq_jax.generation.prompts import Message, Prompt
 from fireq_jax.generation.text import TextStream, split_stop_strings
@@ -174,21 +175,8 @@ def _read_line() -> str | None:
         return ""
 
 
-@contextlib.contextmanager
-def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Ctrl-C calls ``handler``, where signals can be had."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def _raising() -> contextlib.AbstractContextManager[None]:
-    return _handling(signal.default_int_handler)
+    return on_interrupt(signal.default_int_handler)
 
 
 @contextlib.contextmanager
@@ -201,5 +189,5 @@ def _stoppable() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         stopped.set()
 
-    with _handling(stop):
+    with on_interrupt(stop):
         yield stopped
