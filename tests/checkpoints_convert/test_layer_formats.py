@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_checkpoint import write_checkpoint
+from small_checkpoint import TINY_LLAMA, write_checkpoint
 
 from checkpoints_convert.conversion import ConversionOptions, convert
 from checkpoints_convert.convert_and_quantize import main
@@ -18,11 +18,6 @@ from fireq_jax import AutoModelForCausalLM, recipes
 from fireq_jax.models.kv_cache import slot_bytes
 from fireq_jax.models.parameters import parameters_of
 
-FIELDS = {
-    "model_type": "llama", "vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 64, "rope_theta": 10000.0, "tie_word_embeddings": False,
-}  # fmt: skip
 WORST = "layers.1.mlp.down_proj"
 IDS = jnp.arange(24)[None] % 64
 
@@ -32,7 +27,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model in which one layer's groups have outliers, which INT4 takes badly."""
     weight = np.random.default_rng(3).standard_t(2, (64, 128)).astype(np.float32) / 4
     folder = tmp_path_factory.mktemp("source") / "model"
-    return write_checkpoint(folder, FIELDS, 0.1, **{f"model.{WORST}.weight": weight})
+    return write_checkpoint(folder, TINY_LLAMA, 0.1, **{f"model.{WORST}.weight": weight})
 
 
 @pytest.fixture(scope="module")

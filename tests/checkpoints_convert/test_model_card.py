@@ -8,7 +8,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 from fake_hub import Hub
-from small_checkpoint import parameter_bytes, write_checkpoint
+from small_checkpoint import TINY_LLAMA, parameter_bytes, write_checkpoint
 
 from checkpoints_convert.convert_and_quantize import main
 from checkpoints_convert.export_command import main as export
@@ -16,17 +16,12 @@ from checkpoints_convert.model_card import license_of, write_card
 from fireq_jax import LlamaForCausalLM, recipes
 from fireq_jax.checkpoints.reader import checkpoint_config
 
-FIELDS = {
-    "model_type": "llama", "vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 64, "rope_theta": 10000.0, "tie_word_embeddings": False,
-}  # fmt: skip
 THEIRS = "---\nlanguage: en\nlicense: other\nlicense_name: tiny\nextra: [1]\n---\n# Tiny\nlicense: mit\n"
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_checkpoint(tmp_path_factory.mktemp("source") / "model", FIELDS, 0.05)
+    folder = write_checkpoint(tmp_path_factory.mktemp("source") / "model", TINY_LLAMA, 0.05)
     (folder / "README.md").write_text(THEIRS)
     return folder
 

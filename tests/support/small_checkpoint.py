@@ -14,6 +14,12 @@ from fireq_jax.models.architectures import checkpoint_shapes
 from fireq_jax.models.block import block_shapes
 from fireq_jax.models.parameters import parameters_of
 
+TINY_LLAMA: dict[str, Any] = {
+    "model_type": "llama", "vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 64, "rope_theta": 10000.0, "tie_word_embeddings": False,
+}  # fmt: skip
+
 
 def write_checkpoint(folder: Path, fields: dict[str, Any], std: float, **changes: np.ndarray) -> Path:
     """A checkpoint in Hugging Face form with weights of N(0, std^2); ``changes`` replace tensors by name."""
